@@ -1,0 +1,32 @@
+# `make probe` and `make test` set everything up on a fresh machine and run.
+PYTHON ?= python3
+# The torch that tests run with where none is installed yet; any from 2.6 works.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: probe test setup lint clean
+
+probe: $(VENV)/.ready
+	$(BIN)/fp4tune probe $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.ready
+
+# A torch that is there already (an engine's, a container's) is used, not replaced.
+$(VENV)/.ready: pyproject.toml
+	if $(PYTHON) -c 'import torch' 2>/dev/null; \
+	then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""Decides: buckets, timing, verdicts and the fastest safe backend of each bucket."""

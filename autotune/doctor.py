@@ -1,0 +1,128 @@
+"""What is here, what is missing, and what to do about it; nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..cache import state
+from ..cache.errors import Missing, StateError
+from ..cache.snapshot import load
+from ..probes.devices import gpus
+
+GOOD, NOTE, BAD = "good", "note", "bad"
+
+# distribution: what it is for, and whether fp4tune cannot work without it
+_DISTRIBUTIONS = (
+    ("torch", "running and checking", True),
+    ("sqlite-utils", "the ledger", True),
+    ("nvidia-ml-py", "finding GPUs", True),
+    ("triton", "checks and kernels on a GPU", False),
+    ("flashinfer-python", "the flashinfer-* backends", False),
+    ("nvidia-cudnn-frontend", "cuDNN's FP4 GEMM", False),
+    ("sglang", "the marlin backend", False),
+    ("apache-tvm-ffi", "the marlin backend", False),
+    ("humming-kernels", "the humming backend", False),
+)
+_PROGRAMS = (
+    ("g++", "torch-compile on a CPU", "install a C++ compiler"),
+    ("nvcc", "compiling marlin and humming", "install the CUDA toolkit of torch's CUDA version"),
+    ("cuobjdump", "digests of machine code", "pip install nvidia-cuda-cuobjdump"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing looked at. `status`: ``good``; ``note``, works without; ``bad``, must be mended."""
+
+    status: str
+    what: str
+    found: str
+    do: str | None = None
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(state_dir: Path | None = None) -> list[Line]:
+    """Look at the interpreter, packages, compilers, GPUs, environment and state."""
+    return [
+        Line(GOOD, "python", platform.python_version()),
+        *_packages(),
+        *_programs(),
+        *_gpus(),
+        *_variables(),
+        *_state(state_dir),
+    ]
+
+
+def _packages() -> Iterator[Line]:
+    for name, purpose, needed in _DISTRIBUTIONS:
+        try:
+            yield Line(GOOD, name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            status = BAD if needed else NOTE
+            yield Line(status, name, f"not installed ({purpose})", f"pip install {name}")
+
+
+def _programs() -> Iterator[Line]:
+    for name, purpose, do in _PROGRAMS:
+        found = shutil.which(name)
+        if found:
+            yield Line(GOOD, name, found)
+        else:
+            yield Line(NOTE, name, f"not found ({purpose})", do)
+
+
+def _gpus() -> Iterator[Line]:
+    found, reason = gpus()
+    if reason:
+        yield Line(NOTE, "GPU", reason, "only CPU backends can be probed here")
+    for target in found:
+        yield Line(GOOD, target.label, f"{target.name}, {target.device.arch}, {target.uuid}")
+
+
+def _variables() -> Iterator[Line]:
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        yield Line(
+            BAD,
+            "CUDA_LAUNCH_BLOCKING",
+            "set: launches wait for each other, which hides races",
+            "unset it before probing",
+        )
+
+
+def _state(state_dir: Path | None) -> Iterator[Line]:
+    place = state.directory(state_dir)
+    writable = os.access(place if place.is_dir() else place.parent, os.W_OK)
+    if writable or not place.exists():
+        yield Line(GOOD, "state", str(place))
+    else:
+        yield Line(
+            BAD, "state", f"{place} cannot be written", "choose another with --state or mount it"
+        )
+    holding = [place] if state_dir else state.holding()
+    if len(holding) > 1:
+        yield Line(
+            NOTE,
+            "choices.db",
+            f"several places hold one: {', '.join(map(str, holding))}",
+            f"readers take the first; remove the others or set {state.VARIABLE}",
+        )
+    for each in holding:
+        try:
+            stored = load(os.fspath(each / state.CHOICES))
+            count = len(stored.tables["choice"])
+            yield Line(GOOD, "choices.db", f"generation {stored.generation}, {count} choices")
+        except Missing:
+            yield Line(NOTE, "choices.db", f"none in {each}", "run fp4tune probe")
+        except StateError as error:
+            yield Line(BAD, "choices.db", str(error), "move the file away and probe again")
+    if not holding:
+        yield Line(NOTE, "choices.db", "none yet", "run fp4tune probe")

@@ -1,0 +1,104 @@
+"""From what a person asked for to the problems and backends of a probe."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..probes import shapes
+from ..probes.backends import registry
+from ..probes.devices import Target
+from ..probes.problem import Problem
+from .buckets import edge_of
+
+DEFAULT_PRESET = {"cuda": "llama-3.1-8b", "cpu": "qwen3-0.6b"}
+DEFAULT_MAX_M = {"cuda": 4096, "cpu": 32}
+"""Enough for decode and chunked prefill on a GPU; on a CPU what takes a minute."""
+MOST_M = 65536
+"""A pool of more rows would not fit beside the weights of today's models."""
+
+
+def layers(
+    presets: Sequence[str],
+    model_config: Path | None,
+    given: Sequence[str],
+    tp: int,
+    device: str,
+) -> list[shapes.Layer]:
+    """The (n, k) to probe: all that was named, else the device's default preset; no pair twice.
+
+    Raises ValueError, one sentence.
+    """
+    if tp < 1:
+        raise ValueError(f"--tp {tp}: tensor parallelism is at least 1")
+    found: list[shapes.Layer] = []
+    for name in presets:
+        found += shapes.preset(name, tp)
+    if model_config is not None:
+        found += shapes.from_config(model_config, tp)
+    found += [shapes.parse_shape(text) for text in given]
+    if not found:
+        found = shapes.preset(DEFAULT_PRESET[device], tp)
+    unique: dict[tuple[int, int], shapes.Layer] = {}
+    for layer in found:
+        unique.setdefault((layer.n, layer.k), layer)
+    return list(unique.values())
+
+
+def problems(
+    layers: Iterable[shapes.Layer],
+    formats: Sequence[str],
+    activations: Sequence[str],
+    out_dtype: str,
+    max_m: int,
+) -> tuple[Problem, ...]:
+    """One problem a layer, format and activation, at the upper edge of `max_m`'s bucket.
+
+    Raises ValueError, one sentence.
+    """
+    if not 1 <= max_m <= MOST_M:
+        raise ValueError(f"--max-m {max_m}: it must be from 1 to {MOST_M}")
+    return tuple(
+        Problem(format_, edge_of(max_m), layer.n, layer.k, activation, out_dtype)
+        for format_ in formats
+        for activation in activations
+        for layer in layers
+    )
+
+
+def backends(wanted: Sequence[str]) -> tuple[str, ...]:
+    """The backends to ask: those wanted, or every one known here.
+
+    A name nobody knows raises ValueError; whether a known one loads is for its worker to say.
+    """
+    if not wanted:
+        return tuple(registry.names())
+    for name in wanted:
+        registry.known(name)
+    return tuple(dict.fromkeys(wanted))
+
+
+def seed(given: int | None) -> int:
+    """The seed given, or a fresh one; either is printed."""
+    if given is not None and given < 0:
+        raise ValueError(f"--seed {given}: a seed is not negative")
+    return secrets.randbits(32) if given is None else given
+
+
+def max_m(given: int | None, target: Target) -> int:
+    return DEFAULT_MAX_M[target.device.kind] if given is None else given
+
+
+def interpreter(python: str | None) -> str | None:
+    """The interpreter to run workers in, checked to be one; None for this one.
+
+    Raises ValueError, one sentence.
+    """
+    if python is None:
+        return None
+    found = shutil.which(python)
+    if found is None:
+        raise ValueError(f"--python {python!r}: there is no such program")
+    return found

@@ -1,0 +1,380 @@
+"""A whole probe of one device: build, probe every layer, judge, choose, publish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..cache import codedigest, fingerprint, publish, state
+from ..cache.ledger import Ledger
+from ..cache.rows import Build, Candidate, Choice, Environment, Finding, Verdict
+from ..probes.devices import Target
+from ..probes.problem import Problem
+from ..probes.seeds import derive
+from ..probes.supervisor import Worker, WorkerFailed
+from . import standing
+from .buckets import MRange, ranges
+from .choose import FLOORS, choices
+from .layer import Entrant, Layer, probe_layer
+from .levels import Level
+from .profiles import PROFILES, Profile
+from .record import Recorder
+from .runner import Patience, Progress, Runner
+from .verdict import decide
+
+_GIB = 1 << 30
+_BUILD_BYTES = 2 * _GIB
+"""Memory a compiler may take: builds run in parallel only as far as this fits."""
+_CPU_CACHE = 32 << 20
+"""Last-level cache that weights are rotated through on a CPU, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to probe. `problems` have the largest m; one layer each."""
+
+    target: Target
+    backends: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    level: Level
+    profile: Profile
+    seed: int
+    python: str | None = None
+    hang_seconds: float | None = None
+    argv: tuple[str, ...] = ()
+
+    @property
+    def patience(self) -> Patience:
+        # A CPU computes in seconds what a GPU does in milliseconds.
+        default = 120.0 if self.target.device.kind == "cpu" else 20.0
+        return Patience(run=self.hang_seconds or default)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a probe found, in rows as they were stored."""
+
+    run: str
+    seed: int
+    target: Target
+    choices: list[Choice] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    """Backend to the reason it cannot run any of the problems here."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Backend to how it failed before any problem could be run: loading, building."""
+    build_seconds: dict[str, float] = field(default_factory=dict)
+    generation: int | None = None
+
+
+def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Report:
+    """Run `plan` and publish its choices. Evidence is in the ledger as it comes.
+
+    Raises StateError where the state cannot be written, and Busy where another probe has the
+    device.
+    """
+    with ExitStack() as stack:
+        device = plan.target.uuid or plan.target.label
+        lock = state.probe_lock(state_dir, device)
+        stack.enter_context(state.exclusive(lock, f"the probe of {plan.target.label}"))
+        run = ledger.start_run(
+            seed=plan.seed,
+            level=plan.level.name,
+            profile=plan.profile.name,
+            device={"name": plan.target.name, "uuid": plan.target.uuid},
+            argv=plan.argv,
+        )
+        report = Report(run, plan.seed, plan.target)
+        try:
+            _probe(plan, stack, ledger, report, progress, state_dir)
+        except BaseException:
+            ledger.finish_run(run, "failed")
+            raise
+        ledger.finish_run(run)
+    return report
+
+
+def _probe(
+    plan: Plan,
+    stack: ExitStack,
+    ledger: Ledger,
+    report: Report,
+    progress: Progress,
+    state_dir: Path,
+) -> None:
+    record = Recorder(ledger, report.run, plan.seed)
+    progress("survey", "asking every backend what it supports")
+    found = survey(plan.target, plan.backends, plan.problems, plan.python)
+    runners: list[Runner] = []
+    able: dict[Problem, list[Runner]] = {problem: [] for problem in plan.problems}
+    for spec in plan.backends:
+        answer = found[spec]
+        if "error" in answer:
+            report.broken[spec] = answer["error"]
+            continue
+        problems = [p for p, why in zip(plan.problems, answer["reasons"], strict=True) if not why]
+        if not problems:
+            report.unsupported[answer["name"]] = _reason(answer, plan.problems)
+            continue
+        runner = Runner(spec, plan.target, plan.patience, plan.python, progress, hello=answer)
+        stack.callback(runner.close)
+        runners.append(runner)
+        for problem in problems:
+            able[problem].append(runner)
+    able = {problem: field_ for problem, field_ in able.items() if _worthwhile(problem, field_)}
+    built = _build(plan, runners, able, ledger, report, progress)
+    environments = []
+    for runner in built:
+        environment = environment_of(runner, plan.target)
+        environments.append(environment)
+        ledger.add_environment(environment)
+        record.knows(runner.name, environment.fingerprint)
+    dead: dict[str, dict[str, str]] = {runner.name: {} for runner in built}
+    for number, (problem, field_) in enumerate(able.items(), 1):
+        layer = _layer(plan, problem, built)
+        entrants = [
+            Entrant(
+                runner,
+                _tactics(runner, layer),
+                bool(runner.hello.get("reference_line")),
+                dead[runner.name],
+            )
+            for runner in field_
+            if runner in built
+        ]
+        title = f"layer {number}/{len(able)} {problem.format} n={problem.n} k={problem.k}"
+        probe_layer(layer, entrants, record, lambda text, title=title: progress(title, text))
+        report.candidates += _candidates(plan, layer, entrants, record, ledger)
+    report.findings = record.findings
+    _publish(plan, report, environments, state_dir)
+
+
+def _publish(
+    plan: Plan, report: Report, environments: Sequence[Environment], state_dir: Path
+) -> None:
+    """Choose over everything that holds, and publish; the report keeps this probe's buckets."""
+    probed = {candidate.bucket for candidate in report.candidates}
+    scope = (plan.target.device.arch, plan.target.name, plan.profile.name)
+    everyone, known = standing.join(standing.usable(state_dir), report.candidates, environments)
+    chosen: list[Choice] = []
+    placed: list[Candidate] = []
+    for key, group in standing.by_scope(everyone).items():
+        profile = PROFILES.get(key[2], plan.profile)
+        new_choices, new_placed = choices(group, profile.default(sm_of(key[0])))
+        chosen += new_choices
+        placed += new_placed
+        if key == scope:
+            report.choices = [c for c in new_choices if c.bucket in probed]
+            report.candidates = [c for c in new_placed if c.bucket in probed]
+    meta = {"run": report.run, "seed": plan.seed, "unsupported": report.unsupported}
+    report.generation = publish.publish(state_dir, chosen, placed, known, meta)
+
+
+def survey(
+    target: Target,
+    backends: Sequence[str],
+    problems: Sequence[Problem],
+    python: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What each backend is and which problems it supports, by the name it was asked for.
+
+    One process answers for all; where that dies each is asked alone. A value holds ``name``,
+    ``activation``, ``layout``, ``reference_line`` and ``reasons`` (None where supported), or
+    ``error``.
+    """
+    device = target.device
+    worker = Worker(python, target.environment)
+    try:
+        answers: dict[str, dict[str, Any]] = worker.ask(
+            "survey",
+            Patience(0).start,
+            backends=list(backends),
+            kind=device.kind,
+            sm=device.sm,
+            problems=[asdict(problem) for problem in problems],
+        )
+        return answers
+    except WorkerFailed as failure:
+        if len(backends) == 1:
+            return {backends[0]: {"error": f"{failure.kind}: {failure}"}}
+    finally:
+        worker.close()
+    alone = [survey(target, [backend], problems, python) for backend in backends]
+    return {name: answer for each in alone for name, answer in each.items()}
+
+
+def _reason(answer: Mapping[str, Any], problems: Sequence[Problem]) -> str:
+    """Why none of `problems` can run: of those with the backend's activation, where there are."""
+    pairs = list(zip(problems, answer["reasons"], strict=True))
+    own = [why for problem, why in pairs if problem.activation == answer["activation"]]
+    return str((own or answer["reasons"])[0])
+
+
+def _worthwhile(problem: Problem, runners: Sequence[Runner]) -> bool:
+    """Whether there is anything to choose: for W4A4, more than the floor."""
+    real = [r for r in runners if not r.hello.get("reference_line")]
+    return any(r.name not in FLOORS for r in real) if problem.activation == "fp4" else bool(real)
+
+
+def _build(
+    plan: Plan,
+    runners: Sequence[Runner],
+    able: Mapping[Problem, Sequence[Runner]],
+    ledger: Ledger,
+    report: Report,
+    progress: Progress,
+) -> list[Runner]:
+    """Start every backend and compile it, at once as far as memory goes; those that worked."""
+    wanted = {
+        id(runner): [
+            problem.at(m.hi)
+            for problem, field_ in able.items()
+            if runner in field_
+            for m in ranges(problem.m)
+        ]
+        for runner in runners
+    }
+    active = [runner for runner in runners if wanted[id(runner)]]
+    room = max(1, _free_memory() // _BUILD_BYTES)
+    cores = len(os.sched_getaffinity(0))
+    workers = max(1, min(cores, room) // max(1, len(active)))
+    for runner in active:
+        # From this thread: a worker asks to die with the thread that started it.
+        runner.spawn()
+
+    def build(runner: Runner) -> float:
+        runner.greet()
+        return runner.build(wanted[id(runner)], workers)
+
+    built = []
+    with ThreadPoolExecutor(max_workers=max(1, min(len(active), room))) as pool:
+        futures = [(runner, pool.submit(build, runner)) for runner in active]
+        for runner, future in futures:
+            try:
+                seconds = future.result()
+            except WorkerFailed as failure:
+                report.broken[runner.name] = f"{failure.kind} while building: {failure}"
+                detail = {"failed": failure.kind, "message": str(failure), "log": failure.log}
+                ledger.add_build(Build(report.run, runner.name, 0.0, detail))
+                continue
+            progress(runner.name, f"built in {seconds:.1f} s")
+            report.build_seconds[runner.name] = seconds
+            ledger.add_build(Build(report.run, runner.name, seconds))
+            built.append(runner)
+    return built
+
+
+def _layer(plan: Plan, problem: Problem, runners: Sequence[Runner]) -> Layer:
+    seen = runners[0].hello["device"] if runners else {}
+    return Layer(
+        problem,
+        tuple(ranges(problem.m)),
+        plan.level,
+        derive(plan.seed, "layer", problem),
+        memory=int(0.15 * seen.get("free", _free_memory())),
+        cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
+    )
+
+
+def _tactics(runner: Runner, layer: Layer) -> dict[MRange, list[str]]:
+    problems = [layer.problem.at(m.hi) for m in layer.ranges]
+    return dict(zip(layer.ranges, runner.tactics(problems), strict=True))
+
+
+def environment_of(runner: Runner, target: Target) -> Environment:
+    """The fingerprint of what this backend's evidence depends on, as its worker sees it."""
+    hello = runner.hello
+    files = [Path(name) for name in runner.ask("files")]
+    return fingerprint.environment(
+        device_info={**_constant(hello["device"]), **fingerprint.hardware(target.uuid)},
+        backend=runner.name,
+        arch=target.device.arch,
+        distributions={**hello["versions"], "python": hello["python"]},
+        files=files,
+        variables=dict(os.environ),
+        code=codedigest.combined(files),
+    )
+
+
+def _constant(device: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays the same from one probe to the next; free memory does not."""
+    return {key: value for key, value in device.items() if key != "free"}
+
+
+def _candidates(
+    plan: Plan,
+    layer: Layer,
+    entrants: Sequence[Entrant],
+    record: Recorder,
+    ledger: Ledger,
+) -> list[Candidate]:
+    """A verdict for every tactic that was tried, and a candidate for each backend's best."""
+    found = []
+    for (backend, tactic, bucket), facts in record.take_facts().items():
+        entrant = next(e for e in entrants if e.name == backend)
+        judgement = decide(facts, plan.profile)
+        if entrant.reference_line:
+            reasons = ("a reference line, never chosen",)
+            judgement = replace(judgement, status="inconclusive", conditions=(), reasons=reasons)
+        conditions = tuple(asdict(c) for c in judgement.conditions)
+        ledger.add_verdict(
+            Verdict(
+                run=record.run,
+                fingerprint=record.fingerprint(backend),
+                backend=backend,
+                tactic=tactic,
+                bucket=bucket,
+                profile=plan.profile.name,
+                status=judgement.status,
+                conditions=conditions,
+                reasons=judgement.reasons,
+            )
+        )
+        m = MRange(bucket.m_lo, bucket.m_hi)
+        if tactic != entrant.winner.get(m, entrant.tactics[m][0]):
+            continue
+        timing = record.timings.get((backend, tactic, bucket))
+        found.append(
+            Candidate(
+                arch=plan.target.device.arch,
+                gpu=plan.target.name,
+                profile=plan.profile.name,
+                bucket=bucket,
+                backend=backend,
+                tactic=tactic,
+                layout=entrant.runner.hello["layout"],
+                verdict=judgement.status,
+                median_us=timing.median_us if timing else None,
+                lo_us=timing.lo_us if timing else None,
+                hi_us=timing.hi_us if timing else None,
+                launches=judgement.launches,
+                width=judgement.width,
+                conditions=conditions,
+                reasons=judgement.reasons,
+                fingerprint=record.fingerprint(backend),
+            )
+        )
+    return found
+
+
+def sm_of(arch: str) -> int | None:
+    """``sm90`` to 90; None for a CPU."""
+    return int(arch[2:]) if arch.startswith("sm") else None
+
+
+def _free_memory() -> int:
+    """Bytes a build may take without swapping, by the kernel's own estimate."""
+    try:
+        with open("/proc/meminfo") as info:
+            for line in info:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * _GIB

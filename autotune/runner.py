@@ -1,0 +1,114 @@
+"""One backend on one device over a whole probe: its worker, and what to do when that dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..probes.devices import Target
+from ..probes.problem import Problem
+from ..probes.supervisor import Worker, WorkerFailed
+
+Progress = Callable[[str, str], None]
+"""Called with a backend's name and what it is doing."""
+
+MOST_DEATHS = 8
+"""A backend whose worker died this often is not started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds of silence that count as a hang, by kind of work."""
+
+    run: float
+    build: float = 1800.0
+    start: float = 180.0
+
+
+@dataclass(slots=True, eq=False)
+class Runner:
+    """A backend's worker. `ask` raises WorkerFailed; a dead worker is replaced on the next ask."""
+
+    spec: str
+    """What ``--backend`` named: a registered name or ``FILE.py:NAME``."""
+    target: Target
+    patience: Patience
+    python: str | None
+    progress: Progress
+    hello: dict[str, Any] = field(default_factory=dict)
+    deaths: int = 0
+    _worker: Worker | None = None
+    _built: tuple[list[dict[str, Any]], int] | None = None
+    _layer: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.hello.get("name", self.spec))
+
+    def spawn(self) -> None:
+        """Start the worker's process; it loads nothing yet."""
+        if self.deaths >= MOST_DEATHS:
+            raise WorkerFailed("crash", f"its worker died {self.deaths} times", "starting")
+        self._worker = Worker(self.python, self.target.environment)
+
+    def greet(self) -> None:
+        """Have the worker load the backend; `hello` is what it says of itself."""
+        device = self.target.device
+        self.hello = self._ask(
+            "hello", self.patience.start, backend=self.spec, kind=device.kind, sm=device.sm
+        )
+
+    def start(self) -> None:
+        """Start the worker and bring it to where the last one was."""
+        self.spawn()
+        self.greet()
+        if self._built:
+            # Compiled code that lives in the process only is gone with it.
+            problems, workers = self._built
+            self._ask("build", self.patience.build, problems=problems, workers=workers)
+        if self._layer:
+            self._ask("open", self.patience.run, **self._layer)
+
+    def ask(self, do: str, silence: float | None = None, **arguments: Any) -> Any:
+        """Have the worker do something, starting or replacing it first where needed."""
+        if self._worker is None:
+            self.start()
+        return self._ask(do, silence or self.patience.run, **arguments)
+
+    def _ask(self, do: str, silence: float, **arguments: Any) -> Any:
+        assert self._worker is not None
+        try:
+            return self._worker.ask(
+                do, silence, lambda text: self.progress(self.name, text), **arguments
+            )
+        except WorkerFailed as failure:
+            if failure.fatal:
+                self.deaths += 1
+                self._worker = None
+            raise
+
+    def build(self, problems: Sequence[Problem], workers: int) -> float:
+        """Compile for `problems`; the seconds it took."""
+        wanted = [asdict(problem) for problem in problems]
+        result = self.ask("build", self.patience.build, problems=wanted, workers=workers)
+        self._built = (wanted, workers)
+        return float(result["seconds"])
+
+    def tactics(self, problems: Sequence[Problem]) -> list[list[str]]:
+        return self.ask("tactics", problems=[asdict(problem) for problem in problems])
+
+    def open(self, problem: Problem, seed: int, memory: int) -> None:
+        """Open a layer whose pools have `problem.m` rows; slots take `memory` bytes at a time."""
+        self._layer = {"problem": asdict(problem), "seed": seed, "memory": memory}
+        self.ask("open", **self._layer)
+
+    def close_layer(self) -> None:
+        self._layer = None
+        if self._worker is not None:
+            self.ask("close")
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None

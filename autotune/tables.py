@@ -1,0 +1,253 @@
+"""Tables a person understands, made from the same rows that are stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..cache.rows import BucketKey, Candidate, Choice, Finding
+from ..probes.devices import Target
+from . import standing
+from .doctor import Line
+from .probe import Report
+from .stats import failure_bound
+from .stored import findings
+
+_MARKS = {"safe": "", "unsafe": " [red]✗[/]", "inconclusive": " ?", "unsupported": " -"}
+_MOST_FINDINGS = 40
+
+
+def console() -> Console:
+    """Where tables go. Without a terminal lines are as long as they need to be."""
+    out = Console(highlight=False, soft_wrap=True)
+    return out if out.is_terminal else Console(highlight=False, width=200)
+
+
+def print_report(report: Report) -> None:
+    """All of a finished probe: choices by layer, backends, findings, what could not run."""
+    out = console()
+    out.print(f"\n[bold]{escape(report.target.name)}[/] ({report.target.device.arch})")
+    print_choices(out, report.choices, report.candidates)
+    print_backends(out, report.candidates, report.build_seconds)
+    print_findings(out, report.findings)
+    _print_reasons(out, "Did not load or build", report.broken)
+    _print_reasons(out, "Cannot run here", report.unsupported)
+    out.print(f"\nstored as generation {report.generation}; run {report.run}")
+
+
+def print_choices(
+    out: Console, choices: Sequence[Choice], candidates: Sequence[Candidate]
+) -> None:
+    """One table a layer: per m range the choice, and every candidate's microseconds."""
+    by_bucket: dict[BucketKey, dict[str, Candidate]] = {}
+    for candidate in candidates:
+        by_bucket.setdefault(candidate.bucket, {})[candidate.backend] = candidate
+    layers: dict[tuple[str, str, str, int, int], list[Choice]] = {}
+    for choice in choices:
+        b = choice.bucket
+        layers.setdefault((b.format, b.activation, b.out_dtype, b.n, b.k), []).append(choice)
+    for (format_, activation, dtype, n, k), rows in layers.items():
+        names = list(dict.fromkeys(c for row in rows for c in by_bucket[row.bucket]))
+        weights = "W4A16" if activation == "bf16" else "W4A4"
+        title = f"{format_} {weights} {dtype}  n={n} k={k}  (microseconds per launch)"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("m", justify="right")
+        table.add_column("choice")
+        table.add_column("launches", justify="right")
+        for name in names:
+            table.add_column(name, justify="right")
+        for row in rows:
+            group = by_bucket[row.bucket]
+            cells = [_cell(group.get(name), name == row.backend) for name in names]
+            table.add_row(_range(row.bucket), _chosen(row), str(row.launches), *cells)
+        out.print(table)
+    out.print(
+        "✗ unsafe   ? inconclusive   launches: the fewest checked in any regime the choice passed",
+        style="dim",
+    )
+
+
+def _range(bucket: BucketKey) -> str:
+    lo, hi = bucket.m_lo, bucket.m_hi
+    return str(hi) if lo == hi else f"{lo}-{hi}"
+
+
+def _chosen(choice: Choice) -> str:
+    if choice.status == "none":
+        return "[red]none safe[/]"
+    conditional = " (conditions)" if choice.conditions else ""
+    return f"[green]{escape(choice.backend)}[/]{conditional}"
+
+
+def _cell(candidate: Candidate | None, chosen: bool) -> str:
+    if candidate is None:
+        return ""
+    if candidate.median_us is None:
+        text = "·"
+    else:
+        text = f"{candidate.median_us:.1f}"
+    # A reference line is measured and never judged: its verdict is not a mark against it.
+    reference = any("reference line" in reason for reason in candidate.reasons)
+    mark = "" if reference else _MARKS[candidate.verdict]
+    return (f"[bold]{text}[/]" if chosen else text) + mark
+
+
+def print_backends(
+    out: Console, candidates: Sequence[Candidate], build_seconds: dict[str, float] | None = None
+) -> None:
+    """One row a backend: verdicts over all buckets, widths, launches, conditions."""
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.backend, []).append(candidate)
+    table = Table(title="Backends", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("backend", "buckets", "verdicts", "width", "conditions and reasons"):
+        table.add_column(heading)
+    table.add_column("build s", justify="right")
+    for name, group in groups.items():
+        verdicts = Counter(c.verdict for c in group)
+        widths = sorted({c.width for c in group if c.width is not None})
+        notes = Counter(
+            note for c in group for note in (*(x["text"] for x in c.conditions), *c.reasons)
+        )
+        seconds = (build_seconds or {}).get(name)
+        table.add_row(
+            escape(name),
+            str(len(group)),
+            ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()),
+            ", ".join(map(str, widths)),
+            escape("; ".join(f"{note} ({count})" for note, count in notes.most_common(6))),
+            "" if seconds is None else f"{seconds:.1f}",
+        )
+    out.print(table)
+    fewest = min((c.launches for c in candidates if c.verdict == "safe"), default=0)
+    if fewest:
+        out.print(
+            f"Every safe verdict: no failure in at least {fewest} launches per bucket and regime, "
+            f"a failure rate below {failure_bound(fewest):.1g} (95 %) under that regime alone.",
+            style="dim",
+        )
+
+
+def print_findings(out: Console, findings: Sequence[Finding]) -> None:
+    """Findings of one kind together: where, how many, and one in full."""
+    groups: dict[tuple[str, str, str, str], list[Finding]] = {}
+    for finding in findings:
+        key = (finding.backend, finding.kind, finding.regime, finding.data)
+        groups.setdefault(key, []).append(finding)
+    if not groups:
+        out.print("No findings.")
+        return
+    table = Table(title="Findings", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("backend", "kind", "regime", "data", "buckets", "first of them"):
+        table.add_column(heading)
+    for (backend, kind, regime, data), group in list(groups.items())[:_MOST_FINDINGS]:
+        buckets = len({f.bucket for f in group})
+        table.add_row(
+            escape(backend), kind, regime, data, str(buckets), escape(describe(group[0]))
+        )
+    out.print(table)
+    if len(groups) > _MOST_FINDINGS:
+        out.print(f"and {len(groups) - _MOST_FINDINGS} more kinds; see fp4tune show --findings")
+
+
+def describe(finding: Finding) -> str:
+    """One finding in a line: the problem, and the worst element or what was raised."""
+    p, d = finding.problem, finding.detail
+    text = f"m={p['m']} n={p['n']} k={p['k']}"
+    if "message" in d:
+        return f"{text}: {d['message']}"
+    if "worst" in d:
+        worst = d["worst"]
+        low, high = worst["expected"]
+        expected = f"{low}" if low == high else f"{low} to {high}"
+        where = f"[{worst['row']}, {worst['col']}]"
+        text += f": {where} is {worst['found']}, expected {expected}"
+    if d.get("tile_error") is not None:
+        text += f": relative tile error {float(d['tile_error']):.2g}"
+    if d.get("guard"):
+        text += f": {d['guard']} elements written outside the output"
+    return f"{text}; seed {finding.seed}"
+
+
+def _print_reasons(out: Console, title: str, reasons: dict[str, str]) -> None:
+    if not reasons:
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("backend")
+    table.add_column("reason")
+    for name, reason in reasons.items():
+        table.add_row(escape(name), escape(reason))
+    out.print(table)
+
+
+def print_stored(place: Path, every_finding: bool) -> None:
+    """Choices, verdicts, findings and environments of a state directory."""
+    out = console()
+    stored = standing.load(place)
+    found, runs = findings(place)
+    out.print(f"{escape(str(place))}: generation {stored.generation}")
+    scopes = standing.by_scope(stored.candidates)
+    for (arch, gpu, profile), candidates in scopes.items():
+        out.print(f"\n[bold]{escape(gpu)}[/] ({arch}), profile {profile}")
+        mine = [c for c in stored.choices if (c.arch, c.gpu, c.profile) == (arch, gpu, profile)]
+        print_choices(out, mine, candidates)
+        print_backends(out, candidates)
+    if every_finding:
+        for finding in found:
+            name = f"{finding.backend} {finding.tactic}"
+            where = f"{finding.kind}, {finding.regime}, {finding.data} data"
+            out.print(f"{escape(name)}: {where}: {escape(describe(finding))}")
+    else:
+        print_findings(out, found)
+    _print_reasons(out, "Cannot run here", stored.meta.get("unsupported", {}))
+    table = Table(title="Environments", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("backend", "fingerprint", "versions", "code digest"):
+        table.add_column(heading)
+    for environment in stored.environments:
+        facts = environment.facts
+        versions = ", ".join(f"{k} {v}" for k, v in facts["distributions"].items())
+        code = facts.get("code") or facts.get("code_how") or ""
+        table.add_row(
+            escape(environment.backend), environment.fingerprint[:12], versions, str(code)[:40]
+        )
+    out.print(table)
+    for run in runs[-5:]:
+        out.print(f"run {run.id}: {run.status}, level {run.level}, seed {run.seed}")
+
+
+def print_support(target: Target, rows: Iterable[dict]) -> None:
+    """What `support.rows` found."""
+    out = console()
+    title = f"Backends on {escape(target.name)} ({target.device.arch})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("backend", "status", "takes", "layout", "formats", "reason"):
+        table.add_column(heading)
+    for row in rows:
+        colour = {"supported": "green", "broken": "red"}.get(row["status"], "yellow")
+        takes = {"bf16": "W4A16", "fp4": "W4A4"}.get(row.get("activation", ""), "")
+        table.add_row(
+            escape(row["name"]),
+            f"[{colour}]{row['status']}[/]" + (" (reference)" if row.get("reference_line") else ""),
+            takes,
+            row.get("layout", ""),
+            " ".join(row.get("formats", ())),
+            escape(row.get("reason") or ""),
+        )
+    out.print(table)
+
+
+def print_doctor(lines: Iterable[Line]) -> None:
+    """One line each: what, what was found, what to do."""
+    out = console()
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    marks = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+    for line in lines:
+        do = f"→ {line.do}" if line.do else ""
+        table.add_row(marks[line.status], escape(line.what), escape(line.found), escape(do))
+    out.print(table)

@@ -1,0 +1,107 @@
+"""From evidence to a verdict. Pure: the same evidence and profile always give the same verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..probes.data import FAMILIES, Condition
+from .profiles import Profile
+
+SAFE, UNSAFE, INCONCLUSIVE, UNSUPPORTED = "safe", "unsafe", "inconclusive", "unsupported"
+EXACT = "exact"
+"""The data name of exact problems, in every regime."""
+
+
+class Fact(Protocol):
+    """What a verdict reads of one row of evidence."""
+
+    @property
+    def regime(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def launches(self) -> int: ...
+    @property
+    def width(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict with its grounds. `launches` is the fewest checked launches of any regime passed;
+    regimes are never summed, since each bounds failures under its own conditions only."""
+
+    status: str
+    conditions: tuple[Condition, ...] = ()
+    reasons: tuple[str, ...] = ()
+    width: int | None = None
+    launches: int = 0
+
+
+def decide(evidence: Iterable[Fact], profile: Profile) -> Judgement:
+    """Judge one (backend, tactic, bucket) by all evidence there is for it."""
+    facts = list(evidence)
+    conditions: list[Condition] = []
+    unsafe: list[str] = []
+    open_: list[str] = []
+    width = max((f.width for f in facts if f.width is not None), default=None)
+
+    for fact in facts:
+        if fact.data != EXACT and fact.status == "failed":
+            condition = FAMILIES[fact.data].condition if fact.data in FAMILIES else None
+            if condition is None:
+                unsafe.append(f"{fact.data} data: failed")
+            elif _bounded(facts, fact.data):
+                conditions.append(condition)
+            else:
+                unsafe.append(f"{fact.data} data: failed, and no run bounds the fault")
+    _missing_families(facts, open_)
+
+    for regime in _regimes(facts, profile):
+        mine = [f for f in facts if f.regime == regime and f.data == EXACT]
+        statuses = {f.status for f in mine}
+        required = regime in profile.required
+        if "failed" in statuses:
+            if not required and regime in profile.conditions:
+                conditions.append(profile.conditions[regime])
+            else:
+                unsafe.append(f"{regime}: failed")
+        elif required and statuses != {"passed"} and statuses != {"not applicable"}:
+            open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
+
+    passed = Counter[str]()
+    for fact in facts:
+        if fact.status == "passed" and fact.data == EXACT:
+            passed[fact.regime] += fact.launches
+    launches = min(passed.values(), default=0)
+    if unsafe:
+        return Judgement(UNSAFE, (), tuple(unsafe), width, launches)
+    if open_ or width is None:
+        return Judgement(INCONCLUSIVE, (), tuple(open_) or ("never graded",), width, launches)
+    return Judgement(SAFE, _unique(conditions), (), width, launches)
+
+
+def _regimes(facts: Sequence[Fact], profile: Profile) -> list[str]:
+    seen = [f.regime for f in facts if f.data == EXACT]
+    return list(dict.fromkeys([*profile.required, *seen]))
+
+
+def _bounded(facts: Sequence[Fact], family: str) -> bool:
+    """Whether data just inside the condition was run and passed: else its edge is a guess."""
+    edge = FAMILIES[family].bounded_by
+    return any(f.data == edge and f.status == "passed" for f in facts)
+
+
+def _missing_families(facts: Sequence[Fact], missing: list[str]) -> None:
+    """Inexact data that ran without a result leaves the verdict open."""
+    for fact in facts:
+        if fact.data != EXACT and fact.status not in ("passed", "failed", "not applicable"):
+            missing.append(f"{fact.data} data: {fact.status}")
+
+
+def _unique(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    return tuple(dict.fromkeys(conditions))

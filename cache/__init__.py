@@ -1,0 +1,1 @@
+"""Remembers: evidence in ledger.db, choices in choices.db, and how both are read."""

@@ -1,0 +1,89 @@
+"""Rows to columns and back: the bucket is flattened, structured fields are canonical JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from .rows import BucketKey
+
+BUCKET = tuple(f.name for f in dataclasses.fields(BucketKey))
+
+_JSON = {"facts", "detail", "problem", "condition", "device", "versions"}
+_JSON_TUPLE = {"conditions", "reasons", "argv"}
+_WIDE = {"seed"}
+"""Unsigned 64-bit numbers: SQLite's integers are signed, so these are stored as text."""
+
+T = TypeVar("T")
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling per value: sorted keys, no spaces, ASCII, no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@functools.cache
+def names(kind: type) -> tuple[str, ...]:
+    """The columns a row of this dataclass has, in the order of its fields."""
+    found: list[str] = []
+    for field in dataclasses.fields(kind):
+        if field.name == "stamps":
+            continue  # a table of their own
+        found.extend(BUCKET if field.name == "bucket" else (field.name,))
+    return tuple(found)
+
+
+def columns(row: Any) -> dict[str, Any]:
+    """Column -> value for SQLite. Raises ValueError for what JSON or a REAL cannot hold."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if field.name == "stamps":
+            continue
+        if field.name == "bucket":
+            out.update((name, getattr(value, name)) for name in BUCKET)
+        else:
+            out[field.name] = encode(field.name, value)
+    return out
+
+
+def encode(name: str, value: Any) -> Any:
+    """One column's value as SQLite takes it."""
+    if value is None:
+        return None
+    if name in _JSON:
+        return canonical(value)
+    if name in _JSON_TUPLE:
+        return canonical(list(value))
+    if name in _WIDE:
+        return str(value)
+    if isinstance(value, float) and not (value - value == 0):
+        raise ValueError(f"{name} is {value}, which is not a finite number")
+    return value
+
+
+def decode(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass row that `columns` flattened."""
+    known: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name = field.name
+        if name == "bucket":
+            known[name] = BucketKey(**{column: values[column] for column in BUCKET})
+        elif name in values:
+            known[name] = _decoded(name, values[name])
+    return kind(**known)
+
+
+def _decoded(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name in _JSON:
+        return json.loads(value)
+    if name in _JSON_TUPLE:
+        return tuple(json.loads(value))
+    if name in _WIDE:
+        return int(value)
+    return value

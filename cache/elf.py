@@ -1,0 +1,91 @@
+"""Enough of ELF to find sections: host libraries and CUDA's cubins are both ELF files.
+
+Layouts from the "Tool Interface Standard ELF specification" (64-bit, little-endian).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+EM_CUDA = 190
+MAGIC = b"\x7fELF"
+_NOBITS = 8
+
+
+class BadElf(ValueError):
+    """Not a 64-bit little-endian ELF file, or one that is cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    name: str
+    offset: int
+    size: int
+    """In bytes of the file; 0 for a section that takes no room in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elf:
+    machine: int
+    flags: int
+    sections: tuple[Section, ...]
+
+    def named(self, prefix: str) -> Iterator[Section]:
+        return (s for s in self.sections if s.name.startswith(prefix))
+
+
+def parse(data: bytes | memoryview) -> Elf:
+    """The sections of an ELF file.
+
+    Raises BadElf; also for a file whose sections reach past its end, which disassemblers report
+    as a clean host library.
+    """
+    if len(data) < 64 or bytes(data[:4]) != MAGIC:
+        raise BadElf("not an ELF file")
+    if data[4] != 2 or data[5] != 1:
+        raise BadElf("not a 64-bit little-endian ELF file")
+    machine = struct.unpack_from("<H", data, 18)[0]
+    programs, table = struct.unpack_from("<QQ", data, 32)
+    (flags,) = struct.unpack_from("<I", data, 48)
+    segment, segments, size, count, names = struct.unpack_from("<HHHHH", data, 54)
+    # A cubin's program headers come last: what is missing at the end shows there.
+    if programs + segment * segments > len(data):
+        raise BadElf("the file is cut off inside its program headers")
+    if table == 0:
+        return Elf(machine, flags, ())
+    if size < 64 or table + size > len(data):
+        raise BadElf("the file is cut off before its section table")
+    first = _header(data, table)
+    # Counts past 16 bits are kept in the first section's header.
+    count = count or first[3]
+    names = first[4] if names == 0xFFFF else names
+    if table + size * count > len(data) or names >= max(count, 1):
+        raise BadElf("the file is cut off inside its section table")
+    raw = [_header(data, table + i * size) for i in range(count)]
+    if any(kind != _NOBITS and at + length > len(data) for _, kind, at, length, _ in raw):
+        raise BadElf("the file is cut off: a section reaches past its end")
+    if not raw:
+        return Elf(machine, flags, ())
+    _, _, at, length, _ = raw[names]
+    strings = bytes(data[at : at + length])
+    return Elf(
+        machine,
+        flags,
+        tuple(
+            Section(_string(strings, name), at, 0 if kind == _NOBITS else length)
+            for name, kind, at, length, _ in raw
+        ),
+    )
+
+
+def _header(data: bytes | memoryview, at: int) -> tuple[int, int, int, int, int]:
+    """(name, type, offset, size, link) of the section header at `at`."""
+    name, kind = struct.unpack_from("<II", data, at)
+    offset, size, link = struct.unpack_from("<QQI", data, at + 24)
+    return name, kind, offset, size, link
+
+
+def _string(strings: bytes, at: int) -> str:
+    return strings[at : strings.find(b"\0", at)].decode(errors="replace")

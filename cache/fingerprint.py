@@ -1,0 +1,139 @@
+"""What evidence of one backend holds for, as one SHA-256: its environment's fingerprint.
+
+It holds only what this backend depends on: another provider's upgrade leaves it alone. A GPU's
+UUID and the files' paths and times are not part of it, so that equal nodes share evidence; the
+files' stamps go beside it, for readers to see a local change by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from . import state
+from .codec import canonical
+from .codedigest import CodeDigest
+from .hardware import IDENTITY, hardware
+from .rows import Environment, Stamp
+
+__all__ = ["environment", "hardware", "stamp", "variables"]
+
+COMMON = (
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_MODULE_LOADING",
+    "CUDA_FORCE_PTX_JIT",
+    "CUDA_DISABLE_PTX_JIT",
+    "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
+"""Variables that change what every backend does."""
+
+PREFIXES = {
+    "FLASHINFER_": ("flashinfer",),
+    "TORCHINDUCTOR_": ("torch", "triton"),
+    "TRITON_": ("triton",),
+    "HUMMING_": ("humming",),
+    "CUDNN_": ("cudnn",),
+    "TORCH_BLAS_": ("torch",),
+    "SGLANG_": ("sglang",),
+    "VLLM_": ("vllm",),
+}
+"""Prefix -> which distributions' behaviour such variables change (a part of their names)."""
+
+_ONLY_A_PLACE = re.compile(r"_(DIR|DIRS|PATH|HOME|BASE|ROOT|FILE|DIRECTORY)$|CACHE|LOG|VERBOSE")
+"""Where something is kept, or how much is said: no change of behaviour; the code digest sees what
+came from there."""
+
+
+def variables(
+    environ: Mapping[str, str], distributions: Iterable[str] | None = None
+) -> dict[str, str]:
+    """Of `environ`, what changes behaviour; with `distributions`, only what concerns those."""
+    names = None if distributions is None else [d.lower() for d in distributions]
+
+    def concerns(variable: str) -> bool:
+        if variable in COMMON:
+            return True
+        if _ONLY_A_PLACE.search(variable):
+            return False
+        for prefix, owners in PREFIXES.items():
+            if variable.startswith(prefix):
+                return names is None or any(o in name for o in owners for name in names)
+        return False
+
+    return {name: environ[name] for name in sorted(environ) if concerns(name)}
+
+
+def stamp(path: str | os.PathLike[str]) -> Stamp:
+    """The file's local change stamp. Raises FileNotFoundError."""
+    plain = os.path.abspath(path)
+    found = state.file_stamp(plain)
+    if found is None:
+        raise FileNotFoundError(2, "no such file", plain)
+    return Stamp(plain, *found)
+
+
+def environment(
+    device_info: Mapping[str, Any],
+    backend: str,
+    distributions: Mapping[str, str],
+    files: Iterable[str | os.PathLike[str]] = (),
+    variables: Mapping[str, str] | None = None,
+    code: CodeDigest | str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    arch: str | None = None,
+) -> Environment:
+    """The environment that evidence of `backend` holds for.
+
+    device_info    `hardware`'s facts and what else torch knows (SM count, compute capability)
+    distributions  name -> version, of those this backend depends on only
+    files          its compiled files: their stamps are kept, their paths are not in the print
+    variables      the process's; filtered here to those that concern `distributions`
+    code           `codedigest.combined` of `files`. Where it is unknown, the bytes of `files`
+                   stand in: evidence then goes stale too soon rather than too late
+    extra          anything else it depends on, as JSON holds it
+    arch           ``sm90`` or ``cpu``; without it, `device_info`'s ``arch``, or its ``kind``
+
+    Raises FileNotFoundError for a file that is not there, ValueError for what JSON cannot hold.
+    """
+    from_env = _concerning(variables or {}, distributions)
+    paths = sorted({os.path.abspath(f) for f in files})
+    value = code.value if isinstance(code, CodeDigest) else code
+    where = arch or str(device_info.get("arch") or device_info["kind"])
+    facts: dict[str, Any] = {
+        "backend": backend,
+        "arch": where,
+        "device": {k: v for k, v in device_info.items() if k not in IDENTITY},
+        "distributions": dict(distributions),
+        "variables": from_env,
+        "code": value,
+        "extra": dict(extra or {}),
+    }
+    if value is None:
+        facts["files"] = sorted(_content(path) for path in paths)
+    print_ = hashlib.sha256(canonical(facts).encode()).hexdigest()
+    if isinstance(code, CodeDigest):
+        facts["code_kernels"], facts["code_how"] = code.kernels, code.how
+    return Environment(print_, backend, where, facts, tuple(stamp(path) for path in paths))
+
+
+_concerning = variables
+
+
+def _content(path: str) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()

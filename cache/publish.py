@@ -1,0 +1,265 @@
+"""choices.db, published: built aside, made durable, and renamed into place in one step.
+
+A reader sees the old file or the new one, never a part of either. Generations only go up: a
+rollback publishes the old content under a new number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import secrets
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .. import __version__
+from . import codec, snapshot, state
+from .errors import Corrupt, Missing, StateError, translate
+from .ledger import Ledger
+from .rows import Candidate, Choice, Environment, Layer
+
+KEEP = 32
+"""How many generations keep their content in the ledger, to roll back to."""
+RESERVED = ("generation", "digest", "schema", "published", "fp4tune")
+
+
+def publish(
+    state_dir: str | os.PathLike[str] | None,
+    choices: Sequence[Choice],
+    candidates: Sequence[Candidate],
+    environments: Iterable[Environment],
+    meta: Mapping[str, Any] | None = None,
+    layers: Sequence[Layer] = (),
+    *,
+    keep_others: bool = False,
+    ledger: Ledger | None = None,
+) -> int:
+    """Publish these rows as the next generation of choices.db; returns its number.
+
+    The file then holds these rows and no others; with `keep_others` also the current file's for
+    every (GPU model, profile, layer) that has no row here. `meta` is anything JSON holds; the keys
+    in RESERVED are the publication's own. `ledger` is that of `state_dir`, where it is open
+    already.
+
+    Raises a StateError with the published file untouched and nothing left beside it (Full,
+    ReadOnly, Busy when another process publishes for a minute, NewerSchema or Foreign for a
+    choices.db that is not ours to replace), and ValueError for rows that contradict each other.
+    """
+    environments = list(environments)
+    taken = [key for key in RESERVED if key in (meta or {})]
+    if taken:
+        raise ValueError(f"meta key {taken[0]!r} is the publication's own")
+    _check(choices, candidates, environments)
+    tables: dict[str, list[dict[str, Any]]] = {
+        "meta": [
+            {"key": key, "value": codec.canonical(value)} for key, value in (meta or {}).items()
+        ],
+        "environment": [_without(codec.columns(e), "first_seen") for e in environments],
+        "stamp": [
+            {"fingerprint": e.fingerprint, **codec.columns(s)}
+            for e in environments
+            for s in e.stamps
+        ],
+        "choice": [codec.columns(c) for c in choices],
+        "candidate": [codec.columns(c) for c in candidates],
+        "layer": [codec.columns(layer) for layer in layers],
+    }
+    with contextlib.ExitStack() as stack:
+        book = ledger or stack.enter_context(Ledger.open(state_dir))
+        return _publish(book, tables, "publish", keep_others)
+
+
+def rollback(state_dir: str | os.PathLike[str] | None, to: int | None = None) -> int:
+    """Publish generation `to` again under a new, higher number, and return that.
+
+    Without `to`: the last one published before the current one. Raises Missing when the ledger
+    does not hold its content.
+    """
+    with Ledger.open(state_dir) as ledger:
+        if to is None:
+            done = [g.number for g in ledger.generations() if g.status == "published"]
+            if len(done) < 2:
+                raise Missing(ledger.path, "there is no earlier generation to roll back to")
+            to = done[-2]
+        content = ledger.generation_content(to)
+        if content is None:
+            raise Missing(ledger.path, f"the content of generation {to} is not kept")
+        return _publish(ledger, json.loads(zlib.decompress(content)), f"rollback to {to}")
+
+
+def _publish(
+    ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: str, keep: bool = False
+) -> int:
+    place = os.path.dirname(ledger.path)
+    target = os.path.join(place, state.CHOICES)
+    lock = state.exclusive(os.path.join(place, "publish.lock"), "the publication", wait=60)
+    with lock:
+        _sweep(place)
+        current = _settle(ledger, target)
+        if keep and current:
+            tables = _with_others(tables, _encoded(current.tables))
+        number = ledger.reserve_generation(current.generation if current else 0, origin)
+        temporary = os.path.join(place, f".{state.CHOICES}.{secrets.token_hex(8)}")
+        try:
+            ledger.sync()  # the evidence is on the disk before the choice that rests on it
+            digest = _build(temporary, tables, number)
+            content = zlib.compress(json.dumps(tables).encode())
+            ledger.set_generation(number, digest=digest, content=content)
+            _replace(temporary, target)
+        except BaseException as error:
+            with contextlib.suppress(StateError):
+                ledger.set_generation(number, status="abandoned", content=None)
+            if isinstance(error, (sqlite3.Error, OSError)):
+                raise translate(error, target) from error
+            raise
+        finally:
+            _sweep(place)
+        # Published; should these fail, the next publication finds out from the file itself.
+        with contextlib.suppress(StateError):
+            ledger.set_generation(number, status="published")
+            for old in ledger.generations()[:-KEEP]:
+                ledger.set_generation(old.number, content=None)
+    return number
+
+
+def _settle(ledger: Ledger, target: str) -> snapshot.Snapshot | None:
+    """What is published now, None without it; and note what became of publishers that died.
+
+    A damaged file counts as none, since publishing is what mends it; another program's file, or a
+    newer fp4tune's, is not replaced.
+    """
+    try:
+        there = snapshot.load(target)
+    except (Missing, Corrupt):
+        there = None
+    for row in ledger.generations():
+        if row.status == "writing":
+            arrived = there is not None and there.digest == row.digest
+            ledger.set_generation(row.number, status="published" if arrived else "abandoned")
+    return there
+
+
+def _with_others(
+    new: dict[str, list[dict[str, Any]]], old: dict[str, list[dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """`new` and, of `old`, what is about layers that `new` says nothing of."""
+    touched = {_layer(row) for t in ("choice", "candidate") for row in new[t]}
+    merged = dict(new)
+    for table in ("choice", "candidate", "layer"):
+        merged[table] = new[table] + [row for row in old[table] if _layer(row) not in touched]
+    needed = {row["fingerprint"] for t in ("choice", "candidate") for row in merged[t]}
+    needed -= {row["fingerprint"] for row in new["environment"]}
+    for table in ("environment", "stamp"):
+        merged[table] = new[table] + [row for row in old[table] if row["fingerprint"] in needed]
+    return merged
+
+
+def _encoded(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        table: [{name: codec.encode(name, value) for name, value in row.items()} for row in rows]
+        for table, rows in tables.items()
+        if table != "meta"
+    }
+
+
+def _layer(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[column] for column in snapshot.LAYER)
+
+
+def _build(path: str, tables: dict[str, list[dict[str, Any]]], generation: int) -> str:
+    """Write a whole, verified, durable snapshot file at `path`; returns its digest."""
+    conn = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        for statement in snapshot.SCHEMA:
+            conn.execute(statement)
+        conn.execute(f"PRAGMA application_id = {snapshot.APPLICATION_ID}")
+        conn.execute(f"PRAGMA user_version = {snapshot.VERSION}")
+        own = {
+            "generation": generation,
+            "schema": snapshot.VERSION,
+            "published": time.time(),
+            "fp4tune": __version__,
+        }
+        for table, rows in tables.items():
+            for row in rows:
+                _insert(conn, table, row)
+        for key, value in own.items():
+            _insert(conn, "meta", {"key": key, "value": codec.canonical(value)})
+        # Of what SQLite stored and not of what it was given: a column may turn 5 into 5.0.
+        digest = snapshot.digest(snapshot.read_tables(conn))
+        _insert(conn, "meta", {"key": "digest", "value": codec.canonical(digest)})
+        # Unlike a copy or backup(), VACUUM INTO leaves no WAL mark in the header.
+        conn.execute("VACUUM INTO ?", (path,))
+    finally:
+        conn.close()
+    if snapshot.load(path).digest != digest:
+        raise Corrupt(path, "what was written is not what is read back")
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o444)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return digest
+
+
+def _insert(conn: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> None:
+    marks = ", ".join("?" * len(row))
+    try:
+        conn.execute(
+            f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", tuple(row.values())
+        )
+    except sqlite3.IntegrityError as error:
+        raise ValueError(f"two rows of {table} say different things of one bucket") from error
+
+
+def _replace(temporary: str, target: str) -> None:
+    os.rename(temporary, target)
+    fd = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)  # the rename itself, too, survives a power cut
+    finally:
+        os.close(fd)
+
+
+def _sweep(place: str) -> None:
+    """Remove unfinished files, ours or a killed publisher's; only under the publication's lock."""
+    pattern = os.path.join(glob.escape(place), f".{state.CHOICES}.*")
+    for path in glob.glob(pattern):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _check(
+    choices: Sequence[Choice], candidates: Sequence[Candidate], environments: list[Environment]
+) -> None:
+    known = {e.fingerprint for e in environments}
+    judged = {(_scope(c), c.bucket, c.backend, c.tactic): c for c in candidates}
+    highest: dict[Any, Choice] = {}
+    for choice in sorted(choices, key=lambda c: c.bucket.m_lo):
+        bucket = choice.bucket
+        shape = (_scope(choice), *(getattr(bucket, f) for f in codec.BUCKET if f[:2] != "m_"))
+        before = highest.get(shape)
+        if before and bucket.m_lo <= before.bucket.m_hi:
+            raise ValueError(f"two choices for m={bucket.m_lo}, n={bucket.n}, k={bucket.k}")
+        highest[shape] = choice
+        if choice.status != "safe":
+            continue
+        if choice.fingerprint not in known:
+            raise ValueError(f"{choice.backend} is called safe without a known environment")
+        candidate = judged.get((_scope(choice), bucket, choice.backend, choice.tactic))
+        if candidate is None or candidate.verdict != "safe":
+            raise ValueError(f"{choice.backend} {choice.tactic} is chosen as safe, not judged safe")
+
+
+def _scope(row: Choice | Candidate) -> tuple[str, str, str]:
+    return row.arch, row.gpu, row.profile
+
+
+def _without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != name}

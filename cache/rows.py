@@ -1,0 +1,270 @@
+"""The rows of the store as plain values. Standard library only.
+
+Statuses are checked here, so that no row can say something the design has no word for.
+Times `at`, `started` and the like are seconds since 1970 (UTC); the ledger fills them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Json = Any
+"""Whatever `json` writes and reads back equal: str, int, finite float, bool, None, list, dict."""
+
+EVIDENCE = ("passed", "failed", "not exercised", "not applicable", "skipped")
+VERDICTS = ("safe", "unsafe", "unsupported", "inconclusive")
+CHOICES = ("safe", "floor", "none")
+RUNS = ("running", "finished", "failed", "interrupted")
+
+
+def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} {value!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, slots=True)
+class BucketKey:
+    """A class of problems that share one choice; m_lo <= m <= m_hi, both included."""
+
+    format: str
+    activation: str
+    out_dtype: str
+    groups: int
+    m_lo: int
+    m_hi: int
+    n: int
+    k: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.m_lo <= self.m_hi:
+            raise ValueError(f"m from {self.m_lo} to {self.m_hi} is not a range of m >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A file as the local file system knows it: changes when the file is replaced."""
+
+    path: str
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What evidence of one backend holds for; made by `fingerprint.environment`."""
+
+    fingerprint: str
+    backend: str
+    arch: str
+    facts: Mapping[str, Json]
+    stamps: tuple[Stamp, ...] = ()
+    first_seen: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One probe from start to end; `interrupted` when its process died without finishing it."""
+
+    id: str
+    started: float
+    finished: float | None
+    status: str
+    seed: int
+    level: str
+    profile: str
+    device: Mapping[str, Json]
+    argv: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        _one_of(self.status, RUNS, "run status")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one regime showed of one (backend, tactic, bucket)."""
+
+    run: str
+    fingerprint: str
+    backend: str
+    tactic: str
+    bucket: BucketKey
+    regime: str
+    data: str
+    status: str
+    launches: int = 0
+    width: int | None = None
+    seconds: float = 0.0
+    detail: Mapping[str, Json] = field(default_factory=dict)
+    at: float | None = None
+    id: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.status, EVIDENCE, "evidence status")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A check that failed, with what is needed to see it again.
+
+    `problem` is the problem's fields (its m, n and k may lie off the bucket's); `condition` is
+    what the engine or the weights must keep to for the finding not to apply, or None.
+    """
+
+    run: str
+    fingerprint: str
+    backend: str
+    tactic: str
+    bucket: BucketKey
+    problem: Mapping[str, Json]
+    kind: str
+    regime: str
+    data: str
+    seed: int
+    launch: int | None = None
+    condition: Json = None
+    detail: Mapping[str, Json] = field(default_factory=dict)
+    at: float | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Time per call in microseconds: the median and an interval around it, and the host's part."""
+
+    run: str
+    fingerprint: str
+    backend: str
+    tactic: str
+    bucket: BucketKey
+    median_us: float
+    lo_us: float
+    hi_us: float
+    samples: int
+    host_us: float | None = None
+    detail: Mapping[str, Json] = field(default_factory=dict)
+    at: float | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was decided of one (backend, tactic, bucket) under a profile, and why."""
+
+    run: str
+    fingerprint: str
+    backend: str
+    tactic: str
+    bucket: BucketKey
+    profile: str
+    status: str
+    conditions: tuple[Json, ...] = ()
+    reasons: tuple[str, ...] = ()
+    at: float | None = None
+    id: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.status, VERDICTS, "verdict")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What compiling one backend took, in seconds."""
+
+    run: str
+    backend: str
+    seconds: float
+    detail: Mapping[str, Json] = field(default_factory=dict)
+    at: float | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend for one bucket on one GPU model under one profile.
+
+    `status`: ``safe`` was proven; ``floor``: nothing faster was, so the floor; ``none``: not even
+    the floor can be used. `default_backend` is what the engine would take by itself; its verdict
+    and times are its `Candidate` row.
+    """
+
+    arch: str
+    gpu: str
+    profile: str
+    bucket: BucketKey
+    backend: str
+    tactic: str
+    layout: str
+    status: str
+    conditions: tuple[Json, ...] = ()
+    median_us: float | None = None
+    launches: int = 0
+    fingerprint: str | None = None
+    default_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.status, CHOICES, "choice status")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One that competed for a bucket. `rank` orders those that may be chosen, 0 first; None: never.
+
+    Inside one layout the reader takes the lowest rank, so an engine that fixed a layout when its
+    weights loaded gets that layout's best.
+    """
+
+    arch: str
+    gpu: str
+    profile: str
+    bucket: BucketKey
+    backend: str
+    tactic: str
+    layout: str
+    verdict: str
+    rank: int | None = None
+    median_us: float | None = None
+    lo_us: float | None = None
+    hi_us: float | None = None
+    launches: int = 0
+    width: int | None = None
+    conditions: tuple[Json, ...] = ()
+    reasons: tuple[str, ...] = ()
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.verdict, VERDICTS, "verdict")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weight layout for one (n, k), chosen once for all m: what weights are prepared as.
+
+    `expected_us` is the time per call over the profile's distribution of m.
+    """
+
+    arch: str
+    gpu: str
+    profile: str
+    format: str
+    activation: str
+    out_dtype: str
+    groups: int
+    n: int
+    k: int
+    layout: str
+    expected_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One publication of choices.db. `status`: ``writing``, ``published`` or ``abandoned``."""
+
+    number: int
+    at: float
+    status: str
+    origin: str
+    digest: str | None

@@ -1,0 +1,108 @@
+"""The ledger's tables, as sqlite-utils migrations. Add a function; never change an old one."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import TYPE_CHECKING
+
+from .errors import Unusable
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+APPLICATION_ID = 0x4650344C
+"""``FP4L``: how file(1) and we know a ledger from another program's database."""
+
+BUCKET = """
+    format TEXT NOT NULL, activation TEXT NOT NULL, out_dtype TEXT NOT NULL,
+    groups INTEGER NOT NULL, m_lo INTEGER NOT NULL, m_hi INTEGER NOT NULL,
+    n INTEGER NOT NULL, k INTEGER NOT NULL"""
+
+WHAT = (
+    """
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    run TEXT NOT NULL REFERENCES run(id),
+    fingerprint TEXT NOT NULL REFERENCES environment(fingerprint),
+    backend TEXT NOT NULL, tactic TEXT NOT NULL,"""
+    + BUCKET
+)
+
+FIRST = (
+    """CREATE TABLE environment (
+        fingerprint TEXT PRIMARY KEY, backend TEXT NOT NULL, arch TEXT NOT NULL,
+        facts TEXT NOT NULL, first_seen REAL NOT NULL)""",
+    """CREATE TABLE stamp (
+        fingerprint TEXT NOT NULL REFERENCES environment(fingerprint), path TEXT NOT NULL,
+        inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+        PRIMARY KEY (fingerprint, path))""",
+    """CREATE TABLE run (
+        id TEXT PRIMARY KEY, started REAL NOT NULL, finished REAL, status TEXT NOT NULL
+        CHECK (status IN ('running', 'finished', 'failed', 'interrupted')),
+        seed TEXT NOT NULL, level TEXT NOT NULL, profile TEXT NOT NULL,
+        device TEXT NOT NULL, argv TEXT NOT NULL, versions TEXT NOT NULL)""",
+    f"""CREATE TABLE evidence ({WHAT},
+        regime TEXT NOT NULL, data TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN
+        ('passed', 'failed', 'not exercised', 'not applicable', 'skipped')),
+        launches INTEGER NOT NULL, width INTEGER, seconds REAL NOT NULL,
+        detail TEXT NOT NULL, at REAL NOT NULL)""",
+    f"""CREATE TABLE finding ({WHAT},
+        problem TEXT NOT NULL, kind TEXT NOT NULL, regime TEXT NOT NULL, data TEXT NOT NULL,
+        seed TEXT NOT NULL, launch INTEGER, condition TEXT, detail TEXT NOT NULL,
+        at REAL NOT NULL)""",
+    f"""CREATE TABLE timing ({WHAT},
+        median_us REAL NOT NULL, lo_us REAL NOT NULL, hi_us REAL NOT NULL,
+        samples INTEGER NOT NULL, host_us REAL, detail TEXT NOT NULL, at REAL NOT NULL)""",
+    f"""CREATE TABLE verdict ({WHAT},
+        profile TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN
+        ('safe', 'unsafe', 'unsupported', 'inconclusive')),
+        conditions TEXT NOT NULL, reasons TEXT NOT NULL, at REAL NOT NULL)""",
+    """CREATE TABLE build (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL REFERENCES run(id),
+        backend TEXT NOT NULL, seconds REAL NOT NULL, detail TEXT NOT NULL, at REAL NOT NULL)""",
+    """CREATE TABLE generation (
+        number INTEGER PRIMARY KEY, at REAL NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('writing', 'published', 'abandoned')),
+        origin TEXT NOT NULL, digest TEXT, content BLOB)""",
+    *(
+        f"CREATE INDEX {table}_by_{column} ON {table} ({column})"
+        for table in ("evidence", "finding", "timing", "verdict")
+        for column in ("run", "fingerprint")
+    ),
+)
+
+
+def _first(db: Database) -> None:
+    for statement in FIRST:
+        db.conn.execute(statement)
+
+
+MIGRATIONS = (_first,)
+
+VERSION = len(MIGRATIONS)
+"""Kept in the file as its user_version."""
+
+
+def upgrade(conn: sqlite3.Connection, path: object) -> None:
+    """Bring the ledger open on `conn` to VERSION, in one transaction: all of it or nothing.
+
+    Waits for another process that is doing the same. Raises Unusable where sqlite-utils is older
+    than 4 and has no migrations.
+    """
+    try:
+        from sqlite_utils import Database, Migrations
+    except ImportError as error:
+        raise Unusable(path, "writing the ledger needs sqlite-utils 4.2 or newer") from error
+    migrations = Migrations("fp4tune-ledger")
+    for step in MIGRATIONS:
+        migrations(name=step.__name__.strip("_"))(step)
+    conn.execute("BEGIN IMMEDIATE")
+    try:
+        conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        # Inside our transaction sqlite-utils nests each migration as a savepoint.
+        migrations.apply(Database(conn, execute_plugins=False))
+        conn.execute(f"PRAGMA user_version = {VERSION}")
+        conn.execute("COMMIT")
+    except BaseException:
+        if conn.in_transaction:
+            conn.execute("ROLLBACK")
+        raise

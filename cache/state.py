@@ -1,0 +1,164 @@
+"""Where the state directory is, what its files are called, and locks between processes.
+
+Writers and readers look differently: a writer needs a place it can write, a reader takes the first
+place that *holds* a published choice, so that an engine without rights still finds the node's.
+Standard library only, and `pathlib` only when called: the engine's reader imports this.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from types import TracebackType
+
+from .errors import Busy, translate
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LEDGER = "ledger.db"
+CHOICES = "choices.db"
+VARIABLE = "FP4TUNE_STATE"
+SYSTEM = "/var/lib/fp4tune"
+
+
+def directory(explicit: str | os.PathLike[str] | None = None) -> Path:
+    """Where to write: `explicit`, else FP4TUNE_STATE, else /var/lib/fp4tune where writable, else
+    ``$XDG_STATE_HOME/fp4tune`` (``~/.local/state/fp4tune``). The directory may not exist yet."""
+    from pathlib import Path
+
+    named = explicit or os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    return Path(SYSTEM if _writable(SYSTEM) else _home())
+
+
+def holding() -> list[Path]:
+    """Every place a reader looks that holds a choices.db, in the order a reader tries them.
+
+    More than one is worth a warning: the writer may be publishing where no reader looks.
+    """
+    from pathlib import Path
+
+    return [Path(place) for place in holding_places()]
+
+
+def holding_places() -> list[str]:
+    """`holding`, as strings and without importing pathlib."""
+    places = [os.environ.get(VARIABLE), SYSTEM, _home()]
+    unique = dict.fromkeys(os.path.abspath(p) for p in places if p)
+    return [p for p in unique if os.path.isfile(os.path.join(p, CHOICES))]
+
+
+def probe_lock(state_dir: str | os.PathLike[str], device: str) -> str:
+    """The lock file that one probe of `device` (a GPU's UUID, or ``cpu``) holds at a time."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in device)
+    return os.path.join(os.fspath(state_dir), f"probe-{safe}.lock")
+
+
+class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
+    """Hold `path` alone among all processes, or raise `Busy` naming who holds it.
+
+    An advisory `flock`: it goes with its process, however that dies. The file stays, because
+    removing a lock file lets two processes hold two files of one name. `wait` is in seconds.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], what: str = "this lock", wait: float = 0.0
+    ) -> None:
+        self.path = os.fspath(path)
+        self.what = what
+        self.wait = wait
+        self._fd: int | None = None
+
+    def acquire(self) -> exclusive:
+        deadline = time.monotonic() + self.wait
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise translate(error, self.path) from error
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                pid = _holder(fd)
+                os.close(fd)
+                who = f"process {pid}" if pid else "another process"
+                raise Busy(self.path, f"{who} holds {self.what}", pid) from None
+            except OSError as error:
+                os.close(fd)
+                raise translate(error, self.path) from error
+        self._fd = fd
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError:
+            pass  # the name in the file is a courtesy; on a full disk the lock holds without it
+        return self
+
+    def release(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> exclusive:
+        return self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def held(path: str | os.PathLike[str]) -> bool:
+    """Whether a living process holds the lock at `path`. Needs no right to write."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def file_stamp(path: str) -> tuple[int, int, int] | None:
+    """(inode, size, mtime in ns) of a file, None if it is not there.
+
+    The inode is kept to 63 bits, what an SQLite integer holds.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_ino & (1 << 63) - 1, found.st_size, found.st_mtime_ns
+
+
+def _holder(fd: int) -> int | None:
+    text = os.pread(fd, 32, 0).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _home() -> str:
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(base, "fp4tune")
+
+
+def _writable(path: str) -> bool:
+    """Whether a file can be made in `path`, or `path` in its parent."""
+    place = path if os.path.isdir(path) else os.path.dirname(path)
+    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)

@@ -1,0 +1,1 @@
+"""Runs backends and returns evidence. Knows nothing of SQLite."""

@@ -1,0 +1,71 @@
+"""The fused check as one Triton kernel: read every output once, judge it, poison it again."""
+
+# Triton reads annotations of kernels, so no postponed evaluation here.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sweep(
+    slots,  # int64 (slots, 5): address of out, lo, hi; m; n
+    tiles,  # int32 (tiles, 3): slot, row of tile, column of tile
+    counts,  # int64 (slots, 5): wrong, unwritten, not finite, bad launches, last bad launch
+    witness,  # int64 (slots,): smallest (flat index << 16 | bits) of a wrong element
+    bitmap,  # int32 (tiles,): wrong elements in that tile so far
+    launch,  # int64 (1,): how many sweeps came before
+    poison,  # the 16-bit pattern to leave behind, as a signed integer
+    IS_BF16: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    slot = tl.load(tiles + program * 3).to(tl.int64)
+    tile_row = tl.load(tiles + program * 3 + 1).to(tl.int64)
+    tile_col = tl.load(tiles + program * 3 + 2).to(tl.int64)
+    out = tl.load(slots + slot * 5).to(tl.pointer_type(tl.int16))
+    lo = tl.load(slots + slot * 5 + 1).to(tl.pointer_type(tl.int16))
+    hi = tl.load(slots + slot * 5 + 2).to(tl.pointer_type(tl.int16))
+    m = tl.load(slots + slot * 5 + 3)
+    n = tl.load(slots + slot * 5 + 4)
+    cols = tile_col * TILE + tl.arange(0, TILE).to(tl.int64)
+    wrong_total = 0
+    unwritten_total = 0
+    not_finite_total = 0
+    first = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    for step in range(0, TILE, ROWS):
+        rows = tile_row * TILE + step + tl.arange(0, ROWS).to(tl.int64)
+        inside = (rows[:, None] < m) & (cols[None, :] < n)
+        index = rows[:, None] * n + cols[None, :]
+        bits = tl.load(out + index, mask=inside, other=0)
+        lo_bits = tl.load(lo + index, mask=inside, other=0)
+        hi_bits = tl.load(hi + index, mask=inside, other=0)
+        if IS_BF16:
+            value = bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+            low = lo_bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+            high = hi_bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+        else:
+            value = bits.to(tl.float16, bitcast=True).to(tl.float32)
+            low = lo_bits.to(tl.float16, bitcast=True).to(tl.float32)
+            high = hi_bits.to(tl.float16, bitcast=True).to(tl.float32)
+        right = (value >= low) & (value <= high)  # false for NaN
+        wrong = inside & (right == 0)
+        unwritten = wrong & (bits == poison)
+        finite = (value == value) & (tl.abs(value) != float("inf"))
+        not_finite = wrong & (unwritten == 0) & (finite == 0)
+        wrong_total += tl.sum(wrong.to(tl.int32))
+        unwritten_total += tl.sum(unwritten.to(tl.int32))
+        not_finite_total += tl.sum(not_finite.to(tl.int32))
+        packed = (index << 16) | (bits.to(tl.int64) & 0xFFFF)
+        packed = tl.where(wrong, packed, 0x7FFFFFFFFFFFFFFF)
+        first = tl.minimum(first, tl.min(packed))
+        tl.store(out + index, tl.full((ROWS, TILE), poison, tl.int16), mask=inside)
+    if wrong_total > 0:
+        now = tl.load(launch) + 1
+        tl.atomic_add(counts + slot * 5, wrong_total.to(tl.int64))
+        tl.atomic_add(counts + slot * 5 + 1, unwritten_total.to(tl.int64))
+        tl.atomic_add(counts + slot * 5 + 2, not_finite_total.to(tl.int64))
+        # The first tile of this sweep to raise the mark counts the launch, the others do not.
+        if tl.atomic_max(counts + slot * 5 + 4, now) < now:
+            tl.atomic_add(counts + slot * 5 + 3, 1)
+        tl.atomic_min(witness + slot, first)
+        tl.atomic_add(bitmap + program, wrong_total)

@@ -1,0 +1,259 @@
+"""Which backends there are, and loading them by name.
+
+Ours are in the table `BUILTIN`, so that they are found wherever the package can be imported, as
+in a worker that runs a checkout in an engine's own interpreter. Others come from installed
+distributions through the entry-point group ``fp4tune.backends``: an entry point named after its
+backend loads to it, to a function without arguments that returns it, or to a list of either. A
+file of one's own is loaded by ``path/to/file.py:NAME``. Names in a database are matched with
+these and never imported.
+
+Loading one backend imports its module and no other's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import Backend
+
+GROUP = "fp4tune.backends"
+
+FLASHINFER = (
+    "flashinfer-cutlass",
+    "flashinfer-cudnn",
+    "flashinfer-trtllm",
+    "flashinfer-cute-dsl",
+    "flashinfer-cutedsl-low-latency",
+    "flashinfer-b12x",
+    "flashinfer-cake",
+)
+
+BUILTIN: dict[str, str] = {
+    "torch-dequant": "dequant:torch_dequant",
+    "torch-dequant-w4a4": "dequant:torch_dequant_w4a4",
+    "torch-compile": "compiled:TorchCompile",
+    "torch-bf16-resident": "dequant:Resident",
+    "triton-w4a16": "triton_w4a16:TritonW4A16",
+    "marlin": "marlin:Marlin",
+    "humming": "humming:Humming",
+    **{name: "flashinfer:backends" for name in FLASHINFER},
+}
+"""Name to ``module:attribute`` in this package; the attribute is what an entry point may be."""
+
+_TEXT_MEMBERS = ("name", "activation", "layout")
+_METHODS = {
+    "unsupported": ("problem", "device"),
+    "prepare": ("weight", "problem"),
+    "run": ("state", "a", "out", "tactic"),
+}
+
+
+class UnknownBackend(ValueError):
+    """No backend has this name. The message suggests close ones."""
+
+
+class BadBackend(ValueError):
+    """A backend was found but cannot be loaded, or is not one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A backend that is installed and could not be loaded."""
+
+    name: str
+    reason: str
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {e.name: e for e in metadata.entry_points(group=GROUP) if e.name not in BUILTIN}
+
+
+def names() -> list[str]:
+    """Every name `load` knows: ours, then those of installed plugins, without importing any."""
+    return [*BUILTIN, *sorted(_entry_points())]
+
+
+def check(candidate: Any, where: str) -> Backend:
+    """`candidate`, if it has all that the `Backend` protocol asks for.
+
+    Raises BadBackend, one sentence naming what is missing; `where` says where it came from.
+    """
+    missing = [m for m in _TEXT_MEMBERS if not isinstance(getattr(candidate, m, None), str)]
+    missing += [m + "()" for m in _METHODS if not callable(getattr(candidate, m, None))]
+    if missing:
+        raise BadBackend(f"{where} is not a backend: it lacks {', '.join(missing)}")
+    if candidate.activation not in ("bf16", "fp4"):
+        raise BadBackend(
+            f"{where} has activation {candidate.activation!r}, which is neither bf16 nor fp4"
+        )
+    for method, arguments in _METHODS.items():
+        try:
+            inspect.signature(getattr(candidate, method)).bind(*arguments)
+        except TypeError:
+            raise BadBackend(
+                f"{where} is not a backend: {method}() does not take ({', '.join(arguments)})"
+            ) from None
+        except ValueError:  # a compiled function without a signature
+            continue
+    backend: Backend = candidate
+    return backend
+
+
+def _instances(loaded: Any, where: str) -> Iterable[Backend]:
+    """Unfold what an entry point or a file may give: a backend, a factory, or a list of them."""
+    if isinstance(loaded, (list, tuple)):
+        for each in loaded:
+            yield from _instances(each, where)
+    elif inspect.isclass(loaded) or (callable(loaded) and not hasattr(loaded, "run")):
+        try:
+            made = loaded()
+        except Exception as error:
+            raise BadBackend(f"{where} failed when called: {error!r}") from error
+        if inspect.isclass(made) or inspect.isroutine(made):
+            raise BadBackend(f"{where} returns {made!r}, which is not a backend")
+        yield from _instances(made, where)
+    else:
+        yield check(loaded, where)
+
+
+def _select(name: str, found: Iterable[Backend], where: str) -> Backend:
+    named = {backend.name: backend for backend in found}
+    if name in named:
+        return named[name]
+    has = ", ".join(sorted(named)) or "none"
+    raise BadBackend(f"{where} holds no backend named {name!r} (it has {has})")
+
+
+def _import(load: Callable[[], Any], where: str) -> Any:
+    try:
+        return load()
+    except Exception as error:  # a plugin may raise anything while it is imported
+        raise BadBackend(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _load_builtin(name: str) -> Backend:
+    module, _, attribute = BUILTIN[name].partition(":")
+
+    def load() -> Any:
+        return getattr(importlib.import_module(f".{module}", __package__), attribute)
+
+    return _select(name, _instances(_import(load, name), name), name)
+
+
+def _load_entry_point(entry: metadata.EntryPoint) -> Backend:
+    where = f"{entry.name} ({entry.value})"
+    return _select(entry.name, _instances(_import(entry.load, where), where), where)
+
+
+def is_file(spec: str) -> bool:
+    """Whether a ``--backend`` value means a file (``FILE.py:NAME``) and not a name."""
+    return ".py:" in spec or spec.endswith(".py")
+
+
+def _file_of(spec: str) -> tuple[Path, str]:
+    path_text, _, attribute = spec.rpartition(":")
+    if not path_text.endswith(".py") or not attribute.isidentifier():
+        raise BadBackend(f"{spec!r} is not of the form FILE.py:NAME")
+    path = Path(path_text).expanduser().resolve()
+    if not path.is_file():
+        raise BadBackend(f"there is no file {path}")
+    return path, attribute
+
+
+def load_file(spec: str) -> Backend:
+    """The backend `NAME` of the file in ``path/to/file.py:NAME``; NAME as an entry point's.
+
+    The file runs with all your rights: never pass one that came from a database or a bundle.
+    Raises BadBackend.
+    """
+    path, attribute = _file_of(spec)
+
+    def load() -> Any:
+        # The path's digest keeps two files of one name apart; the module must be in sys.modules
+        # for dataclasses and pickling in it.
+        name = f"fp4tune_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found is not None and found.loader is not None  # true of every .py path
+        module = importlib.util.module_from_spec(found)
+        sys.modules[name] = module
+        try:
+            found.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+
+    module = _import(load, str(path))
+    if not hasattr(module, attribute):
+        raise BadBackend(f"{path} has no {attribute!r}")
+    made = list(_instances(getattr(module, attribute), spec))
+    if len(made) != 1:
+        raise BadBackend(f"{spec} is {len(made)} backends, and one was asked for")
+    return made[0]
+
+
+def known(name: str) -> None:
+    """Check that `name` is a backend's, or a file's, without importing anything.
+
+    Raises UnknownBackend, or BadBackend for a file that is not there.
+    """
+    if is_file(name):
+        _file_of(name)
+    elif name not in names():
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> UnknownBackend:
+    everyone = names()
+    close = difflib.get_close_matches(name, everyone, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(everyone)}"
+    return UnknownBackend(f"there is no backend {name!r}; {hint}")
+
+
+def load_one(name: str) -> Backend:
+    """The backend called `name`, or the one in the file ``FILE.py:NAME``.
+
+    Raises UnknownBackend or BadBackend (both ValueError), one sentence each.
+    """
+    if is_file(name):
+        return load_file(name)
+    if name in BUILTIN:
+        return _load_builtin(name)
+    plugins = _entry_points()
+    if name in plugins:
+        return _load_entry_point(plugins[name])
+    raise _unknown(name)
+
+
+def load_all() -> tuple[dict[str, Backend], list[Broken]]:
+    """Every backend that can be loaded, by name, and why each of the others cannot."""
+    loaded: dict[str, Backend] = {}
+    broken: list[Broken] = []
+    for name in names():
+        try:
+            loaded[name] = load_one(name)
+        except ValueError as error:
+            broken.append(Broken(name, str(error)))
+    return loaded, broken
+
+
+def load(wanted: Sequence[str] | None = None) -> dict[str, Backend]:
+    """Backends by name: those `wanted` (names or ``FILE.py:NAME``), or all that can be loaded.
+
+    With `wanted`, one that is unknown or broken raises; without, broken ones are left out and
+    `load_all` says why.
+    """
+    if wanted is None:
+        return load_all()[0]
+    backends = (load_one(name) for name in wanted)
+    return {backend.name: backend for backend in backends}

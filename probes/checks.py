@@ -1,0 +1,210 @@
+"""What every launch is checked for, without stopping the device between launches.
+
+Outputs live in *slots*: poisoned memory between two guard zones. A *sweep* reads each slot once,
+compares every element with its expected interval, adds to counters on the device and poisons the
+slot again; the host reads the counters when a regime ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+POISON = -91
+"""The bits 0xFFA5: a NaN in bf16 and in fp16 whose payload no arithmetic produces."""
+GUARD = 0x5A5A
+TILE = 128
+_NONE = 0x7FFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one launch writes, and what must then be there.
+
+    out (m, n) 16-bit floats, contiguous; lo, hi (m, n) of the same dtype, contiguous: an element is
+    right when ``lo <= out <= hi``. `guarded` is the memory around it, as int16.
+    """
+
+    out: torch.Tensor
+    lo: torch.Tensor
+    hi: torch.Tensor
+    guarded: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReport:
+    """What the sweeps saw in one slot. Counts are elements over all launches."""
+
+    wrong: int
+    """Elements outside their interval; unwritten and non-finite ones included."""
+    unwritten: int
+    not_finite: int
+    bad_launches: int
+    guard: int
+    """Elements of the guard zones that changed."""
+    witness: tuple[int, int, float, float, float] | None
+    """row, column, value found, lowest and highest value allowed, of one wrong element."""
+    tiles: tuple[tuple[int, int, int], ...]
+    """(tile row, tile column, wrong elements) of every 128x128 tile that was ever wrong."""
+
+    @property
+    def clean(self) -> bool:
+        return self.wrong == 0 and self.guard == 0
+
+
+def slot(lo: torch.Tensor, hi: torch.Tensor) -> Slot:
+    """A poisoned slot for outputs between `lo` and `hi` (m, n), with guard zones around it.
+
+    The zones hold a whole tile of rows (at most 1 MiB each), since a kernel that runs over the end
+    writes rows.
+    """
+    m, n = lo.shape
+    # A multiple of 1 KiB keeps the output as aligned as the allocator made the buffer.
+    guard = -(-min(TILE * n, 1 << 19) // 512) * 512
+    buffer = torch.full((2 * guard + m * n,), GUARD, dtype=torch.int16, device=lo.device)
+    inside = buffer[guard : guard + m * n]
+    inside.fill_(POISON)
+    return Slot(inside.view(lo.dtype).view(m, n), lo, hi, buffer)
+
+
+def slot_bytes(m: int, n: int) -> int:
+    """Device memory that `slot` takes for an (m, n) output."""
+    return 2 * m * n + 2 * 2 * (min(TILE * n, 1 << 19) + 512)
+
+
+def _guard_changes(slot: Slot) -> torch.Tensor:
+    size = slot.out.numel()
+    guard = (slot.guarded.numel() - size) // 2
+    changed = (slot.guarded[:guard] != GUARD).sum()
+    return changed + (slot.guarded[guard + size :] != GUARD).sum()
+
+
+class Checker:
+    """Sweeps a fixed set of slots. `sweep` enqueues and never waits; `reports` waits."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = tuple(slots)
+        device = self.slots[0].out.device
+        self._tiles = [
+            (index, row, col)
+            for index, s in enumerate(self.slots)
+            for row in range(-(-s.out.shape[0] // TILE))
+            for col in range(-(-s.out.shape[1] // TILE))
+        ]
+        size = len(self.slots)
+        self._counts = torch.zeros((size, 5), dtype=torch.int64, device=device)
+        self._witness = torch.full((size,), _NONE, dtype=torch.int64, device=device)
+        self._bitmap = torch.zeros(len(self._tiles), dtype=torch.int32, device=device)
+        self._launch = torch.zeros(1, dtype=torch.int64, device=device)
+        self._on_cuda = device.type == "cuda"
+        if self._on_cuda:
+            addresses = [
+                (s.out.data_ptr(), s.lo.data_ptr(), s.hi.data_ptr(), *s.out.shape)
+                for s in self.slots
+            ]
+            self._table = torch.tensor(addresses, dtype=torch.int64, device=device)
+            self._tile_table = torch.tensor(
+                self._tiles or [(0, 0, 0)], dtype=torch.int32, device=device
+            )
+        else:
+            self._first_tile = {}
+            for position, (index, _, _) in enumerate(self._tiles):
+                self._first_tile.setdefault(index, position)
+
+    @property
+    def sweeps(self) -> int:
+        """How many sweeps have run; waits for the device."""
+        return int(self._launch.item())
+
+    def sweep(self) -> None:
+        """Check every slot and poison it again, on the current stream (capturable)."""
+        if self._on_cuda:
+            if self._tiles:
+                from ._sweep_triton import sweep
+
+                sweep[(len(self._tiles),)](
+                    self._table,
+                    self._tile_table,
+                    self._counts,
+                    self._witness,
+                    self._bitmap,
+                    self._launch,
+                    POISON,
+                    IS_BF16=self.slots[0].out.dtype == torch.bfloat16,
+                    TILE=TILE,
+                    ROWS=32,
+                    num_warps=8,
+                )
+        else:
+            for index, s in enumerate(self.slots):
+                if s.out.numel():
+                    self._sweep_on_host(index, s)
+        self._launch += 1
+
+    def _sweep_on_host(self, index: int, s: Slot) -> None:
+        bits = s.out.view(torch.int16)
+        wrong = ~((s.out >= s.lo) & (s.out <= s.hi))
+        if bool(wrong.any()):
+            unwritten = wrong & (bits == POISON)
+            not_finite = wrong & ~unwritten & ~torch.isfinite(s.out)
+            totals = torch.stack([wrong.sum(), unwritten.sum(), not_finite.sum()])
+            self._counts[index, :3] += totals
+            self._counts[index, 3] += 1
+            flat = int(wrong.flatten().nonzero()[0])
+            packed = (flat << 16) | (int(bits.flatten()[flat]) & 0xFFFF)
+            self._witness[index] = min(int(self._witness[index]), packed)
+            columns = -(-s.out.shape[1] // TILE)
+            rows, cols = wrong.nonzero(as_tuple=True)
+            places = self._first_tile[index] + rows // TILE * columns + cols // TILE
+            self._bitmap.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+        bits.fill_(POISON)
+
+    def reports(self) -> list[SlotReport]:
+        """One report a slot; waits for the device and reads the guard zones."""
+        guards = torch.stack([_guard_changes(s) for s in self.slots]).tolist()
+        counts, witness = self._counts.tolist(), self._witness.tolist()
+        bitmap = self._bitmap.tolist()
+        tiles: list[list[tuple[int, int, int]]] = [[] for _ in self.slots]
+        for (index, row, col), wrong in zip(self._tiles, bitmap, strict=True):
+            if wrong:
+                tiles[index].append((row, col, wrong))
+        return [
+            SlotReport(
+                wrong=count[0],
+                unwritten=count[1],
+                not_finite=count[2],
+                bad_launches=count[3],
+                guard=guard,
+                witness=_unpack(packed, s),
+                tiles=tuple(marked),
+            )
+            for s, count, guard, packed, marked in zip(
+                self.slots, counts, guards, witness, tiles, strict=True
+            )
+        ]
+
+
+def _unpack(packed: int, s: Slot) -> tuple[int, int, float, float, float] | None:
+    if packed == _NONE:
+        return None
+    row, col = divmod(packed >> 16, s.out.shape[1])
+    bits = packed & 0xFFFF
+    signed = torch.tensor(bits - 0x10000 if bits >= 0x8000 else bits, dtype=torch.int16)
+    value = float(signed.view(s.out.dtype))
+    return row, col, value, float(s.lo[row, col]), float(s.hi[row, col])
+
+
+class Unchanged:
+    """Remembers tensors bit for bit, to tell later whether anything wrote into them."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._pairs = [(t, t.detach().clone()) for t in tensors if t.numel()]
+
+    def changed(self) -> int:
+        """How many of the tensors differ from what they were; waits for the device."""
+        return sum(
+            not torch.equal(now.reshape(-1).view(torch.uint8), then.reshape(-1).view(torch.uint8))
+            for now, then in self._pairs
+        )

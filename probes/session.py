@@ -1,0 +1,340 @@
+"""What a worker does with its backend on one layer: grade it, run families and regimes, time it.
+
+A *layer* is one (format, activation, dtype, n, k) with its items: an item is a tactic in an m
+range, with the m's to launch. Results are plain dictionaries, ready to be sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .backends import Backend
+from .case import Case, Launch, batches, bind, case
+from .checks import SlotReport
+from .data import WIDTHS, draw, exact, window
+from .problem import Device, Problem
+from .reference import TILE_LIMIT, alpha_of, expect, reference64, tile_error
+from .regimes import REGIMES, Budget, NotApplicable, Outcome
+from .seeds import derive
+from .timing import Timed, buffers, weight_copies
+
+WEIGHTS = 2
+"""Different weights of a layer that a chain alternates between."""
+_MOST_BAD = 3
+"""Failures described in full per item; all are counted."""
+
+Progress = Callable[[str], None]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tactic in the m range (lo, hi], the m's to launch there, and the width it is held to."""
+
+    ms: tuple[int, ...]
+    tactic: str
+    width: int = 24
+
+
+class Layer:
+    """One weight shape under test. `problem.m` is the number of rows in the activation pools."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        device: Device,
+        problem: Problem,
+        seed: int,
+        memory: int,
+        progress: Progress,
+    ) -> None:
+        self.backend = backend
+        self.device = device
+        self.problem = problem
+        self.seed = seed
+        self.memory = memory
+        self.progress = progress
+        self._exact: dict[int, list[Case]] = {}
+        self._timed: list[Timed] = []
+
+    def cases(self, width: int) -> list[Case]:
+        """The exact cases of this width, drawn and prepared on first use."""
+        if width not in self._exact:
+            self._exact[width] = []
+            for index in range(WEIGHTS):
+                seed = derive(self.seed, self.problem, "exact", width, index)
+                self.progress(f"drawing exact data of width {width}")
+                operands = exact(self.problem, width, seed, self.device.torch)
+                self._exact[width].append(case(self.backend, self.problem, operands))
+        return self._exact[width]
+
+    def launches(self, items: Sequence[Item], cases: int, tag: object) -> list[Launch]:
+        """Every m of every item once, on a window of rows drawn from the seed."""
+        rng = random.Random(derive(self.seed, self.problem, "windows", tag))
+        found = []
+        for index, item in enumerate(items):
+            for m in item.ms:
+                offset = rng.randint(0, self.problem.m - m)
+                found.append(Launch(rng.randrange(cases), offset, m, item.tactic, index))
+        return found
+
+    def grade(self, items: Sequence[Item]) -> list[Result]:
+        """The width of each item: the largest whose exact problems come out bit for bit.
+
+        An item that misses bits at one width is tried at the next only if its answers are close;
+        unwritten, non-finite or far-off values are failures at any width, not a lower grade.
+        """
+        results: list[Result] = [{"launches": 0, "width": None, "bad": []} for _ in items]
+        pending = list(range(len(items)))
+        for width in WIDTHS:
+            if not pending:
+                break
+            cases = self.cases(width)
+            graded = [items[i] for i in pending]
+            launches = self.launches(graded, len(cases), ("grade", width))
+            outcomes = self._run("serial", cases, launches, Budget(2, 2, 0.0))
+            later = []
+            for place, index in enumerate(pending):
+                summary = summarise(place, outcomes, cases)
+                results[index]["launches"] += summary["launches"]
+                if "error" in summary or not summary["bad"]:
+                    results[index].update(width=None if "error" in summary else width, bad=[])
+                    if "error" in summary:
+                        results[index]["error"] = summary["error"]
+                    continue
+                far = self._far(cases, [x for x in launches if x.item == place])
+                grave = any(b["kind"] != "wrong" for b in summary["bad"])
+                if far or grave or width == WIDTHS[-1]:
+                    results[index].update(bad=summary["bad"], tile_error=far)
+                    continue
+                later.append(index)
+            changed = sum(o.changed_inputs for o in outcomes)
+            for index in pending if changed else ():
+                results[index]["changed_inputs"] = changed
+            pending = later
+        return results
+
+    def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
+        """The worst relative tile error where it exceeds the limit, else None."""
+        worst = max((self._tile_error(cases, launch) for launch in launches), default=0.0)
+        return worst if not worst <= TILE_LIMIT else None
+
+    def _tile_error(self, cases: Sequence[Case], launch: Launch) -> float:
+        if launch.m == 0:
+            return 0.0
+        call = bind(self.backend, cases, launch)
+        call.enqueue()
+        rows = window(cases[launch.case].operands, launch.offset, launch.offset + launch.m)
+        right = reference64(rows, self.problem.at(launch.m))
+        error = tile_error(call.slot.out, right)
+        return float("inf") if bool(error.isnan().any()) else float(error.max())
+
+    def family(self, name: str, items: Sequence[Item]) -> list[Result]:
+        """One data family, serially: every element where the width is 24, every tile else.
+
+        Rounding the global scale to bf16 is a grade (`alpha`), not a fault: an item that misses
+        the bound is judged once more against the product with that scale.
+        """
+        seed = derive(self.seed, self.problem, "family", name)
+        self.progress(f"drawing {name} data")
+        drawn = case(self.backend, self.problem, draw(self.problem, name, seed, self.device.torch))
+        launches = self.launches(items, 1, name)
+        outcomes = self._run("serial", [drawn], launches, Budget(1, 1, 0.0))
+        results = [summarise(index, outcomes, [drawn]) for index in range(len(items))]
+        missed = {
+            index
+            for index, result in enumerate(results)
+            if result["bad"] and all(bad["kind"] == "wrong" for bad in result["bad"])
+        }
+        narrow = {index for index in missed if items[index].width < WIDTHS[0]}
+        for index in narrow:
+            # A narrower accumulator may rightly miss the bound of each element.
+            results[index]["bad"] = self._bad_tiles(drawn, launches, index)
+            results[index]["bad_launches"] = len(results[index]["bad"])
+        rounded = _with_rounded_alpha(drawn)
+        if rounded is not None and missed - narrow:
+            again = [launch for launch in launches if launch.item in missed - narrow]
+            outcomes = self._run("serial", [rounded], again, Budget(1, 1, 0.0))
+            for index in missed - narrow:
+                judged = summarise(index, outcomes, [rounded])
+                if not judged["bad"] and "error" not in judged:
+                    results[index] = {**judged, "alpha": "bf16"}
+        changed = drawn.unchanged.changed()
+        for result in results if changed else ():
+            result["changed_inputs"] = changed
+        return results
+
+    def _bad_tiles(self, chosen: Case, launches: Sequence[Launch], item: int) -> list[Result]:
+        found = []
+        for launch in launches:
+            if launch.item == item:
+                error = self._tile_error([chosen], launch)
+                if not error <= TILE_LIMIT:
+                    described = {**_launched(launch, [chosen]), "tile_error": error}
+                    found.append({**described, "kind": "wrong"})
+        return found[:_MOST_BAD]
+
+    def regime(self, name: str, items: Sequence[Item], budget: Budget, turn: int = 0) -> Result:
+        """Run one regime on exact data of each item's width; items of one width share a chain."""
+        results: list[Result] = [{} for _ in items]
+        seconds, proof, missed = 0.0, [], []
+        for width in sorted({item.width for item in items}, reverse=True):
+            chosen = [i for i, item in enumerate(items) if item.width == width]
+            cases = self.cases(width)
+            launches = self.launches([items[i] for i in chosen], len(cases), (name, width, turn))
+            random.Random(derive(self.seed, name, width, turn)).shuffle(launches)
+            outcomes = self._run(name, cases, launches, budget)
+            changed = sum(o.changed_inputs for o in outcomes)
+            for place, index in enumerate(chosen):
+                results[index] = summarise(place, outcomes, cases)
+                if changed:
+                    results[index]["changed_inputs"] = changed
+            seconds += sum(o.seconds for o in outcomes)
+            proof.extend(o.proof for o in outcomes if o.proof)
+            missed.extend(o.not_exercised for o in outcomes if o.not_exercised)
+        return {
+            "items": results,
+            "seconds": seconds,
+            "proof": proof,
+            "not_exercised": missed[0] if missed else None,
+        }
+
+    def _run(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+    ) -> list[Outcome]:
+        """Run a regime in batches that fit in memory; where one raises, each item on its own."""
+        limit = self.memory // (4 if "streams" in name else 1)
+        split = batches(cases, launches, max(limit, 1))
+        share = Budget(budget.least, budget.most, budget.seconds / max(1, len(split)))
+        outcomes: list[Outcome] = []
+        for batch in split:
+            self.progress(f"{name}: {len(batch)} launches")
+            try:
+                outcomes.append(REGIMES[name](self.backend, cases, batch, share))
+            except NotApplicable:
+                raise
+            except Exception as error:
+                _raise_if_poisoned(self.device, error)
+                outcomes.extend(self._one_by_one(name, cases, batch, share))
+        return outcomes
+
+    def _one_by_one(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+    ) -> list[Outcome]:
+        outcomes = []
+        for launch in launches:
+            self.progress(f"{name}: m={launch.m} alone")
+            try:
+                outcomes.append(REGIMES[name](self.backend, cases, [launch], Budget(1, 1, 0.0)))
+            except Exception as error:
+                _raise_if_poisoned(self.device, error)
+                kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
+                errors = {launch.item: {"kind": kind, "message": sentence(error)}}
+                outcomes.append(Outcome(0, (), 0, 0.0, errors=errors))
+        return outcomes
+
+    def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float]:
+        """Prepare each item's first m for timing; the host microseconds of a call of each."""
+        operands = self.cases(WIDTHS[0])[0].operands
+        copies = weight_copies(self.problem, cache_bytes)
+        self.progress(f"preparing {copies} copies of the weight")
+        weights = [operands.weight.clone() for _ in range(copies)]
+        states = [self.backend.prepare(weight, self.problem) for weight in weights]
+        shared = buffers(operands, self.problem)
+        self._timed = []
+        for item in items:
+            problem = self.problem.at(item.ms[0])
+            self.progress(f"timing m={problem.m}")
+            self._timed.append(Timed(self.backend, states, shared, problem, item.tactic))
+        return [timed.host_us for timed in self._timed]
+
+    def sample(self, indices: Sequence[int]) -> list[float]:
+        """One timing sample of each item, in microseconds per launch."""
+        return [self._timed[index].sample() for index in indices]
+
+    def close_timing(self) -> None:
+        self._timed = []
+        if self.device.kind == "cuda":
+            torch.cuda.empty_cache()
+
+
+def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> Result:
+    """What `outcomes` say about one item: checked launches, bad ones, and the first few."""
+    result: Result = {"launches": 0, "bad_launches": 0, "bad": []}
+    for outcome in outcomes:
+        if item in outcome.errors:
+            result["error"] = outcome.errors[item]
+        for launch, report in outcome.reports:
+            if launch.item != item:
+                continue
+            result["launches"] += outcome.repeats
+            if not report.clean:
+                # A guard zone is read once, at the end: at least one launch wrote there.
+                result["bad_launches"] += max(1, report.bad_launches)
+                result["bad"].append({**_launched(launch, cases), **describe(report)})
+    result["bad"] = result["bad"][:_MOST_BAD]
+    return result
+
+
+def describe(report: SlotReport) -> Result:
+    """A failed slot in plain data, with the kind that says most about it."""
+    if report.unwritten:
+        kind = "unwritten"
+    elif report.not_finite:
+        kind = "not finite"
+    elif report.wrong:
+        kind = "wrong"
+    else:
+        kind = "out of bounds"
+    found: Result = {
+        "kind": kind,
+        "wrong": report.wrong,
+        "unwritten": report.unwritten,
+        "not_finite": report.not_finite,
+        "guard": report.guard,
+        "tiles": [list(tile) for tile in report.tiles[:64]],
+    }
+    if report.witness:
+        row, col, value, low, high = report.witness
+        found["worst"] = {"row": row, "col": col, "found": repr(value), "expected": [low, high]}
+    return found
+
+
+def _with_rounded_alpha(drawn: Case) -> Case | None:
+    """The same case, expecting the product with alpha rounded to bf16; None if it is already."""
+    alpha = alpha_of(drawn.operands)
+    rounded = float(torch.tensor(alpha, dtype=torch.float64).to(torch.bfloat16))
+    if rounded == alpha:
+        return None
+    expectation = expect(drawn.operands, drawn.problem, alpha=rounded)
+    return replace(drawn, expectation=expectation)
+
+
+def _launched(launch: Launch, cases: Sequence[Case]) -> Result:
+    operands = cases[launch.case].operands
+    return {"m": launch.m, "offset": launch.offset, "seed": operands.seed, "data": operands.family}
+
+
+class Poisoned(Exception):
+    """The CUDA context is lost; the message is what lost it."""
+
+
+def _raise_if_poisoned(device: Device, error: Exception) -> None:
+    if device.kind != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device.torch).add_(1).item()
+    except Exception:
+        raise Poisoned(sentence(error)) from error
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of an exception, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

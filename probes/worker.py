@@ -1,0 +1,275 @@
+"""The process that runs one backend on one device. It may crash, hang or be killed.
+
+Imports the standard library, torch and its provider only. It answers commands one at a time: any
+number of ``progress`` events, then ``done`` with a result, or ``failed``. After ``failed`` with
+``poisoned`` the process ends, since its CUDA context is lost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from .protocol import Channel, Closed, Message
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(read_fd: int, write_fd: int) -> None:
+    """Serve commands until the channel closes."""
+    _die_with_parent()
+    channel = Channel(read_fd, write_fd)
+    # A child of a backend must not hold the channel open, nor write to it.
+    os.set_inheritable(read_fd, False)
+    os.set_inheritable(write_fd, False)
+    server = Server(channel)
+    while True:
+        try:
+            message = channel.receive()
+        except Closed:
+            return
+        if not server.answer(message):
+            return
+
+
+class Server:
+    """Holds the backend, the device and the open layer between commands."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._backend: Any = None
+        self._device: Any = None
+        self._layer: Any = None
+
+    def answer(self, message: Message) -> bool:
+        """Carry out one command; False when the process must end."""
+        handler: Callable[..., Any] | None = getattr(self, f"do_{message.get('do')}", None)
+        if handler is None:
+            self._failed(f"no command {message.get('do')!r}", "protocol")
+            return True
+        try:
+            result = handler(**{k: v for k, v in message.items() if k != "do"})
+        except Closed:
+            return False
+        except BaseException as error:
+            return self._explain(error)
+        self._channel.send({"event": "done", "result": result})
+        return not self._poisoned()
+
+    def _explain(self, error: BaseException) -> bool:
+        from .backends.registry import BadBackend, UnknownBackend
+        from .regimes import NotApplicable
+        from .session import Poisoned, sentence
+
+        traceback.print_exc()
+        if isinstance(error, NotApplicable):
+            self._failed(str(error), "not applicable")
+        elif isinstance(error, (UnknownBackend, BadBackend)):
+            self._failed(str(error), "no backend")
+        elif isinstance(error, Poisoned):
+            self._failed(str(error), "poisoned")
+            return False
+        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self._failed(f"the backend raised {type(error).__name__}", "error")
+            return False
+        else:
+            kind = "out of memory" if type(error).__name__ == "OutOfMemoryError" else "error"
+            lost = self._poisoned()
+            self._failed(sentence(error), "poisoned" if lost else kind)
+            return not lost
+        return True
+
+    def _failed(self, message: str, kind: str) -> None:
+        self._channel.send({"event": "failed", "kind": kind, "message": message})
+
+    def _progress(self, text: str) -> None:
+        self._channel.send({"event": "progress", "text": text})
+
+    def _poisoned(self) -> bool:
+        if self._device is None or self._device.kind != "cuda":
+            return False
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return True
+        return False
+
+    # Commands
+
+    def do_hello(self, backend: str, kind: str, sm: int | None) -> dict[str, Any]:
+        """Load the backend; say what this interpreter, its torch and its device are."""
+        import torch
+
+        from .backends.registry import load_one
+        from .problem import Device
+
+        self._device = Device(kind, sm)
+        self._backend = load_one(backend)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return {
+            "pid": os.getpid(),
+            "python": platform.python_version(),
+            "executable": sys.executable,
+            **_identity(self._backend),
+            "versions": _versions(getattr(self._backend, "distributions", ())),
+            "device": _describe(self._device),
+        }
+
+    def do_survey(
+        self, backends: list[str], kind: str, sm: int | None, problems: list[dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """What each backend is, and why each problem cannot run with it (None if it can)."""
+        from .backends.registry import BadBackend, UnknownBackend, load_one
+        from .problem import Device
+
+        device, wanted = Device(kind, sm), [_problem(p) for p in problems]
+        answers: dict[str, dict[str, Any]] = {}
+        for spec in backends:
+            self._progress(spec)
+            try:
+                backend = load_one(spec)
+                reasons = [_mismatch(backend, p) or backend.unsupported(p, device) for p in wanted]
+                answers[spec] = {**_identity(backend), "reasons": reasons}
+            except (BadBackend, UnknownBackend) as error:
+                answers[spec] = {"error": str(error)}
+            except Exception as error:
+                answers[spec] = {"error": f"{type(error).__name__}: {error}"}
+        return answers
+
+    def do_tactics(self, problems: list[dict[str, Any]]) -> list[list[str]]:
+        from .backends import tactics
+
+        return [list(tactics(self._backend, _problem(p), self._device)) for p in problems]
+
+    def do_build(self, problems: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+        """Compile everything these problems need; seconds taken and the files that hold it."""
+        from .backends import build
+
+        start = time.perf_counter()
+        build(self._backend, [_problem(p) for p in problems], self._device, workers)
+        return {"seconds": time.perf_counter() - start}
+
+    def do_files(self) -> list[str]:
+        """The compiled files that hold the backend's kernels."""
+        files = getattr(self._backend, "files", None)
+        return [str(path) for path in files()] if files else []
+
+    def do_open(self, problem: dict[str, Any], seed: int, memory: int) -> None:
+        """Open a layer; `problem.m` is the rows of its activation pools."""
+        from .session import Layer
+
+        self.do_close()
+        self._layer = Layer(
+            self._backend, self._device, _problem(problem), seed, memory, self._progress
+        )
+
+    def do_close(self) -> None:
+        """Let go of the open layer's memory."""
+        self._layer = None
+        if self._device.kind == "cuda":
+            import gc
+
+            import torch
+
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def do_grade(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return self._layer.grade(_items(items))
+
+    def do_family(self, name: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return self._layer.family(name, _items(items))
+
+    def do_regime(
+        self, name: str, items: list[dict[str, Any]], budget: dict[str, Any], turn: int = 0
+    ) -> dict[str, Any]:
+        from .regimes import Budget
+
+        return self._layer.regime(name, _items(items), Budget(**budget), turn)
+
+    def do_open_timing(self, items: list[dict[str, Any]], cache_bytes: int) -> list[float]:
+        return self._layer.open_timing(_items(items), cache_bytes)
+
+    def do_sample(self, indices: list[int]) -> list[float]:
+        return self._layer.sample(indices)
+
+    def do_close_timing(self) -> None:
+        self._layer.close_timing()
+
+
+def _identity(backend: Any) -> dict[str, Any]:
+    return {
+        "name": backend.name,
+        "activation": backend.activation,
+        "layout": backend.layout,
+        "reference_line": bool(getattr(backend, "reference_line", False)),
+    }
+
+
+def _mismatch(backend: Any, problem: Any) -> str | None:
+    if backend.activation == problem.activation:
+        return None
+    return f"it takes {backend.activation} activations, not {problem.activation}"
+
+
+def _problem(fields: dict[str, Any]) -> Any:
+    from .problem import Problem
+
+    return Problem(**fields)
+
+
+def _items(items: list[dict[str, Any]]) -> list[Any]:
+    from .session import Item
+
+    return [Item(tuple(i["ms"]), i["tactic"], i.get("width", 24)) for i in items]
+
+
+def _versions(distributions: tuple[str, ...]) -> dict[str, str]:
+    """Versions of torch and of `distributions`, from metadata, without importing them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "triton", *distributions):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _describe(device: Any) -> dict[str, Any]:
+    """What the worker sees of its device; memory in bytes."""
+    import torch
+
+    if device.kind == "cpu":
+        return {"kind": "cpu", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "kind": "cuda",
+        "name": properties.name,
+        "sm": 10 * properties.major + properties.minor,
+        "sm_count": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory": total,
+        "free": free,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when the probe dies, however it dies (Linux)."""
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return

@@ -1,0 +1,21 @@
+"""What tests share: the `gpu` marker, and a state directory of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    """No test reads or writes the state of the machine it runs on."""
+    monkeypatch.setenv("FP4TUNE_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"

@@ -1,0 +1,150 @@
+"""The fused check: every element, told apart by what went wrong, the same on CPU and GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4tune.probes.checks import GUARD, POISON, Checker, Slot, Unchanged, slot
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def place(m: int, n: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Slot:
+    right = torch.arange(m * n, device=device).remainder(100).to(dtype).view(m, n)
+    return slot(right, right)
+
+
+def seen(*slots: Slot):
+    checker = Checker(slots)
+    checker.sweep()
+    return checker.reports()
+
+
+def test_the_poison_is_a_nan_in_both_dtypes():
+    bits = torch.tensor([POISON], dtype=torch.int16)
+    assert all(bool(bits.view(dtype).isnan()) for dtype in DTYPES)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n", [(1, 1), (1, 128), (17, 200), (129, 257), (300, 64)])
+def test_a_right_output_is_clean_and_poisoned_again(device, dtype, m, n):
+    s = place(m, n, device, dtype)
+    s.out.copy_(s.lo)
+    (report,) = seen(s)
+    assert report.clean and report.tiles == () and report.witness is None
+    assert bool((s.out.view(torch.int16) == POISON).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_untouched_output_is_unwritten_everywhere(device, dtype):
+    (report,) = seen(place(130, 130, device, dtype))
+    assert report.unwritten == report.wrong == 130 * 130
+    assert report.not_finite == 0
+    assert report.tiles == ((0, 0, 128 * 128), (0, 1, 256), (1, 0, 256), (1, 1, 4))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_computed_nan_or_infinity_is_not_finite_rather_than_unwritten(device, dtype, value):
+    s = place(40, 40, device, dtype)
+    s.out.copy_(s.lo)
+    s.out[3, 7] = value
+    (report,) = seen(s)
+    assert (report.wrong, report.unwritten, report.not_finite) == (1, 0, 1)
+    assert report.witness is not None and report.witness[:2] == (3, 7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_wrong_element_is_found_with_its_place_and_value(device):
+    s = place(200, 300, device)
+    s.out.copy_(s.lo)
+    s.out[150, 299] += 1
+    (report,) = seen(s)
+    expected = float(s.lo[150, 299])
+    assert report.wrong == 1 and report.tiles == ((1, 2, 1),)
+    assert report.witness == (150, 299, float(s.lo[150, 299] + 1), expected, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_interval_contains_both_its_ends(device):
+    lo = torch.full((4, 8), -1.0, dtype=torch.bfloat16, device=device)
+    s = slot(lo, -lo)
+    s.out.fill_(1.0)
+    s.out[0].fill_(-1.0)
+    assert seen(s)[0].clean
+    s.out.fill_(1.0)
+    s.out[2, 5] = 1.0078125
+    assert seen(s)[0].wrong == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_zeros_of_either_sign_are_equal(device):
+    zero = torch.zeros((4, 8), dtype=torch.bfloat16, device=device)
+    s = slot(zero, zero)
+    s.out.fill_(-0.0)
+    assert seen(s)[0].clean
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_counts_add_up_over_sweeps_and_slots(device):
+    slots = [place(10, 20, device), place(140, 20, device), place(0, 20, device)]
+    checker = Checker(slots)
+    for sweep in range(5):
+        for s in slots:
+            s.out.copy_(s.lo)
+        if sweep in (1, 4):
+            slots[1].out[:, 0] = 77.0
+        checker.sweep()
+    first, second, empty = checker.reports()
+    assert checker.sweeps == 5
+    assert first.clean and empty.clean
+    right = int((slots[1].lo[:, 0] == 77.0).sum())
+    assert second.wrong == 2 * (140 - right)
+    assert second.bad_launches == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", [-1, 0])
+def test_writing_around_the_output_is_found(device, where):
+    s = place(8, 64, device)
+    s.out.copy_(s.lo)
+    guard = (s.guarded.numel() - s.out.numel()) // 2
+    s.guarded[guard - 1 if where else guard + s.out.numel()] = 1
+    (report,) = seen(s)
+    assert report.guard == 1 and report.wrong == 0 and not report.clean
+
+
+def test_the_guard_pattern_differs_from_the_poison():
+    assert GUARD != POISON
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_modified_input_is_noticed_even_where_the_value_compares_equal(device):
+    tensors = [torch.zeros(5, device=device), torch.ones(3, dtype=torch.uint8, device=device)]
+    watch = Unchanged(tensors)
+    assert watch.changed() == 0
+    tensors[0][2] = -0.0
+    assert watch.changed() == 1
+
+
+@pytest.mark.gpu
+def test_a_sweep_can_be_captured_and_replayed():
+    s = place(33, 65, "cuda")
+    checker = Checker([s])
+    checker.sweep()
+    torch.cuda.synchronize()
+    before = checker.sweeps
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        s.out.copy_(s.lo)
+        checker.sweep()
+    for _ in range(7):
+        graph.replay()
+    (report,) = checker.reports()
+    assert checker.sweeps == before + 7
+    assert report.bad_launches == 1  # the first sweep, of an untouched slot
