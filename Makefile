@@ -13,10 +13,12 @@ probe: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
 
+# mypy wants the package's name, and a checkout may be called anything: so a link by that name.
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/fp4tune
+	MYPYPATH=$(VENV)/types $(BIN)/mypy
 
 setup: $(VENV)/.ready
 

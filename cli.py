@@ -33,9 +33,7 @@ Gpu = Annotated[
     str | None,
     typer.Option(help="GPU index, 'all', or 'none' for the CPU. Default: GPU 0, else the CPU."),
 ]
-Formats = Annotated[
-    list[str] | None, typer.Option("--format", help="nvfp4 or mxfp4; repeatable.")
-]
+Formats = Annotated[list[str] | None, typer.Option("--format", help="nvfp4 or mxfp4; repeatable.")]
 OutDtype = Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")]
 
 
@@ -48,9 +46,7 @@ def probe(
     model_config: Annotated[
         Path | None, typer.Option(help="Shapes from a Hugging Face config.json.")
     ] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="One layer as N,K; repeatable.")
-    ] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="One layer as N,K; repeatable.")] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks the model is split over.")] = 1,
     max_m: Annotated[
         int | None, typer.Option(help="Largest m; default 4096 on a GPU, 32 on a CPU.")
@@ -146,6 +142,9 @@ def choose(
     format_: Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")] = "nvfp4",
     activation: Annotated[str, typer.Option(help="bf16 (W4A16) or fp4 (W4A4).")] = "bf16",
     out_dtype: OutDtype = "bf16",
+    profile: Annotated[
+        str | None, typer.Option(help="Whose choice, where several profiles were probed.")
+    ] = None,
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -153,12 +152,16 @@ def choose(
     with _one_sentence():
         from .autotune import stored
 
-        decision = stored.decision(state, m, n, k, format_, activation, out_dtype)
+        decision = stored.decision(state, m, n, k, format_, activation, out_dtype, profile)
         if as_json:
             _print_json(decision)
         else:
             typer.echo(stored.decision_line(decision))
-        raise typer.Exit({"safe": SAFE, "none": UNSAFE}.get(decision["status"], NOT_ASSESSED))
+        if decision["status"] == "safe":
+            raise typer.Exit(SAFE)
+        # Something was measured and nothing was safe, or nothing that still holds was measured.
+        measured = decision["status"] == "unproven" and decision["recorded_backend"]
+        raise typer.Exit(UNSAFE if measured else NOT_ASSESSED)
 
 
 @app.command()
@@ -197,9 +200,7 @@ def backends(
         from .probes import devices
 
         (target, *_) = devices.select(gpu)
-        rows = support.rows(
-            target, planning.backends(backend or ()), planning.interpreter(python)
-        )
+        rows = support.rows(target, planning.backends(backend or ()), planning.interpreter(python))
         if as_json:
             _print_json({"device": target.name, "arch": target.device.arch, "backends": rows})
         else:

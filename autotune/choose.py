@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..cache.rows import BucketKey, Candidate, Choice
@@ -13,13 +13,17 @@ FLOORS = ("torch-dequant", "torch-dequant-w4a4")
 """What is always there when nothing faster is safe."""
 
 
-def ranked(candidates: Sequence[Candidate], time: Callable[[Candidate], float | None]) -> list[str]:
+def ranked(candidates: Sequence[Candidate], time: Mapping[str, float | None]) -> list[str]:
     """Backends that may be chosen, best first: safe, timed, ties broken by name.
 
-    `time` is what to compare by. The order depends on nothing but its arguments, so that every
+    `time` is what to compare by, by backend. The order depends on nothing but its arguments, so that every
     rank and node with the same evidence chooses the same.
     """
-    times = {c.backend: t for c in candidates if c.verdict == "safe" and (t := time(c)) is not None}
+    times = {
+        c.backend: t
+        for c in candidates
+        if c.verdict == "safe" and (t := time.get(c.backend)) is not None
+    }
     order = []
     while times:
         fastest = min(times.values())
@@ -44,7 +48,7 @@ def choices(
         if bucket.m_hi == 0:
             smallest = _smallest_real(bucket, groups)
             times = {c.backend: c.median_us for c in smallest}
-        order = ranked(group, lambda c, times=times: times.get(c.backend))
+        order = ranked(group, times)
         group = [
             replace(c, rank=order.index(c.backend) if c.backend in order else None) for c in group
         ]

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..cache.rows import BucketKey
 from ..probes.data import families
+from ..probes.devices import Target
+from ..probes.health import health
 from ..probes.problem import Problem
 from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
@@ -24,8 +28,11 @@ from .runner import Runner
 from .stats import median
 from .verdict import EXACT
 
-QUICK_SAMPLES = 3
+QUICK_SAMPLES = 2
 """Samples that decide among one backend's own tactics; the winner is measured again."""
+ENOUGH_TO_DROP = 3
+FAR = 1.5
+"""After three samples a candidate 1.5 times as slow as the best is not sampled further."""
 MOST_SPLITS = 5
 """How often a crash while grading is narrowed down by halves before the rest is given up."""
 
@@ -56,6 +63,7 @@ class Entrant:
 class Layer:
     """What `probe_layer` works on. `problem.m` is the largest m, the rows of the pools."""
 
+    target: Target
     problem: Problem
     ranges: tuple[MRange, ...]
     level: Level
@@ -74,31 +82,42 @@ class Layer:
 
 
 def probe_layer(
-    layer: Layer, entrants: Sequence[Entrant], record: Recorder, say: Callable[[str], None]
+    layer: Layer,
+    entrants: Sequence[Entrant],
+    record: Recorder,
+    say: Callable[[str], None],
+    pool: Executor | None = None,
 ) -> None:
-    """Grade, time and stress every entrant; evidence, findings and times go to `record`."""
-    opened = [e for e in entrants if _open(layer, e, record)]
-    for entrant in opened:
-        say(f"{entrant.name}: grading")
+    """Grade, time and stress every entrant; evidence, findings and times go to `record`.
+
+    With `pool`, entrants are graded at once: on a GPU most of that time is the host's. Timing and
+    the other regimes have the device to themselves.
+    """
+
+    def grade(entrant: Entrant) -> bool:
+        if not _open(layer, entrant, record):
+            return False
         _grade(layer, entrant, record)
         if not entrant.reference_line:
-            say(f"{entrant.name}: realistic and extreme data")
             _families(layer, entrant, record)
+        return True
+
+    say("grading: exact, realistic and extreme data")
+    graded = list(pool.map(grade, entrants) if pool else map(grade, entrants))
+    opened = [e for e, ok in zip(entrants, graded, strict=True) if ok]
     for entrant in opened:
-        say(f"{entrant.name}: comparing tactics")
-        _tune(layer, entrant, record)
+        _tune(layer, entrant, record, say)
     say("timing side by side")
     _time(layer, [e for e in opened if e.winner], record)
-    for entrant in opened:
-        if entrant.winner and not entrant.reference_line:
-            for regime in REGIMES:
-                say(f"{entrant.name}: {regime}")
+    for regime in REGIMES:
+        for entrant in opened:
+            if entrant.winner and not entrant.reference_line:
+                say(f"{regime}: {entrant.name}")
                 _regime(layer, entrant, regime, record)
     for entrant in opened:
-        try:
+        # A worker that dies now has shown all it had; the next layer starts another.
+        with suppress(WorkerFailed):
             entrant.runner.close_layer()
-        except WorkerFailed:
-            pass  # all it had to show is recorded; the next layer starts a new worker
 
 
 def _open(layer: Layer, entrant: Entrant, record: Recorder) -> bool:
@@ -160,21 +179,21 @@ def _families(layer: Layer, entrant: Entrant, record: Recorder) -> None:
                 entrant.faulty.add(pair)
 
 
-def _tune(layer: Layer, entrant: Entrant, record: Recorder) -> None:
+def _tune(layer: Layer, entrant: Entrant, record: Recorder, say: Callable[[str], None]) -> None:
     """Pick each m range's fastest tactic among those that came out right."""
     alive = {m: _right(entrant, m) for m in entrant.tactics}
     pairs = [(m, t) for m, ts in alive.items() if len(ts) > 1 and m.hi > 0 for t in ts]
     times: dict[tuple[MRange, str], float] = {}
-    try:
-        _open_timing(layer, entrant, pairs)
-        samples = [
-            entrant.runner.ask("sample", indices=list(range(len(pairs))))
-            for _ in range(QUICK_SAMPLES if pairs else 0)
-        ]
-        times = {pair: min(s[i] for s in samples) for i, pair in enumerate(pairs) if samples}
-        entrant.runner.ask("close_timing")
-    except WorkerFailed as failure:
-        _died(layer, entrant, "timing", failure, record)
+    if pairs:
+        say(f"comparing tactics: {entrant.name}")
+        try:
+            _open_timing(layer, entrant, pairs)
+            every = list(range(len(pairs)))
+            samples = [entrant.runner.ask("sample", indices=every) for _ in range(QUICK_SAMPLES)]
+            times = {pair: min(s[i] for s in samples) for i, pair in enumerate(pairs)}
+            entrant.runner.ask("close_timing")
+        except WorkerFailed as failure:
+            _died(layer, entrant, "timing", failure, record)
     for m, tactics in alive.items():
         if tactics:
             entrant.winner[m] = min(tactics, key=lambda t: times.get((m, t), float("inf")))
@@ -199,7 +218,9 @@ def _zero_and_first(ranges: dict[MRange, Any]) -> tuple[MRange | None, MRange | 
     return zero, first
 
 
-def _open_timing(layer: Layer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]]) -> list[float]:
+def _open_timing(
+    layer: Layer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]]
+) -> list[float]:
     items = [{"ms": [representative(m)], "tactic": tactic} for m, tactic in pairs]
     return entrant.runner.ask("open_timing", items=items, cache_bytes=layer.cache_bytes)
 
@@ -216,11 +237,13 @@ def _time(layer: Layer, entrants: Sequence[Entrant], record: Recorder) -> None:
         except WorkerFailed as failure:
             _died(layer, entrant, "timing", failure, record)
     samples: dict[tuple[str, MRange], list[float]] = {}
-    for _ in range(layer.level.samples):
+    before = health(layer.target)
+    for turn in range(layer.level.samples):
         for m in layer.ranges:
+            far = _far_behind(entrants, samples, m) if turn >= ENOUGH_TO_DROP else set()
             for entrant in entrants:
                 index = _index(pairs.get(entrant.name, []), m)
-                if index is None:
+                if index is None or entrant.name in far:
                     continue
                 try:
                     (us,) = entrant.runner.ask("sample", indices=[index])
@@ -229,6 +252,7 @@ def _time(layer: Layer, entrants: Sequence[Entrant], record: Recorder) -> None:
                     del pairs[entrant.name]
                     continue
                 samples.setdefault((entrant.name, m), []).append(us)
+    device = {"before": before, "after": health(layer.target)} if before else {}
     for entrant in entrants:
         if entrant.name not in pairs:
             continue
@@ -236,12 +260,25 @@ def _time(layer: Layer, entrants: Sequence[Entrant], record: Recorder) -> None:
             taken = samples[entrant.name, m]
             entrant.median_us[m] = median(taken)
             record.timing(
-                entrant.name, tactic, layer.bucket(m), taken, host[entrant.name][index]
+                entrant.name, tactic, layer.bucket(m), taken, host[entrant.name][index], device
             )
         try:
             entrant.runner.ask("close_timing")
         except WorkerFailed as failure:
             _died(layer, entrant, "timing", failure, record)
+
+
+def _far_behind(
+    entrants: Sequence[Entrant], samples: dict[tuple[str, MRange], list[float]], m: MRange
+) -> set[str]:
+    """Entrants so slow in this m range that more samples could not change their place."""
+    times = {
+        e.name: median(samples[e.name, m])
+        for e in entrants
+        if (e.name, m) in samples and not e.reference_line
+    }
+    best = min(times.values(), default=0.0)
+    return {name for name, time in times.items() if time > FAR * best}
 
 
 def _index(pairs: Sequence[tuple[MRange, str]], m: MRange) -> int | None:
@@ -265,7 +302,7 @@ def _regime(layer: Layer, entrant: Entrant, name: str, record: Recorder) -> None
         return
     level = layer.level
     budget = {"least": level.least, "most": level.most, "seconds": level.seconds}
-    silence = entrant.runner.patience.run + 2 * level.seconds
+    silence = entrant.runner.patience.regime
     try:
         result = entrant.runner.ask(
             "regime", silence, name=name, items=[i for _, _, i in won], budget=budget

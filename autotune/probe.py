@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 from ..cache import codedigest, fingerprint, publish, state
@@ -51,8 +54,9 @@ class Plan:
     @property
     def patience(self) -> Patience:
         # A CPU computes in seconds what a GPU does in milliseconds.
-        default = 120.0 if self.target.device.kind == "cpu" else 20.0
-        return Patience(run=self.hang_seconds or default)
+        on_cpu = self.target.device.kind == "cpu"
+        run, regime = (120.0, 120.0) if on_cpu else (30.0, 10.0)
+        return Patience(self.hang_seconds or run, self.hang_seconds or regime)
 
 
 @dataclass(slots=True)
@@ -70,6 +74,10 @@ class Report:
     broken: dict[str, str] = field(default_factory=dict)
     """Backend to how it failed before any problem could be run: loading, building."""
     build_seconds: dict[str, float] = field(default_factory=dict)
+    build_wall_seconds: float = 0.0
+    """Loading and compiling all backends, at once: what a second probe mostly saves."""
+    seconds: float = 0.0
+    """All that came after."""
     generation: int | None = None
 
 
@@ -80,6 +88,8 @@ def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Re
     device.
     """
     with ExitStack() as stack:
+        # Workers die with the thread that started them, so these threads outlive them all.
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=max(1, len(plan.backends))))
         device = plan.target.uuid or plan.target.label
         lock = state.probe_lock(state_dir, device)
         stack.enter_context(state.exclusive(lock, f"the probe of {plan.target.label}"))
@@ -92,7 +102,7 @@ def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Re
         )
         report = Report(run, plan.seed, plan.target)
         try:
-            _probe(plan, stack, ledger, report, progress, state_dir)
+            _probe(plan, stack, pool, ledger, report, progress, state_dir)
         except BaseException:
             ledger.finish_run(run, "failed")
             raise
@@ -103,6 +113,7 @@ def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Re
 def _probe(
     plan: Plan,
     stack: ExitStack,
+    pool: ThreadPoolExecutor,
     ledger: Ledger,
     report: Report,
     progress: Progress,
@@ -110,6 +121,7 @@ def _probe(
 ) -> None:
     record = Recorder(ledger, report.run, plan.seed)
     progress("survey", "asking every backend what it supports")
+    start = time.monotonic()
     found = survey(plan.target, plan.backends, plan.problems, plan.python)
     runners: list[Runner] = []
     able: dict[Problem, list[Runner]] = {problem: [] for problem in plan.problems}
@@ -128,7 +140,8 @@ def _probe(
         for problem in problems:
             able[problem].append(runner)
     able = {problem: field_ for problem, field_ in able.items() if _worthwhile(problem, field_)}
-    built = _build(plan, runners, able, ledger, report, progress)
+    built = _build(pool, runners, able, ledger, report, progress)
+    report.build_wall_seconds = round(time.monotonic() - start, 1)
     environments = []
     for runner in built:
         environment = environment_of(runner, plan.target)
@@ -149,16 +162,27 @@ def _probe(
             if runner in built
         ]
         title = f"layer {number}/{len(able)} {problem.format} n={problem.n} k={problem.k}"
-        probe_layer(layer, entrants, record, lambda text, title=title: progress(title, text))
+        at_once = pool if plan.target.device.kind == "cuda" else None
+        say = partial(progress, title)
+        probe_layer(layer, entrants, record, say, at_once)
         report.candidates += _candidates(plan, layer, entrants, record, ledger)
     report.findings = record.findings
     _publish(plan, report, environments, state_dir)
+    report.seconds = round(time.monotonic() - start - report.build_wall_seconds, 1)
 
 
 def _publish(
     plan: Plan, report: Report, environments: Sequence[Environment], state_dir: Path
 ) -> None:
     """Choose over everything that holds, and publish; the report keeps this probe's buckets."""
+    with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
+        # Held from reading what stands to replacing it: two probes may end at the same time.
+        _join_and_publish(plan, report, environments, state_dir)
+
+
+def _join_and_publish(
+    plan: Plan, report: Report, environments: Sequence[Environment], state_dir: Path
+) -> None:
     probed = {candidate.bucket for candidate in report.candidates}
     scope = (plan.target.device.arch, plan.target.name, plan.profile.name)
     everyone, known = standing.join(standing.usable(state_dir), report.candidates, environments)
@@ -193,7 +217,7 @@ def survey(
     try:
         answers: dict[str, dict[str, Any]] = worker.ask(
             "survey",
-            Patience(0).start,
+            Patience(0, 0).start,
             backends=list(backends),
             kind=device.kind,
             sm=device.sm,
@@ -223,7 +247,7 @@ def _worthwhile(problem: Problem, runners: Sequence[Runner]) -> bool:
 
 
 def _build(
-    plan: Plan,
+    pool: ThreadPoolExecutor,
     runners: Sequence[Runner],
     able: Mapping[Problem, Sequence[Runner]],
     ledger: Ledger,
@@ -244,40 +268,38 @@ def _build(
     room = max(1, _free_memory() // _BUILD_BYTES)
     cores = len(os.sched_getaffinity(0))
     workers = max(1, min(cores, room) // max(1, len(active)))
-    for runner in active:
-        # From this thread: a worker asks to die with the thread that started it.
-        runner.spawn()
+    room_for = Semaphore(min(len(active), room) or 1)
 
     def build(runner: Runner) -> float:
-        runner.greet()
-        return runner.build(wanted[id(runner)], workers)
+        with room_for:
+            return runner.build(wanted[id(runner)], workers)
 
     built = []
-    with ThreadPoolExecutor(max_workers=max(1, min(len(active), room))) as pool:
-        futures = [(runner, pool.submit(build, runner)) for runner in active]
-        for runner, future in futures:
-            try:
-                seconds = future.result()
-            except WorkerFailed as failure:
-                report.broken[runner.name] = f"{failure.kind} while building: {failure}"
-                detail = {"failed": failure.kind, "message": str(failure), "log": failure.log}
-                ledger.add_build(Build(report.run, runner.name, 0.0, detail))
-                continue
-            progress(runner.name, f"built in {seconds:.1f} s")
-            report.build_seconds[runner.name] = seconds
-            ledger.add_build(Build(report.run, runner.name, seconds))
-            built.append(runner)
+    futures = [(runner, pool.submit(build, runner)) for runner in active]
+    for runner, future in futures:
+        try:
+            seconds = future.result()
+        except WorkerFailed as failure:
+            report.broken[runner.name] = f"{failure.kind} while building: {failure}"
+            detail = {"failed": failure.kind, "message": str(failure), "log": failure.log}
+            ledger.add_build(Build(report.run, runner.name, 0.0, detail))
+            continue
+        progress(runner.name, f"built in {seconds:.1f} s")
+        report.build_seconds[runner.name] = seconds
+        ledger.add_build(Build(report.run, runner.name, seconds))
+        built.append(runner)
     return built
 
 
 def _layer(plan: Plan, problem: Problem, runners: Sequence[Runner]) -> Layer:
     seen = runners[0].hello["device"] if runners else {}
     return Layer(
+        plan.target,
         problem,
         tuple(ranges(problem.m)),
         plan.level,
         derive(plan.seed, "layer", problem),
-        memory=int(0.15 * seen.get("free", _free_memory())),
+        memory=int(0.3 * seen.get("free", _free_memory()) / max(1, len(runners))),
         cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
     )
 

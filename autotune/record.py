@@ -110,9 +110,7 @@ class Recorder:
             kind = {"kind": "input modified", "tensors": result["changed_inputs"]}
             self._found(backend, tactic, bucket, regime, data, kind)
         launches = result["launches"]
-        self.status(
-            backend, tactic, bucket, regime, data, status, detail, launches, width, seconds
-        )
+        self.status(backend, tactic, bucket, regime, data, status, detail, launches, width, seconds)
         return status
 
     def failure(
@@ -127,15 +125,13 @@ class Recorder:
         """A command that did not finish: a finding, unless the device or its memory explain it."""
         if failure.kind in ("not applicable", "out of memory"):
             status = "not applicable" if failure.kind == "not applicable" else "skipped"
-            self.status(
-                backend, tactic, bucket, regime, data, status, {"note": str(failure)}
-            )
+            self.status(backend, tactic, bucket, regime, data, status, {"note": str(failure)})
             return
         bad = {
             "kind": failure.kind,
             "message": str(failure),
             "doing": failure.doing,
-            "log": failure.log[-1000:],
+            "log": failure.log[-300:],
         }
         self._found(backend, tactic, bucket, regime, data, bad)
         self.status(backend, tactic, bucket, regime, data, "failed", {"note": str(failure)})
@@ -147,8 +143,9 @@ class Recorder:
         bucket: BucketKey,
         samples: Sequence[float],
         host_us: float | None,
+        device: Mapping[str, Any],
     ) -> None:
-        """Time per launch in microseconds, over interleaved samples."""
+        """Time per launch in microseconds, over interleaved samples; `device` is its health."""
         low, high = median_interval(samples)
         row = Timing(
             run=self.run,
@@ -161,6 +158,7 @@ class Recorder:
             hi_us=high,
             samples=len(samples),
             host_us=host_us,
+            detail=_plain(dict(device)),
         )
         self._ledger.add_timing(row)
         self.timings[backend, tactic, bucket] = row
@@ -191,9 +189,7 @@ class Recorder:
             data=str(bad.get("data", data)),
             seed=int(bad.get("seed", self._seed)),
             condition=asdict(condition) if condition else None,
-            detail=_plain(
-                {k: v for k, v in bad.items() if k not in ("kind", "m", "seed", "data")}
-            ),
+            detail=_plain({k: v for k, v in bad.items() if k not in ("kind", "m", "seed", "data")}),
         )
         self._ledger.add_finding(row)
         self.findings.append(row)

@@ -19,9 +19,13 @@ MOST_DEATHS = 8
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds of silence that count as a hang, by kind of work."""
+    """Seconds of silence that count as a hang, by kind of work.
+
+    A regime tells that it lives each time the device has caught up, so `regime` is short.
+    """
 
     run: float
+    regime: float
     build: float = 1800.0
     start: float = 180.0
 
@@ -39,6 +43,8 @@ class Runner:
     hello: dict[str, Any] = field(default_factory=dict)
     deaths: int = 0
     _worker: Worker | None = None
+    _fresh: bool = False
+    """The worker was only spawned, and has yet to be brought to where the last one was."""
     _built: tuple[list[dict[str, Any]], int] | None = None
     _layer: dict[str, Any] | None = None
 
@@ -61,7 +67,9 @@ class Runner:
 
     def start(self) -> None:
         """Start the worker and bring it to where the last one was."""
-        self.spawn()
+        if self._worker is None:
+            self.spawn()
+        self._fresh = False
         self.greet()
         if self._built:
             # Compiled code that lives in the process only is gone with it.
@@ -72,7 +80,7 @@ class Runner:
 
     def ask(self, do: str, silence: float | None = None, **arguments: Any) -> Any:
         """Have the worker do something, starting or replacing it first where needed."""
-        if self._worker is None:
+        if self._worker is None or self._fresh:
             self.start()
         return self._ask(do, silence or self.patience.run, **arguments)
 
@@ -86,6 +94,10 @@ class Runner:
             if failure.fatal:
                 self.deaths += 1
                 self._worker = None
+                if self.deaths < MOST_DEATHS:
+                    # Python and torch load while others work; `ask` does the rest.
+                    self.spawn()
+                    self._fresh = True
             raise
 
     def build(self, problems: Sequence[Problem], workers: int) -> float:
@@ -105,7 +117,7 @@ class Runner:
 
     def close_layer(self) -> None:
         self._layer = None
-        if self._worker is not None:
+        if self._worker is not None and not self._fresh:
             self.ask("close")
 
     def close(self) -> None:

@@ -44,9 +44,7 @@ def load(state_dir: Path) -> Standing:
         tuple(codec.decode(Choice, row) for row in tables["choice"]),
         tuple(codec.decode(Candidate, row) for row in tables["candidate"]),
         tuple(
-            codec.decode(
-                Environment, {**row, "stamps": tuple(stamps.get(row["fingerprint"], ()))}
-            )
+            codec.decode(Environment, {**row, "stamps": tuple(stamps.get(row["fingerprint"], ()))})
             for row in tables["environment"]
         ),
     )

@@ -36,10 +36,11 @@ def decision(
     format_: str,
     activation: str,
     out_dtype: str,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """What the engine's reader answers for one problem, and the bound behind it."""
     place = place_of(state_dir)
-    found = reader.open(place).choose(m, n, k, format_, activation, out_dtype)
+    found = reader.open(place, profile=profile).choose(m, n, k, format_, activation, out_dtype)
     answer = {name: getattr(found, name) for name in found.__slots__}
     answer["failure_bound_95"] = failure_bound(found.launches)
     answer["problem"] = {
@@ -112,6 +113,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "unsupported": report.unsupported,
         "broken": report.broken,
         "build_seconds": report.build_seconds,
+        "build_wall_seconds": report.build_wall_seconds,
+        "seconds": report.seconds,
     }
 
 

@@ -9,8 +9,8 @@ from ..probes.devices import Target
 from ..probes.problem import FORMATS, Problem
 from .probe import survey
 
-TYPICAL = {"m": 16, "n": 4096, "k": 4096}
-"""A multiple of every tile and alignment in use, so that only device and format decide."""
+TYPICAL = (16, 4096, 4096)
+"""m, n and k: multiples of every tile and alignment in use, so that device and format decide."""
 
 
 def rows(
@@ -18,7 +18,7 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One row a backend: name, activation, layout, formats it runs here, and why not the rest."""
     problems = [
-        Problem(format_, activation=activation, **TYPICAL)
+        Problem(format_, *TYPICAL, activation)
         for activation in ("bf16", "fp4")
         for format_ in FORMATS
     ]

@@ -38,12 +38,13 @@ def print_report(report: Report) -> None:
     print_findings(out, report.findings)
     _print_reasons(out, "Did not load or build", report.broken)
     _print_reasons(out, "Cannot run here", report.unsupported)
-    out.print(f"\nstored as generation {report.generation}; run {report.run}")
+    out.print(
+        f"\nprobed in {report.seconds:.0f} s, after {report.build_wall_seconds:.0f} s of loading "
+        f"and building; stored as generation {report.generation}; run {report.run}"
+    )
 
 
-def print_choices(
-    out: Console, choices: Sequence[Choice], candidates: Sequence[Candidate]
-) -> None:
+def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[Candidate]) -> None:
     """One table a layer: per m range the choice, and every candidate's microseconds."""
     by_bucket: dict[BucketKey, dict[str, Candidate]] = {}
     for candidate in candidates:
@@ -88,10 +89,7 @@ def _chosen(choice: Choice) -> str:
 def _cell(candidate: Candidate | None, chosen: bool) -> str:
     if candidate is None:
         return ""
-    if candidate.median_us is None:
-        text = "·"
-    else:
-        text = f"{candidate.median_us:.1f}"
+    text = "·" if candidate.median_us is None else f"{candidate.median_us:.1f}"
     # A reference line is measured and never judged: its verdict is not a mark against it.
     reference = any("reference line" in reason for reason in candidate.reasons)
     mark = "" if reference else _MARKS[candidate.verdict]
@@ -148,9 +146,7 @@ def print_findings(out: Console, findings: Sequence[Finding]) -> None:
         table.add_column(heading)
     for (backend, kind, regime, data), group in list(groups.items())[:_MOST_FINDINGS]:
         buckets = len({f.bucket for f in group})
-        table.add_row(
-            escape(backend), kind, regime, data, str(buckets), escape(describe(group[0]))
-        )
+        table.add_row(escape(backend), kind, regime, data, str(buckets), escape(describe(group[0])))
     out.print(table)
     if len(groups) > _MOST_FINDINGS:
         out.print(f"and {len(groups) - _MOST_FINDINGS} more kinds; see fp4tune show --findings")

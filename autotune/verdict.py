@@ -79,9 +79,10 @@ def decide(evidence: Iterable[Fact], profile: Profile) -> Judgement:
             passed[fact.regime] += fact.launches
     launches = min(passed.values(), default=0)
     if unsafe:
-        return Judgement(UNSAFE, (), tuple(unsafe), width, launches)
+        return Judgement(UNSAFE, _unique(conditions), tuple(unsafe), width, launches)
     if open_ or width is None:
-        return Judgement(INCONCLUSIVE, (), tuple(open_) or ("never graded",), width, launches)
+        reasons = tuple(open_) or ("never graded",)
+        return Judgement(INCONCLUSIVE, _unique(conditions), reasons, width, launches)
     return Judgement(SAFE, _unique(conditions), (), width, launches)
 
 

@@ -1,10 +1,13 @@
 """Search the configurations of `triton-w4a16` on this GPU: correct first, then fast.
 
-    python benchmarks/tune_triton.py --out tune.json [--budget 150] [--shapes 4096x4096:1,16]
+    python benchmarks/tune_triton.py --out tune.json [--budget 150] [--shapes "4096x4096:1,16"]
+        [--variants all|old|new|candidates]
 
 Every configuration is first compared with an fp64 reference on exact data (any order of fp32 sums
 gives the same bits), then timed in a CUDA graph over copies of the weight that together exceed
 twice the L2, beside cuBLAS on a resident bf16 weight treated the same way. Microseconds.
+`--variants` says what is searched beside the backend's own candidates: ``old`` reads activations
+through pointers, ``new`` are the later ideas (the copy engine, taller weight tiles).
 """
 
 from __future__ import annotations
@@ -16,24 +19,29 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
+
 from fp4tune.probes.backends.triton_w4a16 import (
-    _SHARED,
     Config,
     TritonW4A16,
     candidates,
     compile_for,
     pack,
+    parse,
+    shared_limit,
 )
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SHAPES = {
-    (4096, 4096): (1, 4, 16, 32, 64, 128, 256, 500, 2048),
-    (28672, 4096): (1, 16, 128, 2048),
-    (4096, 14336): (1, 16, 64, 2048),
+    (4096, 4096): (1, 4, 16, 32, 64, 128, 192, 256, 500, 1024, 2048),
+    (28672, 4096): (1, 16, 64, 128, 500, 2048),
+    (4096, 14336): (1, 16, 64, 256, 2048),
+    (6144, 4096): (1, 48, 128, 300, 2048),
+    (1024, 8192): (1, 16, 128, 2048),
 }
 
 
@@ -82,47 +90,82 @@ def activations(m: int, k: int, dtype: torch.dtype, device: torch.device) -> tor
     return torch.randint(-4, 5, (m, k), device=device, generator=g).to(dtype)
 
 
-def limit(device: Device) -> int:
-    return _SHARED.get(device.sm or 0, 99) * 1024
-
-
-def grid(problem: Problem, device: Device) -> list[Config]:
-    """Every configuration worth a try for the problem's m."""
-    m, n = problem.m, problem.n
-    found: list[Config] = list(candidates(problem, device))
-
-    def gemms(bms: tuple[int, ...], bns: tuple[int, ...], warps: tuple[int, ...]) -> None:
-        for bm in bms:
-            for bn in bns:
-                blocks = -(-m // bm) * -(-n // bn)
-                for w in warps:
-                    # 128 accumulators a thread at most; two warpgroups need two rows of 64
-                    if bm * bn > w * 32 * 128 or (w == 8 and (bn < 128 or bm < 128)):
-                        continue
-                    for s in (2, 3, 4, 6) if bm < 128 else (2, 3, 4):
-                        for split in (1, 2, 4, 8, 16):
-                            if split > 1 and not 100 <= blocks * split <= 132 * 8:
-                                continue
-                            if problem.k // 128 // split < 2:
-                                continue
-                            found.append(Config("gemm", bm, bn, split, w, s))
-
+def old(problem: Problem, device: Device) -> list[Config]:
+    """Activations through pointers, every tile, split and depth worth a try for the problem's m."""
+    m = problem.m
     if m <= 16:
-        for bm in (8, 16) if m <= 8 else (16,):
-            for bn in (16, 32):
-                for w in (2, 4, 8):
-                    for s in (2, 3, 4):
-                        found.append(Config("decode", bm, bn, 1, w, s))
-        gemms((16,), (64, 128), (4,))
-    elif m <= 64:
-        gemms((16, 32, 64) if m == 32 else (32, 64), (64, 128), (4,))
-    elif m <= 256:
-        gemms((64, 128), (64, 128), (4, 8))
-    else:
-        gemms((64, 128, 256), (64, 128), (4, 8))
-        found += [Config("gemm", 128, 128, 1, 8, 4, 4), Config("gemm", 256, 128, 1, 8, 3, 16)]
-    unique = dict.fromkeys(found)
-    return [c for c in unique if c.shared() <= limit(device)]
+        return tiles(problem, "gemm", (16,), (64, 128), (4,))
+    if m <= 64:
+        bms = (16, 32, 64) if m == 32 else (32, 64)
+        return tiles(problem, "gemm", bms, (64, 128), (4,))
+    if m <= 256:
+        return tiles(problem, "gemm", (64, 128), (64, 128), (4, 8))
+    return [
+        *tiles(problem, "gemm", (64, 128, 256), (64, 128), (4, 8)),
+        Config("gemm", 128, 128, 1, 8, 4, 4),
+        Config("gemm", 256, 128, 1, 8, 3, 16),
+    ]
+
+
+def new(problem: Problem, device: Device) -> list[Config]:
+    """Activations by the copy engine; and tall weight tiles, which read fewer bytes from the L2."""
+    if (device.sm or 0) < 90:
+        return []
+    m = problem.m
+    if m <= 16:
+        return tiles(problem, "tma", (16,), (64, 128), (4,), (3, 4, 6))
+    if m <= 64:
+        return tiles(problem, "tma", (32, 64) if m > 32 else (32,), (64, 128, 256), (4, 8))
+    if m <= 256:
+        return [
+            *tiles(problem, "tma", (64, 128, 256), (64, 128, 256), (4, 8)),
+            *tiles(problem, "gemm", (64, 128), (256,), (8,)),
+        ]
+    found = [
+        *tiles(problem, "tma", (64, 128, 256), (64, 128, 256), (4, 8)),
+        *tiles(problem, "gemm", (128,), (256,), (8,)),
+    ]
+    for group in (1, 2, 4, 16, 32):
+        found += [
+            Config("tma", 256, 128, 1, 8, 3, group),
+            Config("tma", 128, 256, 1, 8, 4, group),
+            Config("tma", 128, 128, 1, 8, 4, group),
+        ]
+    return found
+
+
+def tiles(
+    problem: Problem,
+    kernel: str,
+    bms: tuple[int, ...],
+    bns: tuple[int, ...],
+    warps: tuple[int, ...],
+    stages: tuple[int, ...] = (),
+) -> list[Config]:
+    """Every sensible combination of the sizes given, with split-K."""
+    found = []
+    for bm, bn, w in product(bms, bns, warps):
+        blocks = -(-problem.m // bm) * -(-problem.n // bn)
+        # 128 accumulators a thread at most; two warpgroups need two rows of 64
+        if bm * bn > w * 32 * 128 or (w == 8 and (bn < 128 or bm * bn < 128 * 128)):
+            continue
+        for s in stages or ((2, 3, 4, 6) if bm < 128 else (2, 3, 4)):
+            for split in (1, 2, 4, 8, 16):
+                if split > 1 and not 100 <= blocks * split <= 132 * 8:
+                    continue
+                if problem.k // 128 // split >= 2:
+                    found.append(Config(kernel, bm, bn, split, w, s))
+    return found
+
+
+def grid(problem: Problem, device: Device, variants: str) -> list[Config]:
+    """The configurations to time for the problem."""
+    found = list(candidates(problem, device))
+    if variants in ("all", "old"):
+        found += old(problem, device)
+    if variants in ("all", "new"):
+        found += new(problem, device)
+    return [c for c in dict.fromkeys(found) if c.shared() <= shared_limit(device)]
 
 
 def _resident(weights: list[torch.Tensor], a: torch.Tensor, outs: list[torch.Tensor], i: int):
@@ -156,11 +199,19 @@ def correctness(backend: TritonW4A16, device: Device) -> list[dict[str, object]]
     """Bit-for-bit against fp64 over odd shapes, scale ranges, formats and dtypes."""
     rows: list[dict[str, object]] = []
     tried = (
-        "decode-bm16-bn16-w4-s3",
-        "decode-bm8-bn32-w8-s2",
         "gemm-bm16-bn64-sk4-w4-s4-g8",
         "gemm-bm64-bn128-sk1-w4-s3-g8",
         "gemm-bm128-bn128-sk2-w8-s3-g8",
+        "tma-bm16-bn64-sk4-w4-s4-g8",
+        "tma-bm64-bn128-sk2-w4-s3-g8",
+        "tma-bm128-bn256-sk1-w8-s3-g8",
+        "tma-bm256-bn128-sk1-w8-s3-g8",
+    )
+    tried = tuple(
+        t
+        for t in tried
+        if parse(t).shared() <= shared_limit(device)
+        and (t.startswith("gemm") or (device.sm or 0) >= 90)
     )
     jobs = []
     for fmt, dtype in (("nvfp4", "bf16"), ("nvfp4", "fp16"), ("mxfp4", "bf16")):
@@ -177,8 +228,6 @@ def correctness(backend: TritonW4A16, device: Device) -> list[dict[str, object]]
             a = activations(m, k, problem.dtype, device.torch)
             want = exact(a, weight)
             for tactic in tried:
-                if m > 17 and tactic.startswith("decode"):
-                    continue
                 out = torch.full((m, n), float("nan"), dtype=problem.dtype, device=device.torch)
                 try:
                     backend.run(state, a, out, tactic)
@@ -202,6 +251,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--shapes", default="", help="4096x4096:1,16;28672x4096:128")
     parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--variants", choices=("all", "old", "new", "candidates"), default="all")
     args = parser.parse_args()
     started = time.monotonic()
     major, minor = torch.cuda.get_device_capability()
@@ -220,7 +270,7 @@ def main() -> None:
 
     jobs: dict[tuple, tuple[Problem, Config]] = {}
     for problem in plan:
-        for c in grid(problem, device):
+        for c in grid(problem, device, args.variants):
             key = (c.kernel, c.bm, c.bn, c.split > 1, c.warps, c.stages, c.group)
             jobs.setdefault(key, (problem, c))
     failures: dict[str, str] = {}
@@ -274,7 +324,7 @@ def main() -> None:
         resident = timed(partial(_resident, weights, a, outs), max(8, len(weights)))
         calls = max(8 if m < 1024 else 4, len(states))
         times: dict[str, float] = {}
-        for config in grid(problem, device):
+        for config in grid(problem, device, args.variants):
             if config.name in failures or time.monotonic() - started > args.budget:
                 continue
             try:
@@ -291,28 +341,41 @@ def main() -> None:
         rows.append(dict(n=n, k=k, m=m, cublas=resident, times=dict(order)))
         args.out.write_text(json.dumps(result))
         best = "  ".join(f"{t} {us:.1f}" for t, us in order[: args.top])
-        guess = times.get(backend.tactics(problem, device)[0], float("nan"))
-        print(f"{n}x{k} m={m:<5} cuBLAS {resident:7.1f}  guess {guess:.1f}  | {best}", flush=True)
-    a1 = activations(1, 4096, torch.bfloat16, device.torch)
-    if states and states[0].k == 4096:
-        host(backend, states[0], a1, result)
+        own = [times[t] for t in backend.tactics(problem, device) if t in times]
+        print(
+            f"{n}x{k} m={m:<5} cuBLAS {resident:7.1f}  own best {min(own, default=0.0):.1f}"
+            f"  | {best}",
+            flush=True,
+        )
+    result["host_us"] = host(backend, device)
     result["total_s"] = time.monotonic() - started
     args.out.write_text(json.dumps(result))
     print(f"done in {result['total_s']:.1f} s")
 
 
-def host(backend: TritonW4A16, state, a: torch.Tensor, result: dict[str, object]) -> None:
-    """Microseconds of host time per call."""
-    out = torch.empty((1, state.n), dtype=torch.bfloat16, device=a.device)
-    for tactic in ("decode-bm16-bn16-w4-s3", "gemm-bm16-bn64-sk4-w4-s4-g8"):
+def host(backend: TritonW4A16, device: Device) -> dict[str, float]:
+    """Microseconds of host time per eager call."""
+    found = {}
+    problem = Problem("nvfp4", 16, 4096, 4096)
+    state = backend.prepare(draw("nvfp4", 4096, 4096, "middle", device.torch, 0), problem)
+    a = activations(16, 4096, torch.bfloat16, device.torch)
+    out = torch.empty((16, 4096), dtype=torch.bfloat16, device=device.torch)
+    for tactic in (
+        "gemm-bm16-bn64-sk1-w4-s4-g8",
+        "gemm-bm16-bn64-sk4-w4-s4-g8",
+        "tma-bm16-bn64-sk1-w4-s4-g8",
+    ):
+        if tactic.startswith("tma") and (device.sm or 0) < 90:
+            continue
         backend.run(state, a, out, tactic)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(200):
             backend.run(state, a, out, tactic)
-        result[f"host_us {tactic}"] = (time.perf_counter() - begin) * 1e6 / 200
+        found[tactic] = (time.perf_counter() - begin) * 1e6 / 200
         torch.cuda.synchronize()
-        print("host us per call", tactic, round(result[f"host_us {tactic}"], 1))
+        print("host us per call", tactic, round(found[tactic], 1))
+    return found
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def encode(name: str, value: Any) -> Any:
 
 
 def decode(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass row that `columns` flattened."""
+    """The dataclass row that `columns` flattened; a `snapshot`'s rows, decoded already, too."""
     known: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = field.name
@@ -81,9 +81,9 @@ def _decoded(name: str, value: Any) -> Any:
     if value is None:
         return None
     if name in _JSON:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     if name in _JSON_TUPLE:
-        return tuple(json.loads(value))
+        return tuple(json.loads(value) if isinstance(value, str) else value)
     if name in _WIDE:
         return int(value)
     return value

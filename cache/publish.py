@@ -36,15 +36,12 @@ def publish(
     meta: Mapping[str, Any] | None = None,
     layers: Sequence[Layer] = (),
     *,
-    keep_others: bool = False,
     ledger: Ledger | None = None,
 ) -> int:
     """Publish these rows as the next generation of choices.db; returns its number.
 
-    The file then holds these rows and no others; with `keep_others` also the current file's for
-    every (GPU model, profile, layer) that has no row here. `meta` is anything JSON holds; the keys
-    in RESERVED are the publication's own. `ledger` is that of `state_dir`, where it is open
-    already.
+    The file then holds these rows and no others. `meta` is anything JSON holds; the keys in
+    RESERVED are the publication's own. `ledger` is that of `state_dir`, where it is open already.
 
     Raises a StateError with the published file untouched and nothing left beside it (Full,
     ReadOnly, Busy when another process publishes for a minute, NewerSchema or Foreign for a
@@ -71,7 +68,7 @@ def publish(
     }
     with contextlib.ExitStack() as stack:
         book = ledger or stack.enter_context(Ledger.open(state_dir))
-        return _publish(book, tables, "publish", keep_others)
+        return _publish(book, tables, "publish")
 
 
 def rollback(state_dir: str | os.PathLike[str] | None, to: int | None = None) -> int:
@@ -92,17 +89,13 @@ def rollback(state_dir: str | os.PathLike[str] | None, to: int | None = None) ->
         return _publish(ledger, json.loads(zlib.decompress(content)), f"rollback to {to}")
 
 
-def _publish(
-    ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: str, keep: bool = False
-) -> int:
+def _publish(ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: str) -> int:
     place = os.path.dirname(ledger.path)
     target = os.path.join(place, state.CHOICES)
     lock = state.exclusive(os.path.join(place, "publish.lock"), "the publication", wait=60)
     with lock:
         _sweep(place)
         current = _settle(ledger, target)
-        if keep and current:
-            tables = _with_others(tables, _encoded(current.tables))
         number = ledger.reserve_generation(current.generation if current else 0, origin)
         temporary = os.path.join(place, f".{state.CHOICES}.{secrets.token_hex(8)}")
         try:
@@ -142,33 +135,6 @@ def _settle(ledger: Ledger, target: str) -> snapshot.Snapshot | None:
             arrived = there is not None and there.digest == row.digest
             ledger.set_generation(row.number, status="published" if arrived else "abandoned")
     return there
-
-
-def _with_others(
-    new: dict[str, list[dict[str, Any]]], old: dict[str, list[dict[str, Any]]]
-) -> dict[str, list[dict[str, Any]]]:
-    """`new` and, of `old`, what is about layers that `new` says nothing of."""
-    touched = {_layer(row) for t in ("choice", "candidate") for row in new[t]}
-    merged = dict(new)
-    for table in ("choice", "candidate", "layer"):
-        merged[table] = new[table] + [row for row in old[table] if _layer(row) not in touched]
-    needed = {row["fingerprint"] for t in ("choice", "candidate") for row in merged[t]}
-    needed -= {row["fingerprint"] for row in new["environment"]}
-    for table in ("environment", "stamp"):
-        merged[table] = new[table] + [row for row in old[table] if row["fingerprint"] in needed]
-    return merged
-
-
-def _encoded(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        table: [{name: codec.encode(name, value) for name, value in row.items()} for row in rows]
-        for table, rows in tables.items()
-        if table != "meta"
-    }
-
-
-def _layer(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[column] for column in snapshot.LAYER)
 
 
 def _build(path: str, tables: dict[str, list[dict[str, Any]]], generation: int) -> str:

@@ -28,9 +28,7 @@ _SHAPE = """format TEXT NOT NULL, activation TEXT NOT NULL, out_dtype TEXT NOT N
     groups INTEGER NOT NULL"""
 _RANGE = "m_lo INTEGER NOT NULL, m_hi INTEGER NOT NULL, n INTEGER NOT NULL, k INTEGER NOT NULL"
 _TAKEN = "backend TEXT NOT NULL, tactic TEXT NOT NULL, layout TEXT NOT NULL"
-LAYER = ("arch", "gpu", "profile", "format", "activation", "out_dtype", "groups", "n", "k")
-"""The columns that name one layer on one GPU model under one profile."""
-_KEY = ", ".join(LAYER)
+_KEY = "arch, gpu, profile, format, activation, out_dtype, groups, n, k"
 
 SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",

@@ -28,9 +28,9 @@ def sweep(
     m = tl.load(slots + slot * 5 + 3)
     n = tl.load(slots + slot * 5 + 4)
     cols = tile_col * TILE + tl.arange(0, TILE).to(tl.int64)
-    wrong_total = 0
-    unwritten_total = 0
-    not_finite_total = 0
+    wrong_total = tl.zeros((), tl.int64)
+    unwritten_total = tl.zeros((), tl.int64)
+    not_finite_total = tl.zeros((), tl.int64)
     first = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     for step in range(0, TILE, ROWS):
         rows = tile_row * TILE + step + tl.arange(0, ROWS).to(tl.int64)
@@ -61,11 +61,11 @@ def sweep(
         tl.store(out + index, tl.full((ROWS, TILE), poison, tl.int16), mask=inside)
     if wrong_total > 0:
         now = tl.load(launch) + 1
-        tl.atomic_add(counts + slot * 5, wrong_total.to(tl.int64))
-        tl.atomic_add(counts + slot * 5 + 1, unwritten_total.to(tl.int64))
-        tl.atomic_add(counts + slot * 5 + 2, not_finite_total.to(tl.int64))
+        tl.atomic_add(counts + slot * 5, wrong_total)
+        tl.atomic_add(counts + slot * 5 + 1, unwritten_total)
+        tl.atomic_add(counts + slot * 5 + 2, not_finite_total)
         # The first tile of this sweep to raise the mark counts the launch, the others do not.
         if tl.atomic_max(counts + slot * 5 + 4, now) < now:
             tl.atomic_add(counts + slot * 5 + 3, 1)
         tl.atomic_min(witness + slot, first)
-        tl.atomic_add(bitmap + program, wrong_total)
+        tl.atomic_add(bitmap + program, wrong_total.to(tl.int32))

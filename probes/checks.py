@@ -109,7 +109,7 @@ class Checker:
                 self._tiles or [(0, 0, 0)], dtype=torch.int32, device=device
             )
         else:
-            self._first_tile = {}
+            self._first_tile: dict[int, int] = {}
             for position, (index, _, _) in enumerate(self._tiles):
                 self._first_tile.setdefault(index, position)
 

@@ -115,13 +115,14 @@ def _fp4(
 
 
 def _integers(
-    rows: int, k: int, top: int, mask: _Mask, exponent: int, key: int, problem: Problem, device
+    rows: int, k: int, style: Style, mask: _Mask, exponent: int, key: int, problem: Problem, device
 ) -> torch.Tensor:
-    """(rows, k) of +-1 to +-top times 2**exponent where the mask says, in the problem's dtype."""
+    """(rows, k) of the style's integers times 2**exponent under the mask, in its dtype."""
 
     def draw(first: int, count: int) -> torch.Tensor:
         bits = hash_elements(count, k, key, device, first)
-        size = (below(bits, 16, 15, top) + 1) * mask(bits, first, key)
+        size = below(bits, 16, 15, style.top + 1 - style.bottom) + style.bottom
+        size = size * mask(bits, first, key)
         value = torch.where(_negative(bits, first, key), -size, size)
         return (value.float() * 2.0**exponent).to(problem.dtype)
 
@@ -196,7 +197,7 @@ def _attempt(
         made = _fp4(rows, problem.k, fmt, chosen.a, thin, 0, mix(key + 20), device)
         a = Fp4Tensor(fmt, *made, _scalar(global_a, device))
     else:
-        a = _integers(rows, problem.k, chosen.a.top, thin, unit_a, mix(key + 20), problem, device)
+        a = _integers(rows, problem.k, chosen.a, thin, unit_a, mix(key + 20), problem, device)
 
     cover = 16
     while cover * chosen.density < 2 and cover < 1 << 15:

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .data_blocks import normal_matrix, random_fp4, uniform_bytes
 from .data_operands import Condition, Operands
-from .data_random import below, fill_rows, hash_elements, hash_rows, mix, normal, stream_key
+from .data_random import below, hash_elements, hash_rows, stream_key
 from .formats import quantise
-from .problem import FORMATS, Format, Fp4Tensor, Problem
+from .problem import FORMATS, Fp4Tensor, Problem
 
 Device = torch.device | str
 _WEIGHT_STD = 0.02
 _ZERO_ROW = (8, 5)
 """Rows 5, 13, 21, ... of a zero-blocks activation are zero; row 0 never, for m = 1."""
 _FP16_TOP = 2.0**14
-_GROUP = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,6 @@ class Family:
     """The family just inside `condition`: only where that passes is the condition known to hold."""
 
 
-def _normal(rows: int, k: int, key: int, device: Device) -> torch.Tensor:
-    out = torch.empty(rows, k, dtype=torch.float32, device=device)
-    return fill_rows(out, lambda first, count: normal(count, k, key, device, first), k)
-
-
 def _activation(x: torch.Tensor, problem: Problem) -> torch.Tensor | Fp4Tensor:
     if problem.activation == "fp4":
         return quantise(x, FORMATS[problem.format])
@@ -51,47 +46,15 @@ def _activation(x: torch.Tensor, problem: Problem) -> torch.Tensor | Fp4Tensor:
 
 def _plain(problem: Problem, seed: int, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
     """Normal float32 activation (m, k), deviation 1, and weight (n, k), deviation 0.02."""
-    a = _normal(problem.m, problem.k, stream_key(seed, "a"), device)
-    weight = _normal(problem.n, problem.k, stream_key(seed, "weight"), device).mul_(_WEIGHT_STD)
+    a = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
+    weight = normal_matrix(problem.n, problem.k, stream_key(seed, "weight"), device).mul_(
+        _WEIGHT_STD
+    )
     return a, weight
 
 
 def _operands(name: str, seed: int, a: torch.Tensor | Fp4Tensor, weight: Fp4Tensor) -> Operands:
     return Operands(a, weight, family=name, width=None, seed=seed)
-
-
-def _random_fp4(
-    rows: int,
-    k: int,
-    fmt: Format,
-    key: int,
-    device: Device,
-    scale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    global_scale: float = 1.0,
-) -> Fp4Tensor:
-    """Uniform codes, and raw scales from `scale(block hashes (r, k/block), hashes of their
-    groups of 128 rows (r, 1))`."""
-
-    def codes(first: int, count: int) -> torch.Tensor:
-        return (hash_elements(count, k // 2, key, device, first) & 255).to(torch.uint8)
-
-    def scales(first: int, count: int) -> torch.Tensor:
-        bits = hash_elements(count, k // fmt.block, mix(key + 1), device, first)
-        group = torch.arange(first, first + count, device=device) // _GROUP
-        by_group = hash_rows(-(-rows // _GROUP), mix(key + 2), device)[group].unsqueeze(1)
-        return scale(bits, by_group).to(torch.uint8)
-
-    packed = torch.empty(rows, k // 2, dtype=torch.uint8, device=device)
-    raw = torch.empty(rows, k // fmt.block, dtype=torch.uint8, device=device)
-    fill_rows(packed, codes, k // 2)
-    fill_rows(raw, scales, k // fmt.block)
-    multiplier = torch.tensor(global_scale, dtype=torch.float32, device=device)
-    return Fp4Tensor(fmt, packed, raw, multiplier)
-
-
-def _uniform_bytes(low: int, high: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Raw scales uniform in [low, high]."""
-    return lambda bits, by_group: low + below(bits, 0, 16, high - low + 1)
 
 
 def _realistic(problem: Problem, seed: int, device: Device) -> Operands:
@@ -132,20 +95,20 @@ def _zero_blocks(problem: Problem, seed: int, device: Device) -> Operands:
 
 def _max_scales(problem: Problem, seed: int, device: Device) -> Operands:
     fmt = FORMATS[problem.format]
-    largest = _uniform_bytes(0x7D, 0x7E)
+    largest = uniform_bytes(0x7D, 0x7E)
     w4a4 = problem.activation == "fp4"
     scale = 1.0
     if problem.out_dtype == "fp16":  # no sum can exceed this bound on k * |a| * |b|
         scale = _FP16_TOP / (problem.k * 2688.0 * (2688.0 if w4a4 else 4.9))
     share = scale**0.5 if w4a4 else scale
-    weight = _random_fp4(
+    weight = random_fp4(
         problem.n, problem.k, fmt, stream_key(seed, "weight"), device, largest, share
     )
     if w4a4:
         key = stream_key(seed, "a")
-        a = _random_fp4(problem.m, problem.k, fmt, key, device, largest, share)
+        a = random_fp4(problem.m, problem.k, fmt, key, device, largest, share)
         return _operands("max-scales", seed, a, weight)
-    a16 = _normal(problem.m, problem.k, stream_key(seed, "a"), device)
+    a16 = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
     return _operands("max-scales", seed, _activation(a16, problem), weight)
 
 
@@ -158,15 +121,15 @@ def _with_weight_scales(
     global_scale: float = 1.0,
 ) -> Operands:
     """A normal activation and a weight of random codes with the given block scales."""
-    a = _normal(problem.m, problem.k, stream_key(seed, "a"), device)
+    a = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
     fmt, key = FORMATS[problem.format], stream_key(seed, "weight")
-    weight = _random_fp4(problem.n, problem.k, fmt, key, device, scale, global_scale)
+    weight = random_fp4(problem.n, problem.k, fmt, key, device, scale, global_scale)
     return _operands(name, seed, _activation(a, problem), weight)
 
 
 def _min_normal_scales(problem: Problem, seed: int, device: Device) -> Operands:
     """Raw scales 0x08 (exactly 2**-6) to 0x0F."""
-    scale = _uniform_bytes(0x08, 0x0F)
+    scale = uniform_bytes(0x08, 0x0F)
     return _with_weight_scales("min-normal-scales", scale, problem, seed, device)
 
 
@@ -198,19 +161,19 @@ def _alpha_small(problem: Problem, seed: int, device: Device) -> Operands:
 
 def _alpha_large(problem: Problem, seed: int, device: Device) -> Operands:
     """Block scales from 2**-6 to 2**-3 under a global scale of 160 to 192, both sides in W4A4."""
-    scale = _uniform_bytes(0x08, 0x20)
+    scale = uniform_bytes(0x08, 0x20)
     large = _fraction(seed, "alpha") * 2.0**7
     found = _with_weight_scales("alpha-large", scale, problem, seed, device, large)
     if problem.activation == "bf16":
         return found
     fmt, key = FORMATS[problem.format], stream_key(seed, "a")
     own = _fraction(seed, "alpha a")
-    return replace(found, a=_random_fp4(problem.m, problem.k, fmt, key, device, scale, own))
+    return replace(found, a=random_fp4(problem.m, problem.k, fmt, key, device, scale, own))
 
 
 def _wide_scales(problem: Problem, seed: int, device: Device) -> Operands:
     low, high = (-10, 4) if problem.out_dtype == "fp16" else (-24, 8)
-    scale = _uniform_bytes(127 + low, 127 + high)
+    scale = uniform_bytes(127 + low, 127 + high)
     return _with_weight_scales("wide-scales", scale, problem, seed, device)
 
 

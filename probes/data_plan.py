@@ -6,7 +6,7 @@ both operands, and densities, so that the largest ``sum |a||b|`` lands just belo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import log2, sqrt
@@ -28,14 +28,15 @@ _DENSITY = (0.08, 0.95)
 class Style:
     """How the values of one operand are made, with moments in units (of non-zero elements).
 
-    kind       ``integers``: 1 to `top` in a 16-bit float. ``ones``: every value is 1, made of four
-               different block scales and the code that undoes each. ``codes``: every e2m1 code
+    kind       ``integers``: `bottom` to `top`, 16-bit floats. ``ones``: every value is 1, made of
+               four different block scales and the code that undoes each. ``codes``: every e2m1 code
     binades    block scales span this many more binades than one (``codes``)
     mantissas  whether block scales use all eight e4m3 mantissas (``codes``)
     """
 
     kind: str
     top: int = 1
+    bottom: int = 1
     binades: int = 0
     mantissas: bool = False
 
@@ -60,8 +61,8 @@ class Style:
 def _moments(style: Style) -> tuple[float, float, float, float]:
     """Mean and mean square of elements without their block scale, and of the block scales."""
     if style.kind == "integers":
-        top = style.top
-        return (top + 1) / 2, (top + 1) * (2 * top + 1) / 6, 1.0, 1.0
+        values = range(style.bottom, style.top + 1)
+        return sum(values) / len(values), sum(v * v for v in values) / len(values), 1.0, 1.0
     if style.kind == "ones":
         return 1.0, 1.0, 1.0, 1.0
     steps = range(8, 16) if style.mantissas else range(1, 2)
@@ -126,6 +127,9 @@ def _plan(format: str, activation: str, k: int, width: int, flavour: int, boost:
     mantissas = bool(flavour & 2)
     best: tuple[tuple[float, float], Plan] | None = None
     for a, b, stride in product(styles_a, styles_b, (1, 2, 4, 8, 16)):
+        if a.kind == "integers" and stride > 2:
+            # Few to a block: none so small that dropping the block drowns in the output's rounding.
+            a = replace(a, bottom=a.top // 4 + 1)
         density = _density(k, a, b, stride, fmt.block, budget)
         low, high = _DENSITY
         miss = max(0.0, log2(low / density), log2(density / high))

@@ -7,6 +7,7 @@ is dropped, since a library may write to any descriptor it finds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -65,10 +66,8 @@ class Channel:
 
     def close(self) -> None:
         for fd in (self._read_fd, self._write_fd):
-            try:
+            with contextlib.suppress(OSError):
                 os.close(fd)
-            except OSError:
-                pass
 
 
 def _parse(line: bytes) -> Message | None:

@@ -135,7 +135,11 @@ def reference64(
 
 
 def expect(
-    operands: Operands, problem: Problem, chunk_rows: int = 4096, alpha: float | None = None
+    operands: Operands,
+    problem: Problem,
+    chunk_rows: int = 4096,
+    alpha: float | None = None,
+    roundings: int = 1,
 ) -> Expectation:
     """What a backend's output for `operands` may be, computed on their device.
 
@@ -150,8 +154,12 @@ def expect(
     adds u*(|alpha*c| + e) and half the smallest subnormal. lo and hi are rounded inwards, so that
     exactly the values of the output dtype within the tolerance are right.
 
-    `alpha` replaces the operands' factor. Memory: 4096 columns and `chunk_rows` rows in float64 at
-    once, besides the result. Raises ValueError where operands do not fit the problem.
+    `alpha` replaces the operands' factor, and `roundings` is how often the result is rounded to the
+    output dtype on its way: 2 for a kernel that rounds the sum, then its product with alpha. On
+    exact problems, where alpha is a power of two, neither changes the answer.
+
+    Memory: 4096 columns and `chunk_rows` rows in float64 at once, besides the result. Raises
+    ValueError where operands do not fit the problem.
     """
     m, n = _shape(operands, problem)
     dtype, device = problem.dtype, operands.weight.codes.device
@@ -166,7 +174,7 @@ def expect(
     for rows, cols, a, b in _parts(operands, chunk_rows):
         centre = a @ b.T
         sizes = a.abs() @ b.T.abs()
-        slack = tolerance(centre, sizes, factor, problem.k, dtype)
+        slack = tolerance(centre, sizes, factor, problem.k, dtype, roundings)
         centre *= factor
         ref[rows, cols] = centre.float()
         lo[rows, cols] = _inward(centre - slack, dtype, up=True)
@@ -175,7 +183,12 @@ def expect(
 
 
 def tolerance(
-    centre: torch.Tensor, sizes: torch.Tensor, alpha: float, k: int, dtype: torch.dtype
+    centre: torch.Tensor,
+    sizes: torch.Tensor,
+    alpha: float,
+    k: int,
+    dtype: torch.dtype,
+    roundings: int = 1,
 ) -> torch.Tensor:
     """How far alpha times a float32 sum may be from alpha * centre, after rounding to `dtype`.
 
@@ -183,7 +196,7 @@ def tolerance(
     """
     g, g53 = (k * eps / (1 - k * eps) for eps in (_EPS32, _EPS64))
     inner = abs(alpha) * (g * sizes + 2 * _EPS32 * (centre.abs() + g * sizes) + g53 * sizes)
-    u = UNIT_ROUNDOFF[dtype]
+    u = (1 + UNIT_ROUNDOFF[dtype]) ** roundings - 1
     return u * (abs(alpha) * centre.abs() + inner) + inner + SMALLEST_SUBNORMAL[dtype] / 2
 
 

@@ -18,7 +18,7 @@ from .case import Case, Launch, batches, bind, case
 from .checks import SlotReport
 from .data import WIDTHS, draw, exact, window
 from .problem import Device, Problem
-from .reference import TILE_LIMIT, alpha_of, expect, reference64, tile_error
+from .reference import alpha_of, expect, reference64, tile_error, tile_limit
 from .regimes import REGIMES, Budget, NotApplicable, Outcome
 from .seeds import derive
 from .timing import Timed, buffers, weight_copies
@@ -122,7 +122,7 @@ class Layer:
     def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
         """The worst relative tile error where it exceeds the limit, else None."""
         worst = max((self._tile_error(cases, launch) for launch in launches), default=0.0)
-        return worst if not worst <= TILE_LIMIT else None
+        return worst if not worst <= tile_limit(self.problem.k) else None
 
     def _tile_error(self, cases: Sequence[Case], launch: Launch) -> float:
         if launch.m == 0:
@@ -174,7 +174,7 @@ class Layer:
         for launch in launches:
             if launch.item == item:
                 error = self._tile_error([chosen], launch)
-                if not error <= TILE_LIMIT:
+                if not error <= tile_limit(self.problem.k):
                     described = {**_launched(launch, [chosen]), "tile_error": error}
                     found.append({**described, "kind": "wrong"})
         return found[:_MOST_BAD]
@@ -182,7 +182,9 @@ class Layer:
     def regime(self, name: str, items: Sequence[Item], budget: Budget, turn: int = 0) -> Result:
         """Run one regime on exact data of each item's width; items of one width share a chain."""
         results: list[Result] = [{} for _ in items]
-        seconds, proof, missed = 0.0, [], []
+        seconds = 0.0
+        proof: list[dict[str, Any]] = []
+        missed: list[str] = []
         for width in sorted({item.width for item in items}, reverse=True):
             chosen = [i for i, item in enumerate(items) if item.width == width]
             cases = self.cases(width)
@@ -210,7 +212,8 @@ class Layer:
         """Run a regime in batches that fit in memory; where one raises, each item on its own."""
         limit = self.memory // (4 if "streams" in name else 1)
         split = batches(cases, launches, max(limit, 1))
-        share = Budget(budget.least, budget.most, budget.seconds / max(1, len(split)))
+        seconds = budget.seconds / max(1, len(split))
+        share = Budget(budget.least, budget.most, seconds, lambda: self.progress(f"{name}: alive"))
         outcomes: list[Outcome] = []
         for batch in split:
             self.progress(f"{name}: {len(batch)} launches")
@@ -238,7 +241,7 @@ class Layer:
                 outcomes.append(Outcome(0, (), 0, 0.0, errors=errors))
         return outcomes
 
-    def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float]:
+    def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float | None]:
         """Prepare each item's first m for timing; the host microseconds of a call of each."""
         operands = self.cases(WIDTHS[0])[0].operands
         copies = weight_copies(self.problem, cache_bytes)
@@ -306,12 +309,15 @@ def describe(report: SlotReport) -> Result:
 
 
 def _with_rounded_alpha(drawn: Case) -> Case | None:
-    """The same case, expecting the product with alpha rounded to bf16; None if it is already."""
+    """The same case, for a kernel that rounds its sum, and alpha, to 16 bits and then multiplies.
+
+    None where alpha already is a bf16 number.
+    """
     alpha = alpha_of(drawn.operands)
     rounded = float(torch.tensor(alpha, dtype=torch.float64).to(torch.bfloat16))
     if rounded == alpha:
         return None
-    expectation = expect(drawn.operands, drawn.problem, alpha=rounded)
+    expectation = expect(drawn.operands, drawn.problem, alpha=rounded, roundings=2)
     return replace(drawn, expectation=expectation)
 
 

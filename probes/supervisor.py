@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,7 +46,9 @@ class Worker:
         python: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._log = tempfile.NamedTemporaryFile(prefix="fp4tune-worker-", suffix=".log")
+        self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed by `close`
+            prefix="fp4tune-worker-", suffix=".log"
+        )
         command_read, command_write = os.pipe()
         event_read, event_write = os.pipe()
         interpreter = python or sys.executable
@@ -135,10 +138,8 @@ class Worker:
         """End the process, its session and every descendant; False if it cannot be killed."""
         for pid in [*descendants(self._process.pid), self._process.pid]:
             _signal(pid)
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         try:
             self._process.wait(_KILL_WAIT)
         except subprocess.TimeoutExpired:
@@ -179,7 +180,5 @@ def descendants(pid: int) -> list[int]:
 
 
 def _signal(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass

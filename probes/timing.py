@@ -22,6 +22,8 @@ COLD = 2
 """How many times the last-level cache the rotating weights fill, so that none is still cached."""
 _SAMPLE_SECONDS = 3e-4
 """A sample spans at least this long, hundreds of times an event's resolution."""
+_WARM_SECONDS = 1e-3
+"""A sample longer than this needs no run before it to bring clocks and caches back."""
 _MOST_COPIES = 16
 
 
@@ -61,9 +63,7 @@ class Timed:
         tactic: str,
     ) -> None:
         m, n = problem.m, problem.n
-        activations = [
-            prepared_activation(backend, first_rows(a, m)) for a in shared.activations
-        ]
+        activations = [prepared_activation(backend, first_rows(a, m)) for a in shared.activations]
         outs = [out[: m * n].view(m, n) for out in shared.outs]
 
         def each() -> None:
@@ -90,11 +90,12 @@ class Timed:
             self._each = graph.replay
             self._each()
         once = self._measure(1) * self._launches * 1e-6
+        self._warm = once < _WARM_SECONDS
         self._replays = max(1, min(50, int(_SAMPLE_SECONDS / max(once, 1e-7)) + 1))
 
     def sample(self) -> float:
         """Microseconds per launch, from one run over all copies (repeated if that is short)."""
-        if self._on_cuda:
+        if self._on_cuda and self._warm:
             # Other processes had the GPU since the last sample: one replay to come back.
             self._each()
         return self._measure(self._replays)

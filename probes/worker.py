@@ -30,6 +30,9 @@ def main(read_fd: int, write_fd: int) -> None:
     os.set_inheritable(read_fd, False)
     os.set_inheritable(write_fd, False)
     server = Server(channel)
+    # While nobody waits for it: a replacement is started before it is needed.
+    import torch  # noqa: F401
+
     while True:
         try:
             message = channel.receive()
@@ -196,7 +199,7 @@ class Server:
 
         return self._layer.regime(name, _items(items), Budget(**budget), turn)
 
-    def do_open_timing(self, items: list[dict[str, Any]], cache_bytes: int) -> list[float]:
+    def do_open_timing(self, items: list[dict[str, Any]], cache_bytes: int) -> list[float | None]:
         return self._layer.open_timing(_items(items), cache_bytes)
 
     def do_sample(self, indices: list[int]) -> list[float]:

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fp4tune.cache import codedigest, elf, fingerprint
-from fp4tune.cache.codedigest import CodeDigest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import spawn
+
+from fp4tune.cache import codedigest, elf, fingerprint
+from fp4tune.cache.codedigest import CodeDigest
 
 GPU = {
     "kind": "cuda",

@@ -14,6 +14,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, rows_for, spawn, start
+
 from fp4tune.cache import codec, publish, reader, schema, snapshot, state
 from fp4tune.cache.errors import (
     Busy,
@@ -36,9 +40,6 @@ from fp4tune.cache.rows import (
     Timing,
     Verdict,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, rows_for, spawn, start
 
 FILE = (Stamp("/x.so", 1, 2, 3),)
 
@@ -352,18 +353,14 @@ def test_choices_that_contradict_each_other_are_not_published(tmp_path):
     assert not (tmp_path / state.CHOICES).exists()
 
 
-def test_layers_that_were_not_probed_again_can_be_kept(tmp_path):
+def test_a_publication_holds_its_own_rows_and_no_others(tmp_path):
     layer = Layer("sm90", "H200", "strict", "nvfp4", "bf16", "bf16", 1, 4096, 2048, "marlin")
-    choices, candidates = rows_for("a")
-    publish.publish(tmp_path, choices, candidates, [ENVIRONMENT], layers=[layer])
-    newer = Environment("e" * 64, "marlin", "sm90", {})
-    again, judged = rows_for("b", n=8192)
-    publish.publish(tmp_path, again, judged, [ENVIRONMENT, newer], keep_others=True)
+    publish.publish(tmp_path, *rows_for("a"), [ENVIRONMENT], layers=[layer])
+    assert reader.open(tmp_path).layout(4096, 2048) == "marlin"
+    put(tmp_path, "b", n=8192)
     found = reader.open(tmp_path)
-    assert [found.choose(3, n, 2048).tactic for n in (4096, 8192)] == ["a", "b"]
-    assert found.layout(4096, 2048) == "marlin"
-    put(tmp_path, "c")
-    assert reader.open(tmp_path).choose(3, 8192, 2048).status == "unproven"
+    assert found.layout(4096, 2048) is None
+    assert [found.choose(3, n, 2048).status for n in (4096, 8192)] == ["unproven", "safe"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

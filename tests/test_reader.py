@@ -13,13 +13,14 @@ import time
 from dataclasses import replace
 
 import pytest
-from fp4tune.cache import fingerprint, publish, reader, state
-from fp4tune.cache.errors import Missing, StateError
-from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import ENVIRONMENT, put, spawn
 from test_ledger import KINDS, damage
+
+from fp4tune.cache import codec, fingerprint, publish, reader, state
+from fp4tune.cache.errors import Missing, StateError
+from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Layer
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,7 @@ def test_conditions_times_and_default_come_with_the_choice(tmp_path):
     assert (decision.median_us, decision.launches) == (12.5, 300)
     assert (decision.default_backend, decision.generation) == ("humming", generation)
     assert found.meta["run"] == "r1"
+    assert codec.decode(Choice, found.rows("choice")[0]) == row
     assert found.rows("choice")[0]["conditions"] == [{"kind": "min-block-scale", "value": 2**-6}]
 
 

@@ -34,6 +34,15 @@ DTYPES = ["bf16", "fp16"]
 Sum = Callable[[torch.Tensor], torch.Tensor]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of small sums are slower on several threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def sides(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """A (m, k) and B (n, k) in float64, without global scales."""
     a = operands.a
@@ -172,9 +181,8 @@ def test_float32_in_any_order_is_within_the_bound_on_every_family(fmt, activatio
 
 
 @pytest.mark.parametrize(("fmt", "activation"), KINDS)
-@pytest.mark.parametrize("k", [1024, 2048])
-def test_partial_sums_in_bf16_are_graded_8_to_14_and_never_wrong(fmt, activation, k):
-    problem = Problem(fmt, 3, 48, k, activation)
+def test_partial_sums_in_bf16_are_graded_8_to_14_and_never_wrong(fmt, activation):
+    problem = Problem(fmt, 3, 48, 1024, activation)
     for name, total in BF16.items():
         equal = {}
         for width in WIDTHS:
@@ -206,14 +214,11 @@ def without_each_block(operands: Operands, problem: Problem, block: int = 16) ->
     return round_nearest(((a @ b.T) - parts) * alpha_of(operands), problem.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("fmt", "activation"), KINDS)
 @pytest.mark.parametrize("k", [512, 16384])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_dropped_block_is_caught_in_every_row_alone_at_every_width(
-    fmt, activation, width, k, dtype
-):
-    problem = Problem(fmt, 6, 128, k, activation, dtype)
+def test_a_dropped_block_is_caught_in_every_row_alone_at_every_width(fmt, activation, width, k):
+    problem = Problem(fmt, 6, 128, k, activation, "bf16")  # which hides more than fp16
     operands = exact(problem, width, k, "cpu")
     expected = expect(operands, problem)
     damaged = without_each_block(operands, problem)
@@ -221,11 +226,10 @@ def test_a_dropped_block_is_caught_in_every_row_alone_at_every_width(
     assert caught.all(), f"{int((~caught).sum())} of {caught.numel()} launches of one row pass"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("fmt", "activation"), KINDS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tiles_rows_and_single_elements_are_caught_at_every_width(fmt, activation, width, dtype):
-    problem = Problem(fmt, 64, 256, 16384, activation, dtype)
+def test_tiles_rows_and_single_elements_are_caught_at_every_width(fmt, activation, width):
+    problem = Problem(fmt, 64, 256, 16384, activation, "bf16")
     operands = exact(problem, width, 3, "cpu")
     expected = expect(operands, problem)
     good = expected.lo
@@ -254,7 +258,7 @@ def neighbour(x: torch.Tensor, towards: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("fmt", "activation"), KINDS)
 def test_zeros_and_nans_never_pass_on_any_family(fmt, activation, dtype):
     for m in (1, 16):
-        problem = Problem(fmt, m, 128, 16384, activation, dtype)
+        problem = Problem(fmt, m, 128, 8192, activation, dtype)
         for family in families(problem):
             expected = expect(draw(problem, family.name, 0, "cpu"), problem)
             assert expected.ref is not None and not expected.exact

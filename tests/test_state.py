@@ -6,9 +6,10 @@ import os
 import subprocess
 
 import pytest
+from stores import spawn
+
 from fp4tune.cache import state
 from fp4tune.cache.errors import Busy, Full, Missing, ReadOnly, StateError, translate
-from stores import spawn
 
 
 @pytest.fixture

@@ -1,18 +1,27 @@
 """`triton-w4a16`: this project's own FP4 GEMM with 16-bit activations, in Triton, SM80 and newer.
 
-The kernels, the packed layout and why the arithmetic is exact are in `_triton_w4a16_kernels`. Here
-are packing, the configurations worth timing, and the launch. Nothing is shared between calls: a
-split-K partial sum lives in a tensor of its own call, so one prepared weight serves any number of
-streams, threads and CUDA graphs.
+The weight stays 4-bit in memory (a quarter of the bytes of bf16) and is turned into 16-bit floats
+on its way to the tensor cores. `pack` reorders the codes once, when weights load, so that each
+thread finds its own in 16 consecutive bytes; how, why the kernel computes ``W @ A.T``, and why the
+arithmetic is exact up to fp32 sums is told in `_triton_w4a16_kernels`. Here are the packing, the
+tactics worth timing, and the launch.
+
+A tactic is a tile of the output (bm rows of the activation by bn rows of the weight) and a number
+of splits: where the tiles are fewer than the GPU's multiprocessors, k is cut too, every piece
+writes fp32 partial sums, and a second kernel adds them in order.
+
+Nothing is shared between calls: partial sums live in a tensor of their own call, so one prepared
+weight serves any number of streams, threads and CUDA graphs.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,15 +30,15 @@ from ..problem import FORMATS, Device, Fp4Tensor, Problem
 
 TILE_K = 128
 PAD_N = 128
-"""Rows of the packed weight are padded to this; no tile is taller."""
-
-_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 107: 227, 110: 227}
-"""KiB of shared memory a block may have, by SM; 99 elsewhere (86, 89, 120, 121)."""
+"""Rows of the packed weight are padded to this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One tactic: `kernel` is ``gemm`` or ``decode``; tiles are bm x bn; `split` cuts k."""
+    """One tactic: tiles are bm x bn; `split` cuts k; `group` columns of tiles share the L2.
+
+    `kernel` says how activations are read: ``gemm`` through pointers, ``tma`` by the copy engine.
+    """
 
     kernel: str
     bm: int
@@ -41,17 +50,14 @@ class Config:
 
     @property
     def name(self) -> str:
-        if self.kernel == "decode":
-            return f"decode-bm{self.bm}-bn{self.bn}-w{self.warps}-s{self.stages}"
         return (
-            f"gemm-bm{self.bm}-bn{self.bn}-sk{self.split}-w{self.warps}-s{self.stages}"
+            f"{self.kernel}-bm{self.bm}-bn{self.bn}-sk{self.split}-w{self.warps}-s{self.stages}"
             f"-g{self.group}"
         )
 
     def shared(self) -> int:
         """Bytes of shared memory the pipeline's stages take, at most."""
-        parts = self.warps if self.kernel == "decode" else 1
-        return self.stages * parts * (self.bm * 2 * TILE_K + self.bn * (TILE_K // 2 + 8)) + 1024
+        return self.stages * (self.bm * 2 * TILE_K + self.bn * (TILE_K // 2 + 8)) + 1024
 
 
 _FIELDS = {"bm": "bm", "bn": "bn", "sk": "split", "w": "warps", "s": "stages", "g": "group"}
@@ -64,16 +70,13 @@ def parse(tactic: str) -> Config:
     values: dict[str, int] = {}
     for part in parts:
         key = part.rstrip("0123456789")
-        digits = part[len(key) :]
-        if key not in _FIELDS or not digits:
-            raise ValueError(f"triton-w4a16 has no tactic {tactic!r}")
-        values[_FIELDS[key]] = int(digits)
-    if kernel not in ("gemm", "decode") or not {"bm", "bn"} <= values.keys():
-        raise ValueError(f"triton-w4a16 has no tactic {tactic!r}")
-    config = Config(kernel, **values)
-    if config.name != tactic:
-        raise ValueError(f"triton-w4a16 has no tactic {tactic!r}")
-    return config
+        if key in _FIELDS and len(part) > len(key):
+            values[_FIELDS[key]] = int(part[len(key) :])
+    if kernel in ("gemm", "tma") and {"bm", "bn"} <= values.keys():
+        config = Config(kernel, **values)
+        if config.name == tactic:
+            return config
+    raise ValueError(f"triton-w4a16 has no tactic {tactic!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,14 @@ def _aligned(t: torch.Tensor) -> bool:
     return t.data_ptr() % 16 == 0
 
 
+def _readable(a: torch.Tensor) -> bool:
+    """Whether the kernels can read `a` as it lies: 16 bytes at a time, rows not overlapping.
+
+    The stride's factor is the one `compile_for` assumes, so that no call compiles another kernel.
+    """
+    return _aligned(a) and a.stride(1) == 1 and a.stride(0) % 16 == 0 and a.stride(0) >= a.shape[1]
+
+
 class TritonW4A16:
     """The backend (see `backends.Backend`)."""
 
@@ -180,172 +191,269 @@ class TritonW4A16:
 
     def run(self, state: Packed, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         """See `backends.Backend.run`. ValueError for an unknown tactic."""
-        m = a.shape[0]
-        if m == 0:
+        config = parse(tactic)
+        if a.shape[0] == 0:
             return
-        # Loads are 16 bytes wide; a view that does not allow it is copied first.
-        if a.stride(1) != 1 or a.stride(0) % 8 or not _aligned(a):
-            a = a.contiguous() if _aligned(a) else a.clone(memory_format=torch.contiguous_format)
+        if not _readable(a):
+            a = a.clone(memory_format=torch.contiguous_format)
         if _aligned(out):
-            launch(state, a, out, parse(tactic))
+            launch(state, a, out, config)
         else:
             whole = torch.empty_like(out)
-            launch(state, a, whole, parse(tactic))
+            launch(state, a, whole, config)
             out.copy_(whole)
 
     def tactics(self, problem: Problem, device: Device) -> tuple[str, ...]:
-        limit = _SHARED.get(device.sm or 0, 99) * 1024
-        fit = (c.name for c in candidates(problem, device) if c.shared() <= limit)
-        return tuple(dict.fromkeys(fit))[:10]
+        return tuple(c.name for c in candidates(problem, device))
 
     def build(self, problems: Sequence[Problem], device: Device, workers: int) -> None:
         """Compile every tactic of `problems`, in threads (the compiler releases the GIL)."""
-        jobs: dict[tuple[Any, ...], tuple[Problem, Config]] = {}
+        jobs: dict[tuple[object, ...], partial[None]] = {}
         for problem in problems:
+            # What a compiled kernel depends on besides its tactic; m is never part of it.
+            key = (problem.format, problem.out_dtype, problem.n % 16 == 0, problem.n == 1)
             for tactic in self.tactics(problem, device) if problem.m else ():
                 config = parse(tactic)
-                key = (problem.format, problem.dtype, problem.n % 16 == 0, problem.n, problem.k)
-                shape = (config.kernel, config.bm, config.bn, config.split > 1, config.warps)
-                reduce = config.split if config.split > 1 else 0
-                jobs[(*key, *shape, config.stages, config.group, reduce)] = (problem, config)
+                main = replace(config, split=min(config.split, 2))
+                jobs.setdefault((key, main), partial(_compile_gemm, problem, config))
+                if config.split > 1:
+                    reduce = partial(_compile_reduce, problem, config)
+                    jobs.setdefault((key, config.split), reduce)
 
-        def one(job: tuple[Problem, Config]) -> None:
+        def one(job: partial[None]) -> None:
             with torch.cuda.device(device.torch):
-                compile_for(*job)
+                job()
 
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(one, jobs.values()))
 
 
+_CHIPS = {
+    80: (163, 108),
+    86: (99, 84),
+    87: (163, 16),
+    89: (99, 142),
+    90: (227, 132),
+    100: (227, 148),
+    103: (227, 148),
+    107: (227, 148),
+    110: (227, 20),
+    120: (99, 188),
+    121: (99, 48),
+}
+"""By SM: KiB of shared memory a block may have, multiprocessors of its largest common GPU."""
+
+
+def shared_limit(device: Device) -> int:
+    """Bytes of shared memory one block may have on the device."""
+    return _CHIPS.get(device.sm or 0, (99, 132))[0] * 1024
+
+
+@lru_cache(maxsize=1)
+def _has_descriptors() -> bool:
+    """Whether this Triton takes tensor descriptors made on the host (3.4 and newer)."""
+    try:
+        return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    except ImportError:
+        return False
+
+
+# Up to m: (kernel, bm, bn, warps, stages, waves), the best guess first. `waves` says how finely k
+# is cut: until there are that many blocks for each multiprocessor. The fastest in
+# benchmarks/tune_triton.py on an H200 (n x k of 4096 x 4096, 28672 x 4096, 4096 x 14336).
+_TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...] = (
+    (
+        16,
+        (
+            ("gemm", 16, 64, 4, 4, 2),
+            ("gemm", 16, 128, 4, 4, 2),
+            ("gemm", 16, 128, 4, 4, 8),
+            ("gemm", 16, 64, 4, 4, 8),
+        ),
+    ),
+    (
+        32,
+        (
+            ("gemm", 32, 128, 4, 4, 8),
+            ("gemm", 32, 128, 4, 3, 2),
+            ("gemm", 32, 64, 4, 4, 2),
+        ),
+    ),
+    (
+        64,
+        (
+            ("gemm", 64, 64, 4, 3, 2),
+            ("gemm", 64, 128, 4, 3, 2),
+            ("tma", 64, 64, 4, 3, 2),
+            ("tma", 64, 128, 4, 3, 2),
+        ),
+    ),
+    (
+        128,
+        (
+            ("gemm", 128, 128, 8, 3, 1),
+            ("gemm", 128, 64, 4, 3, 2),
+            ("gemm", 64, 128, 4, 3, 2),
+            ("tma", 128, 128, 8, 3, 1),
+            ("tma", 128, 64, 4, 3, 2),
+        ),
+    ),
+    (
+        float("inf"),
+        (
+            ("gemm", 128, 128, 8, 3, 1),
+            ("gemm", 256, 128, 8, 3, 1),
+            ("tma", 128, 128, 8, 3, 1),
+            ("tma", 256, 128, 8, 3, 1),
+            ("tma", 128, 256, 8, 3, 1),
+        ),
+    ),
+)
+
+
 def candidates(problem: Problem, device: Device) -> Iterator[Config]:
-    """Configurations worth timing for the problem's m, best guess first."""
-    m, n = problem.m, problem.n
+    """Configurations worth timing for the problem, best guess first, each once.
+
+    Those that need TMA are left out where the GPU (before SM90) or Triton (before 3.4) lacks it,
+    and stages are taken away until a block fits its shared memory.
+    """
+    rows = next(rows for most, rows in _TABLE if problem.m <= most)
+    seen: set[Config] = set()
+    for kernel, bm, bn, warps, stages, waves in rows:
+        if kernel == "tma" and ((device.sm or 0) < 90 or not _has_descriptors()):
+            continue
+        config = Config(kernel, bm, bn, splits(problem, device, bm, bn, waves), warps, stages)
+        while config.shared() > shared_limit(device):
+            config = replace(config, stages=config.stages - 1)
+        if config.stages > 1 and config not in seen:
+            seen.add(config)
+            yield config
+
+
+def splits(problem: Problem, device: Device, bm: int, bn: int, waves: int) -> int:
+    """How often to cut k (1, 2, 4, 8 or 16) so that blocks come near `waves` per multiprocessor.
+
+    A piece keeps at least 4 k-tiles, or 8 where several waves of blocks are asked for.
+    """
     tiles = -(-problem.k // TILE_K)
-
-    def splits(bm: int, bn: int, blocks: int) -> int:
-        """The power of two of split-K that brings the grid nearest to `blocks`."""
-        grid = -(-m // bm) * -(-n // bn)
-        split = 1
-        while grid * split * 2 <= blocks and split * 2 <= tiles // 2 and split < 16:
-            split *= 2
-        return split
-
-    if m <= 16:
-        for bn, warps, stages in ((16, 4, 3), (16, 8, 2), (32, 4, 3), (16, 4, 2)):
-            yield Config("decode", 16, bn, 1, warps, stages)
-        for bn, blocks in ((64, 264), (64, 528), (128, 264)):
-            yield Config("gemm", 16, bn, splits(16, bn, blocks), 4, 4)
-    elif m <= 64:
-        bm = 32 if m <= 32 else 64
-        for bn, blocks, stages in ((64, 264, 4), (64, 528, 3), (128, 264, 4), (128, 132, 4)):
-            yield Config("gemm", bm, bn, splits(bm, bn, blocks), 4, stages)
-        yield Config("decode", 16, 16, 1, 4, 3)
-    elif m <= 256:
-        for bm, bn, blocks, warps, stages in (
-            (64, 128, 264, 4, 3),
-            (128, 128, 132, 8, 3),
-            (128, 64, 264, 4, 3),
-            (128, 128, 132, 4, 3),
-            (64, 64, 264, 4, 4),
-        ):
-            yield Config("gemm", bm, bn, splits(bm, bn, blocks), warps, stages)
-    else:
-        for bm, bn, warps, stages, group in (
-            (128, 128, 4, 3, 8),
-            (128, 128, 8, 3, 8),
-            (256, 128, 8, 3, 8),
-            (256, 128, 8, 2, 8),
-            (128, 64, 4, 3, 8),
-            (64, 128, 4, 4, 8),
-        ):
-            yield Config("gemm", bm, bn, 1, warps, stages, group)
-        yield Config("gemm", 128, 128, splits(128, 128, 264), 8, 3)
+    blocks = -(-problem.m // bm) * -(-problem.n // bn)
+    most = waves * _CHIPS.get(device.sm or 0, (99, 132))[1]
+    least = 4 if waves <= 2 else 8
+    split = 1
+    while split < 16 and blocks * split * 2 <= most and split * 2 * least <= tiles:
+        split *= 2
+    return split
 
 
 _REDUCE_BLOCK = 512
 
 
-def _arguments(
-    state: Packed, a: Any, out: Any, m: int, stride: int, config: Config
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the main kernel is called with; a and out are tensors, or dtypes when only compiling."""
-    tiles, n_pad = state.words.shape[:2]
-    args = [a, state.words, state.scales, state.gscale, out, m, state.n, state.k, stride, n_pad]
-    constants = {
+@lru_cache(maxsize=1024)
+def _constants(config: Config, mx: bool, bf16: bool) -> dict[str, Any]:
+    return {
         "BM": config.bm,
         "BN": config.bn,
-        "MX": state.mx,
-        "BF16": state.dtype == torch.bfloat16,
-        "PTX": ptx(),
+        "GROUP": config.group,
+        "SPLIT": config.split > 1,
+        "TMA": config.kernel == "tma",
+        "MX": mx,
+        "BF16": bf16,
+        "PTX": not interpreted(),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
-    if config.kernel == "decode":
-        return (*args, tiles), {**constants, "WARPS": config.warps}
-    per_split = -(-tiles // config.split)
-    constants |= {"GROUP": config.group, "SPLIT": config.split > 1}
-    return (*args, tiles, per_split), constants
 
 
-@lru_cache(maxsize=1)
-def ptx() -> bool:
-    """False under Triton's interpreter, which has no inline PTX."""
-    from triton import knobs
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: it has no inline PTX."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
-    return not knobs.runtime.interpret
+
+def _activation(a: torch.Tensor, config: Config) -> Any:
+    """What the kernel takes for activations `a` (m, k)."""
+    if config.kernel != "tma":
+        return a
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(a, list(a.shape), list(a.stride()), [config.bm, TILE_K])
 
 
 def launch(state: Packed, a: torch.Tensor, out: torch.Tensor, config: Config) -> None:
     """Enqueue the product; a (m, k) and out (m, n) aligned to 16 bytes, m >= 1."""
     from . import _triton_w4a16_kernels as kernels
 
-    m, n = a.shape[0], state.n
-    tiles_m, tiles_n = -(-m // config.bm), -(-n // config.bn)
-    target, grid = out, (tiles_m * tiles_n, config.split)
-    if config.kernel == "decode":
-        grid = (tiles_n, tiles_m)
-    elif config.split > 1:
-        target = torch.empty((config.split, m, n), dtype=torch.float32, device=a.device)
-    args, constants = _arguments(state, a, target, m, a.stride(0), config)
-    getattr(kernels, config.kernel)[grid](*args, **constants)
-    if config.split > 1:
+    m, n, split = a.shape[0], state.n, config.split
+    target = out
+    if split > 1:
+        target = torch.empty((split, m, n), dtype=torch.float32, device=a.device)
+    tiles_k, n_pad = state.words.shape[:2]
+    grid = (-(-m // config.bm) * -(-n // config.bn), split)
+    kernels.gemm[grid](
+        _activation(a, config),
+        state.words,
+        state.scales,
+        state.gscale,
+        target,
+        m,
+        n,
+        state.k,
+        a.stride(0),
+        n_pad,
+        tiles_k,
+        -(-tiles_k // split),
+        **_constants(config, state.mx, state.dtype == torch.bfloat16),
+    )
+    if split > 1:
         blocks = -(-m * n // _REDUCE_BLOCK)
         kernels.reduce[(blocks,)](
-            target, state.gscale, out, m * n, SPLITS=config.split, BLOCK=_REDUCE_BLOCK, MX=state.mx
+            target, state.gscale, out, m * n, SPLITS=split, BLOCK=_REDUCE_BLOCK, MX=state.mx
         )
 
 
 def compile_for(problem: Problem, config: Config) -> None:
     """Compile and load what `launch` needs for the problem, on the current CUDA device."""
+    _compile_gemm(problem, config)
+    if config.split > 1:
+        _compile_reduce(problem, config)
+
+
+def _compile_gemm(problem: Problem, config: Config) -> None:
     from . import _triton_w4a16_kernels as kernels
 
-    meta = torch.device("meta")
-    tiles, n_pad = -(-problem.k // TILE_K), -(-problem.n // PAD_N) * PAD_N
-    mx = problem.format == "mxfp4"
-    state = Packed(
-        torch.empty((tiles, n_pad, 16), dtype=torch.int32, device=meta),
-        torch.empty((tiles, n_pad, 4), dtype=torch.uint8 if mx else torch.int16, device=meta),
-        torch.empty((1,), dtype=torch.float32, device=meta),
+    mx, k = problem.format == "mxfp4", problem.k
+    a: Any = problem.dtype
+    if config.kernel == "tma":
+        a = _activation(torch.empty((1, k), dtype=problem.dtype, device="meta"), config)
+    compiled = kernels.gemm.warmup(
+        a,
+        torch.int32,
+        torch.uint8 if mx else torch.int16,
+        torch.float32,
+        torch.float32 if config.split > 1 else problem.dtype,
+        problem.m,
         problem.n,
-        problem.k,
-        problem.dtype,
+        k,
+        k,
+        -(-problem.n // PAD_N) * PAD_N,
+        -(-k // TILE_K),
+        1,
+        grid=(1,),
+        **_constants(config, mx, problem.dtype == torch.bfloat16),
     )
-    target = torch.float32 if config.split > 1 else problem.dtype
-    args, constants = _arguments(state, problem.dtype, target, problem.m, problem.k, config)
-    types = [x.dtype if isinstance(x, torch.Tensor) else x for x in args]
-    compiled = [getattr(kernels, config.kernel).warmup(*types, grid=(1,), **constants)]
-    if config.split > 1:
-        compiled.append(
-            kernels.reduce.warmup(
-                torch.float32,
-                torch.float32,
-                problem.dtype,
-                problem.m * problem.n,
-                SPLITS=config.split,
-                BLOCK=_REDUCE_BLOCK,
-                MX=mx,
-                grid=(1,),
-            )
-        )
-    for kernel in compiled:
-        _ = kernel.run  # loads the module now, rather than in a graph capture
+    _ = compiled.run  # loads the module now, rather than in a graph capture
+
+
+def _compile_reduce(problem: Problem, config: Config) -> None:
+    from . import _triton_w4a16_kernels as kernels
+
+    compiled = kernels.reduce.warmup(
+        torch.float32,
+        torch.float32,
+        problem.dtype,
+        problem.m * problem.n,
+        SPLITS=config.split,
+        BLOCK=_REDUCE_BLOCK,
+        MX=problem.format == "mxfp4",
+        grid=(1,),
+    )
+    _ = compiled.run
