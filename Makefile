@@ -22,11 +22,13 @@ lint: $(VENV)/.ready
 
 setup: $(VENV)/.ready
 
-# A torch that is there already (an engine's, a container's) is used, not replaced.
+# A torch that is there already (an engine's, a container's, another venv's) is used, not replaced:
+# its folder comes onto the path after the environment's own.
 $(VENV)/.ready: pyproject.toml
-	if $(PYTHON) -c 'import torch' 2>/dev/null; \
-	then $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
+	$(PYTHON) -m venv $(VENV)
+	if found=$$($(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null); \
+	then echo "$$found" > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/torch-that-is-there.pth; \
+	else $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

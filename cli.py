@@ -72,7 +72,8 @@ def probe(
         str | None, typer.Option(help="Interpreter to run backends in, e.g. the engine's.")
     ] = None,
     hang_seconds: Annotated[
-        float | None, typer.Option(help="Silence that counts as a hang; default 20, CPU 120.")
+        float | None,
+        typer.Option(help="Silence that counts as a hang; default 30, in a regime 10; CPU 120."),
     ] = None,
     state: State = None,
     as_json: Json = False,
@@ -92,6 +93,7 @@ def probe(
         chosen_profile = _named(PROFILES, profile or installed(), "profile")
         targets = devices.select(gpu)
         state_dir = directory(state)
+        chosen_seed = planning.seed(seed)
         plans = []
         for target in targets:
             layers = planning.layers(
@@ -111,34 +113,39 @@ def probe(
                     problems=problems,
                     level=chosen_level,
                     profile=chosen_profile,
-                    seed=planning.seed(seed),
+                    seed=chosen_seed,
                     python=planning.interpreter(python),
-                    hang_seconds=hang_seconds,
+                    hang_seconds=planning.hang_seconds(hang_seconds),
                     argv=tuple(sys.argv[1:]),
                 )
             )
-        from .autotune import stored, tables
+        from .autotune import standing, stored, tables
+        from .autotune.publication import publish
         from .autotune.watching import watching
 
+        standing.usable(state_dir)  # refuses now what could not be published over at the end
         reports = []
         with Ledger.open(state_dir) as ledger:
             for each in plans:
                 with watching(each) as progress:
                     reports.append(run_probe(each, ledger, state_dir, progress))
+        publish(reports, state_dir)
         if as_json:
             _print_json([stored.report_json(report) for report in reports])
         else:
             for report in reports:
                 tables.print_report(report)
-        safe = all(c.status != "none" for r in reports for c in r.choices)
-        raise typer.Exit(SAFE if safe and any(r.choices for r in reports) else UNSAFE)
+        statuses = {choice.status for report in reports for choice in report.choices}
+        if not statuses:
+            raise Refused("no backend could run any of these problems here; nothing is published")
+        raise typer.Exit(UNSAFE if "none" in statuses else SAFE)
 
 
 @app.command()
 def choose(
-    m: int,
-    n: int,
-    k: int,
+    m: Annotated[int, typer.Argument(help="Rows of the activation: tokens in the batch.")],
+    n: Annotated[int, typer.Argument(help="Outputs of the layer, on one rank.")],
+    k: Annotated[int, typer.Argument(help="Inputs of the layer, on one rank.")],
     format_: Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")] = "nvfp4",
     activation: Annotated[str, typer.Option(help="bf16 (W4A16) or fp4 (W4A4).")] = "bf16",
     out_dtype: OutDtype = "bf16",
@@ -151,7 +158,10 @@ def choose(
     """Print the stored choice for one problem, as an engine would read it."""
     with _one_sentence():
         from .autotune import stored
+        from .autotune.profiles import PROFILES
 
+        if profile is not None:
+            _named(PROFILES, profile, "profile")
         decision = stored.decision(state, m, n, k, format_, activation, out_dtype, profile)
         if as_json:
             _print_json(decision)
@@ -205,6 +215,30 @@ def backends(
             _print_json({"device": target.name, "arch": target.device.arch, "backends": rows})
         else:
             tables.print_support(target, rows)
+
+
+@app.command()
+def audit(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Libraries, objects, cubins, folders, installs. Default: this one."),
+    ] = None,
+    arch: Annotated[
+        int | None, typer.Option(help="SM to audit for, e.g. 120. Default: the GPU here, else all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge compiled FP4 GEMM modules by their machine code; needs no GPU."""
+    with _one_sentence():
+        from .probes import audit as auditing
+        from .probes.audit import text
+
+        reports = auditing.audit(paths or (), text.arch(arch), text.progress())
+        if as_json:
+            _print_json([report.json() for report in reports])
+        else:
+            typer.echo("\n".join(text.lines(reports)))
+        raise typer.Exit(text.exit_code(reports))
 
 
 @app.command()
@@ -269,7 +303,7 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point of the ``fp4tune`` command."""
-    app()
+    app(prog_name="fp4tune")
 
 
 if __name__ == "__main__":

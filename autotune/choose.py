@@ -16,8 +16,8 @@ FLOORS = ("torch-dequant", "torch-dequant-w4a4")
 def ranked(candidates: Sequence[Candidate], time: Mapping[str, float | None]) -> list[str]:
     """Backends that may be chosen, best first: safe, timed, ties broken by name.
 
-    `time` is what to compare by, by backend. The order depends on nothing but its arguments, so that every
-    rank and node with the same evidence chooses the same.
+    `time` is what to compare by, by backend. The order depends on nothing but its arguments, so
+    that every rank and node with the same evidence chooses the same.
     """
     times = {
         c.backend: t
@@ -81,6 +81,7 @@ def _choice(group: Sequence[Candidate], default_backend: str | None) -> Choice:
         conditions=taken.conditions if best else (),
         median_us=taken.median_us,
         launches=taken.launches,
+        problems=taken.problems,
         fingerprint=taken.fingerprint,
         default_backend=default_backend,
     )

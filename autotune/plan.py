@@ -91,6 +91,13 @@ def max_m(given: int | None, target: Target) -> int:
     return DEFAULT_MAX_M[target.device.kind] if given is None else given
 
 
+def hang_seconds(given: float | None) -> float | None:
+    """The silence given, checked to be some; None for the device's default."""
+    if given is not None and not given > 0:
+        raise ValueError(f"--hang-seconds {given:g}: it must be more than 0")
+    return given
+
+
 def interpreter(python: str | None) -> str | None:
     """The interpreter to run workers in, checked to be one; None for this one.
 

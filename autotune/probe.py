@@ -13,19 +13,18 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
-from ..cache import codedigest, fingerprint, publish, state
+from ..cache import codedigest, fingerprint, state
 from ..cache.ledger import Ledger
-from ..cache.rows import Build, Candidate, Choice, Environment, Finding, Verdict
+from ..cache.rows import Build, Candidate, Choice, Environment, Finding, Timing, Verdict
 from ..probes.devices import Target
 from ..probes.problem import Problem
 from ..probes.seeds import derive
 from ..probes.supervisor import Worker, WorkerFailed
-from . import standing
 from .buckets import MRange, ranges
-from .choose import FLOORS, choices
+from .choose import FLOORS
 from .layer import Entrant, Layer, probe_layer
 from .levels import Level
-from .profiles import PROFILES, Profile
+from .profiles import Profile
 from .record import Recorder
 from .runner import Patience, Progress, Runner
 from .verdict import decide
@@ -69,11 +68,13 @@ class Report:
     choices: list[Choice] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     unsupported: dict[str, str] = field(default_factory=dict)
     """Backend to the reason it cannot run any of the problems here."""
     broken: dict[str, str] = field(default_factory=dict)
     """Backend to how it failed before any problem could be run: loading, building."""
     build_seconds: dict[str, float] = field(default_factory=dict)
+    environments: list[Environment] = field(default_factory=list)
     build_wall_seconds: float = 0.0
     """Loading and compiling all backends, at once: what a second probe mostly saves."""
     seconds: float = 0.0
@@ -82,7 +83,7 @@ class Report:
 
 
 def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Report:
-    """Run `plan` and publish its choices. Evidence is in the ledger as it comes.
+    """Run `plan`. Evidence is in the ledger as it comes; `publication.publish` makes the choices.
 
     Raises StateError where the state cannot be written, and Busy where another probe has the
     device.
@@ -102,7 +103,7 @@ def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Re
         )
         report = Report(run, plan.seed, plan.target)
         try:
-            _probe(plan, stack, pool, ledger, report, progress, state_dir)
+            _probe(plan, stack, pool, ledger, report, progress)
         except BaseException:
             ledger.finish_run(run, "failed")
             raise
@@ -117,7 +118,6 @@ def _probe(
     ledger: Ledger,
     report: Report,
     progress: Progress,
-    state_dir: Path,
 ) -> None:
     record = Recorder(ledger, report.run, plan.seed)
     progress("survey", "asking every backend what it supports")
@@ -140,12 +140,14 @@ def _probe(
         for problem in problems:
             able[problem].append(runner)
     able = {problem: field_ for problem, field_ in able.items() if _worthwhile(problem, field_)}
+    for runner in runners:
+        if not any(runner in field_ for field_ in able.values()):
+            report.unsupported[runner.name] = "left out: there is nothing here to compare it with"
     built = _build(pool, runners, able, ledger, report, progress)
     report.build_wall_seconds = round(time.monotonic() - start, 1)
-    environments = []
     for runner in built:
         environment = environment_of(runner, plan.target)
-        environments.append(environment)
+        report.environments.append(environment)
         ledger.add_environment(environment)
         record.knows(runner.name, environment.fingerprint)
     dead: dict[str, dict[str, str]] = {runner.name: {} for runner in built}
@@ -167,37 +169,8 @@ def _probe(
         probe_layer(layer, entrants, record, say, at_once)
         report.candidates += _candidates(plan, layer, entrants, record, ledger)
     report.findings = record.findings
-    _publish(plan, report, environments, state_dir)
+    report.timings = list(record.timings.values())
     report.seconds = round(time.monotonic() - start - report.build_wall_seconds, 1)
-
-
-def _publish(
-    plan: Plan, report: Report, environments: Sequence[Environment], state_dir: Path
-) -> None:
-    """Choose over everything that holds, and publish; the report keeps this probe's buckets."""
-    with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
-        # Held from reading what stands to replacing it: two probes may end at the same time.
-        _join_and_publish(plan, report, environments, state_dir)
-
-
-def _join_and_publish(
-    plan: Plan, report: Report, environments: Sequence[Environment], state_dir: Path
-) -> None:
-    probed = {candidate.bucket for candidate in report.candidates}
-    scope = (plan.target.device.arch, plan.target.name, plan.profile.name)
-    everyone, known = standing.join(standing.usable(state_dir), report.candidates, environments)
-    chosen: list[Choice] = []
-    placed: list[Candidate] = []
-    for key, group in standing.by_scope(everyone).items():
-        profile = PROFILES.get(key[2], plan.profile)
-        new_choices, new_placed = choices(group, profile.default(sm_of(key[0])))
-        chosen += new_choices
-        placed += new_placed
-        if key == scope:
-            report.choices = [c for c in new_choices if c.bucket in probed]
-            report.candidates = [c for c in new_placed if c.bucket in probed]
-    meta = {"run": report.run, "seed": plan.seed, "unsupported": report.unsupported}
-    report.generation = publish.publish(state_dir, chosen, placed, known, meta)
 
 
 def survey(
@@ -267,7 +240,8 @@ def _build(
     active = [runner for runner in runners if wanted[id(runner)]]
     room = max(1, _free_memory() // _BUILD_BYTES)
     cores = len(os.sched_getaffinity(0))
-    workers = max(1, min(cores, room) // max(1, len(active)))
+    # Few backends have much to compile, so a half each keeps the machine busy to the end.
+    workers = max(1, min(cores, room) // min(2, max(1, len(active))))
     room_for = Semaphore(min(len(active), room) or 1)
 
     def build(runner: Runner) -> float:
@@ -313,7 +287,7 @@ def environment_of(runner: Runner, target: Target) -> Environment:
     """The fingerprint of what this backend's evidence depends on, as its worker sees it."""
     hello = runner.hello
     files = [Path(name) for name in runner.ask("files")]
-    return fingerprint.environment(
+    found = fingerprint.environment(
         device_info={**_constant(hello["device"]), **fingerprint.hardware(target.uuid)},
         backend=runner.name,
         arch=target.device.arch,
@@ -322,6 +296,9 @@ def environment_of(runner: Runner, target: Target) -> Environment:
         variables=dict(os.environ),
         code=codedigest.combined(files),
     )
+    # A reader cannot ask for versions, but it can see that a distribution was replaced.
+    installed = tuple(fingerprint.stamp(path) for path in hello["metadata"])
+    return replace(found, stamps=found.stamps + installed)
 
 
 def _constant(device: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,6 +353,7 @@ def _candidates(
                 lo_us=timing.lo_us if timing else None,
                 hi_us=timing.hi_us if timing else None,
                 launches=judgement.launches,
+                problems=judgement.problems,
                 width=judgement.width,
                 conditions=conditions,
                 reasons=judgement.reasons,
@@ -383,11 +361,6 @@ def _candidates(
             )
         )
     return found
-
-
-def sm_of(arch: str) -> int | None:
-    """``sm90`` to 90; None for a CPU."""
-    return int(arch[2:]) if arch.startswith("sm") else None
 
 
 def _free_memory() -> int:

@@ -51,6 +51,7 @@ class Recorder:
         status: str,
         detail: Mapping[str, Any] | None = None,
         launches: int = 0,
+        problems: int = 0,
         width: int | None = None,
         seconds: float = 0.0,
     ) -> None:
@@ -65,6 +66,7 @@ class Recorder:
             data=data,
             status=status,
             launches=launches,
+            problems=problems,
             width=width,
             seconds=seconds,
             detail=_plain(dict(detail or {})),
@@ -105,12 +107,25 @@ class Recorder:
                 self._found(backend, tactic, bucket, regime, data, bad)
         elif result.get("not_exercised"):
             status, detail["note"] = "not exercised", result["not_exercised"]
+        elif result.get("exempt") and not result["launches"]:
+            status, detail["note"] = "not applicable", result["exempt"]
         if result.get("changed_inputs"):
             status = "failed"
             kind = {"kind": "input modified", "tensors": result["changed_inputs"]}
             self._found(backend, tactic, bucket, regime, data, kind)
-        launches = result["launches"]
-        self.status(backend, tactic, bucket, regime, data, status, detail, launches, width, seconds)
+        self.status(
+            backend,
+            tactic,
+            bucket,
+            regime,
+            data,
+            status,
+            detail,
+            result["launches"],
+            result["problems"],
+            width,
+            seconds,
+        )
         return status
 
     def failure(
@@ -123,7 +138,7 @@ class Recorder:
         failure: WorkerFailed,
     ) -> None:
         """A command that did not finish: a finding, unless the device or its memory explain it."""
-        if failure.kind in ("not applicable", "out of memory"):
+        if failure.kind in ("not applicable", "out of memory", "internal"):
             status = "not applicable" if failure.kind == "not applicable" else "skipped"
             self.status(backend, tactic, bucket, regime, data, status, {"note": str(failure)})
             return

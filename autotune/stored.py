@@ -10,6 +10,7 @@ from ..cache import reader, state
 from ..cache.errors import Missing, StateError
 from ..cache.ledger import Ledger
 from ..cache.rows import Finding, Run
+from ..probes.problem import Problem
 from . import standing
 from .probe import Report
 from .stats import failure_bound
@@ -38,19 +39,16 @@ def decision(
     out_dtype: str,
     profile: str | None = None,
 ) -> dict[str, Any]:
-    """What the engine's reader answers for one problem, and the bound behind it."""
+    """What the engine's reader answers for one problem, and the bound behind it.
+
+    Raises ValueError for a problem that cannot be, which the reader itself takes for unknown.
+    """
+    asked = asdict(Problem(format_, m, n, k, activation, out_dtype))
     place = place_of(state_dir)
     found = reader.open(place, profile=profile).choose(m, n, k, format_, activation, out_dtype)
     answer = {name: getattr(found, name) for name in found.__slots__}
-    answer["failure_bound_95"] = failure_bound(found.launches)
-    answer["problem"] = {
-        "m": m,
-        "n": n,
-        "k": k,
-        "format": format_,
-        "activation": activation,
-        "out_dtype": out_dtype,
-    }
+    answer["failure_bound_95"] = failure_bound(found.problems)
+    answer["problem"] = asked
     return answer
 
 
@@ -65,7 +63,10 @@ def decision_line(answer: dict[str, Any]) -> str:
         line += f" {answer['tactic']}"
     time = "" if answer["median_us"] is None else f"{answer['median_us']:.1f} us, "
     bound = f"failure rate below {answer['failure_bound_95']:.1g} (95 %) in each regime"
-    line += f" (safe; {time}{answer['launches']} launches or more in each regime: {bound})"
+    line += (
+        f" (safe; {time}at least {answer['launches']} launches of {answer['problems']} problems "
+        f"in each regime: {bound})"
+    )
     for condition in answer["conditions"]:
         line += f"\n  if {condition['text']}"
     return line
@@ -110,6 +111,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "choices": [asdict(row) for row in report.choices],
         "candidates": [asdict(row) for row in report.candidates],
         "findings": [_plain(asdict(row)) for row in report.findings],
+        "timings": [_plain(asdict(row)) for row in report.timings],
         "unsupported": report.unsupported,
         "broken": report.broken,
         "build_seconds": report.build_seconds,

@@ -33,15 +33,17 @@ def print_report(report: Report) -> None:
     """All of a finished probe: choices by layer, backends, findings, what could not run."""
     out = console()
     out.print(f"\n[bold]{escape(report.target.name)}[/] ({report.target.device.arch})")
-    print_choices(out, report.choices, report.candidates)
-    print_backends(out, report.candidates, report.build_seconds)
-    print_findings(out, report.findings)
+    if report.candidates:
+        print_choices(out, report.choices, report.candidates)
+        print_backends(out, report.candidates, report.build_seconds)
+        print_findings(out, report.findings)
     _print_reasons(out, "Did not load or build", report.broken)
     _print_reasons(out, "Cannot run here", report.unsupported)
-    out.print(
-        f"\nprobed in {report.seconds:.0f} s, after {report.build_wall_seconds:.0f} s of loading "
-        f"and building; stored as generation {report.generation}; run {report.run}"
-    )
+    if report.generation is not None:
+        out.print(
+            f"\nprobed in {report.seconds:.0f} s, after {report.build_wall_seconds:.0f} s of "
+            f"loading and building; stored as generation {report.generation}; run {report.run}"
+        )
 
 
 def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[Candidate]) -> None:
@@ -66,7 +68,8 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
         for row in rows:
             group = by_bucket[row.bucket]
             cells = [_cell(group.get(name), name == row.backend) for name in names]
-            table.add_row(_range(row.bucket), _chosen(row), str(row.launches), *cells)
+            launches = "" if row.status == "none" else str(row.launches)
+            table.add_row(_range(row.bucket), _chosen(row), launches, *cells)
         out.print(table)
     out.print(
         "✗ unsafe   ? inconclusive   launches: the fewest checked in any regime the choice passed",
@@ -90,10 +93,14 @@ def _cell(candidate: Candidate | None, chosen: bool) -> str:
     if candidate is None:
         return ""
     text = "·" if candidate.median_us is None else f"{candidate.median_us:.1f}"
-    # A reference line is measured and never judged: its verdict is not a mark against it.
-    reference = any("reference line" in reason for reason in candidate.reasons)
-    mark = "" if reference else _MARKS[candidate.verdict]
+    mark = _MARKS.get(_verdict(candidate), "")
     return (f"[bold]{text}[/]" if chosen else text) + mark
+
+
+def _verdict(candidate: Candidate) -> str:
+    """A reference line is measured and never judged: its verdict is not a mark against it."""
+    reference = any("reference line" in reason for reason in candidate.reasons)
+    return "reference" if reference else candidate.verdict
 
 
 def print_backends(
@@ -108,7 +115,7 @@ def print_backends(
         table.add_column(heading)
     table.add_column("build s", justify="right")
     for name, group in groups.items():
-        verdicts = Counter(c.verdict for c in group)
+        verdicts = Counter(_verdict(c) for c in group)
         widths = sorted({c.width for c in group if c.width is not None})
         notes = Counter(
             note for c in group for note in (*(x["text"] for x in c.conditions), *c.reasons)
@@ -123,10 +130,10 @@ def print_backends(
             "" if seconds is None else f"{seconds:.1f}",
         )
     out.print(table)
-    fewest = min((c.launches for c in candidates if c.verdict == "safe"), default=0)
+    fewest = min((c.problems for c in candidates if c.verdict == "safe"), default=0)
     if fewest:
         out.print(
-            f"Every safe verdict: no failure in at least {fewest} launches per bucket and regime, "
+            f"Every safe verdict: no failure in at least {fewest} problems per bucket and regime, "
             f"a failure rate below {failure_bound(fewest):.1g} (95 %) under that regime alone.",
             style="dim",
         )
@@ -134,7 +141,7 @@ def print_backends(
 
 def print_findings(out: Console, findings: Sequence[Finding]) -> None:
     """Findings of one kind together: where, how many, and one in full."""
-    groups: dict[tuple[str, str, str, str], list[Finding]] = {}
+    groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         key = (finding.backend, finding.kind, finding.regime, finding.data)
         groups.setdefault(key, []).append(finding)
@@ -142,14 +149,26 @@ def print_findings(out: Console, findings: Sequence[Finding]) -> None:
         out.print("No findings.")
         return
     table = Table(title="Findings", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("backend", "kind", "regime", "data", "buckets", "first of them"):
+    for heading in ("backend", "kind", "regime", "data", "buckets", "tactics", "first of them"):
         table.add_column(heading)
     for (backend, kind, regime, data), group in list(groups.items())[:_MOST_FINDINGS]:
-        buckets = len({f.bucket for f in group})
-        table.add_row(escape(backend), kind, regime, data, str(buckets), escape(describe(group[0])))
+        row = (backend, kind, regime, data, str(len({f.bucket for f in group})))
+        tactics = _some([f.tactic for f in group])
+        table.add_row(*(escape(cell) for cell in (*row, tactics, describe(group[0]))))
     out.print(table)
     if len(groups) > _MOST_FINDINGS:
         out.print(f"and {len(groups) - _MOST_FINDINGS} more kinds; see fp4tune show --findings")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of several names, and how many more there are."""
+    unique = list(dict.fromkeys(names))
+    more = f" and {len(unique) - 1} more" if len(unique) > 1 else ""
+    return _shorter(unique[0]) + more
+
+
+def _shorter(name: str) -> str:
+    return name if len(name) <= 32 else name[:31] + "…"
 
 
 def describe(finding: Finding) -> str:
@@ -168,7 +187,7 @@ def describe(finding: Finding) -> str:
         text += f": relative tile error {float(d['tile_error']):.2g}"
     if d.get("guard"):
         text += f": {d['guard']} elements written outside the output"
-    return f"{text}; seed {finding.seed}"
+    return f"{text}; data seed {finding.seed}"
 
 
 def _print_reasons(out: Console, title: str, reasons: dict[str, str]) -> None:

@@ -27,19 +27,25 @@ class Fact(Protocol):
     @property
     def launches(self) -> int: ...
     @property
+    def problems(self) -> int: ...
+    @property
     def width(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict with its grounds. `launches` is the fewest checked launches of any regime passed;
-    regimes are never summed, since each bounds failures under its own conditions only."""
+    """A verdict with its grounds.
+
+    `launches` is the fewest checked launches of any regime passed, `problems` the fewest different
+    ones; regimes are never summed, since each bounds failures under its own conditions only.
+    """
 
     status: str
     conditions: tuple[Condition, ...] = ()
     reasons: tuple[str, ...] = ()
     width: int | None = None
     launches: int = 0
+    problems: int = 0
 
 
 def decide(evidence: Iterable[Fact], profile: Profile) -> Judgement:
@@ -65,25 +71,33 @@ def decide(evidence: Iterable[Fact], profile: Profile) -> Judgement:
         mine = [f for f in facts if f.regime == regime and f.data == EXACT]
         statuses = {f.status for f in mine}
         required = regime in profile.required
-        if "failed" in statuses:
-            if not required and regime in profile.conditions:
+        if not required and regime in profile.conditions:
+            # Not proven under these launch conditions, so the engine must not make them.
+            if statuses - {"passed", "not applicable"}:
                 conditions.append(profile.conditions[regime])
-            else:
-                unsafe.append(f"{regime}: failed")
+        elif "failed" in statuses:
+            unsafe.append(f"{regime}: failed")
         elif required and statuses != {"passed"} and statuses != {"not applicable"}:
             open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
 
-    passed = Counter[str]()
+    status = SAFE
+    reasons: tuple[str, ...] = ()
+    if unsafe:
+        status, reasons = UNSAFE, tuple(unsafe)
+    elif open_ or width is None:
+        status, reasons = INCONCLUSIVE, tuple(open_) or ("never graded",)
+    launches, problems = _fewest(facts)
+    return Judgement(status, _unique(conditions), reasons, width, launches, problems)
+
+
+def _fewest(facts: Sequence[Fact]) -> tuple[int, int]:
+    """Launches and different problems behind the regime that passed on the fewest of each."""
+    launches, problems = Counter[str](), Counter[str]()
     for fact in facts:
         if fact.status == "passed" and fact.data == EXACT:
-            passed[fact.regime] += fact.launches
-    launches = min(passed.values(), default=0)
-    if unsafe:
-        return Judgement(UNSAFE, _unique(conditions), tuple(unsafe), width, launches)
-    if open_ or width is None:
-        reasons = tuple(open_) or ("never graded",)
-        return Judgement(INCONCLUSIVE, _unique(conditions), reasons, width, launches)
-    return Judgement(SAFE, _unique(conditions), (), width, launches)
+            launches[fact.regime] += fact.launches
+            problems[fact.regime] += fact.problems
+    return min(launches.values(), default=0), min(problems.values(), default=0)
 
 
 def _regimes(facts: Sequence[Fact], profile: Profile) -> list[str]:

@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def fp4tune(*arguments: str, state: Path) -> tuple[int, str]:
-    """Run the command in this interpreter; its exit code and stdout. stderr is shown as it comes."""
+    """Run the command in this interpreter: its exit code and stdout; stderr is let through."""
     done = subprocess.run(
         [sys.executable, "-m", "fp4tune.cli", *arguments],
         env={**os.environ, "FP4TUNE_STATE": str(state), "COLUMNS": "200"},

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fp4tune.probes.backends import tactics
 from fp4tune.probes.backends.humming import Humming
 from fp4tune.probes.backends.marlin import Marlin

@@ -26,8 +26,15 @@ TIMEOUT = 120.0
 """Seconds cuobjdump may take for one library; it reads about 90 MB a second."""
 TOOL = "cuobjdump"
 
+PTX_ONLY = "its GPU code is PTX only: the driver compiles it when it is loaded"
+
 _FATBIN = (".nv_fatbin", "__nv_relfatbin")
-_WHEELS = ("nvidia/cu*/bin", "nvidia/cuda_cuobjdump/bin", "triton/backends/nvidia/bin")
+_WHEELS = (
+    "nvidia/cu*/bin",
+    "nvidia/cuda_cuobjdump/bin",
+    "nvidia/cuda_nvdisasm/bin",
+    "triton/backends/nvidia/bin",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ def combined(paths: Iterable[str | os.PathLike[str]]) -> CodeDigest:
     for path in paths:
         try:
             found, count, how = _code(os.fspath(path))
-        except (elf.BadElf, OSError, subprocess.SubprocessError, _NoCode) as error:
+        except (elf.BadElf, OSError, subprocess.SubprocessError, NoCode) as error:
             return CodeDigest(None, 0, f"{os.path.basename(path)}: {_sentence(error)}")
         words += found
         kernels += count
@@ -64,37 +71,54 @@ def combined(paths: Iterable[str | os.PathLike[str]]) -> CodeDigest:
             hows.append(how)
     if not words:
         return CodeDigest(None, 0, "no files with machine code")
-    total = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()
-    return CodeDigest(total, kernels, ", ".join(hows))
+    return CodeDigest(total(words), kernels, ", ".join(hows))
 
 
-class _NoCode(Exception):
+def total(words: Iterable[str]) -> str:
+    """The digest of kernels whose own hashes are `words`, in any order."""
+    return hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()
+
+
+class NoCode(Exception):
     """There is code we cannot get at, or none at all."""
 
 
 def _code(path: str) -> tuple[list[str], int, str]:
     """(a hash per kernel or text section, how many kernels, how they were found)."""
-    with _mapped(path) as data:
+    with mapped(path) as data:
         parsed = elf.parse(data)
         if parsed.machine == elf.EM_CUDA:
-            found = _kernels(data, parsed)
+            found = kernel_words(data, parsed)
             if not found:
-                raise _NoCode("the cubin has no kernels")
+                raise NoCode("the cubin has no kernels")
             return found, len(found), "cubin"
-        if not any(s.size for prefix in _FATBIN for s in parsed.named(prefix)):
+        if not any(s.size for s in fatbins(parsed)):
             text = [s for s in parsed.sections if s.name == ".text" and s.size]
             if not text:
-                raise _NoCode("the file has no machine code")
+                raise NoCode("the file has no machine code")
             return [_hash(data, s) for s in text], 0, "host text"
-    found = _extracted(path)
+    found = []
+    with extracted(path) as cubins:
+        for name in cubins:
+            with mapped(name) as data:
+                found += kernel_words(data, elf.parse(data))
+    if not found:
+        raise NoCode(PTX_ONLY)
     return found, len(found), TOOL
 
 
-def _extracted(path: str) -> list[str]:
+@contextmanager
+def extracted(
+    path: str | os.PathLike[str], timeout: float | None = None
+) -> Iterator[tuple[str, ...]]:
+    """The cubins inside one host library or object, as files that last as long as the context.
+
+    They are written to the temporary folder, so that memory does not grow with the library.
+    Raises NoCode where there is no disassembler or it fails, and subprocess.TimeoutExpired.
+    """
     tool = disassembler()
     if tool is None:
-        raise _NoCode(f"no disassembler: {TOOL} is not on PATH, in CUDA_HOME or in a wheel")
-    found: list[str] = []
+        raise NoCode(f"no disassembler: {TOOL} is not on PATH, in CUDA_HOME or in a wheel")
     with tempfile.TemporaryDirectory(prefix="fp4tune-") as folder:
         done = subprocess.run(
             [tool, "-xelf", "all", os.path.abspath(path)],
@@ -102,20 +126,21 @@ def _extracted(path: str) -> list[str]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=TIMEOUT if timeout is None else timeout,
         )
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip().splitlines()
-            raise _NoCode(f"{TOOL} failed: {said[-1] if said else done.returncode}")
-        for name in os.listdir(folder):
-            with _mapped(os.path.join(folder, name)) as data:
-                found += _kernels(data, elf.parse(data))
-    if not found:
-        raise _NoCode("its GPU code is PTX only: the driver compiles it when it is loaded")
-    return found
+            raise NoCode(f"{TOOL} failed: {said[-1] if said else done.returncode}")
+        yield tuple(os.path.join(folder, name) for name in sorted(os.listdir(folder)))
 
 
-def _kernels(data: memoryview, parsed: elf.Elf) -> list[str]:
+def fatbins(parsed: elf.Elf) -> Iterator[elf.Section]:
+    """The sections of a host library or object that hold GPU code."""
+    return (section for prefix in _FATBIN for section in parsed.named(prefix))
+
+
+def kernel_words(data: memoryview, parsed: elf.Elf) -> list[str]:
+    """The hash of each kernel's machine code in a cubin."""
     return [_hash(data, section) for section in parsed.named(".text.") if section.size]
 
 
@@ -123,18 +148,18 @@ def _hash(data: memoryview, section: elf.Section) -> str:
     return hashlib.sha256(data[section.offset : section.offset + section.size]).hexdigest()
 
 
-def disassembler() -> str | None:
+def disassembler(tool: str = TOOL) -> str | None:
     """Where cuobjdump is: PATH, CUDA_HOME or CUDA_PATH, the usual place, an installed wheel."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [os.path.join(home, "bin") for home in homes if home]
     for base in sys.path:
         for wheel in _WHEELS:
             places += sorted(glob.glob(os.path.join(glob.escape(base or "."), wheel)), reverse=True)
-    return shutil.which(TOOL) or shutil.which(TOOL, path=os.pathsep.join(places))
+    return shutil.which(tool) or shutil.which(tool, path=os.pathsep.join(places))
 
 
 @contextmanager
-def _mapped(path: str) -> Iterator[memoryview]:
+def mapped(path: str) -> Iterator[memoryview]:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise elf.BadElf("the file is empty")

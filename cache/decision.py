@@ -34,6 +34,7 @@ class Decision:
         "conditions",
         "median_us",
         "launches",
+        "problems",
         "m_lo",
         "m_hi",
         "fingerprint",
@@ -50,6 +51,7 @@ class Decision:
     conditions: tuple[Any, ...]
     median_us: float | None
     launches: int
+    problems: int
     m_lo: int | None
     m_hi: int | None
     fingerprint: str | None
@@ -99,6 +101,7 @@ def unproven(generation: int, reason: str) -> Decision:
         status="unproven",
         conditions=(),
         launches=0,
+        problems=0,
         generation=generation,
         reason=reason,
     )

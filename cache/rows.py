@@ -85,7 +85,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one regime showed of one (backend, tactic, bucket)."""
+    """What one regime showed of one (backend, tactic, bucket).
+
+    `launches` were checked, on `problems` different problems: repeats of one problem are one trial
+    against a fault that depends on the data alone.
+    """
 
     run: str
     fingerprint: str
@@ -96,6 +100,7 @@ class Evidence:
     data: str
     status: str
     launches: int = 0
+    problems: int = 0
     width: int | None = None
     seconds: float = 0.0
     detail: Mapping[str, Json] = field(default_factory=dict)
@@ -202,6 +207,7 @@ class Choice:
     conditions: tuple[Json, ...] = ()
     median_us: float | None = None
     launches: int = 0
+    problems: int = 0
     fingerprint: str | None = None
     default_backend: str | None = None
 
@@ -230,6 +236,7 @@ class Candidate:
     lo_us: float | None = None
     hi_us: float | None = None
     launches: int = 0
+    problems: int = 0
     width: int | None = None
     conditions: tuple[Json, ...] = ()
     reasons: tuple[str, ...] = ()

@@ -43,7 +43,8 @@ FIRST = (
     f"""CREATE TABLE evidence ({WHAT},
         regime TEXT NOT NULL, data TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN
         ('passed', 'failed', 'not exercised', 'not applicable', 'skipped')),
-        launches INTEGER NOT NULL, width INTEGER, seconds REAL NOT NULL,
+        launches INTEGER NOT NULL, problems INTEGER NOT NULL, width INTEGER,
+        seconds REAL NOT NULL,
         detail TEXT NOT NULL, at REAL NOT NULL)""",
     f"""CREATE TABLE finding ({WHAT},
         problem TEXT NOT NULL, kind TEXT NOT NULL, regime TEXT NOT NULL, data TEXT NOT NULL,

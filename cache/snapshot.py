@@ -37,10 +37,12 @@ SCHEMA = (
     "CREATE TABLE stamp (fingerprint TEXT NOT NULL, path TEXT NOT NULL, inode INTEGER NOT NULL, "
     "size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, PRIMARY KEY (fingerprint, path))",
     f"CREATE TABLE choice ({_SCOPE}, {_SHAPE}, {_RANGE}, {_TAKEN}, status TEXT NOT NULL, "
-    "conditions TEXT NOT NULL, median_us REAL, launches INTEGER NOT NULL, fingerprint TEXT, "
+    "conditions TEXT NOT NULL, median_us REAL, launches INTEGER NOT NULL, "
+    "problems INTEGER NOT NULL, fingerprint TEXT, "
     f"default_backend TEXT, PRIMARY KEY ({_KEY}, m_lo))",
     f"CREATE TABLE candidate ({_SCOPE}, {_SHAPE}, {_RANGE}, {_TAKEN}, verdict TEXT NOT NULL, "
     "rank INTEGER, median_us REAL, lo_us REAL, hi_us REAL, launches INTEGER NOT NULL, "
+    "problems INTEGER NOT NULL, "
     "width INTEGER, conditions TEXT NOT NULL, reasons TEXT NOT NULL, fingerprint TEXT, "
     f"PRIMARY KEY ({_KEY}, m_lo, backend, tactic))",
     f"CREATE TABLE layer ({_SCOPE}, {_SHAPE}, n INTEGER NOT NULL, k INTEGER NOT NULL, "

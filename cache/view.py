@@ -123,6 +123,7 @@ class View:
             conditions=tuple(row["conditions"]),
             median_us=row["median_us"] if status == "safe" else None,
             launches=row["launches"],
+            problems=row["problems"],
             m_lo=row["m_lo"],
             m_hi=row["m_hi"],
             fingerprint=row["fingerprint"],

@@ -7,7 +7,8 @@ already known: the reference is computed once and serves every launch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,25 @@ from .checks import Slot, Unchanged, slot, slot_bytes
 from .data import Operands
 from .problem import Fp4Tensor, Problem
 from .reference import Expectation, expect
+
+
+class BackendRaised(Exception):
+    """A backend raised: its doing, where an exception of our own code would be ours."""
+
+
+@contextmanager
+def blame(backend: Backend) -> Iterator[None]:
+    """Tell what a backend raises from what this program does.
+
+    RuntimeError passes: it is what torch and CUDA raise, also later, for what a backend enqueued.
+    """
+    try:
+        yield
+    except (RuntimeError, BackendRaised):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise BackendRaised(f"{type(error).__name__}: {first}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +72,8 @@ def case(backend: Backend, problem: Problem, operands: Operands) -> Case:
     business, what a launch changes is a finding.
     """
     expectation = expect(operands, problem)
-    state = backend.prepare(operands.weight, problem)
+    with blame(backend):
+        state = backend.prepare(operands.weight, problem)
     weight = operands.weight
     inputs = [weight.codes, weight.scales, weight.global_scale, *tensors(operands.a)]
     return Case(problem, operands, expectation, state, Unchanged(inputs))
@@ -86,7 +107,8 @@ def bind(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
     place = chosen.slot(launch.offset, launch.m)
 
     def enqueue() -> None:
-        backend.run(chosen.state, activation, place.out, launch.tactic)
+        with blame(backend):
+            backend.run(chosen.state, activation, place.out, launch.tactic)
 
     return Call(launch, activation, place, enqueue)
 
@@ -96,7 +118,8 @@ def rebind(backend: Backend, cases: Sequence[Case], call: Call, activation: Any)
     state = cases[call.launch.case].state
 
     def enqueue() -> None:
-        backend.run(state, activation, call.slot.out, call.launch.tactic)
+        with blame(backend):
+            backend.run(state, activation, call.slot.out, call.launch.tactic)
 
     return Call(call.launch, activation, call.slot, enqueue)
 
@@ -104,7 +127,10 @@ def rebind(backend: Backend, cases: Sequence[Case], call: Call, activation: Any)
 def prepared_activation(backend: Backend, a: torch.Tensor | Fp4Tensor) -> Any:
     """The activation as `backend` takes it."""
     prepare = getattr(backend, "prepare_activation", None)
-    return prepare(a) if prepare and isinstance(a, Fp4Tensor) else a
+    if prepare is None or not isinstance(a, Fp4Tensor):
+        return a
+    with blame(backend):
+        return prepare(a)
 
 
 def batches(cases: Sequence[Case], launches: Sequence[Launch], limit: int) -> list[list[Launch]]:

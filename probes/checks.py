@@ -48,10 +48,12 @@ class SlotReport:
     """row, column, value found, lowest and highest value allowed, of one wrong element."""
     tiles: tuple[tuple[int, int, int], ...]
     """(tile row, tile column, wrong elements) of every 128x128 tile that was ever wrong."""
+    early: int = 0
+    """Elements that were written while the kernel before still read what had been there."""
 
     @property
     def clean(self) -> bool:
-        return self.wrong == 0 and self.guard == 0
+        return self.wrong == 0 and self.guard == 0 and self.early == 0
 
 
 def slot(lo: torch.Tensor, hi: torch.Tensor) -> Slot:

@@ -84,11 +84,15 @@ def select(gpu: str | None) -> list[Target]:
         raise NoSuchDevice(f"no GPU to probe: {reason}; use --gpu none to probe the CPU")
     if gpu == "all":
         return found
-    if not gpu.isdigit():
+    if not _is_index(gpu):
         raise NoSuchDevice(f"--gpu {gpu!r} is not a GPU index, 'all' or 'none'")
     if int(gpu) >= len(found):
         raise NoSuchDevice(f"no GPU {gpu}: this machine shows {len(found)}, numbered from 0")
     return [found[int(gpu)]]
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 Listed = tuple[str, str, int]
@@ -100,7 +104,7 @@ def _visible(found: list[Listed], variable: str | None) -> list[Listed]:
         return found
     chosen: list[Listed] = []
     for entry in (part.strip() for part in variable.split(",")):
-        if entry.isdigit() and int(entry) < len(found):
+        if _is_index(entry) and int(entry) < len(found):
             chosen.append(found[int(entry)])
             continue
         match = [gpu for gpu in found if entry and gpu[1].startswith(entry)]

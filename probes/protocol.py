@@ -35,11 +35,12 @@ class Channel:
 
     def send(self, message: Message) -> None:
         """Raises Closed when nobody reads any more."""
-        data = (json.dumps(message) + "\n").encode()
+        # The first newline ends whatever a library wrote here without one.
+        data = f"\n{json.dumps(message)}\n".encode()
         try:
             while data:
                 data = data[os.write(self._write_fd, data) :]
-        except (BrokenPipeError, OSError) as error:
+        except OSError as error:
             raise Closed(str(error)) from None
 
     def receive(self, timeout: float | None = None) -> Message:
@@ -54,18 +55,20 @@ class Channel:
                     return message
                 continue
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._read_fd], [], [], left)[0]:
-                raise Silent(f"nothing arrived for {timeout:g} s")
             try:
+                if not select.select([self._read_fd], [], [], left)[0]:
+                    raise Silent(f"nothing arrived for {timeout:g} s")
                 data = os.read(self._read_fd, 1 << 16)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise Closed(str(error)) from None
             if not data:
                 raise Closed("the other side closed the channel")
             self._pending += data
 
     def close(self) -> None:
-        for fd in (self._read_fd, self._write_fd):
+        fds, self._read_fd, self._write_fd = (self._read_fd, self._write_fd), -1, -1
+        for fd in fds:
+            # Once only: by the second time the number may be another file's.
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -73,6 +76,6 @@ class Channel:
 def _parse(line: bytes) -> Message | None:
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None

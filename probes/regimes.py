@@ -8,58 +8,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from .backends import Backend
 from .case import Call, Case, Launch, bind, map_tensors, rebind, tensors
-from .checks import POISON, Checker, SlotReport
+from .checks import Checker
+from .outcome import (
+    CYCLES,
+    Budget,
+    NotApplicable,
+    Outcome,
+    Regime,
+    capture,
+    device_of,
+    need_cuda,
+    outcome,
+    poison,
+    repeat,
+)
+
+__all__ = ["LANES", "REGIMES", "Budget", "NotApplicable", "Outcome"]
 
 LANES = 4
 """Streams (or threads) at once: what engines use for overlapped layers, and enough to collide."""
-_CYCLES = 2_000_000_000
-"""Clock cycles that take about a second: for gates, where too long only costs time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How long to repeat: at least `least` times, then until `seconds` or `most`.
-
-    `beat` is called whenever the device has caught up: a long regime is not a silent one.
-    """
-
-    least: int
-    most: int
-    seconds: float
-    beat: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a regime saw.
-
-    `not_exercised` is None when the conditions the regime stands for really held, else why not;
-    such an outcome is never a pass. `repeats` counts the checked launches behind each report;
-    `errors` holds what was raised instead, by item.
-    """
-
-    repeats: int
-    reports: tuple[tuple[Launch, SlotReport], ...]
-    changed_inputs: int
-    seconds: float
-    not_exercised: str | None = None
-    proof: dict[str, Any] = field(default_factory=dict)
-    errors: dict[int, dict[str, str]] = field(default_factory=dict)
-
-
-Regime = Callable[[Backend, Sequence[Case], Sequence[Launch], Budget], Outcome]
-
-
-class NotApplicable(Exception):
-    """This device does not have what the regime is about; the message says what."""
 
 
 def serial(
@@ -74,15 +48,15 @@ def serial(
             call.enqueue()
         checker.sweep()
 
-    seconds = _repeat(once, budget, _device(cases))
-    return _outcome(checker, calls, cases, seconds)
+    seconds = repeat(once, budget, device_of(cases))
+    return outcome(checker, calls, cases, seconds)
 
 
 def graph(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
     """One CUDA graph holding the whole chain of different problems, replayed."""
-    _need_cuda(cases, "CUDA graphs")
+    need_cuda(cases, "CUDA graphs")
     calls = [bind(backend, cases, launch) for launch in launches]
     checker = Checker([c.slot for c in calls])
 
@@ -91,9 +65,9 @@ def graph(
             call.enqueue()
         checker.sweep()
 
-    captured = _capture(chain)
-    seconds = _repeat(captured.replay, budget, _device(cases))
-    return _outcome(checker, calls, cases, seconds)
+    captured = capture(chain)
+    seconds = repeat(captured.replay, budget, device_of(cases))
+    return outcome(checker, calls, cases, seconds)
 
 
 def streams(
@@ -103,48 +77,48 @@ def streams(
     lanes = _lanes(backend, cases, launches)
     calls = [call for lane in lanes for call in lane]
     checker = Checker([c.slot for c in calls])
-    if _device(cases).type == "cpu":
+    if device_of(cases).type == "cpu":
         overlaps: list[bool] = []
 
         def once() -> None:
             overlaps.append(_run_threads(lanes))
             checker.sweep()
 
-        seconds = _repeat(once, budget, _device(cases))
+        seconds = repeat(once, budget, device_of(cases))
         proof = {"lanes": "threads", "rounds": len(overlaps), "overlapped": sum(overlaps)}
         missed = None if any(overlaps) else "no two threads were inside the backend at once"
-        return _outcome(checker, calls, cases, seconds, missed, proof)
+        return outcome(checker, calls, cases, seconds, missed, proof)
 
     side = [torch.cuda.Stream() for _ in lanes]
-    stamps = _Stamps(len(lanes), _device(cases))
+    stamps = _Stamps(len(lanes), device_of(cases))
     gate = [0.01]
 
     def gated() -> None:
         # A closed gate lets the work queue up, so that the lanes overlap on the GPU even where
         # the host enqueues more slowly than the GPU computes.
-        torch.cuda._sleep(int(gate[0] * _CYCLES))
+        torch.cuda._sleep(int(gate[0] * CYCLES))
         start = time.perf_counter()
         _fork_join(lanes, side, stamps)
         gate[0] = min(1.5 * (time.perf_counter() - start), 0.1)
         checker.sweep()
         stamps.count()
 
-    seconds = _repeat(gated, budget, _device(cases))
+    seconds = repeat(gated, budget, device_of(cases))
     proof = {"lanes": "streams", **stamps.proof()}
     missed = None if proof["overlapped"] else "the streams never overlapped on the GPU"
-    return _outcome(checker, calls, cases, seconds, missed, proof)
+    return outcome(checker, calls, cases, seconds, missed, proof)
 
 
 def graph_streams(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
     """Several streams at once with the same prepared weight, inside one CUDA graph."""
-    _need_cuda(cases, "CUDA graphs")
+    need_cuda(cases, "CUDA graphs")
     lanes = _lanes(backend, cases, launches)
     calls = [call for lane in lanes for call in lane]
     checker = Checker([c.slot for c in calls])
     side = [torch.cuda.Stream() for _ in lanes]
-    stamps = _Stamps(len(lanes), _device(cases))
+    stamps = _Stamps(len(lanes), device_of(cases))
 
     def chain() -> None:
         _fork_join(lanes, side, stamps)
@@ -156,11 +130,11 @@ def graph_streams(
             call.enqueue()
 
     # Warmed without overlap: that belongs to the replay.
-    captured = _capture(chain, warm=one_by_one)
-    seconds = _repeat(captured.replay, budget, _device(cases))
+    captured = capture(chain, warm=one_by_one)
+    seconds = repeat(captured.replay, budget, device_of(cases))
     proof = {"lanes": "graph branches", **stamps.proof()}
     missed = None if proof["overlapped"] else "the graph's branches never overlapped on the GPU"
-    return _outcome(checker, calls, cases, seconds, missed, proof)
+    return outcome(checker, calls, cases, seconds, missed, proof)
 
 
 def side_stream(
@@ -171,7 +145,7 @@ def side_stream(
     Until a delayed copy on the side stream the activation holds poison, so a kernel launched on
     any other stream reads poison.
     """
-    _need_cuda(cases, "streams")
+    need_cuda(cases, "streams")
     bound = [bind(backend, cases, launch) for launch in launches]
     calls = [
         rebind(backend, cases, call, map_tensors(call.activation, torch.empty_like))
@@ -184,11 +158,11 @@ def side_stream(
     def once() -> None:
         nonlocal held, total
         for call in calls:
-            map_tensors(call.activation, _poison)
+            map_tensors(call.activation, poison)
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
             for call, source in zip(calls, bound, strict=True):
-                torch.cuda._sleep(_CYCLES // 1000)
+                torch.cuda._sleep(CYCLES // 1000)
                 gate = side.record_event()
                 late = zip(tensors(call.activation), tensors(source.activation), strict=True)
                 for to, origin in late:
@@ -199,10 +173,10 @@ def side_stream(
         torch.cuda.synchronize()
         checker.sweep()
 
-    seconds = _repeat(once, budget, _device(cases))
+    seconds = repeat(once, budget, device_of(cases))
     proof = {"calls": total, "returned_before_input": held}
     missed = None if held else "every call waited for the GPU before it returned"
-    return _outcome(checker, calls, cases, seconds, missed, proof)
+    return outcome(checker, calls, cases, seconds, missed, proof)
 
 
 # Those that a shared lock can hang come last: a worker that dies there has shown the rest.
@@ -215,97 +189,25 @@ REGIMES: dict[str, Regime] = {
 }
 
 
-def _poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill with NaN where the type has one, with a conspicuous byte where not."""
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor.view(torch.int16).fill_(POISON)
-    elif tensor.is_floating_point():
-        tensor.fill_(float("nan"))
-    else:
-        tensor.fill_(0x7F)
-    return tensor
-
-
-def _device(cases: Sequence[Case]) -> torch.device:
-    return cases[0].operands.weight.codes.device
-
-
-def _need_cuda(cases: Sequence[Case], what: str) -> None:
-    if _device(cases).type != "cuda":
-        raise NotApplicable(f"a CPU has no {what}")
-
-
-def _repeat(once: Callable[[], Any], budget: Budget, device: torch.device) -> float:
-    """Call `once` as often as the budget says, without waiting between; the seconds it took."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    start = time.perf_counter()
-    once()
-    wait()
-    each = max(time.perf_counter() - start, 1e-6)
-    repeats = max(budget.least, min(budget.most, int(budget.seconds / each))) - 1
-    done = 0
-    while done < repeats:
-        # In slices of about a second: a queue too deep turns enqueueing into waiting.
-        for _ in range(min(16, max(1, int(1 / each)), repeats - done)):
-            once()
-            done += 1
-        wait()
-        budget.beat()
-        if done + 1 >= budget.least and time.perf_counter() - start > budget.seconds:
-            break
-    return time.perf_counter() - start
-
-
-def _outcome(
-    checker: Checker,
-    calls: Sequence[Call],
-    cases: Sequence[Case],
-    seconds: float,
-    missed: str | None = None,
-    proof: dict[str, Any] | None = None,
-) -> Outcome:
-    launches = [c.launch for c in calls]
-    return Outcome(
-        repeats=checker.sweeps,
-        reports=tuple(zip(launches, checker.reports(), strict=True)),
-        changed_inputs=sum(c.unchanged.changed() for c in cases),
-        seconds=seconds,
-        not_exercised=missed,
-        proof=proof or {},
-    )
-
-
-def _capture(
-    chain: Callable[[], None], warm: Callable[[], Any] | None = None
-) -> torch.cuda.CUDAGraph:
-    """Capture `chain`, after running it (or `warm`) once on the capturing stream.
-
-    First calls may load modules and allocate, which a capture forbids.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        (warm or chain)()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
-        chain()
-    return captured
-
-
 def _lanes(backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]) -> list[list[Call]]:
-    """Every launch once in each lane, each lane starting elsewhere in the sequence."""
+    """Every launch once in each lane, on other rows in each, each starting elsewhere in the chain.
+
+    Lanes share the prepared weight and nothing else: on equal rows, a shared scratch buffer would
+    hold what each lane expects, whoever wrote it.
+    """
     lanes = []
     for lane in range(LANES):
         shift = lane * len(launches) // LANES
         order = [*launches[shift:], *launches[:shift]]
-        lanes.append([bind(backend, cases, launch) for launch in order])
+        lanes.append([bind(backend, cases, _moved(cases, launch, lane)) for launch in order])
     return lanes
+
+
+def _moved(cases: Sequence[Case], launch: Launch, lane: int) -> Launch:
+    """The launch on rows further down the pool, as far as the pool allows."""
+    places = cases[launch.case].problem.m - launch.m + 1
+    step = max(1, places // LANES)
+    return replace(launch, offset=(launch.offset + lane * step) % places)
 
 
 def _fork_join(

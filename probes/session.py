@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .backends import Backend
-from .case import Case, Launch, batches, bind, case
+from .case import BackendRaised, Case, Launch, batches, bind, blame, case
 from .checks import SlotReport
 from .data import WIDTHS, draw, exact, window
 from .problem import Device, Problem
@@ -89,7 +89,9 @@ class Layer:
         An item that misses bits at one width is tried at the next only if its answers are close;
         unwritten, non-finite or far-off values are failures at any width, not a lower grade.
         """
-        results: list[Result] = [{"launches": 0, "width": None, "bad": []} for _ in items]
+        results: list[Result] = [
+            {"launches": 0, "problems": 0, "width": None, "bad": []} for _ in items
+        ]
         pending = list(range(len(items)))
         for width in WIDTHS:
             if not pending:
@@ -102,6 +104,7 @@ class Layer:
             for place, index in enumerate(pending):
                 summary = summarise(place, outcomes, cases)
                 results[index]["launches"] += summary["launches"]
+                results[index]["problems"] = summary["problems"]
                 if "error" in summary or not summary["bad"]:
                     results[index].update(width=None if "error" in summary else width, bad=[])
                     if "error" in summary:
@@ -221,7 +224,7 @@ class Layer:
                 outcomes.append(REGIMES[name](self.backend, cases, batch, share))
             except NotApplicable:
                 raise
-            except Exception as error:
+            except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
                 outcomes.extend(self._one_by_one(name, cases, batch, share))
         return outcomes
@@ -234,7 +237,7 @@ class Layer:
             self.progress(f"{name}: m={launch.m} alone")
             try:
                 outcomes.append(REGIMES[name](self.backend, cases, [launch], Budget(1, 1, 0.0)))
-            except Exception as error:
+            except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
                 kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
                 errors = {launch.item: {"kind": kind, "message": sentence(error)}}
@@ -247,7 +250,8 @@ class Layer:
         copies = weight_copies(self.problem, cache_bytes)
         self.progress(f"preparing {copies} copies of the weight")
         weights = [operands.weight.clone() for _ in range(copies)]
-        states = [self.backend.prepare(weight, self.problem) for weight in weights]
+        with blame(self.backend):
+            states = [self.backend.prepare(weight, self.problem) for weight in weights]
         shared = buffers(operands, self.problem)
         self._timed = []
         for item in items:
@@ -268,14 +272,17 @@ class Layer:
 
 def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> Result:
     """What `outcomes` say about one item: checked launches, bad ones, and the first few."""
-    result: Result = {"launches": 0, "bad_launches": 0, "bad": []}
+    result: Result = {"launches": 0, "problems": 0, "bad_launches": 0, "bad": []}
     for outcome in outcomes:
         if item in outcome.errors:
             result["error"] = outcome.errors[item]
+        if item in outcome.exempt:
+            result["exempt"] = outcome.exempt[item]
         for launch, report in outcome.reports:
             if launch.item != item:
                 continue
             result["launches"] += outcome.repeats
+            result["problems"] += 1
             if not report.clean:
                 # A guard zone is read once, at the end: at least one launch wrote there.
                 result["bad_launches"] += max(1, report.bad_launches)
@@ -292,6 +299,8 @@ def describe(report: SlotReport) -> Result:
         kind = "not finite"
     elif report.wrong:
         kind = "wrong"
+    elif report.early:
+        kind = "written early"
     else:
         kind = "out of bounds"
     found: Result = {
@@ -302,6 +311,8 @@ def describe(report: SlotReport) -> Result:
         "guard": report.guard,
         "tiles": [list(tile) for tile in report.tiles[:64]],
     }
+    if report.early:
+        found["early"] = report.early
     if report.witness:
         row, col, value, low, high = report.witness
         found["worst"] = {"row": row, "col": col, "found": repr(value), "expected": [low, high]}
@@ -342,5 +353,7 @@ def _raise_if_poisoned(device: Device, error: Exception) -> None:
 
 def sentence(error: BaseException) -> str:
     """The first line of an exception, with its type."""
+    if isinstance(error, BackendRaised):
+        return str(error)[:300]
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,15 +17,21 @@ from typing import Any
 from .protocol import Channel, Closed, Message, Silent
 
 BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
+MARK = "FP4TUNE_WORKER"
+"""A variable that a worker and all it starts inherit: they are found whoever adopts them."""
 _KILL_WAIT = 10.0
+_LOOK = 0.5
+"""Seconds between two looks at whether a silent worker still lives."""
+_SWEEPS = 50
 
 
 class WorkerFailed(Exception):
     """The command did not finish. `kind` is how, `doing` the last thing the worker said.
 
-    kinds: ``error`` (the backend raised), ``out of memory``, ``not applicable``, ``no backend``
-    (the worker lives on); ``poisoned`` (CUDA context lost), ``crash`` (the process died),
-    ``hang`` (silent for too long, killed), after all three of which the worker is gone.
+    kinds: ``error`` (the backend raised), ``internal`` (we did: says nothing of the backend),
+    ``out of memory``, ``not applicable``, ``no backend`` (the worker lives on); ``poisoned``
+    (CUDA context lost), ``crash`` (the process died), ``hang`` (silent for too long, killed),
+    after all three of which the worker is gone.
     """
 
     def __init__(self, kind: str, message: str, doing: str, log: str = "") -> None:
@@ -39,16 +46,16 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """A worker process in a session of its own, so that its children end with it."""
+    """A worker process in a session of its own, marked, so that all it starts ends with it."""
 
     def __init__(
         self,
         python: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed by `close`
-            prefix="fp4tune-worker-", suffix=".log"
-        )
+        self._mark = secrets.token_hex(8)
+        # Without a name, so that nothing is left of it however this process ends.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         command_read, command_write = os.pipe()
         event_read, event_write = os.pipe()
         interpreter = python or sys.executable
@@ -60,7 +67,12 @@ class Worker:
                 stderr=self._log,
                 pass_fds=(command_read, event_write),
                 start_new_session=True,
-                env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    "PYTHONUNBUFFERED": "1",
+                    MARK: self._mark,
+                },
             )
         finally:
             os.close(command_read)
@@ -84,18 +96,34 @@ class Worker:
         try:
             self._channel.send({"do": do, **arguments})
             while True:
-                message = self._channel.receive(silence)
-                if message.get("event") == "progress":
+                message = self._receive(silence)
+                event = message.get("event")
+                if event == "progress":
                     self.doing = str(message.get("text"))
                     if progress:
                         progress(self.doing)
-                    continue
-                return self._finish(message)
+                elif event in ("done", "failed"):
+                    return self._finish(message)
         except Silent:
             self.kill()
             raise self._failure("hang", f"silent for {silence:g} s, killed") from None
         except Closed:
             raise self._failure("crash", self._death()) from None
+
+    def _receive(self, silence: float) -> Message:
+        """The next message. A child that the worker left behind may hold the channel open, so its
+        end is not enough to go by."""
+        deadline = time.monotonic() + silence
+        while True:
+            alive = self.alive  # asked first: what it sent before it died is still to be read
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                return self._channel.receive(min(left, _LOOK))
+            except Silent:
+                if not alive:
+                    raise Closed("the worker is gone") from None
+                if left <= _LOOK:
+                    raise
 
     def _finish(self, message: Message) -> Any:
         if message.get("event") == "done":
@@ -117,17 +145,17 @@ class Worker:
             return "closed its channel and had to be killed"
         self.kill()
         if code < 0:
-            return f"ended by {signal.Signals(-code).name}"
-        return f"exited with code {code}"
+            return f"ended by {_signal_name(-code)}"
+        said = self.log_tail().strip().splitlines()
+        return f"exited with code {code}" + (f"; it last said: {said[-1][:200]}" if said else "")
 
     def log_tail(self, size: int = 2000) -> str:
         """The end of what the worker and its backend printed."""
         try:
-            with open(self._log.name, "rb") as log:
-                log.seek(0, os.SEEK_END)
-                log.seek(max(0, log.tell() - size))
-                return log.read().decode(errors="replace")
-        except OSError:
+            log = self._log.fileno()
+            start = max(0, os.fstat(log).st_size - size)
+            return os.pread(log, size, start).decode(errors="replace")
+        except (OSError, ValueError):
             return ""
 
     @property
@@ -135,16 +163,26 @@ class Worker:
         return self._process.poll() is None
 
     def kill(self) -> bool:
-        """End the process, its session and every descendant; False if it cannot be killed."""
-        for pid in [*descendants(self._process.pid), self._process.pid]:
-            _signal(pid)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End the process and everything it started; False if something cannot be killed."""
+        for _ in range(_SWEEPS):
+            # Until a sweep finds nothing: a process may start another while it is being looked for.
+            if self.alive:
+                self._process.kill()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            left = marked(self._mark)
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not left:
+                break
+            time.sleep(0.01)
+        self._channel.close()
         try:
             self._process.wait(_KILL_WAIT)
         except subprocess.TimeoutExpired:
             return False
-        return True
+        return not left
 
     def close(self) -> None:
         """Let the worker end by itself, then make sure."""
@@ -156,29 +194,22 @@ class Worker:
         self._log.close()
 
 
-def descendants(pid: int) -> list[int]:
-    """Every living process started by `pid` or by what it started, from /proc."""
-    children: dict[int, list[int]] = {}
-    try:
-        entries = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
-    for entry in entries:
-        try:
-            # The command name is in parentheses and may hold anything, also spaces.
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(entry)
-        except (OSError, ValueError, IndexError):
-            continue
-    found: list[int] = []
-    queue = [pid]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
+def marked(mark: str) -> list[int]:
+    """Every living process whose environment carries this worker's mark, from /proc."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                # It may be gone by now, or another user's; a zombie has no environment.
+                with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
+                    if wanted in environ.read().split(b"\0"):
+                        found.append(int(name))
     return found
 
 
-def _signal(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGKILL)
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

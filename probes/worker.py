@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import select
 import signal
 import sys
 import time
@@ -25,6 +26,8 @@ _PR_SET_PDEATHSIG = 1
 def main(read_fd: int, write_fd: int) -> None:
     """Serve commands until the channel closes."""
     _die_with_parent()
+    if _hung_up(read_fd):
+        return  # the parent died before this process could ask to die with it
     channel = Channel(read_fd, write_fd)
     # A child of a backend must not hold the channel open, nor write to it.
     os.set_inheritable(read_fd, False)
@@ -68,6 +71,7 @@ class Server:
 
     def _explain(self, error: BaseException) -> bool:
         from .backends.registry import BadBackend, UnknownBackend
+        from .case import BackendRaised
         from .regimes import NotApplicable
         from .session import Poisoned, sentence
 
@@ -83,7 +87,9 @@ class Server:
             self._failed(f"the backend raised {type(error).__name__}", "error")
             return False
         else:
-            kind = "out of memory" if type(error).__name__ == "OutOfMemoryError" else "error"
+            kind = "error" if isinstance(error, (RuntimeError, BackendRaised)) else "internal"
+            if type(error).__name__ == "OutOfMemoryError":
+                kind = "out of memory"
             lost = self._poisoned()
             self._failed(sentence(error), "poisoned" if lost else kind)
             return not lost
@@ -124,6 +130,7 @@ class Server:
             "executable": sys.executable,
             **_identity(self._backend),
             "versions": _versions(getattr(self._backend, "distributions", ())),
+            "metadata": _metadata(getattr(self._backend, "distributions", ())),
             "device": _describe(self._device),
         }
 
@@ -249,6 +256,23 @@ def _versions(distributions: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def _metadata(distributions: tuple[str, ...]) -> list[str]:
+    """The METADATA file of each installed distribution: it is replaced when the distribution is."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    found = []
+    for name in dict.fromkeys(("torch", "triton", *distributions)):
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            continue
+        folder = f"{name.replace('-', '_')}-{installed.version}.dist-info"
+        path = str(installed.locate_file(f"{folder}/METADATA"))
+        if os.path.isfile(path):
+            found.append(path)
+    return found
+
+
 def _describe(device: Any) -> dict[str, Any]:
     """What the worker sees of its device; memory in bytes."""
     import torch
@@ -276,3 +300,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
         return
+
+
+def _hung_up(read_fd: int) -> bool:
+    """Whether the other end of this pipe is closed."""
+    poll = select.poll()
+    poll.register(read_fd, 0)
+    return bool(poll.poll(0))

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fp4tune.probes.backends import build, registry, tactics
 from fp4tune.probes.backends.compiled import TorchCompile
 from fp4tune.probes.backends.dequant import (
@@ -21,8 +24,6 @@ from fp4tune.probes.backends.dequant import (
     torch_dequant_w4a4,
 )
 from fp4tune.probes.problem import DTYPES, FORMATS, MXFP4, NVFP4, Device, Fp4Tensor, Problem
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CPU = Device("cpu")
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]

@@ -6,6 +6,9 @@ import itertools
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fp4tune.autotune.buckets import (
     EDGES,
     Bucket,
@@ -17,8 +20,6 @@ from fp4tune.autotune.buckets import (
     representative,
 )
 from fp4tune.probes.problem import DTYPES, FORMATS, Problem
-from hypothesis import given
-from hypothesis import strategies as st
 
 ms = st.integers(0, 2**20)
 

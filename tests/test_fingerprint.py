@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_nvml
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,40 +123,10 @@ def test_the_cpu_s_facts_are_the_same_each_time():
     assert fingerprint.environment(facts, "torch-dequant", {"torch": "2"}).arch == "cpu"
 
 
-NVML = """
-#include <string.h>
-#define OK return 0
-int nvmlInit_v2(void) { OK; }
-int nvmlInitWithFlags(unsigned f) { OK; }
-int nvmlShutdown(void) { OK; }
-const char *nvmlErrorString(int r) { return "a fake refusal"; }
-int nvmlDeviceGetCount_v2(unsigned *n) { *n = 2; OK; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) {
-  if (i > 1) return 2;
-  *d = (void *)(long)(i + 1); OK; }
-int nvmlDeviceGetUUID(void *d, char *s, unsigned n) {
-  strcpy(s, d == (void *)1 ? "GPU-aaaa" : "GPU-bbbb"); OK; }
-int nvmlDeviceGetName(void *d, char *s, unsigned n) {
-  strcpy(s, d == (void *)1 ? "Model A" : "Model B"); OK; }
-int nvmlSystemGetDriverVersion(char *s, unsigned n) { strcpy(s, "580.1"); OK; }
-int nvmlDeviceGetEccMode(void *d, unsigned *now, unsigned *then) { *now = 1; *then = 0; OK; }
-int nvmlDeviceGetMigMode(void *d, unsigned *now, unsigned *then) { return 3; }
-int nvmlDeviceGetPowerManagementLimit(void *d, unsigned *mw) { *mw = 700000; OK; }
-"""
-
-
 @pytest.fixture(scope="module")
 def nvml(tmp_path_factory):
     """A driver library with two GPUs of its own, behind the real pynvml."""
-    pytest.importorskip("pynvml")
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        pytest.skip("needs a C compiler")
-    place = tmp_path_factory.mktemp("nvml")
-    (place / "nvml.c").write_text(NVML)
-    command = [compiler, "-shared", "-fPIC", "-w", "-o", "libnvidia-ml.so.1", "nvml.c"]
-    subprocess.run(command, cwd=place, check=True)
-    return place
+    return fake_nvml.build(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.mark.parametrize(

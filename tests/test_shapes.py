@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fp4tune.probes.shapes import (
     PRESETS,
     Attention,
@@ -15,8 +18,6 @@ from fp4tune.probes.shapes import (
     read_config,
 )
 from fp4tune.probes.shapes import preset as preset_layers
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def shapes(found):

@@ -16,7 +16,7 @@ import torch
 from fp4tune.probes.problem import Fp4Tensor, Problem
 
 sys.path.insert(0, str(Path(__file__).parent))
-from plain import Plain, Prepared, dequantise  # noqa: E402
+from plain import Plain, Prepared  # noqa: E402
 
 ROWS = 4
 """Rows of the tile that `Tail` believes every m is a multiple of."""
@@ -44,12 +44,11 @@ class Scratch(Plain):
     name = "example-scratch"
 
     def prepare(self, weight: Fp4Tensor, problem: Problem) -> Shared:
-        rows, k = 65536, problem.k
-        workspace = torch.empty(rows, k, device=weight.codes.device)
+        workspace = torch.empty(problem.m, problem.k, device=weight.codes.device)
         return Shared(super().prepare(weight, problem), workspace)
 
     def run(self, state: Shared, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         activation = state.workspace[: a.shape[0]]
         activation.copy_(a)
-        product = activation @ dequantise(state.prepared).T
+        product = activation @ state.prepared.dequantised().T
         torch.mul(product, state.prepared.weight.global_scale, out=out)

@@ -1,4 +1,4 @@
-"""A whole backend in plain torch: dequantise the weight, multiply, scale. CPU and CUDA."""
+"""Whole backends in plain torch, W4A16 and W4A4: dequantise, multiply, scale. CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ class Prepared:
     e2m1: torch.Tensor
     scales: torch.Tensor
 
+    def dequantised(self) -> torch.Tensor:
+        return dequantise(self.weight, self.e2m1, self.scales)
 
-def dequantise(p: Prepared) -> torch.Tensor:
-    """``e2m1 * block scale`` as float32 (n, k), without the global scale."""
-    w = p.weight
-    codes = torch.stack((w.codes & 15, w.codes >> 4), dim=-1).flatten(1)  # low nibble: even k
-    values = p.e2m1[codes.int()].unflatten(1, (-1, w.format.block))
-    return (values * p.scales[w.scales.int()].unsqueeze(-1)).flatten(1)
+
+def dequantise(t: Fp4Tensor, e2m1: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``e2m1 * block scale`` as float32 (rows, k), without the global scale."""
+    codes = torch.stack((t.codes & 15, t.codes >> 4), dim=-1).flatten(1)  # low nibble: even k
+    values = e2m1[codes.int()].unflatten(1, (-1, t.format.block))
+    return (values * scales[t.scales.int()].unsqueeze(-1)).flatten(1)
 
 
 class Plain:
@@ -56,5 +58,24 @@ class Plain:
         return Prepared(weight, E2M1.to(device), scale_values(weight.format.scale).to(device))
 
     def run(self, state: Prepared, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
-        product = a.float() @ dequantise(state).T
+        product = a.float() @ state.dequantised().T
         torch.mul(product, state.weight.global_scale, out=out)  # one rounding, to out's dtype
+
+
+class PlainW4A4(Plain):
+    """The same for FP4 activations: `run` gets what `prepare_activation` returns."""
+
+    name = "example-plain-w4a4"
+    activation = "fp4"
+
+    def prepare_activation(self, a: Fp4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        device = a.codes.device
+        values = dequantise(a, E2M1.to(device), scale_values(a.format.scale).to(device))
+        return values, a.global_scale
+
+    def run(
+        self, state: Prepared, a: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, tactic: str
+    ) -> None:
+        values, global_scale = a
+        product = values @ state.dequantised().T
+        torch.mul(product, state.weight.global_scale * global_scale, out=out)

@@ -9,6 +9,8 @@ into 16-bit floats in registers, and gives both to the tensor cores, which add i
 (and mma.sync) take their *left* operand from registers, so a weight goes from memory to the tensor
 core without a round trip of its dequantised form through shared memory; and a small m then lies on
 the instruction's right-hand side, which may be as narrow as 8, where the left must be 64 tall.
+(Triton 3.2 to 3.9 does this with wgmma, on SM90. Where it uses mma.sync, it still passes the
+dequantised weights through shared memory, to share them among warps: right, and slower.)
 
 **The packed weight** (made by `pack` in `triton_w4a16`) is cut in k-tiles of 128; in one tile each
 row has 16 int32 words, 64 bytes. In the fragment of a 16-bit MMA, lane ``t`` of a row's four lanes
@@ -207,7 +209,7 @@ def _dequantise(word, scale, MX: tl.constexpr, BF16: tl.constexpr, PTX: tl.const
     return tl.reshape(w, (word.shape[0], word.shape[1] * 32))
 
 
-@triton.jit(do_not_specialize=["m", "tiles_k", "per_split"])
+@triton.jit(do_not_specialize=["m", "tiles_k"])
 def gemm(
     a,
     words,
@@ -220,7 +222,6 @@ def gemm(
     stride_a,
     n_pad,
     tiles_k,
-    per_split,
     BM: tl.constexpr,
     BN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -230,8 +231,8 @@ def gemm(
     BF16: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One (BN of n, BM of m) tile over k-tiles [split * per_split, ...): a 16-bit output tile, or,
-    when SPLIT, an fp32 partial sum at out[split, m, n] for `reduce` to finish.
+    """One (BN of n, BM of m) tile over all of k: a 16-bit output tile; or, when SPLIT, over one of
+    equal pieces of k: an fp32 partial sum at out[split, m, n] for `reduce` to finish.
 
     a (m, k) 16-bit, rows stride_a apart (when TMA, a descriptor of it with blocks of (BM, 128));
     words int32 (tiles_k, n_pad, 16); scales int16 or uint8 (tiles_k, n_pad, 4); gscale float32
@@ -250,8 +251,8 @@ def gemm(
 
     row = pid_n * BN + tl.arange(0, BN)
     col = pid_m * BM + tl.arange(0, BM)
-    first = split * per_split
-    last = tl.minimum(first + per_split, tiles_k)
+    first = tiles_k * split // tl.num_programs(1)
+    last = tiles_k * (split + 1) // tl.num_programs(1)
     # A tile taller than the padding may reach past the last row: it reads that row again.
     weight_row = tl.minimum(row, n_pad - 1) if BN > 128 else row
     start = (first.to(tl.int64) * n_pad + weight_row)[:, None]

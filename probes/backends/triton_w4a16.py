@@ -56,8 +56,14 @@ class Config:
         )
 
     def shared(self) -> int:
-        """Bytes of shared memory the pipeline's stages take, at most."""
-        return self.stages * (self.bm * 2 * TILE_K + self.bn * (TILE_K // 2 + 8)) + 1024
+        """Bytes of shared memory a block takes, at most.
+
+        A stage holds 16-bit activations, 4-bit weights and scales. With mma.sync the pipeline has
+        one stage fewer, and the dequantised weights pass through shared memory.
+        """
+        stage = self.bm * 2 * TILE_K + self.bn * (TILE_K // 2 + 8)
+        passing = self.bn * 2 * TILE_K
+        return max(self.stages * stage, (self.stages - 1) * stage + passing) + 1024
 
 
 _FIELDS = {"bm": "bm", "bn": "bn", "sk": "split", "w": "warps", "s": "stages", "g": "group"}
@@ -259,8 +265,9 @@ def _has_descriptors() -> bool:
 
 
 # Up to m: (kernel, bm, bn, warps, stages, waves), the best guess first. `waves` says how finely k
-# is cut: until there are that many blocks for each multiprocessor. The fastest in
-# benchmarks/tune_triton.py on an H200 (n x k of 4096 x 4096, 28672 x 4096, 4096 x 14336).
+# is cut: until there are that many blocks for each multiprocessor. ``best`` is ``tma`` where there
+# is TMA, else ``gemm``: above m = 32 it won on every shape that benchmarks/tune_triton.py timed on
+# an H200 (n x k of 4096 x 4096, 28672 x 4096, 4096 x 14336, 6144 x 4096, 1024 x 8192).
 _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...] = (
     (
         16,
@@ -282,30 +289,32 @@ _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...
     (
         64,
         (
-            ("gemm", 64, 64, 4, 3, 2),
-            ("gemm", 64, 128, 4, 3, 2),
-            ("tma", 64, 64, 4, 3, 2),
-            ("tma", 64, 128, 4, 3, 2),
+            ("best", 64, 64, 4, 3, 2),
+            ("best", 64, 128, 4, 3, 2),
         ),
     ),
     (
         128,
         (
-            ("gemm", 128, 128, 8, 3, 1),
-            ("gemm", 128, 64, 4, 3, 2),
-            ("gemm", 64, 128, 4, 3, 2),
-            ("tma", 128, 128, 8, 3, 1),
-            ("tma", 128, 64, 4, 3, 2),
+            ("best", 128, 128, 8, 3, 1),
+            ("best", 128, 64, 4, 3, 2),
+            ("best", 64, 128, 4, 3, 2),
+            ("best", 64, 64, 4, 3, 4),
+        ),
+    ),
+    (
+        512,
+        (
+            ("best", 128, 128, 8, 3, 1),
+            ("best", 256, 128, 8, 3, 1),
+            ("best", 64, 128, 4, 3, 2),
         ),
     ),
     (
         float("inf"),
         (
-            ("gemm", 128, 128, 8, 3, 1),
-            ("gemm", 256, 128, 8, 3, 1),
-            ("tma", 128, 128, 8, 3, 1),
-            ("tma", 256, 128, 8, 3, 1),
-            ("tma", 128, 256, 8, 3, 1),
+            ("best", 128, 128, 8, 3, 1),
+            ("best", 256, 128, 8, 3, 1),
         ),
     ),
 )
@@ -314,14 +323,15 @@ _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...
 def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     """Configurations worth timing for the problem, best guess first, each once.
 
-    Those that need TMA are left out where the GPU (before SM90) or Triton (before 3.4) lacks it,
-    and stages are taken away until a block fits its shared memory.
+    Where the GPU (before SM90) or Triton (before 3.4) lacks TMA, pointers take its place; stages
+    are taken away until a block fits its shared memory.
     """
     rows = next(rows for most, rows in _TABLE if problem.m <= most)
     seen: set[Config] = set()
     for kernel, bm, bn, warps, stages, waves in rows:
-        if kernel == "tma" and ((device.sm or 0) < 90 or not _has_descriptors()):
-            continue
+        if kernel == "best":
+            tma = (device.sm or 0) >= 90 and _has_descriptors()
+            kernel = "tma" if tma else "gemm"
         config = Config(kernel, bm, bn, splits(problem, device, bm, bn, waves), warps, stages)
         while config.shared() > shared_limit(device):
             config = replace(config, stages=config.stages - 1)
@@ -400,7 +410,6 @@ def launch(state: Packed, a: torch.Tensor, out: torch.Tensor, config: Config) ->
         a.stride(0),
         n_pad,
         tiles_k,
-        -(-tiles_k // split),
         **_constants(config, state.mx, state.dtype == torch.bfloat16),
     )
     if split > 1:
@@ -436,7 +445,6 @@ def _compile_gemm(problem: Problem, config: Config) -> None:
         k,
         -(-problem.n // PAD_N) * PAD_N,
         -(-k // TILE_K),
-        1,
         grid=(1,),
         **_constants(config, mx, problem.dtype == torch.bfloat16),
     )

@@ -1,0 +1,148 @@
+"""The choice is the fastest safe candidate, the same on every rank and node."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp4tune.autotune.choose import FLOORS, NOISE, by_bucket, choices
+from fp4tune.cache.rows import VERDICTS, BucketKey, Candidate
+
+FLOOR = "torch-dequant"
+NAMES = ("alpha", "beta", "gamma", FLOOR)
+ZERO = BucketKey("nvfp4", "bf16", "bf16", 1, 0, 0, 256, 512)
+ONE = replace(ZERO, m_lo=1, m_hi=1)
+FEW = replace(ZERO, m_lo=2, m_hi=4)
+
+
+def candidate(backend, verdict="safe", median_us=10.0, bucket=ONE) -> Candidate:
+    print_ = backend[0] * 64
+    return Candidate(
+        "sm90", "H200", "strict", bucket, backend, "default", backend, verdict,
+        median_us=median_us, launches=7, fingerprint=print_,
+    )  # fmt: skip
+
+
+groups = st.lists(
+    st.builds(
+        candidate,
+        st.sampled_from(NAMES),
+        st.sampled_from(VERDICTS),
+        st.one_of(st.none(), st.floats(1, 100)),
+    ),
+    min_size=1,
+    max_size=len(NAMES),
+    unique_by=lambda c: c.backend,
+)
+
+
+def only(candidates, default=None):
+    (chosen,), placed = choices(candidates, default)
+    return chosen, placed
+
+
+@given(groups)
+def test_only_what_is_safe_and_timed_is_chosen(group):
+    chosen, _ = only(group)
+    able = [c for c in group if c.verdict == "safe" and c.median_us is not None]
+    if not able:
+        assert chosen.status == "none"
+        return
+    assert chosen.backend in {c.backend for c in able}
+    assert chosen.status == ("floor" if chosen.backend in FLOORS else "safe")
+    assert chosen.median_us <= min(c.median_us for c in able) * (1 + NOISE)
+
+
+@given(groups, st.randoms())
+def test_the_choice_does_not_depend_on_the_order_of_candidates(group, random):
+    shuffled = list(group)
+    random.shuffle(shuffled)
+    one, placed = only(group)
+    other, placed_other = only(shuffled)
+    assert one.status == other.status
+    if one.status != "none":
+        assert one == other
+    assert {c.backend: c.rank for c in placed} == {c.backend: c.rank for c in placed_other}
+
+
+@given(groups)
+def test_ranks_count_those_that_may_be_chosen_from_the_best(group):
+    chosen, placed = only(group)
+    ranked = sorted((c for c in placed if c.rank is not None), key=lambda c: c.rank)
+    assert [c.rank for c in ranked] == list(range(len(ranked)))
+    assert all(c.verdict == "safe" and c.median_us is not None for c in ranked)
+    if ranked:
+        assert ranked[0].backend == chosen.backend
+    assert [replace(c, rank=None) for c in placed] == group
+
+
+@given(st.permutations(NAMES[:3]))
+def test_within_the_noise_a_fixed_order_decides(names):
+    times = dict(zip(NAMES[:3], (10.1, 10.0, 10.15), strict=True))
+    chosen, _ = only([candidate(name, median_us=times[name]) for name in names])
+    assert chosen.backend == "alpha"
+
+
+def test_beyond_the_noise_the_faster_one_wins():
+    pair = [candidate("alpha", median_us=10.3), candidate("beta", median_us=10.0)]
+    assert only(pair)[0].backend == "beta"
+
+
+@pytest.mark.parametrize("verdict", ["unsafe", "unsupported", "inconclusive"])
+def test_the_fastest_is_passed_over_when_it_is_not_safe(verdict):
+    group = [candidate("alpha", verdict, 1.0), candidate("beta"), candidate(FLOOR, median_us=50.0)]
+    chosen, placed = only(group)
+    assert (chosen.backend, chosen.status) == ("beta", "safe")
+    assert {c.backend: c.rank for c in placed} == {"alpha": None, "beta": 0, FLOOR: 1}
+
+
+def test_the_floor_is_left_where_nothing_else_is_safe():
+    chosen, _ = only([candidate("alpha", "unsafe", 1.0), candidate(FLOOR, median_us=50.0)])
+    assert (chosen.backend, chosen.status) == (FLOOR, "floor")
+
+
+def test_with_nothing_safe_there_is_no_choice_and_no_condition():
+    unsafe = replace(candidate("alpha", "unsafe"), conditions=({"id": "x", "text": "y"},))
+    chosen, placed = only([unsafe])
+    assert chosen.status == "none" and chosen.conditions == ()
+    assert all(c.rank is None for c in placed)
+
+
+def test_an_empty_batch_follows_the_smallest_real_one():
+    def group(bucket, alpha, beta):
+        return [
+            candidate("alpha", median_us=alpha, bucket=bucket),
+            candidate("beta", median_us=beta, bucket=bucket),
+        ]
+
+    rows = group(ZERO, None, None) + group(FEW, 1.0, 9.0) + group(ONE, 9.0, 1.0)
+    chosen, _ = choices(rows, None)
+    assert {c.bucket.m_hi: c.backend for c in chosen} == {0: "beta", 1: "beta", 4: "alpha"}
+
+
+def test_an_empty_batch_takes_nothing_that_is_unsafe_for_it():
+    rows = [
+        candidate("alpha", "unsafe", None, ZERO),
+        candidate("beta", "safe", None, ZERO),
+        candidate("alpha", median_us=1.0),
+        candidate("beta", median_us=9.0),
+    ]
+    chosen, _ = choices(rows, None)
+    assert {c.bucket.m_hi: c.backend for c in chosen} == {0: "beta", 1: "alpha"}
+
+
+def test_the_engine_s_own_default_is_recorded_beside_the_choice():
+    chosen, _ = only([candidate("beta")], default="marlin")
+    assert chosen.default_backend == "marlin"
+
+
+def test_candidates_are_grouped_by_bucket():
+    rows = [candidate("alpha"), candidate("alpha", bucket=FEW), candidate("beta")]
+    groups = by_bucket(rows)
+    assert {b.m_hi: [c.backend for c in g] for b, g in groups.items()} == {
+        1: ["alpha", "beta"],
+        4: ["alpha"],
+    }

@@ -1,0 +1,99 @@
+"""The doctor says what is here, changes nothing, and calls bad only what must be mended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+
+import pytest
+import stores
+
+from fp4tune.autotune import doctor
+from fp4tune.cache import state
+
+
+def lines(place=None):
+    return {line.what: line for line in doctor.examine(place)}
+
+
+def test_nothing_is_made_by_looking(tmp_path):
+    lines(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_line_that_is_not_good_says_what_to_do(tmp_path):
+    for line in doctor.examine(tmp_path):
+        assert line.status in ("good", "note", "bad")
+        assert line.found and (line.do or line.status == "good")
+        assert set(line.json()) == {"status", "what", "found", "do"}
+
+
+def test_a_published_choice_is_found(tmp_path):
+    stores.put(tmp_path)
+    found = lines(tmp_path)["choices.db"]
+    assert found.status == "good" and "generation 1, 3 choices" in found.found
+
+
+def test_a_place_without_a_choice_is_a_note(tmp_path):
+    assert lines(tmp_path)["choices.db"].status == "note"
+
+
+def test_a_damaged_choice_is_bad(tmp_path):
+    stores.put(tmp_path)
+    path = tmp_path / state.CHOICES
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[: len(data) // 2])
+    found = lines(tmp_path)["choices.db"]
+    assert found.status == "bad" and found.do
+
+
+def test_another_program_s_database_is_bad(tmp_path):
+    conn = sqlite3.connect(tmp_path / state.CHOICES)
+    conn.execute("CREATE TABLE theirs (x)")
+    conn.close()
+    assert lines(tmp_path)["choices.db"].status == "bad"
+
+
+def test_several_places_that_hold_a_choice_are_named(tmp_path, monkeypatch):
+    places = [tmp_path / "one", tmp_path / "home" / "fp4tune"]
+    for place in places:
+        stores.put(place)
+    monkeypatch.setenv(state.VARIABLE, str(places[0]))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    found = [line for line in doctor.examine() if "several places" in line.found]
+    assert len(found) == 1 and all(str(place) in found[0].found for place in places)
+
+
+@pytest.mark.parametrize(("value", "bad"), [("1", True), ("0", False), ("", False)])
+def test_blocking_launches_hide_races(monkeypatch, value, bad):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
+    assert ("CUDA_LAUNCH_BLOCKING" in lines()) == bad
+
+
+def test_a_missing_compiler_is_a_note_with_a_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("g++", "nvcc"):
+        assert lines()[name].status == "note" and lines()[name].do
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("unshare"), reason="root may write")
+def test_a_place_that_cannot_be_written_is_bad(tmp_path):
+    if os.geteuid():
+        tmp_path.chmod(0o555)
+        assert lines(tmp_path)["state"].status == "bad"
+        return
+    # Root writes anywhere but on a disk that is read-only.
+    code = """
+        import subprocess, sys
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", sys.argv[1]], check=True)
+        from pathlib import Path
+        from fp4tune.autotune import doctor
+        print({line.what: line.status for line in doctor.examine(Path(sys.argv[1]))}["state"])
+    """
+    other = stores.spawn(code, tmp_path, prefix=("unshare", "-m"), stdout=-1, stderr=-1, text=True)
+    out, error = other.communicate(timeout=60)
+    if other.returncode:
+        pytest.skip(f"cannot mount here: {error.strip().splitlines()[-1]}")
+    assert out.strip() == "bad"
