@@ -6,10 +6,12 @@ streams, on a CPU they are threads; a regime a device does not have is `not appl
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -233,24 +235,30 @@ def _run_threads(lanes: Sequence[Sequence[Call]]) -> bool:
     errors: list[BaseException] = []
 
     def work(lane: Sequence[Call]) -> None:
+        barrier.wait()
+        start = time.perf_counter()
         try:
-            barrier.wait()
-            start = time.perf_counter()
             for call in lane:
                 call.enqueue()
-            spans.append((start, time.perf_counter()))
         except BaseException as error:
-            barrier.abort()
             errors.append(error)
+        spans.append((start, time.perf_counter()))
 
     threads = [threading.Thread(target=work, args=(lane,)) for lane in lanes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    usual = sys.getswitchinterval()
+    # Small calls would else run to their end before the interpreter lets another thread in.
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(usual)
     if errors:
         raise errors[0]
-    return max(start for start, _ in spans) < min(end for _, end in spans)
+    spans.sort()
+    return any(later[0] < earlier[1] for earlier, later in pairwise(spans))
 
 
 class _Stamps:

@@ -218,6 +218,22 @@ def test_machine_code_over_flags_over_version():
     assert judge.decide(spec, None, pdl, flags).verdict == "unknown", "a version decides nothing"
 
 
+def test_kernels_for_other_launches_in_one_module_are_no_false_alarm():
+    module = judge.Module("m", "file", "/m.so")
+
+    def of(mma: str, *kernels: tuple[str, str]) -> Code:
+        made = [Kernel(n, w, 0, 0, {mma: 1}, int("SF" in mma)) for n, w in kernels]
+        return Code(tuple(ArchKernel(120, kernel) for kernel in made), (120,), "d")
+
+    host, sources_ = Launch("yes", ()), Launch("yes", (), every=True)
+    switch = of("OMMA.SF", ("gemmILi4ELb1EE", "wait-present"), ("gemmILi4ELb0EE", "no-wait"))
+    assert judge.decide(module, switch, sources_).verdict == "clean"
+    mixed = (("one", "wait-present"), ("other", "no-wait"))
+    assert judge.decide(module, of("HMMA", *mixed), host).verdict == "unknown"
+    assert judge.decide(module, of("HMMA", *mixed), sources_).verdict == "flagged"
+    assert judge.decide(module, of("OMMA.SF", *mixed), host).verdict == "flagged"
+
+
 def test_a_remedy_fits_the_install():
     jit, aot, file = (judge.Module("m", kind, "/m.so") for kind in ("jit", "aot", "file"))
     assert "delete /m.so" in judge.remedy(jit, True) and "tried" in judge.remedy(jit, True)

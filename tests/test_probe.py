@@ -19,6 +19,7 @@ from fp4tune.autotune import plan as planning
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import Plan, Report, probe, survey
 from fp4tune.autotune.profiles import PROFILES
+from fp4tune.autotune.publication import publish
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
 from fp4tune.probes import devices
@@ -76,7 +77,9 @@ def make_plan(backends, max_m: int, **other) -> Plan:
 
 def run(plan: Plan, place: Path, progress=lambda who, text: None) -> Report:
     with Ledger.open(place) as ledger:
-        return probe(plan, ledger, place, progress)
+        report = probe(plan, ledger, place, progress)
+    publish([report], place)
+    return report
 
 
 def verdicts(report: Report, name: str) -> dict[int, str]:

@@ -22,6 +22,7 @@ class Fact:
     status: str
     launches: int = 10
     width: int | None = 24
+    problems: int = 1
 
 
 STRICT, ENGINE = PROFILES["strict"], PROFILES["sglang"]

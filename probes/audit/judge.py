@@ -6,13 +6,14 @@ to disassemble; a version never decides.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import launch, sass
-from .disassemble import Code
+from .disassemble import ArchKernel, Code
 from .launch import Launch
 
 FLAGGED, CLEAN, UNKNOWN = "flagged", "clean", "unknown"
@@ -161,10 +162,19 @@ def _by_code(code: Code, launched: Launch, sm: int | None) -> tuple[str, list[st
     others = [k for k in able if not k.kernel.mma and k.kernel.wait == sass.NO_WAIT]
     if others:
         lines.append(f"SASS: {len(others)} kernels without tensor-core instructions never wait")
-    bare = [k for k in tensor if k.kernel.wait == sass.NO_WAIT]
-    if bare and launched.pdl == launch.YES:
-        lines.append("tensor-core kernels that never wait, in a module that launches with PDL")
-        return FLAGGED, lines
+    waiting = {_family(k) for k in tensor if k.kernel.wait != sass.NO_WAIT}
+    never = [k for k in tensor if k.kernel.wait == sass.NO_WAIT]
+    bare = [k for k in never if _family(k) not in waiting]
+    if len(bare) < len(never):
+        lines.append(
+            f"{len(never) - len(bare)} kernels that never wait differ only in a template switch"
+            " from ones that do: variants for launches without PDL"
+        )
+    if launched.pdl == launch.YES and bare:
+        if launched.every or not waiting or any(k.kernel.block_scaled for k in bare):
+            lines.append("tensor-core kernels that never wait, in a module that launches with PDL")
+            return FLAGGED, lines
+        lines.append("which of its kernels are launched with PDL is not known")
     if code.problem:
         return UNKNOWN, [*lines, "part of the code could not be read"]
     if bare and launched.pdl == launch.NO:
@@ -180,6 +190,11 @@ def _by_code(code: Code, launched: Launch, sm: int | None) -> tuple[str, list[st
     if others and launched.pdl in (launch.YES, launch.POSSIBLE):
         return UNKNOWN, [*lines, "which of its kernels are launched with PDL is not known"]
     return CLEAN, [*lines, "no kernel has tensor-core instructions"]
+
+
+def _family(k: ArchKernel) -> tuple[int, str]:
+    """A kernel's SM and name without the values of boolean template arguments (``Lb1E``)."""
+    return k.sm, re.sub(r"Lb[01]E", "LbE", k.kernel.name)
 
 
 def _by_barrier(

@@ -26,15 +26,18 @@ class Launch:
 
     pdl: str = UNKNOWN
     evidence: tuple[str, ...] = ()
+    every: bool = False
+    """Whether that holds for every launch of the module, as far as that can be read."""
 
 
 def combined(found: Iterable[Launch]) -> Launch:
     """What several sources say together: one launch with PDL is enough."""
     found = list(found)
+    every = any(each.pdl == YES and each.every for each in found)
     evidence = tuple(line for each in found for line in each.evidence)
     for pdl in (YES, POSSIBLE, NO):
         if any(each.pdl == pdl for each in found):
-            return Launch(pdl, evidence)
+            return Launch(pdl, evidence, every)
     return Launch(UNKNOWN, evidence)
 
 
@@ -167,7 +170,10 @@ def of_sources(sources: Sequence[Path], roots: Sequence[Path]) -> Sources:
                     seen.add(near)
                     todo.append(near)
                     break
-    found = [Launch(pdl, tuple(sorted(lines)[:4])) for pdl, lines in evidence.items() if lines]
+    only = sum(bool(lines) for lines in evidence.values()) == 1
+    found = [
+        Launch(pdl, tuple(sorted(lines)[:4]), only) for pdl, lines in evidence.items() if lines
+    ]
     return Sources(combined(found), tuple(sorted(waits)))
 
 
@@ -186,4 +192,4 @@ def of_triton(cubin: Path) -> Launch:
     except (OSError, ValueError, KeyError, TypeError):
         return Launch()
     name = cubin.with_suffix(".json").name
-    return Launch(YES if with_pdl else NO, (f"{name}: launch_pdl is {bool(with_pdl)}",))
+    return Launch(YES if with_pdl else NO, (f"{name}: launch_pdl is {bool(with_pdl)}",), True)
