@@ -73,7 +73,7 @@ def probe(
     ] = None,
     hang_seconds: Annotated[
         float | None,
-        typer.Option(help="Silence that counts as a hang; default 30, in a regime 10; CPU 120."),
+        typer.Option(help="Silence that counts as a hang; default 30, in a regime 6; CPU 120."),
     ] = None,
     state: State = None,
     as_json: Json = False,

@@ -36,6 +36,8 @@ FAR = 1.5
 MOST_SPLITS = 5
 """How often a crash while grading is narrowed down by halves before the rest is given up."""
 
+LARGE_M = 1024
+"""Ranges above are run at their edges only: one launch there costs as much as dozens of small."""
 SPARE_ROWS = 64
 """Rows of the pools beyond the largest m, so that even its launches can be on different rows."""
 
@@ -81,7 +83,8 @@ class Layer:
     def item(self, m: MRange, tactic: str, width: int = 24, tag: object = "") -> Item:
         """A tactic in an m range as the worker takes it, with ragged m's drawn from the seed."""
         rng = random.Random(derive(self.seed, self.problem, m, tag))
-        return {"ms": ragged(m, self.level.ragged, rng), "tactic": tactic, "width": width}
+        count = self.level.ragged if m.hi <= LARGE_M else 2
+        return {"ms": ragged(m, count, rng), "tactic": tactic, "width": width}
 
 
 def probe_layer(

@@ -25,7 +25,7 @@ LEVELS = {
     level.name: level
     for level in (
         Level("quick", ragged=2, least=3, most=20, seconds=0.1, samples=5),
-        Level("standard", ragged=3, least=6, most=100, seconds=0.3, samples=9),
+        Level("standard", ragged=3, least=4, most=100, seconds=0.25, samples=9),
         Level("soak", ragged=5, least=50, most=10_000, seconds=10.0, samples=15),
     )
 }

@@ -54,7 +54,7 @@ class Plan:
     def patience(self) -> Patience:
         # A CPU computes in seconds what a GPU does in milliseconds.
         on_cpu = self.target.device.kind == "cpu"
-        run, regime = (120.0, 120.0) if on_cpu else (30.0, 10.0)
+        run, regime = (120.0, 120.0) if on_cpu else (30.0, 6.0)
         return Patience(self.hang_seconds or run, self.hang_seconds or regime)
 
 

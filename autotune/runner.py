@@ -45,6 +45,8 @@ class Runner:
     _worker: Worker | None = None
     _fresh: bool = False
     """The worker was only spawned, and has yet to be brought to where the last one was."""
+    _partial: bool = False
+    """The worker replaced another and has built for the layers opened since only."""
     _built: tuple[list[dict[str, Any]], int] | None = None
     _layer: dict[str, Any] | None = None
 
@@ -71,11 +73,13 @@ class Runner:
             self.spawn()
         self._fresh = False
         self.greet()
-        if self._built:
-            # Compiled code that lives in the process only is gone with it.
+        if self._built and self._layer:
+            # Compiled code that lives in the process only is gone with it. The open layer's is
+            # enough: others' is compiled, from files where there are any, when they are opened.
             problems, workers = self._built
-            self._ask("build", self.patience.build, problems=problems, workers=workers)
-        if self._layer:
+            mine = [p for p in problems if _same_layer(p, self._layer["problem"])]
+            self._ask("build", self.patience.build, problems=mine, workers=workers)
+            self._partial = True
             self._ask("open", self.patience.run, **self._layer)
 
     def ask(self, do: str, silence: float | None = None, **arguments: Any) -> Any:
@@ -112,6 +116,10 @@ class Runner:
 
     def open(self, problem: Problem, seed: int, memory: int) -> None:
         """Open a layer whose pools have `problem.m` rows; slots take `memory` bytes at a time."""
+        if self._partial and self._built:
+            problems, workers = self._built
+            mine = [p for p in problems if _same_layer(p, asdict(problem))]
+            self.ask("build", self.patience.build, problems=mine, workers=workers)
         self._layer = {"problem": asdict(problem), "seed": seed, "memory": memory}
         self.ask("open", **self._layer)
 
@@ -124,3 +132,8 @@ class Runner:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def _same_layer(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two problems differ in nothing but m."""
+    return {**a, "m": 0} == {**b, "m": 0}

@@ -7,8 +7,10 @@ slot again; the host reads the counters when a regime ends.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -89,16 +91,17 @@ class Checker:
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
         device = self.slots[0].out.device
-        self._tiles = [
-            (index, row, col)
-            for index, s in enumerate(self.slots)
-            for row in range(-(-s.out.shape[0] // TILE))
-            for col in range(-(-s.out.shape[1] // TILE))
+        self._columns = [-(-s.out.shape[1] // TILE) for s in self.slots]
+        tiles = [
+            -(-s.out.shape[0] // TILE) * columns
+            for s, columns in zip(self.slots, self._columns, strict=True)
         ]
+        self._first_tile = [0, *accumulate(tiles)][:-1]
+        self._tiles = sum(tiles)
         size = len(self.slots)
         self._counts = torch.zeros((size, 5), dtype=torch.int64, device=device)
         self._witness = torch.full((size,), _NONE, dtype=torch.int64, device=device)
-        self._bitmap = torch.zeros(len(self._tiles), dtype=torch.int32, device=device)
+        self._bitmap = torch.zeros(self._tiles, dtype=torch.int32, device=device)
         self._launch = torch.zeros(1, dtype=torch.int64, device=device)
         self._on_cuda = device.type == "cuda"
         if self._on_cuda:
@@ -107,13 +110,7 @@ class Checker:
                 for s in self.slots
             ]
             self._table = torch.tensor(addresses, dtype=torch.int64, device=device)
-            self._tile_table = torch.tensor(
-                self._tiles or [(0, 0, 0)], dtype=torch.int32, device=device
-            )
-        else:
-            self._first_tile: dict[int, int] = {}
-            for position, (index, _, _) in enumerate(self._tiles):
-                self._first_tile.setdefault(index, position)
+            self._tile_table = _tile_table(tiles, self._first_tile, self._columns, device)
 
     @property
     def sweeps(self) -> int:
@@ -126,7 +123,7 @@ class Checker:
             if self._tiles:
                 from ._sweep_triton import sweep
 
-                sweep[(len(self._tiles),)](
+                sweep[(self._tiles,)](
                     self._table,
                     self._tile_table,
                     self._counts,
@@ -157,9 +154,9 @@ class Checker:
             flat = int(wrong.flatten().nonzero()[0])
             packed = (flat << 16) | (int(bits.flatten()[flat]) & 0xFFFF)
             self._witness[index] = min(int(self._witness[index]), packed)
-            columns = -(-s.out.shape[1] // TILE)
             rows, cols = wrong.nonzero(as_tuple=True)
-            places = self._first_tile[index] + rows // TILE * columns + cols // TILE
+            within = rows // TILE * self._columns[index] + cols // TILE
+            places = self._first_tile[index] + within
             self._bitmap.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
         bits.fill_(POISON)
 
@@ -167,11 +164,13 @@ class Checker:
         """One report a slot; waits for the device and reads the guard zones."""
         guards = torch.stack([_guard_changes(s) for s in self.slots]).tolist()
         counts, witness = self._counts.tolist(), self._witness.tolist()
-        bitmap = self._bitmap.tolist()
-        tiles: list[list[tuple[int, int, int]]] = [[] for _ in self.slots]
-        for (index, row, col), wrong in zip(self._tiles, bitmap, strict=True):
-            if wrong:
-                tiles[index].append((row, col, wrong))
+        marked: list[list[tuple[int, int, int]]] = [[] for _ in self.slots]
+        places = self._bitmap.nonzero().flatten()
+        for place, wrong in zip(places.tolist(), self._bitmap[places].tolist(), strict=True):
+            # Slots without an element have no tile: the last slot to begin here is the one.
+            index = bisect_right(self._first_tile, place) - 1
+            row, col = divmod(place - self._first_tile[index], self._columns[index])
+            marked[index].append((row, col, wrong))
         return [
             SlotReport(
                 wrong=count[0],
@@ -180,12 +179,27 @@ class Checker:
                 bad_launches=count[3],
                 guard=guard,
                 witness=_unpack(packed, s),
-                tiles=tuple(marked),
+                tiles=tuple(tiles),
             )
-            for s, count, guard, packed, marked in zip(
-                self.slots, counts, guards, witness, tiles, strict=True
+            for s, count, guard, packed, tiles in zip(
+                self.slots, counts, guards, witness, marked, strict=True
             )
         ]
+
+
+def _tile_table(
+    tiles: Sequence[int], first: Sequence[int], columns: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """int32 (tiles, 3): slot, tile row and tile column of every tile; made on the device, since a
+    chain of large problems has hundreds of thousands."""
+
+    def column(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    slots = torch.arange(len(tiles), device=device).repeat_interleave(column(tiles))
+    within = torch.arange(slots.numel(), device=device) - column(first)[slots]
+    across = column(columns)[slots].clamp(min=1)
+    return torch.stack([slots, within // across, within % across], dim=1).int().contiguous()
 
 
 def _unpack(packed: int, s: Slot) -> tuple[int, int, float, float, float] | None:

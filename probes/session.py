@@ -16,9 +16,9 @@ import torch
 from .backends import Backend
 from .case import BackendRaised, Case, Launch, batches, bind, blame, case
 from .checks import SlotReport
-from .data import WIDTHS, draw, exact, window
+from .data import WIDTHS, draw, exact
 from .problem import Device, Problem
-from .reference import alpha_of, expect, reference64, tile_error, tile_limit
+from .reference import alpha_of, expect, tile_error, tile_limit
 from .regimes import REGIMES, Budget, NotApplicable, Outcome
 from .seeds import derive
 from .timing import Timed, buffers, weight_copies
@@ -132,9 +132,8 @@ class Layer:
             return 0.0
         call = bind(self.backend, cases, launch)
         call.enqueue()
-        rows = window(cases[launch.case].operands, launch.offset, launch.offset + launch.m)
-        right = reference64(rows, self.problem.at(launch.m))
-        error = tile_error(call.slot.out, right)
+        right = cases[launch.case].expectation.window(launch.offset, launch.offset + launch.m)
+        error = tile_error(call.slot.out, right.lo.float() if right.ref is None else right.ref)
         return float("inf") if bool(error.isnan().any()) else float(error.max())
 
     def family(self, name: str, items: Sequence[Item]) -> list[Result]:

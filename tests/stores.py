@@ -36,7 +36,7 @@ def rows_for(tag: str, n: int = 4096, layers: int = 1, gpu: str = "H200"):
         for m_lo, m_hi in ((0, 0), (1, 16), (17, 64)):
             bucket = BucketKey("nvfp4", "bf16", "bf16", 1, m_lo, m_hi, n + 64 * layer, 2048)
             key = ("sm90", gpu, "strict", bucket, "marlin", tag, "marlin")
-            choices.append(Choice(*key, "safe", (), 12.5, 100, ENVIRONMENT.fingerprint))
+            choices.append(Choice(*key, "safe", (), 12.5, 100, fingerprint=ENVIRONMENT.fingerprint))
             candidates.append(
                 Candidate(*key, "safe", 0, 12.5, 12, 13, fingerprint=ENVIRONMENT.fingerprint)
             )

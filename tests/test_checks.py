@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fp4tune.probes.checks import GUARD, POISON, Checker, Slot, Unchanged, slot
+from fp4tune.probes.checks import (
+    GUARD,
+    POISON,
+    TILE,
+    Checker,
+    Slot,
+    Unchanged,
+    _tile_table,
+    slot,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -148,3 +161,18 @@ def test_a_sweep_can_be_captured_and_replayed():
     (report,) = checker.reports()
     assert checker.sweeps == before + 7
     assert report.bad_launches == 1  # the first sweep, of an untouched slot
+
+
+@given(st.lists(st.tuples(st.integers(0, 700), st.integers(1, 700)), min_size=1, max_size=6))
+def test_the_tile_table_lists_every_tile_of_every_slot_in_order(shapes):
+    rows = [-(-m // TILE) for m, _ in shapes]
+    columns = [-(-n // TILE) for _, n in shapes]
+    tiles = [r * c for r, c in zip(rows, columns, strict=True)]
+    first = [0, *accumulate(tiles)][:-1]
+    expected = [
+        [slot, row, column]
+        for slot, (r, c) in enumerate(zip(rows, columns, strict=True))
+        for row in range(r)
+        for column in range(c)
+    ]
+    assert _tile_table(tiles, first, columns, torch.device("cpu")).tolist() == expected

@@ -168,7 +168,7 @@ def dying(tmp_path_factory, one_thread) -> Probed:
     plan = make_plan(
         [spec(name) for name in ("Good", *DYING, "ShortSums")],
         1,
-        hang_seconds=5.0,
+        hang_seconds=4.0,
         python=interpreter(place, "-I"),
     )
     return Probed(run(plan, place / "state"), place / "state", children(place / "children"), [])
@@ -294,7 +294,7 @@ def test_how_it_died_is_said(dying):
     said = {f.backend: f.detail["message"] for f in dying.report.findings}
     assert "SIGSEGV" in said[name_of("Segfaults")]
     assert "code 3" in said[name_of("Daemon")]
-    assert "5 s" in said[name_of("Deadlocks")] and "5 s" in said[name_of("HoldsTheGil")]
+    assert "4 s" in said[name_of("Deadlocks")] and "4 s" in said[name_of("HoldsTheGil")]
 
 
 @pytest.mark.parametrize("name", ["Good", "ShortSums"])

@@ -7,6 +7,8 @@ backend loads to it, to a function without arguments that returns it, or to a li
 file of one's own is loaded by ``path/to/file.py:NAME``. Names in a database are matched with
 these and never imported.
 
+Mutants (`zoo`) load by their names too, and are in no list: no ordinary probe has them.
+
 Loading one backend imports its module and no other's.
 """
 
@@ -150,6 +152,15 @@ def _load_builtin(name: str) -> Backend:
     return _select(name, _instances(_import(load, name), name), name)
 
 
+def _load_mutant(name: str) -> Backend:
+    from .. import zoo
+
+    try:
+        return zoo.named(name)
+    except KeyError:
+        raise UnknownBackend(f"there is no mutant {name!r}") from None
+
+
 def _load_entry_point(entry: metadata.EntryPoint) -> Backend:
     where = f"{entry.name} ({entry.value})"
     return _select(entry.name, _instances(_import(entry.load, where), where), where)
@@ -229,6 +240,8 @@ def load_one(name: str) -> Backend:
         return load_file(name)
     if name in BUILTIN:
         return _load_builtin(name)
+    if name.startswith("zoo-"):
+        return _load_mutant(name)
     plugins = _entry_points()
     if name in plugins:
         return _load_entry_point(plugins[name])

@@ -1,0 +1,62 @@
+"""Known-good ones that look suspicious: a prober that flags them is of no use either."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..problem import Fp4Tensor, Problem
+from .floor import Right, decoded, partial_products
+
+_STEP = 64
+
+
+class Bf16Sums(Right):
+    """Rounds partial sums to bf16, like humming."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        _sum_up(state, partial_products(state, a, _STEP), out)
+
+
+class AtomicOrder(Right):
+    """Adds up split-k parts in bf16 in whatever order they come: no two launches need agree."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        parts = list(range(-(-a.shape[1] // _STEP)))
+        random.shuffle(parts)
+        _sum_up(state, partial_products(state, a, _STEP, parts), out)
+
+
+class RoundsAlpha(Right):
+    """Rounds the global scale to bf16, like Marlin."""
+
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
+        rounded = weight.global_scale.bfloat16().float()
+        return super().prepare(replace(weight, global_scale=rounded), problem)
+
+
+class OwnBuffer(Right):
+    """Computes into memory of its own, and copies to the output at the end."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        out.copy_(self.product(state, a, out.shape[1]))
+
+
+class Slow(Right):
+    """Multiplies in fp64, one row after the other, without a matrix product."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        weight, alpha = decoded(state).double(), state.tensor.global_scale
+        for row in range(a.shape[0]):
+            out[row] = ((weight * a[row].double()).sum(dim=1) * alpha).to(out.dtype)
+
+
+def _sum_up(state: Any, products: Any, out: torch.Tensor) -> None:
+    """``out = global_scale * sum(products)``, each sum rounded to bf16."""
+    total = torch.zeros(out.shape, dtype=torch.bfloat16, device=out.device)
+    for product in products:
+        total = (total.float() + product).bfloat16()
+    torch.mul(total.float(), state.tensor.global_scale, out=out)
