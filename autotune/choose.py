@@ -67,7 +67,7 @@ def _smallest_real(
 def _choice(group: Sequence[Candidate], default_backend: str | None) -> Choice:
     best = min((c for c in group if c.rank is not None), key=lambda c: c.rank or 0, default=None)
     floor = next((c for c in group if c.backend in FLOORS), None)
-    taken = best or floor or group[0]
+    taken = best or floor or min(group, key=lambda c: (c.backend, c.tactic))
     status = "none" if best is None else "floor" if best.backend in FLOORS else "safe"
     return Choice(
         arch=taken.arch,

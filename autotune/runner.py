@@ -71,7 +71,6 @@ class Runner:
         """Start the worker and bring it to where the last one was."""
         if self._worker is None:
             self.spawn()
-        self._fresh = False
         self.greet()
         if self._built and self._layer:
             # Compiled code that lives in the process only is gone with it. The open layer's is
@@ -81,6 +80,7 @@ class Runner:
             self._ask("build", self.patience.build, problems=mine, workers=workers)
             self._partial = True
             self._ask("open", self.patience.run, **self._layer)
+        self._fresh = False
 
     def ask(self, do: str, silence: float | None = None, **arguments: Any) -> Any:
         """Have the worker do something, starting or replacing it first where needed."""

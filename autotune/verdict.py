@@ -80,13 +80,15 @@ def decide(evidence: Iterable[Fact], profile: Profile) -> Judgement:
         elif required and statuses != {"passed"} and statuses != {"not applicable"}:
             open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
 
+    launches, problems = _fewest(facts)
+    if not launches:
+        open_.append("no launch was checked")
     status = SAFE
     reasons: tuple[str, ...] = ()
     if unsafe:
         status, reasons = UNSAFE, tuple(unsafe)
     elif open_ or width is None:
         status, reasons = INCONCLUSIVE, tuple(open_) or ("never graded",)
-    launches, problems = _fewest(facts)
     return Judgement(status, _unique(conditions), reasons, width, launches, problems)
 
 

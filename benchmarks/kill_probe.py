@@ -6,7 +6,8 @@ probe finishes. Each round starts a probe on the same state directory and kills 
 
 * ``anywhere``: at a moment uniform over the time a whole probe takes;
 * ``start``: within the first two seconds, while it imports and opens the store;
-* ``publish``: within 60 ms after the publication took its lock.
+* ``evidence``: at any moment after it committed its first evidence;
+* ``publish``: within 40 ms after it began to join and publish.
 
 Right before the kill another process (this one) reads every committed row through the ledger, and
 closes it again, so that the next opening is the one that recovers SQLite's log. Where a publication
@@ -46,7 +47,7 @@ MARK = "FP4TUNE_KILL_PROBE"
 """A variable every descendant of a probe inherits: it finds them after their parent is gone."""
 DEATH = 5.0
 """Seconds all workers and what they started may take to end."""
-PUBLISH_LOCK = "publish.lock"
+PUBLISH_LOCK = "join.lock"
 SHAPE = ("--gpu", "none", "--shape", "256,256", "--max-m", "1", "--activation", "bf16")
 
 
@@ -133,7 +134,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _mode(rng: random.Random) -> str:
-    return rng.choices(("anywhere", "start", "publish"), (70, 15, 15))[0]
+    return rng.choices(("anywhere", "start", "evidence", "publish"), (30, 10, 40, 20))[0]
 
 
 def _backends(names: list[str]) -> list[str]:
@@ -174,7 +175,8 @@ def _round(
 ) -> Round | None:
     """Start, kill and check; None where the probe was done before its time came."""
     moment = rng.uniform(0.0, min(2.0, whole) if mode == "start" else whole)
-    jitter = rng.uniform(0.0, 0.06)
+    jitter = rng.uniform(0.0, 0.04)
+    first = _last_evidence(place)
     runs, seen = _runs(place), _committed(place)
     start = time.monotonic()
     probe, mark = _start(place, backends)
@@ -182,6 +184,10 @@ def _round(
         _wait_for_publication(place, probe)
         time.sleep(jitter)
     else:
+        if mode == "evidence":
+            while _last_evidence(place) == first and probe.poll() is None:
+                time.sleep(0.01)
+            moment = time.monotonic() - start + rng.uniform(0.0, 0.6 * whole)
         while time.monotonic() - start < moment and probe.poll() is None:
             time.sleep(0.001)
         seen = _committed(place)
@@ -239,6 +245,15 @@ def _committed(place: Path) -> Rows:
             return rows | {("generation", g.number): repr(g) for g in done}
     except Missing:
         return {}
+
+
+def _last_evidence(place: Path) -> int:
+    """The id of the newest row of evidence, 0 for none; cheap enough to ask all the time."""
+    try:
+        with closing(sqlite3.connect(f"file:{place / state.LEDGER}?mode=ro", uri=True)) as conn:
+            return conn.execute("SELECT coalesce(max(id), 0) FROM evidence").fetchone()[0]
+    except sqlite3.Error:
+        return 0
 
 
 def _runs(place: Path) -> dict[str, str]:
