@@ -242,6 +242,30 @@ def audit(
 
 
 @app.command()
+def selftest(
+    gpu: Gpu = None,
+    mutant: Annotated[
+        list[str] | None, typer.Option(help="A mutant's name; repeatable. Default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Probe backends that fail on purpose: what does this prober catch here?"""
+    with _one_sentence():
+        from .autotune import selftest as testing
+        from .autotune.watching import watching
+        from .probes import devices
+
+        chosen = [(t, testing.choose(t.device.kind, mutant or ())) for t in devices.select(gpu)]
+        results = [(t, testing.selftest(t, mutants, watching)) for t, mutants in chosen]
+        if as_json:
+            _print_json([testing.document(target, rows) for target, rows in results])
+        else:
+            for target, rows in results:
+                testing.print_rows(target, rows)
+        raise typer.Exit(testing.exit_code(row for _, rows in results for row in rows))
+
+
+@app.command()
 def doctor(state: State = None, as_json: Json = False) -> None:
     """Say what is here, what is missing, and what to do about it."""
     with _one_sentence():

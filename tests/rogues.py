@@ -1,55 +1,32 @@
 """Small CPU backends, one good and the others each wrong in a way that real ones were.
 
-Loaded by workers through ``rogues.py:NAME``. Each wraps the floor, so that what is wrong with it is
-what its lines say and nothing else.
+Loaded by workers through ``rogues.py:NAME``, some of them mutants of the zoo under another name.
+Each wraps the floor, so that what is wrong with it is what its lines say and nothing else.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from fp4tune.probes.backends.dequant import torch_dequant
+from fp4tune.probes.zoo import dying, good, wrong
+from fp4tune.probes.zoo.floor import Right
 
 CHILDREN = "ROGUE_CHILDREN"
 """A variable: the file where `BadManners` and `Daemon` write the pids of their children."""
-BAD_M = 1
+BAD_M = dying.BAD_M
 """The m at which the backends that die do so."""
 
 
-class Good:
-    """Right in everything."""
-
-    activation = "bf16"
-    layout = "plain"
-    distributions: tuple[str, ...] = ()
+class Good(Right):
+    """Right in everything; named after its class."""
 
     def __init__(self) -> None:
-        self.name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
-        self.floor = torch_dequant()
-
-    def unsupported(self, problem, device):
-        return None if problem.activation == self.activation else "it takes bf16 activations only"
-
-    def prepare(self, weight, problem):
-        return self.floor.prepare(weight, problem)
-
-    def run(self, state, a, out, tactic):
-        self.floor.run(state, a, out, "fp32")
-
-    def product(self, state, a, n):
-        """The right answer, in memory of its own."""
-        out = torch.empty(a.shape[0], n, dtype=a.dtype)
-        self.floor.run(state, a, out, "fp32")
-        return out
+        super().__init__(re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower())
 
 
 # -- right, in spite of everything
@@ -76,43 +53,23 @@ class BadManners(Good):
             sys.stdout.close()
 
 
-class RoundsAlpha(Good):
-    """Rounds the global scale to bf16, like Marlin."""
-
-    def prepare(self, weight, problem):
-        rounded = weight.global_scale.bfloat16().float()
-        return super().prepare(replace(weight, global_scale=rounded), problem)
+class RoundsAlpha(Good, good.RoundsAlpha):
+    pass
 
 
-class ShortSums(Good):
-    """Rounds partial sums to bf16, like humming."""
-
-    def run(self, state, a, out, tactic):
-        weight = state.decoders["fp32"](state.tensor)
-        total = torch.zeros(out.shape, dtype=torch.bfloat16)
-        for part in range(0, a.shape[1], 64):
-            k = slice(part, part + 64)
-            total = (total.float() + a[:, k].float() @ weight[:, k].t()).bfloat16()
-        torch.mul(total.float(), state.tensor.global_scale, out=out)
+class ShortSums(Good, good.Bf16Sums):
+    pass
 
 
-class DropsSubnormals(Good):
-    """Takes subnormal e4m3 block scales for zero, like a fast conversion to bf16."""
-
-    def prepare(self, weight, problem):
-        scales = weight.scales * ((weight.scales & 0x78) != 0)
-        return super().prepare(replace(weight, scales=scales), problem)
+class DropsSubnormals(Good, wrong.DropsSubnormals):
+    pass
 
 
 # -- wrong answers
 
 
-class SkipsTheTail(Good):
-    """Leaves columns after the last whole 128 unwritten."""
-
-    def run(self, state, a, out, tactic):
-        whole = out.shape[1] // 128 * 128
-        out[:, :whole] = self.product(state, a, out.shape[1])[:, :whole]
+class SkipsTheTail(Good, wrong.SkipsTheTail):
+    pass
 
 
 class OneWrongElement(Good):
@@ -130,77 +87,35 @@ class DropsABlock(Good):
         super().run(state, short, out, tactic)
 
 
-class IgnoresAlpha(Good):
-    def prepare(self, weight, problem):
-        one = torch.ones_like(weight.global_scale)
-        return super().prepare(replace(weight, global_scale=one), problem)
+class IgnoresAlpha(Good, wrong.IgnoresAlpha):
+    pass
 
 
-class OddUnwritten(Good):
-    """Writes pairs of rows only."""
-
-    def run(self, state, a, out, tactic):
-        even = a.shape[0] // 2 * 2
-        super().run(state, a[:even], out[:even], tactic)
+class OddUnwritten(Good, wrong.OddUnwritten):
+    pass
 
 
-class OutOfBounds(Good):
-    """Writes one row more than it was given, where there is memory."""
-
-    def run(self, state, a, out, tactic):
-        super().run(state, a, out, tactic)
-        m, n = out.shape
-        held = out.untyped_storage().nbytes() // out.element_size() - out.storage_offset()
-        if held >= (m + 1) * n:
-            out.as_strided((m + 1, n), (n, 1))[m:].zero_()
+class OutOfBounds(Good, wrong.OutOfBounds):
+    pass
 
 
-class ModifiesInput(Good):
-    """Clamps its activation in place after it is done with it."""
-
-    def run(self, state, a, out, tactic):
-        super().run(state, a, out, tactic)
-        a.clamp_(-2, 2)
+class ModifiesInput(Good, wrong.ModifiesInput):
+    pass
 
 
-class CachedByPointer(Good):
-    """Takes a call with the same pointers for one whose answer is there already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, int]] = set()
-
-    def run(self, state, a, out, tactic):
-        key = (a.data_ptr(), out.data_ptr())
-        if key not in self.seen:
-            self.seen.add(key)
-            super().run(state, a, out, tactic)
+class CachedByPointer(Good, wrong.CachedByPointer):
+    pass
 
 
-class SharedScratch(Good):
-    """Keeps its activation in a scratch buffer of the layer: right until two threads are in it."""
-
-    def prepare(self, weight, problem):
-        scratch = torch.empty(64, problem.k, dtype=problem.dtype)
-        return super().prepare(weight, problem), scratch
-
-    def run(self, state, a, out, tactic):
-        weight, scratch = state
-        scratch[: a.shape[0]] = a
-        time.sleep(0.002)
-        super().run(weight, scratch[: a.shape[0]], out, tactic)
+class SharedScratch(Good, wrong.SharedScratch):
+    pass
 
 
 # -- failures that say so
 
 
-class RaisesAtTwo(Good):
-    """Has no plan for one m."""
-
-    def run(self, state, a, out, tactic):
-        if a.shape[0] == 2:
-            raise RuntimeError("no plan for m=2\nand a second line")
-        super().run(state, a, out, tactic)
+class RaisesAtTwo(Good, wrong.RaisesAtOneM):
+    pass
 
 
 class RaisesInPrepare(Good):
@@ -216,11 +131,8 @@ class RaisesWhenAsked(Good):
 # -- failures that take the process with them
 
 
-class Segfaults(Good):
-    def run(self, state, a, out, tactic):
-        if a.shape[0] == BAD_M:
-            ctypes.string_at(0)
-        super().run(state, a, out, tactic)
+class Segfaults(Good, dying.Segfaults):
+    pass
 
 
 class Daemon(Good):

@@ -1,7 +1,7 @@
-"""Backends that fail on purpose, each by the mechanism of a real failure, and suspicious right ones.
+"""Backends that fail on purpose, each by the mechanism of a real failure, and odd right ones.
 
-They prove what the prober catches (``fp4tune selftest``), and are loaded by name like any backend,
-but belong to no ordinary probe and are never chosen.
+They show what the prober catches (``fp4tune selftest``). They load by name like any backend, but
+belong to no ordinary probe and are never chosen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class Mutant:
 
 
 _SERIAL = ("serial",)
-_THREADS = {"caught_by": ("streams",), "devices": ("cpu",)}
 _ZOO = (
     Mutant(
         "zoo-last-tile-skipped",
@@ -144,14 +143,16 @@ _ZOO = (
         "workspace shared by concurrent calls",
         "the activation passes through one buffer of the layer",
         wrong.SharedScratch,
-        **_THREADS,
+        ("streams",),
+        devices=("cpu",),
     ),
     Mutant(
         "zoo-shared-lock",
         "lock shared by concurrent calls",
         "two locks of the layer are taken in changing order",
         dying.LocksInTurn,
-        **_THREADS,
+        ("streams",),
+        devices=("cpu",),
         ends=True,
     ),
     Mutant(
@@ -186,7 +187,7 @@ _ZOO = (
     Mutant(
         "zoo-endless-loop",
         "hang",
-        f"a loop on the host never ends at m={dying.BAD_M}",
+        f"a wait on the host never ends at m={dying.BAD_M}",
         dying.LoopsForever,
         _SERIAL,
         ends=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,7 @@ class Slow(Right):
             out[row] = ((weight * a[row].double()).sum(dim=1) * alpha).to(out.dtype)
 
 
-def _sum_up(state: Any, products: Any, out: torch.Tensor) -> None:
+def _sum_up(state: Any, products: Iterable[torch.Tensor], out: torch.Tensor) -> None:
     """``out = global_scale * sum(products)``, each sum rounded to bf16."""
     total = torch.zeros(out.shape, dtype=torch.bfloat16, device=out.device)
     for product in products:

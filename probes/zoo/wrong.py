@@ -137,9 +137,7 @@ class SharedScratch(Right):
     """Keeps its activation in a scratch buffer of the layer: right until two threads are in it."""
 
     def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
-        scratch = torch.empty(
-            problem.m, problem.k, dtype=problem.dtype, device=weight.codes.device
-        )
+        scratch = torch.empty(problem.m, problem.k, dtype=problem.dtype, device=weight.codes.device)
         return super().prepare(weight, problem), scratch
 
     def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:

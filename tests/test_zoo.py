@@ -1,0 +1,165 @@
+"""Every mutant of the floor is caught for what it does, and no right one is flagged."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from fp4tune import cli, errors
+from fp4tune.autotune import plan as planning
+from fp4tune.autotune import selftest
+from fp4tune.autotune.selftest import FALSE_ALARM, MISSED, OK, UNDECIDED, judge
+from fp4tune.probes import zoo
+from fp4tune.probes.backends import registry
+from fp4tune.probes.data import FAMILIES
+from fp4tune.probes.problem import Device, Problem
+from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.zoo.floor import Right
+
+CPU = zoo.mutants("cpu")
+EVERY = tuple(dict.fromkeys([*CPU, *zoo.mutants("cuda")]))
+KINDS = {
+    "zoo-last-tile-skipped": "unwritten",
+    "zoo-tile-dropped-rarely": "unwritten",
+    "zoo-zero-block-nan": "not finite",
+    "zoo-fp16-overflow": "not finite",
+    "zoo-shared-lock": "hang",
+    "zoo-row-out-of-bounds": "out of bounds",
+    "zoo-input-modified": "input modified",
+    "zoo-output-cached": "unwritten",
+    "zoo-segmentation-fault": "crash",
+    "zoo-endless-loop": "hang",
+    "zoo-error-at-one-m": "error",
+    "zoo-rows-unwritten": "unwritten",
+}
+"""The kind of finding, where it is not `wrong`."""
+
+of_each = pytest.mark.parametrize("mutant", CPU, ids=lambda mutant: mutant.name)
+
+
+def command(*arguments: str):
+    return CliRunner().invoke(cli.app, ["selftest", "--gpu", "none", *arguments])
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> dict:
+    """The document of one self-test of everything, and what it left in the user's state."""
+    place = tmp_path_factory.mktemp("selftest")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("FP4TUNE_STATE", str(place / "state"))
+        patch.setenv("TMPDIR", str(place))
+        done = command("--json")
+    assert done.exit_code in (errors.SAFE, errors.UNSAFE, errors.NOT_ASSESSED), done.exception
+    (document,) = json.loads(done.stdout)
+    return {**document, "exit_code": done.exit_code, "left": os.listdir(place)}
+
+
+@of_each
+def test_what_a_mutant_does_is_seen(shown, mutant):
+    (row,) = [row for row in shown["mutants"] if row["mutant"] == mutant.name]
+    assert row["result"] == OK, row
+    if mutant.passes:
+        assert (row["verdict"], row["finding"]) == ("safe", None)
+    else:
+        assert row["finding"]["kind"] == KINDS.get(mutant.name, "wrong")
+        assert {row["finding"]["regime"], row["finding"]["data"]} & set(mutant.caught_by)
+        assert row["verdict"] == (mutant.expected if mutant.condition else "unsafe")
+
+
+def test_all_as_expected_is_success(shown):
+    assert [row["mutant"] for row in shown["mutants"]] == [mutant.name for mutant in CPU]
+    assert shown["exit_code"] == errors.SAFE
+
+
+def test_nothing_is_left_behind_nor_published(shown):
+    assert "state" not in shown["left"]
+    assert not [name for name in shown["left"] if name.startswith("fp4tune")]
+
+
+# -- the judge: a self-test that cannot fail shows nothing
+
+BAD = zoo.Mutant("zoo-bad", "", "", Right, caught_by=("streams",))
+GOOD = zoo.Mutant("zoo-good", "", "", Right, passes=True)
+LIMITED = replace(BAD, condition="block-scale-min")
+LIMIT = {"block-scale-min"}
+
+
+@pytest.mark.parametrize(
+    "mutant, verdicts, conditions, found, expected, result",
+    [
+        (BAD, {"safe", "unsafe"}, set(), True, True, OK),
+        (BAD, {"unsafe"}, set(), True, False, MISSED),
+        (BAD, {"safe"}, set(), False, False, MISSED),
+        (BAD, {"inconclusive"}, set(), False, False, MISSED),
+        (GOOD, {"safe"}, set(), False, False, OK),
+        (GOOD, {"safe", "unsafe"}, set(), True, False, FALSE_ALARM),
+        (GOOD, {"safe"}, LIMIT, False, False, FALSE_ALARM),
+        (GOOD, {"inconclusive"}, set(), True, False, FALSE_ALARM),
+        (GOOD, {"safe", "inconclusive"}, set(), False, False, UNDECIDED),
+        (LIMITED, {"safe"}, LIMIT, True, True, OK),
+        (LIMITED, {"safe"}, set(), False, False, MISSED),
+        (LIMITED, {"unsafe"}, LIMIT, True, True, FALSE_ALARM),
+        (LIMITED, {"safe"}, LIMIT | {"one-stream-per-layer"}, True, True, FALSE_ALARM),
+        (BAD, set(), set(), False, False, UNDECIDED),
+        (GOOD, set(), set(), False, False, UNDECIDED),
+    ],
+)
+def test_judging(mutant, verdicts, conditions, found, expected, result):
+    assert judge(mutant, verdicts, conditions, found, expected) == result
+
+
+@pytest.mark.parametrize(
+    "results, code",
+    [
+        ([OK, OK], errors.SAFE),
+        ([OK, MISSED, UNDECIDED], errors.UNSAFE),
+        ([FALSE_ALARM], errors.UNSAFE),
+        ([OK, UNDECIDED], errors.NOT_ASSESSED),
+        ([], errors.NOT_ASSESSED),
+    ],
+)
+def test_exit_codes(results, code):
+    rows = [selftest.Row("", "", "", "", "", None, 0, result) for result in results]
+    assert selftest.exit_code(rows) == code
+
+
+# -- the zoo as backends
+
+
+def test_mutants_load_by_name_and_are_in_no_ordinary_probe():
+    assert len({mutant.name for mutant in EVERY}) == len(EVERY)
+    for mutant in EVERY:
+        assert mutant.name.startswith(zoo.PREFIX)
+        assert registry.load_one(mutant.name).name == mutant.name
+        with pytest.raises(registry.UnknownBackend):
+            planning.backends([mutant.name])
+    assert not [name for name in planning.backends(()) if name.startswith(zoo.PREFIX)]
+    with pytest.raises(registry.UnknownBackend):
+        registry.load_one("zoo-okapi")
+
+
+def test_mutants_say_what_is_expected_of_them_in_words_that_exist():
+    ids = {family.condition.id for family in FAMILIES.values() if family.condition}
+    for mutant in EVERY:
+        assert set(mutant.caught_by) <= {*REGIMES, *FAMILIES, "exact"}
+        assert bool(mutant.caught_by) != mutant.passes
+        assert mutant.condition is None or mutant.condition in ids
+        assert mutant.failure and mutant.mechanism and set(mutant.devices) <= {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize("device", [Device("cpu"), Device("cuda", 90)], ids=lambda d: d.kind)
+def test_mutants_run_where_they_say(device):
+    problem = Problem("nvfp4", selftest.MAX_M, selftest.N, selftest.K)
+    for mutant in zoo.mutants(device.kind):
+        assert registry.load_one(mutant.name).unsupported(problem, device) is None
+
+
+def test_a_mutant_nobody_knows_is_refused_in_one_sentence():
+    done = command("--mutant", "zoo-rows-swaped")
+    assert done.exit_code == errors.NOT_ASSESSED
+    assert "zoo-rows-swapped" in done.stderr and len(done.stderr.splitlines()) == 1
