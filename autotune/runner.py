@@ -78,7 +78,6 @@ class Runner:
             problems, workers = self._built
             mine = [p for p in problems if _same_layer(p, self._layer["problem"])]
             self._ask("build", self.patience.build, problems=mine, workers=workers)
-            self._partial = True
             self._ask("open", self.patience.run, **self._layer)
         self._fresh = False
 
@@ -98,6 +97,7 @@ class Runner:
             if failure.fatal:
                 self.deaths += 1
                 self._worker = None
+                self._partial = True
                 if self.deaths < MOST_DEATHS:
                     # Python and torch load while others work; `ask` does the rest.
                     self.spawn()

@@ -225,7 +225,13 @@ class Layer:
                 raise
             except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
-                outcomes.extend(self._one_by_one(name, cases, batch, share))
+                alone = self._one_by_one(name, cases, batch, share)
+                if not any(o.errors for o in alone):
+                    # Raised together and never alone: the conditions of the regime are the cause.
+                    blamed = {"kind": "error", "message": sentence(error)}
+                    errors = {launch.item: blamed for launch in batch}
+                    alone.append(Outcome(0, (), 0, 0.0, errors=errors))
+                outcomes.extend(alone)
         return outcomes
 
     def _one_by_one(

@@ -96,6 +96,9 @@ class _Kernels:
 
 
 _kernels = _Kernels()
+_entering = threading.Lock()
+"""Dynamo's own state is one for all threads: two that enter compiled code at the same moment may be
+told that nothing was ever compiled (seen with torch 2.13 where threads switch often)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ class Compiled:
     def dequantised(self, tactic: str) -> torch.Tensor:
         """``e2m1 * scale`` as a new (n, k) tensor in the tactic's dtype."""
         dtype = TACTIC_DTYPES[tactic]
-        with _plain_mode():
+        with _entering, _plain_mode():
             packed = self.kernels[tactic](self.codes, self.scales, self.table, dtype)
         return packed.view(dtype).view(self.shape)
 

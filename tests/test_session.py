@@ -1,0 +1,64 @@
+"""What a layer says of a backend that only fails under the conditions of a regime."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from fp4tune.probes.backends.dequant import torch_dequant
+from fp4tune.probes.outcome import Budget
+from fp4tune.probes.problem import Device, Problem
+from fp4tune.probes.session import Item, Layer
+
+
+class Crowded:
+    """Right alone; raises where another call is inside it."""
+
+    name, activation, layout = "crowded", "bf16", "plain"
+
+    def __init__(self) -> None:
+        self._right = torch_dequant()
+        self._inside = threading.Lock()
+
+    def unsupported(self, problem, device):
+        return None
+
+    def prepare(self, weight, problem):
+        return self._right.prepare(weight, problem)
+
+    def run(self, state, a, out, tactic):
+        if not self._inside.acquire(blocking=False):
+            raise RuntimeError("somebody else is here")
+        try:
+            time.sleep(0.002)
+            self._right.run(state, a, out, "fp32")
+        finally:
+            self._inside.release()
+
+
+class Shy(Crowded):
+    """Raises in a crowd of several launches, never where each launch is tried alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before = 0
+
+    def run(self, state, a, out, tactic):
+        self._before += 1
+        if self._before == 3:
+            raise RuntimeError("once, in the middle of a chain")
+        self._right.run(state, a, out, "fp32")
+
+
+def streams(backend) -> list[dict]:
+    layer = Layer(backend, Device("cpu"), Problem("nvfp4", 32, 64, 64), 1, 1 << 28, lambda _: None)
+    items = [Item((1, 2), "default"), Item((3, 4), "default")]
+    return layer.regime("streams", items, Budget(2, 2, 0.0))["items"]
+
+
+def test_what_raises_beside_another_call_is_an_error_of_the_regime():
+    assert all("somebody else" in result["error"]["message"] for result in streams(Crowded()))
+
+
+def test_what_raises_together_and_never_alone_is_not_forgotten():
+    assert all("in the middle" in result["error"]["message"] for result in streams(Shy()))
