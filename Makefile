@@ -17,8 +17,8 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/fp4tune
-	MYPYPATH=$(VENV)/types $(BIN)/mypy
+	mkdir -p .types && ln -sfn .. .types/fp4tune
+	MYPYPATH=.types $(BIN)/mypy
 
 setup: $(VENV)/.ready
 
