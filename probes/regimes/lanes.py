@@ -1,8 +1,4 @@
-"""Launch conditions. Each regime runs launches its own way, checked, and proves it was exercised.
-
-A regime is a function ``(backend, cases, launches, budget) -> Outcome``. On a GPU lanes are
-streams, on a CPU they are threads; a regime a device does not have is `not applicable`.
-"""
+"""Several launches at once with the same prepared weight: on streams, in a graph, in threads."""
 
 from __future__ import annotations
 
@@ -15,61 +11,13 @@ from itertools import pairwise
 
 import torch
 
-from .backends import Backend
-from .case import Call, Case, Launch, bind, map_tensors, rebind, tensors
-from .checks import Checker
-from .outcome import (
-    CYCLES,
-    Budget,
-    NotApplicable,
-    Outcome,
-    Regime,
-    capture,
-    device_of,
-    need_cuda,
-    outcome,
-    poison,
-    repeat,
-)
-
-__all__ = ["LANES", "REGIMES", "Budget", "NotApplicable", "Outcome"]
+from ..backends import Backend
+from ..case import Call, Case, Launch, bind
+from ..checks import Checker
+from ..outcome import CYCLES, Budget, Outcome, capture, device_of, need_cuda, outcome, repeat
 
 LANES = 4
 """Streams (or threads) at once: what engines use for overlapped layers, and enough to collide."""
-
-
-def serial(
-    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
-) -> Outcome:
-    """One launch after the other on the current stream."""
-    calls = [bind(backend, cases, launch) for launch in launches]
-    checker = Checker([c.slot for c in calls])
-
-    def once() -> None:
-        for call in calls:
-            call.enqueue()
-        checker.sweep()
-
-    seconds = repeat(once, budget, device_of(cases))
-    return outcome(checker, calls, cases, seconds)
-
-
-def graph(
-    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
-) -> Outcome:
-    """One CUDA graph holding the whole chain of different problems, replayed."""
-    need_cuda(cases, "CUDA graphs")
-    calls = [bind(backend, cases, launch) for launch in launches]
-    checker = Checker([c.slot for c in calls])
-
-    def chain() -> None:
-        for call in calls:
-            call.enqueue()
-        checker.sweep()
-
-    captured = capture(chain)
-    seconds = repeat(captured.replay, budget, device_of(cases))
-    return outcome(checker, calls, cases, seconds)
 
 
 def streams(
@@ -137,58 +85,6 @@ def graph_streams(
     proof = {"lanes": "graph branches", **stamps.proof()}
     missed = None if proof["overlapped"] else "the graph's branches never overlapped on the GPU"
     return outcome(checker, calls, cases, seconds, missed, proof)
-
-
-def side_stream(
-    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
-) -> Outcome:
-    """A side stream whose input arrives late: only the current stream's order makes it right.
-
-    Until a delayed copy on the side stream the activation holds poison, so a kernel launched on
-    any other stream reads poison.
-    """
-    need_cuda(cases, "streams")
-    bound = [bind(backend, cases, launch) for launch in launches]
-    calls = [
-        rebind(backend, cases, call, map_tensors(call.activation, torch.empty_like))
-        for call in bound
-    ]
-    checker = Checker([c.slot for c in calls])
-    side = torch.cuda.Stream()
-    held = total = 0
-
-    def once() -> None:
-        nonlocal held, total
-        for call in calls:
-            map_tensors(call.activation, poison)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(side):
-            for call, source in zip(calls, bound, strict=True):
-                torch.cuda._sleep(CYCLES // 1000)
-                gate = side.record_event()
-                late = zip(tensors(call.activation), tensors(source.activation), strict=True)
-                for to, origin in late:
-                    to.copy_(origin)
-                call.enqueue()
-                held += not gate.query()
-                total += 1
-        torch.cuda.synchronize()
-        checker.sweep()
-
-    seconds = repeat(once, budget, device_of(cases))
-    proof = {"calls": total, "returned_before_input": held}
-    missed = None if held else "every call waited for the GPU before it returned"
-    return outcome(checker, calls, cases, seconds, missed, proof)
-
-
-# Those that a shared lock can hang come last: a worker that dies there has shown the rest.
-REGIMES: dict[str, Regime] = {
-    "serial": serial,
-    "graph": graph,
-    "side-stream": side_stream,
-    "streams": streams,
-    "graph-streams": graph_streams,
-}
 
 
 def _lanes(backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]) -> list[list[Call]]:

@@ -43,11 +43,10 @@ from typing import Any
 
 import torch
 
-from . import edges
-from .backends import Backend
-from .case import Call, Case, Launch, bind, map_tensors, rebind
-from .checks import POISON, TILE, Checker, Slot, SlotReport, slot
-from .outcome import (
+from ..backends import Backend
+from ..case import Call, Case, Launch, bind, map_tensors, rebind
+from ..checks import POISON, TILE, Checker, Slot, SlotReport, slot
+from ..outcome import (
     CYCLES,
     Budget,
     NotApplicable,
@@ -57,6 +56,7 @@ from .outcome import (
     poison,
     repeat,
 )
+from . import edges
 
 SHORT_NS = (5_000, 20_000)
 LONG_NS = (80_000, 2_000_000)
