@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..cache.rows import BucketKey
@@ -18,7 +19,7 @@ from ..probes.data import families
 from ..probes.devices import Target
 from ..probes.health import health
 from ..probes.problem import Problem
-from ..probes.regimes import REGIMES
+from ..probes.regimes import ALONE, REGIMES
 from ..probes.seeds import derive
 from ..probes.supervisor import WorkerFailed
 from .buckets import MRange, ragged, representative
@@ -96,8 +97,9 @@ def probe_layer(
 ) -> None:
     """Grade, time and stress every entrant; evidence, findings and times go to `record`.
 
-    With `pool`, entrants are graded at once: on a GPU most of that time is the host's. Timing and
-    the other regimes have the device to themselves.
+    With `pool`, entrants are graded at once, and go through most regimes at once: on a GPU most of
+    that time is the host's, and a hang of one is waited for while others go on. Timing, and the
+    regimes that need it (`ALONE`), have the device to themselves.
     """
 
     def grade(entrant: Entrant) -> bool:
@@ -115,11 +117,18 @@ def probe_layer(
         _tune(layer, entrant, record, say)
     say("timing side by side")
     _time(layer, [e for e in opened if e.winner], record)
-    for regime in REGIMES:
-        for entrant in opened:
-            if entrant.winner and not entrant.reference_line:
-                say(f"{regime}: {entrant.name}")
-                _regime(layer, entrant, regime, record)
+    tried = [e for e in opened if e.winner and not e.reference_line]
+
+    def stress(entrant: Entrant, regimes: Sequence[str]) -> None:
+        for regime in regimes:
+            say(f"{regime}: {entrant.name}")
+            _regime(layer, entrant, regime, record)
+
+    for regime in (name for name in REGIMES if name in ALONE):
+        for entrant in tried:
+            stress(entrant, [regime])
+    together = partial(stress, regimes=[name for name in REGIMES if name not in ALONE])
+    list(pool.map(together, tried) if pool else map(together, tried))
     for entrant in opened:
         # A worker that dies now has shown all it had; the next layer starts another.
         with suppress(WorkerFailed):

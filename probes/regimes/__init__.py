@@ -10,7 +10,7 @@ from ..outcome import Budget, NotApplicable, Outcome, Regime
 from .calm import graph, serial, side_stream
 from .lanes import LANES, graph_streams, streams
 
-__all__ = ["LANES", "REGIMES", "Budget", "NotApplicable", "Outcome"]
+__all__ = ["ALONE", "LANES", "REGIMES", "Budget", "NotApplicable", "Outcome"]
 
 # Those that a shared lock can hang come last: a worker that dies there has shown the rest.
 REGIMES: dict[str, Regime] = {
@@ -20,3 +20,6 @@ REGIMES: dict[str, Regime] = {
     "streams": streams,
     "graph-streams": graph_streams,
 }
+
+ALONE = frozenset({"pdl-raw", "pdl-war", "pdl-waw"})
+"""Those that depend on how launches fall in time: no other process may use the device meanwhile."""
