@@ -35,6 +35,12 @@ multiplication by ``2**7 * global scale`` (or ``2**4``) in fp32, and the convers
 With split-K the partial sums are fp32 as well and are added in a fixed order: the same inputs give
 the same bits in every run.
 
+**One step at a time.** A wgmma still in flight reads its left operand from registers. Triton
+(3.6 and 3.9, at least) lets the last ones of a step run on while the next step's weights are
+already decoded into the same registers: right while the tensor cores are idle, wrong in single
+tiles as soon as another kernel shares the multiprocessor. So the sum passes through an empty
+instruction that Triton must wait for (`wgmma.wait_group 0`); tests look for it in the PTX.
+
 **Activations** come through pointers with a mask or, where `TMA` is set, through a tensor
 descriptor: the copy engine then does the addressing and fills rows past m with zeros, which takes
 a third of the instructions out of the loop of a large tile (459 to 303, SM90, 128 x 256).
@@ -273,6 +279,9 @@ def gemm(
         scale = tl.broadcast_to(tl.load(scale_at)[:, :, None], (BN, 4, 4))
         w = _dequantise(word, scale, MX, BF16, PTX).to(act.dtype)
         acc = tl.dot(w, tl.trans(act), acc)
+        if PTX:
+            # A use of the sum that is no dot: wgmma must be over before the next step begins.
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, True, 1)
         word_at += n_pad * 16
         scale_at += n_pad * 4
 
