@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 
@@ -266,7 +267,12 @@ def main() -> None:
             n, k = (int(x) for x in size.split("x"))
             shapes[n, k] = tuple(int(x) for x in ms.split(","))
     plan = [Problem("nvfp4", m, n, k) for (n, k), ms in shapes.items() for m in ms]
-    result: dict[str, object] = {"gpu": properties.name, "torch": torch.__version__}
+    result: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "gpu": properties.name,
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+    }
 
     jobs: dict[tuple, tuple[Problem, Config]] = {}
     for problem in plan:
@@ -289,7 +295,8 @@ def main() -> None:
     for name, why in failures.items():
         print("BUILD", name, why)
     result |= {"built_s": built, "kernels": len(jobs), "build_failures": failures}
-    result["correctness"] = correctness(backend, device)
+    tried = correctness(backend, device)
+    result["correctness"] = {"tried": len(tried), "wrong": [row for row in tried if row["bad"]]}
     result["correct_s"] = time.monotonic() - started
 
     rows: list[dict[str, object]] = []

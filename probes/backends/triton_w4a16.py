@@ -267,7 +267,8 @@ def _has_descriptors() -> bool:
 # Up to m: (kernel, bm, bn, warps, stages, waves), the best guess first. `waves` says how finely k
 # is cut: until there are that many blocks for each multiprocessor. ``best`` is ``tma`` where there
 # is TMA, else ``gemm``: above m = 32 it won on every shape that benchmarks/tune_triton.py timed on
-# an H200 (n x k of 4096 x 4096, 28672 x 4096, 4096 x 14336, 6144 x 4096, 1024 x 8192).
+# an H200 (n x k of 4096 x 4096, 28672 x 4096, 4096 x 14336, 6144 x 4096). Tiles of which two fit on
+# a multiprocessor do best: while one waits for its wgmma, the other decodes.
 _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...] = (
     (
         16,
@@ -296,24 +297,23 @@ _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...
     (
         128,
         (
-            ("best", 128, 128, 8, 3, 1),
             ("best", 128, 64, 4, 3, 2),
+            ("best", 64, 64, 4, 3, 2),
             ("best", 64, 128, 4, 3, 2),
-            ("best", 64, 64, 4, 3, 4),
         ),
     ),
     (
         512,
         (
-            ("best", 128, 128, 8, 3, 1),
-            ("best", 256, 128, 8, 3, 1),
-            ("best", 64, 128, 4, 3, 2),
+            ("best", 128, 64, 4, 3, 2),
+            ("best", 128, 64, 4, 2, 2),
+            ("best", 256, 64, 4, 3, 1),
         ),
     ),
     (
         float("inf"),
         (
-            ("best", 128, 128, 8, 3, 1),
+            ("best", 128, 64, 4, 3, 1),
             ("best", 256, 128, 8, 3, 1),
         ),
     ),
