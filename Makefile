@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: probe test setup lint clean
+.PHONY: probe test setup lint clean verify-hardware
 
 probe: $(VENV)/.ready
 	$(BIN)/fp4tune probe $(ARGS)
@@ -19,6 +19,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	mkdir -p .types && ln -sfn .. .types/fp4tune
 	MYPYPATH=.types $(BIN)/mypy
+
+# What the first owner of a new kind of GPU runs: see docs/verification.md.
+verify-hardware: $(VENV)/.ready
+	$(BIN)/python benchmarks/verify_hardware.py --out verification $(ARGS)
 
 setup: $(VENV)/.ready
 

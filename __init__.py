@@ -1,3 +1,13 @@
 """fp4tune: finds, proves and remembers the fastest safe FP4 GEMM backend of this GPU."""
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "report_fault"]
+
+
+def __getattr__(name: str) -> object:
+    # On demand, so that importing fp4tune imports nothing.
+    if name == "report_fault":
+        from .cache.reader import report_fault
+
+        return report_fault
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import __version__
-from .cache.errors import StateError
+from .console import Json, State
+from .console import one_sentence as _one_sentence
+from .console import print_json as _print_json
+from .daemon import commands as daemon_commands
+from .engines import commands as engine_commands
 from .errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
+from .fleet import commands as fleet_commands
 
 app = typer.Typer(
     name="fp4tune",
@@ -24,16 +26,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-State = Annotated[
-    Path | None,
-    typer.Option(help="State directory; default FP4TUNE_STATE, else /var/lib/fp4tune, else XDG."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Gpu = Annotated[
     str | None,
     typer.Option(help="GPU index, 'all', or 'none' for the CPU. Default: GPU 0, else the CPU."),
 ]
 Formats = Annotated[list[str] | None, typer.Option("--format", help="nvfp4 or mxfp4; repeatable.")]
+Engine = Annotated[
+    str | None, typer.Option(help="sglang or vllm: exit code 1 unless what it would run is safe.")
+]
+EngineArgs = Annotated[
+    str, typer.Option(help="That engine's arguments, as one string, to see what it would run.")
+]
 OutDtype = Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")]
 
 
@@ -68,6 +71,17 @@ def probe(
     seed: Annotated[
         int | None, typer.Option(help="Decides all data and shapes; printed. Default: random.")
     ] = None,
+    max_failure_rate: Annotated[
+        float | None,
+        typer.Option(help="Launch until each regime bounds the rate so; soak: 1e-4, else none."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of every bound, between 0 and 1.")] = 0.95,
+    max_seconds: Annotated[
+        float, typer.Option(help="Most seconds spent on --max-failure-rate, backends added up.")
+    ] = 3600.0,
+    max_launches: Annotated[
+        int | None, typer.Option(help="Most launches of a kernel in a regime to the same end.")
+    ] = None,
     python: Annotated[
         str | None, typer.Option(help="Interpreter to run backends in, e.g. the engine's.")
     ] = None,
@@ -75,6 +89,11 @@ def probe(
         float | None,
         typer.Option(help="Silence that counts as a hang; default 30, in a regime 6; CPU 120."),
     ] = None,
+    prior: Annotated[
+        bool, typer.Option(help="Verify the fleet's choices only, where import brought any.")
+    ] = False,
+    engine: Engine = None,
+    engine_args: EngineArgs = "",
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -83,17 +102,18 @@ def probe(
         from .autotune import plan as planning
         from .autotune.levels import LEVELS
         from .autotune.probe import Plan
-        from .autotune.probe import probe as run_probe
         from .autotune.profiles import PROFILES, installed
         from .cache.ledger import Ledger
         from .cache.state import directory
-        from .probes import devices
+        from .probes import devices, quantisers
 
         chosen_level = _named(LEVELS, level, "level")
-        chosen_profile = _named(PROFILES, profile or installed(), "profile")
+        chosen_profile = _named(PROFILES, profile or engine or installed(), "profile")
         targets = devices.select(gpu)
         state_dir = directory(state)
         chosen_seed = planning.seed(seed)
+        rate = planning.failure_rate(max_failure_rate, confidence)
+        planning.budget(max_seconds, max_launches)
         plans = []
         for target in targets:
             layers = planning.layers(
@@ -106,10 +126,14 @@ def probe(
                 out_dtype,
                 planning.max_m(max_m, target),
             )
+            wanted = tuple(backend or ())
+            if prior and not backend:
+                wanted = planning.prior(state_dir, target, chosen_profile.name, problems)
             plans.append(
                 Plan(
                     target=target,
-                    backends=planning.backends(backend or ()),
+                    backends=planning.backends(wanted),
+                    quantisers=() if wanted else quantisers.names(),
                     problems=problems,
                     level=chosen_level,
                     profile=chosen_profile,
@@ -117,27 +141,43 @@ def probe(
                     python=planning.interpreter(python),
                     hang_seconds=planning.hang_seconds(hang_seconds),
                     argv=tuple(sys.argv[1:]),
+                    rate=rate,
+                    confidence=confidence,
+                    max_seconds=max_seconds,
+                    max_launches=max_launches,
                 )
             )
         from .autotune import standing, stored, tables
         from .autotune.publication import publish
-        from .autotune.watching import watching
+        from .autotune.several import probe_all
+        from .autotune.watching import watching_all
 
         standing.usable(state_dir)  # refuses now what could not be published over at the end
-        reports = []
-        with Ledger.open(state_dir) as ledger:
-            for each in plans:
-                with watching(each) as progress:
-                    reports.append(run_probe(each, ledger, state_dir, progress))
+        with Ledger.open(state_dir) as ledger, watching_all(plans) as progress:
+            reports, failed = probe_all(plans, ledger, state_dir, progress)
         publish(reports, state_dir)
+        verdicts = [
+            engine_commands.assessed(
+                engine, engine_args, state_dir, arch=r.target.device.arch, gpu=r.target.name
+            )
+            for r in reports
+            if r.candidates
+        ]
         if as_json:
-            _print_json([stored.report_json(report) for report in reports])
+            _print_json([{**stored.report_json(r), "engine": engine and verdicts} for r in reports])
         else:
             for report in reports:
                 tables.print_report(report)
+            engine_commands.print_assessed(verdicts)
+        for label, error in failed.items():
+            typer.echo(f"fp4tune: {label} could not be probed: {error}", err=True)
         statuses = {choice.status for report in reports for choice in report.choices}
         if not statuses:
             raise Refused("no backend could run any of these problems here; nothing is published")
+        if failed:
+            raise typer.Exit(NOT_ASSESSED)
+        if engine is not None:
+            raise typer.Exit(engine_commands.exit_code(verdicts))
         raise typer.Exit(UNSAFE if "none" in statuses else SAFE)
 
 
@@ -152,6 +192,8 @@ def choose(
     profile: Annotated[
         str | None, typer.Option(help="Whose choice, where several profiles were probed.")
     ] = None,
+    engine: Engine = None,
+    engine_args: EngineArgs = "",
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -163,20 +205,31 @@ def choose(
         if profile is not None:
             _named(PROFILES, profile, "profile")
         decision = stored.decision(state, m, n, k, format_, activation, out_dtype, profile)
+        verdict = engine_commands.assessed(engine, engine_args, state, profile=profile)
+        decision["engine"] = verdict
         if as_json:
             _print_json(decision)
         else:
             typer.echo(stored.decision_line(decision))
+            engine_commands.print_assessed([verdict])
+        if verdict is not None:
+            raise typer.Exit(engine_commands.exit_code([verdict]))
         if decision["status"] == "safe":
             raise typer.Exit(SAFE)
         # Something was measured and nothing was safe, or nothing that still holds was measured.
-        measured = decision["status"] == "unproven" and decision["recorded_backend"]
+        known_bad = decision["status"] in ("unproven", "quarantined")
+        measured = known_bad and decision["recorded_backend"]
         raise typer.Exit(UNSAFE if measured else NOT_ASSESSED)
 
 
 @app.command()
 def show(
     findings: Annotated[bool, typer.Option(help="List every finding.")] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Also write the wrong tiles of each, as SVG, to a folder.")
+    ] = None,
+    engine: Engine = None,
+    engine_args: EngineArgs = "",
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -185,10 +238,67 @@ def show(
         from .autotune import stored, tables
 
         place = stored.place_of(state)
+        if pictures is not None:
+            from .autotune import reproduce as drawing
+
+            drawing.pictures(stored.findings(place)[0], pictures)
+        verdict = engine_commands.assessed(engine, engine_args, place)
         if as_json:
-            _print_json(stored.as_json(place))
+            _print_json({**stored.as_json(place), "engine": verdict})
         else:
             tables.print_stored(place, findings)
+            engine_commands.print_assessed([verdict])
+        if verdict is not None:
+            raise typer.Exit(engine_commands.exit_code([verdict]))
+
+
+@app.command()
+def reproduce(
+    finding: Annotated[int, typer.Argument(help="A finding's number, from show --findings.")],
+    gpu: Gpu = None,
+    backend: Annotated[
+        str | None, typer.Option(help="The backend, where it is a file: FILE.py:NAME.")
+    ] = None,
+    times: Annotated[int, typer.Option(help="How often to make the launch again.")] = 20,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Also write a script and data that run without fp4tune; folder or .zip."),
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="Interpreter to run the backend in, e.g. the engine's.")
+    ] = None,
+    hang_seconds: Annotated[
+        float | None, typer.Option(help="Silence that counts as a hang; default 30; CPU 120.")
+    ] = None,
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Make a finding's launch again, and bundle it for the maintainer of the backend."""
+    with _one_sentence():
+        from .autotune import plan as planning
+        from .autotune import reproduce as again
+        from .autotune import stored
+        from .probes import devices
+
+        if times < 1:
+            raise Refused(f"--times {times}: it must be at least 1")
+        found = again.load(stored.place_of(state), finding)
+        (target, *_) = devices.select(gpu)
+        result = again.reproduce(
+            found,
+            target,
+            again.spec_of(found, backend),
+            times,
+            planning.interpreter(python),
+            planning.hang_seconds(hang_seconds),
+            lambda who, text: None,
+            bundle,
+        )
+        if as_json:
+            _print_json(result.json())
+        else:
+            again.print_result(result)
+        raise typer.Exit(result.exit_code)
 
 
 @app.command()
@@ -201,6 +311,7 @@ def backends(
     python: Annotated[
         str | None, typer.Option(help="Interpreter to ask in, e.g. the engine's.")
     ] = None,
+    state: State = None,
     as_json: Json = False,
 ) -> None:
     """List every backend, what it supports on this device, and why not where it does not."""
@@ -210,7 +321,12 @@ def backends(
         from .probes import devices
 
         (target, *_) = devices.select(gpu)
-        rows = support.rows(target, planning.backends(backend or ()), planning.interpreter(python))
+        rows = support.rows(
+            target,
+            planning.backends(backend or ()),
+            planning.interpreter(python),
+            support.outcomes(target, state),
+        )
         if as_json:
             _print_json({"device": target.name, "arch": target.device.arch, "backends": rows})
         else:
@@ -226,14 +342,18 @@ def audit(
     arch: Annotated[
         int | None, typer.Option(help="SM to audit for, e.g. 120. Default: the GPU here, else all.")
     ] = None,
+    state: State = None,
     as_json: Json = False,
 ) -> None:
     """Judge compiled FP4 GEMM modules by their machine code; needs no GPU."""
     with _one_sentence():
+        from .autotune import auditing as kept
         from .probes import audit as auditing
         from .probes.audit import text
 
         reports = auditing.audit(paths or (), text.arch(arch), text.progress())
+        for remark in kept.remember(reports, state):
+            typer.echo(f"fp4tune: {remark}", err=True)
         if as_json:
             _print_json([report.json() for report in reports])
         else:
@@ -245,7 +365,8 @@ def audit(
 def selftest(
     gpu: Gpu = None,
     mutant: Annotated[
-        list[str] | None, typer.Option(help="A mutant's name; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(help="A mutant's name; repeatable. Default: all but those that need a soak."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -255,7 +376,7 @@ def selftest(
         from .autotune.watching import watching
         from .probes import devices
 
-        chosen = [(t, testing.choose(t.device.kind, mutant or ())) for t in devices.select(gpu)]
+        chosen = [(t, testing.choose(t.device, mutant or ())) for t in devices.select(gpu)]
         results = [(t, testing.selftest(t, mutants, watching)) for t, mutants in chosen]
         if as_json:
             _print_json([testing.document(target, rows) for target, rows in results])
@@ -296,33 +417,16 @@ def _root(
     """Exit codes: 0 a safe choice exists; 1 unsafe, or no safe choice; 2 could not assess."""
 
 
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Bad input and an unusable state end in one sentence and exit code 2, without a traceback."""
-    try:
-        yield
-    except Refused as error:
-        typer.echo(f"fp4tune: {error}", err=True)
-        raise typer.Exit(error.code) from None
-    except StateError as error:
-        typer.echo(f"fp4tune: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
-    except ValueError as error:
-        typer.echo(f"fp4tune: {error}", err=True)
-        raise typer.Exit(NOT_ASSESSED) from None
-    except KeyboardInterrupt:
-        typer.echo("fp4tune: interrupted; evidence so far is kept", err=True)
-        raise typer.Exit(NOT_ASSESSED) from None
-
-
 def _named(table: dict[str, Any], name: str, what: str) -> Any:
     if name not in table:
         raise Refused(f"there is no {what} {name!r}; there are {', '.join(table)}")
     return table[name]
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+app.command()(engine_commands.emit)
+app.command()(daemon_commands.daemon)
+app.add_typer(engine_commands.quarantine, name="quarantine")
+fleet_commands.register(app)
 
 
 def main() -> None:

@@ -84,6 +84,7 @@ def _choice(group: Sequence[Candidate], default_backend: str | None) -> Choice:
         problems=taken.problems,
         fingerprint=taken.fingerprint,
         default_backend=default_backend,
+        bounds=taken.bounds,
     )
 
 

@@ -19,13 +19,18 @@ from ..probes.data import families
 from ..probes.devices import Target
 from ..probes.health import health
 from ..probes.problem import Problem
-from ..probes.regimes import ALONE, REGIMES
+from ..probes.regimes import ALONE, COSTLY, HARDER, REGIMES, SAME_START
 from ..probes.seeds import derive
 from ..probes.supervisor import WorkerFailed
+from . import census, chains
+from .agreement import Agreement
 from .buckets import MRange, ragged, representative
+from .clock import Clock
 from .levels import Level
 from .record import Recorder
+from .retest import failed, retest
 from .runner import Runner
+from .soak import REPEATS, Purse, lacking, open_share, windows
 from .stats import median
 from .verdict import EXACT
 
@@ -57,6 +62,8 @@ class Entrant:
     width: dict[tuple[MRange, str], int] = field(default_factory=dict)
     faulty: set[tuple[MRange, str]] = field(default_factory=set)
     """Tactics that failed on data no condition excuses; they are beaten by any that did not."""
+    exempt: dict[tuple[str, MRange, str], str] = field(default_factory=dict)
+    """By regime, m range and tactic: why it cannot have the fault that is looked for."""
     winner: dict[MRange, str] = field(default_factory=dict)
     median_us: dict[MRange, float] = field(default_factory=dict)
 
@@ -76,15 +83,25 @@ class Layer:
     seed: int
     memory: int
     cache_bytes: int
+    clock: Clock = field(default_factory=Clock)
+    begins_mlp: bool = True
+    """Whether `mlp-chain` is run with this layer as its first."""
+    agreement: Agreement | None = None
+    """Shared with the probes of other GPUs; None where this is the only one."""
+    purse: Purse | None = None
+    """What may be spent on bounding failure rates; None where no rate was asked for."""
 
     def bucket(self, m: MRange) -> BucketKey:
         p = self.problem
         return BucketKey(p.format, p.activation, p.out_dtype, p.groups, m.lo, m.hi, p.n, p.k)
 
-    def item(self, m: MRange, tactic: str, width: int = 24, tag: object = "") -> Item:
-        """A tactic in an m range as the worker takes it, with ragged m's drawn from the seed."""
+    def item(
+        self, m: MRange, tactic: str, width: int = 24, tag: object = "", edges: bool = False
+    ) -> Item:
+        """A tactic in an m range as the worker takes it, with ragged m's drawn from the seed, or
+        the range's edges only."""
         rng = random.Random(derive(self.seed, self.problem, m, tag))
-        count = self.level.ragged if m.hi <= LARGE_M else 2
+        count = self.level.ragged if m.hi <= LARGE_M and not edges else 2
         return {"ms": ragged(m, count, rng), "tactic": tactic, "width": width}
 
 
@@ -102,33 +119,46 @@ def probe_layer(
     regimes that need it (`ALONE`), have the device to themselves.
     """
 
+    spent = layer.clock.spent
+
     def grade(entrant: Entrant) -> bool:
-        if not _open(layer, entrant, record):
-            return False
-        _grade(layer, entrant, record)
+        with spent("open", entrant.name):
+            if not _open(layer, entrant, record):
+                return False
+        with spent("grade", entrant.name):
+            _grade(layer, entrant, record)
         if not entrant.reference_line:
-            _families(layer, entrant, record)
+            with spent("families", entrant.name):
+                _families(layer, entrant, record)
+            with spent("census", entrant.name):
+                census.graded(layer, entrant, record)
         return True
 
     say("grading: exact, realistic and extreme data")
-    graded = list(pool.map(grade, entrants) if pool else map(grade, entrants))
+    with spent("grading"):
+        graded = list(pool.map(grade, entrants) if pool else map(grade, entrants))
     opened = [e for e, ok in zip(entrants, graded, strict=True) if ok]
     for entrant in opened:
-        _tune(layer, entrant, record, say)
+        with spent("tactics", entrant.name):
+            _tune(layer, entrant, record, say)
     say("timing side by side")
-    _time(layer, [e for e in opened if e.winner], record)
+    with spent("timing"):
+        _time(layer, [e for e in opened if e.winner], record)
     tried = [e for e in opened if e.winner and not e.reference_line]
 
     def stress(entrant: Entrant, regimes: Sequence[str]) -> None:
-        for regime in regimes:
+        for regime in (name for name in regimes if name not in layer.level.without):
             say(f"{regime}: {entrant.name}")
-            _regime(layer, entrant, regime, record)
+            with spent(regime, entrant.name):
+                _regime(layer, entrant, regime, record)
 
-    for regime in (name for name in REGIMES if name in ALONE):
-        for entrant in tried:
-            stress(entrant, [regime])
+    with spent("regimes, one at a time"):
+        for regime in (name for name in REGIMES if name in ALONE):
+            for entrant in tried:
+                stress(entrant, [regime])
     together = partial(stress, regimes=[name for name in REGIMES if name not in ALONE])
-    list(pool.map(together, tried) if pool else map(together, tried))
+    with spent("regimes, side by side"):
+        list(pool.map(together, tried) if pool else map(together, tried))
     for entrant in opened:
         # A worker that dies now has shown all it had; the next layer starts another.
         with suppress(WorkerFailed):
@@ -162,9 +192,11 @@ def _grade(layer: Layer, entrant: Entrant, record: Recorder) -> None:
                 grade(part[:half])
                 grade(part[half:])
                 return
+            asked = _asked(layer, "grade", items=items)
             for m, tactic in part:
-                _failed(layer, entrant, m, tactic, "serial", EXACT, failure, record)
+                _failed(layer, entrant, m, tactic, "serial", EXACT, failure, record, asked)
             return
+        _retest(layer, entrant, part, "serial", EXACT, results, record)
         for (m, tactic), result in zip(part, results, strict=True):
             width = result["width"]
             if width is not None:
@@ -183,10 +215,12 @@ def _families(layer: Layer, entrant: Entrant, record: Recorder) -> None:
         try:
             results = entrant.runner.ask("family", name=name, items=items)
         except WorkerFailed as failure:
+            asked = _asked(layer, "family", name=name, items=items)
             for m, tactic in pairs:
-                _failed(layer, entrant, m, tactic, "serial", name, failure, record)
+                _failed(layer, entrant, m, tactic, "serial", name, failure, record, asked)
             entrant.faulty.update(pairs)
             continue
+        _retest(layer, entrant, pairs, "serial", name, results, record)
         for pair, item, result in zip(pairs, items, results, strict=True):
             status = record.result(
                 entrant.name, pair[1], layer.bucket(pair[0]), "serial", name, result, item["width"]
@@ -219,6 +253,9 @@ def _tune(layer: Layer, entrant: Entrant, record: Recorder, say: Callable[[str],
         same = entrant.winner[first]
         if same in alive[zero]:
             entrant.winner[zero] = same
+    if layer.agreement:
+        scope = (layer.target.name, layer.problem, entrant.name)
+        entrant.winner = layer.agreement.settle(scope, entrant.winner, alive)
 
 
 def _right(entrant: Entrant, m: MRange) -> list[str]:
@@ -279,6 +316,8 @@ def _time(layer: Layer, entrants: Sequence[Entrant], record: Recorder) -> None:
                 entrant.name, tactic, layer.bucket(m), taken, host[entrant.name][index], device
             )
         try:
+            if not entrant.reference_line:
+                census.timed(layer, entrant, pairs[entrant.name], record)
             entrant.runner.ask("close_timing")
         except WorkerFailed as failure:
             _died(layer, entrant, "timing", failure, record)
@@ -302,8 +341,9 @@ def _index(pairs: Sequence[tuple[MRange, str]], m: MRange) -> int | None:
 
 
 def _winners(layer: Layer, entrant: Entrant, tag: str) -> list[tuple[MRange, str, Item]]:
+    edges = tag.split(" ")[0] in COSTLY and layer.purse is None
     return [
-        (m, tactic, layer.item(m, tactic, entrant.width[m, tactic], tag))
+        (m, tactic, layer.item(m, tactic, entrant.width[m, tactic], tag, edges))
         for m, tactic in entrant.winner.items()
     ]
 
@@ -311,24 +351,94 @@ def _winners(layer: Layer, entrant: Entrant, tag: str) -> list[tuple[MRange, str
 def _regime(layer: Layer, entrant: Entrant, name: str, record: Recorder) -> None:
     """One regime over a chain of every bucket's winner."""
     won = _winners(layer, entrant, name)
-    if name in entrant.dead:
-        why = {"note": f"not run again: {entrant.dead[name]} on an earlier layer"}
-        for m, tactic, _ in won:
-            record.status(entrant.name, tactic, layer.bucket(m), name, EXACT, "skipped", why)
+    left = _needless(layer, entrant, name, won)
+    if left is not None:
+        status, reasons = left
+        for (m, tactic, _), why in zip(won, reasons, strict=True):
+            note = {"note": why}
+            record.status(entrant.name, tactic, layer.bucket(m), name, EXACT, status, note)
+        if layer.purse and name in layer.purse.regimes:
+            layer.purse.share()
         return
     level = layer.level
     budget = {"least": level.least, "most": level.most, "seconds": level.seconds}
-    silence = entrant.runner.patience.regime
+    passed = _turn(layer, entrant, name, won, budget, record)
+    if layer.purse and name in layer.purse.regimes:
+        if passed:
+            _soak(layer, entrant, name, layer.purse, record)
+        else:
+            layer.purse.share()  # for those that come after
+
+
+def _needless(
+    layer: Layer, entrant: Entrant, name: str, won: Sequence[tuple[MRange, str, Item]]
+) -> tuple[str, list[str]] | None:
+    """Where the regime need not be run: the status to record, and the reason for each item."""
+    for deadly in (name, HARDER.get(name)):
+        if deadly in entrant.dead:
+            why = f"not run: {entrant.dead[deadly]} in {deadly} before"
+            return "skipped", [why] * len(won)
+    if name == chains.REGIME and not layer.begins_mlp:
+        return "not applicable", [chains.ELSEWHERE] * len(won)
+    same = SAME_START.get(name)
+    if same is not None and won:
+        reasons = [entrant.exempt.get((same, m, tactic)) for m, tactic, _ in won]
+        if all(reasons):
+            return "not applicable", [str(why) for why in reasons]
+    return None
+
+
+def _soak(layer: Layer, entrant: Entrant, name: str, purse: Purse, record: Recorder) -> None:
+    """More turns of a regime, on fresh problems, until every kernel's failure rate is bounded.
+
+    A kernel that failed is left: no number of launches makes it good. Ends with the purse's share.
+    """
+    share = open_share(purse)
+    turn = 0
+    budget = {"least": REPEATS, "most": REPEATS, "seconds": 0.0}
+    while not share.empty:
+        turn += 1
+        won = _winners(layer, entrant, f"{name} {turn}")
+        buckets = [(tactic, layer.bucket(m)) for m, tactic, _ in won]
+        short = lacking(purse, record.exact, entrant.name, buckets, name)
+        won = [each for each, more in zip(won, short, strict=True) if more]
+        if not won:
+            break
+        count = windows(sum(len(item["ms"]) for _, _, item in won))
+        if not _turn(layer, entrant, name, won, budget, record, turn, count):
+            break
+    share.close()
+
+
+def _turn(
+    layer: Layer,
+    entrant: Entrant,
+    name: str,
+    won: Sequence[tuple[MRange, str, Item]],
+    budget: dict[str, Any],
+    record: Recorder,
+    turn: int = 0,
+    count: int = 1,
+) -> bool:
+    """One chain of these items in one regime; whether another may follow: all of it passed."""
+    patience = entrant.runner.patience
+    # A chain's second GEMM may load code that nothing before it did.
+    silence = patience.run if name == chains.REGIME else patience.regime
+    items = [i for _, _, i in won]
     try:
         result = entrant.runner.ask(
-            "regime", silence, name=name, items=[i for _, _, i in won], budget=budget
+            "regime", silence, name=name, items=items, budget=budget, turn=turn, windows=count
         )
     except WorkerFailed as failure:
         if failure.fatal:
             entrant.dead[name] = f"{failure.kind} ({failure})"
+        asked = _asked(layer, "regime", name=name, items=items, budget=budget, turn=turn)
         for m, tactic, _ in won:
-            _failed(layer, entrant, m, tactic, name, EXACT, failure, record)
-        return
+            _failed(layer, entrant, m, tactic, name, EXACT, failure, record, asked)
+        return False
+    pairs = [(m, tactic) for m, tactic, _ in won]
+    _retest(layer, entrant, pairs, name, EXACT, result["items"], record)
+    passed = True
     broken = [m for (m, _, _), part in zip(won, result["items"], strict=True) if part["bad"]]
     for (m, tactic, item), part in zip(won, result["items"], strict=True):
         if broken and not part["bad"] and name != "serial":
@@ -337,7 +447,7 @@ def _regime(layer: Layer, entrant: Entrant, name: str, record: Recorder) -> None
             record.status(entrant.name, tactic, layer.bucket(m), name, EXACT, "skipped", why)
             continue
         part = {**part, **{key: result[key] for key in ("proof", "not_exercised")}}
-        record.result(
+        status = record.result(
             entrant.name,
             tactic,
             layer.bucket(m),
@@ -347,6 +457,35 @@ def _regime(layer: Layer, entrant: Entrant, name: str, record: Recorder) -> None
             item["width"],
             result["seconds"] / max(1, len(won)),
         )
+        passed = passed and status == "passed"
+        if status == "not applicable" and part.get("exempt"):
+            entrant.exempt[name, m, tactic] = part["exempt"]
+    return passed
+
+
+def _retest(
+    layer: Layer,
+    entrant: Entrant,
+    pairs: Sequence[tuple[MRange, str]],
+    regime: str,
+    data: str,
+    results: Sequence[dict[str, Any]],
+    record: Recorder,
+) -> None:
+    """Try the failures among `results` again; a worker lost over it is a finding of its own."""
+
+    def died(failure: WorkerFailed) -> None:
+        entrant.dead.setdefault(regime, f"{failure.kind} ({failure})")
+        m, tactic = next(p for p, r in zip(pairs, results, strict=True) if failed(r))
+        _failed(layer, entrant, m, tactic, regime, data, failure, record)
+
+    retest(entrant.runner, regime, results, died)
+
+
+def _asked(layer: Layer, do: str, **arguments: Any) -> dict[str, Any]:
+    """What a worker was asked, with the layer that was open."""
+    rows = layer.problem.m + SPARE_ROWS
+    return {"do": do, "seed": layer.seed, "rows": rows, **arguments}
 
 
 def _died(
@@ -366,5 +505,6 @@ def _failed(
     data: str,
     failure: WorkerFailed,
     record: Recorder,
+    asked: dict[str, Any] | None = None,
 ) -> None:
-    record.failure(entrant.name, tactic, layer.bucket(m), regime, data, failure)
+    record.failure(entrant.name, tactic, layer.bucket(m), regime, data, failure, asked)

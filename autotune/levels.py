@@ -19,13 +19,31 @@ class Level:
     """Time for the repeats of one regime; fewest repeats come first."""
     samples: int
     """Timing samples of each candidate in each bucket."""
+    rate: float | None = None
+    """The failure rate that every kernel's regimes are to be bounded by; None for none."""
+    without: tuple[str, ...] = ()
+    """Regimes left out: where one is required, the verdict is safe under a condition at best."""
+
+
+_STRESS = (
+    "mlp-chain",
+    "rewrite",
+    "padding",
+    "strided",
+    "off-bucket",
+    "churn",
+    "regrow",
+    "threads",
+    "neighbours",
+    "huge",
+)
 
 
 LEVELS = {
     level.name: level
     for level in (
-        Level("quick", ragged=2, least=3, most=20, seconds=0.1, samples=5),
-        Level("standard", ragged=3, least=4, most=100, seconds=0.25, samples=9),
-        Level("soak", ragged=5, least=50, most=10_000, seconds=10.0, samples=15),
+        Level("quick", ragged=2, least=3, most=20, seconds=0.1, samples=5, without=_STRESS),
+        Level("standard", ragged=3, least=4, most=100, seconds=0.25, samples=9, without=("huge",)),
+        Level("soak", ragged=5, least=50, most=10_000, seconds=10.0, samples=15, rate=1e-4),
     )
 }

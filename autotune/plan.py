@@ -12,6 +12,7 @@ from ..probes.backends import registry
 from ..probes.devices import Target
 from ..probes.problem import Problem
 from .buckets import edge_of
+from .choose import FLOORS
 
 DEFAULT_PRESET = {"cuda": "llama-3.1-8b", "cpu": "qwen3-0.6b"}
 DEFAULT_MAX_M = {"cuda": 4096, "cpu": 32}
@@ -98,6 +99,23 @@ def hang_seconds(given: float | None) -> float | None:
     return given
 
 
+def failure_rate(rate: float | None, confidence: float) -> float | None:
+    """The rate to bound, checked together with its confidence; None for the level's."""
+    if rate is not None and not 0 < rate < 1:
+        raise ValueError(f"--max-failure-rate {rate:g}: a rate is between 0 and 1")
+    if not 0 < confidence < 1:
+        raise ValueError(f"--confidence {confidence:g}: a confidence is between 0 and 1")
+    return rate
+
+
+def budget(seconds: float, launches: int | None) -> None:
+    """Check what may be spent on a failure rate. Raises ValueError, one sentence."""
+    if not seconds >= 0:
+        raise ValueError(f"--max-seconds {seconds:g}: it must not be negative")
+    if launches is not None and launches < 1:
+        raise ValueError(f"--max-launches {launches}: it must be at least 1")
+
+
 def interpreter(python: str | None) -> str | None:
     """The interpreter to run workers in, checked to be one; None for this one.
 
@@ -109,3 +127,19 @@ def interpreter(python: str | None) -> str | None:
     if found is None:
         raise ValueError(f"--python {python!r}: there is no such program")
     return found
+
+
+def prior(
+    state_dir: Path, target: Target, profile: str, problems: Sequence[Problem]
+) -> tuple[str, ...]:
+    """The backends to verify in place of all: those the fleet chose for these layers on this GPU
+    model, and the floors. Empty, which is all, where the fleet's choices do not cover the layers.
+    """
+    from ..fleet.adopt import prior_backends
+
+    layers = [(p.format, p.activation, p.out_dtype, p.n, p.k) for p in problems]
+    found = prior_backends(state_dir, target.device.arch, target.name, profile, layers)
+    known = [name for name in found if name in registry.names()]
+    if len(known) < len(found) or not known:
+        return ()
+    return tuple(dict.fromkeys((*known, *FLOORS)))

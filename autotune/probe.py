@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -15,19 +15,28 @@ from typing import Any
 
 from ..cache import codedigest, fingerprint, state
 from ..cache.ledger import Ledger
-from ..cache.rows import Build, Candidate, Choice, Environment, Finding, Timing, Verdict
+from ..cache.rows import Audit, Build, Candidate, Choice, Environment, Finding, Timing, Verdict
+from ..probes.controls import NAME as CONTROLS
 from ..probes.devices import Target
+from ..probes.host import free_memory
 from ..probes.problem import Problem
+from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
 from ..probes.supervisor import Worker, WorkerFailed
+from . import auditing, chains, controls
+from .agreement import Agreement
+from .bounds import DEFAULT_CONFIDENCE, Aim, codes, kernel, pool
 from .buckets import MRange, ranges
 from .choose import FLOORS
 from .layer import Entrant, Layer, probe_layer
 from .levels import Level
 from .profiles import Profile
+from .quantising import probe_quantisers
 from .record import Recorder
 from .runner import Patience, Progress, Runner
-from .verdict import decide
+from .soak import Purse
+from .turn import turn
+from .verdict import Doubt, decide
 
 _GIB = 1 << 30
 _BUILD_BYTES = 2 * _GIB
@@ -49,6 +58,20 @@ class Plan:
     python: str | None = None
     hang_seconds: float | None = None
     argv: tuple[str, ...] = ()
+    quantisers: tuple[str, ...] = ()
+    """Activation quantisers to probe on their own, where there are W4A4 problems."""
+    rate: float | None = None
+    """The failure rate to bound; None for the level's, which may have none."""
+    confidence: float = DEFAULT_CONFIDENCE
+    max_seconds: float = 3600.0
+    """Seconds that bounding failure rates may take, over all backends and layers."""
+    max_launches: int | None = None
+    """Launches of one kernel in one regime, to the same end."""
+
+    @property
+    def aim(self) -> Aim | None:
+        rate = self.level.rate if self.rate is None else self.rate
+        return None if rate is None else Aim(rate, self.confidence)
 
     @property
     def patience(self) -> Patience:
@@ -75,25 +98,38 @@ class Report:
     """Backend to how it failed before any problem could be run: loading, building."""
     build_seconds: dict[str, float] = field(default_factory=dict)
     environments: list[Environment] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
+    """Of every module that a backend has for this GPU."""
     build_wall_seconds: float = 0.0
     """Loading and compiling all backends, at once: what a second probe mostly saves."""
     seconds: float = 0.0
     """All that came after."""
     generation: int | None = None
+    spent: list[dict[str, object]] = field(default_factory=list)
+    """Where the time of each layer went: see `clock`."""
 
 
-def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Report:
+def probe(
+    plan: Plan,
+    ledger: Ledger,
+    state_dir: Path,
+    progress: Progress,
+    agreement: Agreement | None = None,
+) -> Report:
     """Run `plan`. Evidence is in the ledger as it comes; `publication.publish` makes the choices.
+
+    `agreement` is shared with the probes of other GPUs that run at the same time.
 
     Raises StateError where the state cannot be written, and Busy where another probe has the
     device.
     """
     with ExitStack() as stack:
         # Workers die with the thread that started them, so these threads outlive them all.
-        pool = stack.enter_context(ThreadPoolExecutor(max_workers=max(1, len(plan.backends))))
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=1 + len(plan.backends)))
         device = plan.target.uuid or plan.target.label
         lock = state.probe_lock(state_dir, device)
         stack.enter_context(state.exclusive(lock, f"the probe of {plan.target.label}"))
+        stack.enter_context(turn(plan.target, state_dir))
         run = ledger.start_run(
             seed=plan.seed,
             level=plan.level.name,
@@ -103,7 +139,7 @@ def probe(plan: Plan, ledger: Ledger, state_dir: Path, progress: Progress) -> Re
         )
         report = Report(run, plan.seed, plan.target)
         try:
-            _probe(plan, stack, pool, ledger, report, progress)
+            _probe(plan, stack, pool, ledger, report, progress, state_dir, agreement)
         except BaseException:
             ledger.finish_run(run, "failed")
             raise
@@ -118,18 +154,25 @@ def _probe(
     ledger: Ledger,
     report: Report,
     progress: Progress,
+    state_dir: Path,
+    agreement: Agreement | None,
 ) -> None:
     record = Recorder(ledger, report.run, plan.seed)
     progress("survey", "asking every backend what it supports")
     start = time.monotonic()
-    found = survey(plan.target, plan.backends, plan.problems, plan.python)
+    with_chains = chains.REGIME not in plan.level.without
+    others = chains.seconds(plan.problems) if with_chains else ()
+    found = survey(plan.target, plan.backends, (*plan.problems, *others), plan.python)
     runners: list[Runner] = []
+    also: dict[int, list[Problem]] = {}
     able: dict[Problem, list[Runner]] = {problem: [] for problem in plan.problems}
     for spec in plan.backends:
         answer = found[spec]
         if "error" in answer:
             report.broken[spec] = answer["error"]
             continue
+        reasons = answer["reasons"][len(plan.problems) :]
+        answer["reasons"] = answer["reasons"][: len(plan.problems)]
         problems = [p for p, why in zip(plan.problems, answer["reasons"], strict=True) if not why]
         if not problems:
             report.unsupported[answer["name"]] = _reason(answer, plan.problems)
@@ -137,22 +180,48 @@ def _probe(
         runner = Runner(spec, plan.target, plan.patience, plan.python, progress, hello=answer)
         stack.callback(runner.close)
         runners.append(runner)
+        also[id(runner)] = [p for p, why in zip(others, reasons, strict=True) if not why]
         for problem in problems:
             able[problem].append(runner)
     able = {problem: field_ for problem, field_ in able.items() if _worthwhile(problem, field_)}
     for runner in runners:
         if not any(runner in field_ for field_ in able.values()):
             report.unsupported[runner.name] = "left out: there is nothing here to compare it with"
-    built = _build(pool, runners, able, ledger, report, progress)
+    # A hang is looked for among backends; this one has none, and may have to compile.
+    usual = replace(plan, hang_seconds=None).patience
+    controller = Runner(CONTROLS, plan.target, usual, plan.python, progress)
+    stack.callback(controller.close)
+    loading = pool.submit(controller.spawn)
+    built = _build(pool, runners, able, also, ledger, report, progress, state_dir)
     report.build_wall_seconds = round(time.monotonic() - start, 1)
     for runner in built:
         environment = environment_of(runner, plan.target)
         report.environments.append(environment)
         ledger.add_environment(environment)
         record.knows(runner.name, environment.fingerprint)
+    environments, unsupported, broken = probe_quantisers(
+        plan.quantisers,
+        plan.target,
+        plan.problems,
+        plan.seed,
+        plan.python,
+        plan.patience,
+        ledger,
+        record,
+        progress,
+        environment_of,
+    )
+    report.environments += environments
+    report.unsupported.update(unsupported)
+    report.broken.update(broken)
+    audits = _audits(plan, stack, built, ledger, progress)
+    loading.result()
+    doubts = _controls(plan, controller, ledger, report, progress) if built else {}
     dead: dict[str, dict[str, str]] = {runner.name: {} for runner in built}
+    purse = _purse(plan, [r for field_ in able.values() for r in field_ if r in built])
     for number, (problem, field_) in enumerate(able.items(), 1):
-        layer = _layer(plan, problem, built)
+        begins = with_chains and problem in chains.firsts(tuple(able))
+        layer = _layer(plan, problem, built, purse, agreement, begins)
         entrants = [
             Entrant(
                 runner,
@@ -167,7 +236,13 @@ def _probe(
         at_once = pool if plan.target.device.kind == "cuda" else None
         say = partial(progress, title)
         probe_layer(layer, entrants, record, say, at_once)
-        report.candidates += _candidates(plan, layer, entrants, record, ledger)
+        for backend, modules in audits().items():
+            for module in modules:
+                if module.verdict == auditing.FLAGGED:
+                    record.audited(backend, module)
+        report.candidates += _candidates(plan, layer, entrants, record, ledger, doubts)
+        report.spent += layer.clock.rows(problem.n, problem.k)
+    report.audits = [audit for modules in audits().values() for audit in modules]
     report.findings = record.findings
     report.timings = list(record.timings.values())
     report.seconds = round(time.monotonic() - start - report.build_wall_seconds, 1)
@@ -223,11 +298,16 @@ def _build(
     pool: ThreadPoolExecutor,
     runners: Sequence[Runner],
     able: Mapping[Problem, Sequence[Runner]],
+    also: Mapping[int, Sequence[Problem]],
     ledger: Ledger,
     report: Report,
     progress: Progress,
+    state_dir: Path,
 ) -> list[Runner]:
-    """Start every backend and compile it, at once as far as memory goes; those that worked."""
+    """Start every backend and compile it, at once as far as memory goes; those that worked.
+
+    Two probes never compile one backend at once: the second finds what the first has made.
+    """
     wanted = {
         id(runner): [
             problem.at(m.hi)
@@ -238,14 +318,19 @@ def _build(
         for runner in runners
     }
     active = [runner for runner in runners if wanted[id(runner)]]
-    room = max(1, _free_memory() // _BUILD_BYTES)
+    for runner in active:
+        # What comes behind a layer in a chain is not probed, and not to be compiled in one either.
+        wanted[id(runner)] += [p.at(m.hi) for p in also[id(runner)] for m in ranges(p.m)]
+    room = max(1, free_memory() // _BUILD_BYTES)
     cores = len(os.sched_getaffinity(0))
     # Few backends have much to compile, so a half each keeps the machine busy to the end.
     workers = max(1, min(cores, room) // min(2, max(1, len(active))))
     room_for = Semaphore(min(len(active), room) or 1)
 
     def build(runner: Runner) -> float:
-        with room_for:
+        lock = state.build_lock(state_dir, f"{runner.target.device.arch}-{runner.name}")
+        what = f"the build of {runner.name}"
+        with state.exclusive(lock, what, wait=runner.patience.build), room_for:
             return runner.build(wanted[id(runner)], workers)
 
     built = []
@@ -265,7 +350,36 @@ def _build(
     return built
 
 
-def _layer(plan: Plan, problem: Problem, runners: Sequence[Runner]) -> Layer:
+def _audits(
+    plan: Plan, stack: ExitStack, runners: Sequence[Runner], ledger: Ledger, progress: Progress
+) -> Callable[[], dict[str, list[Audit]]]:
+    """Start the audit of what these backends have compiled; the function waits for it."""
+    files = {runner.name: list(runner.ask("files")) for runner in runners}
+    auditor = auditing.Auditor(files, plan.target.device.sm, ledger, partial(progress, "audit"))
+    stack.callback(auditor.close)
+    if plan.target.device.kind == "cpu":
+        auditor.result()  # the cores it takes are those that would be timed
+    return auditor.result
+
+
+def _purse(plan: Plan, runners: Sequence[Runner]) -> Purse | None:
+    """What may be spent on the aim; `runners` are those of every layer, one after the other."""
+    if plan.aim is None:
+        return None
+    tried = [r for r in runners if not r.hello.get("reference_line")]
+    regimes = tuple(name for name in plan.profile.required if name in REGIMES)
+    parts = len(tried) * len(regimes)
+    return Purse(plan.aim, plan.max_seconds, plan.max_launches, parts, regimes)
+
+
+def _layer(
+    plan: Plan,
+    problem: Problem,
+    runners: Sequence[Runner],
+    purse: Purse | None = None,
+    agreement: Agreement | None = None,
+    begins_mlp: bool = True,
+) -> Layer:
     seen = runners[0].hello["device"] if runners else {}
     return Layer(
         plan.target,
@@ -273,8 +387,11 @@ def _layer(plan: Plan, problem: Problem, runners: Sequence[Runner]) -> Layer:
         tuple(ranges(problem.m)),
         plan.level,
         derive(plan.seed, "layer", problem),
-        memory=int(0.3 * seen.get("free", _free_memory()) / max(1, len(runners))),
+        memory=int(0.3 * seen.get("free", free_memory()) / max(1, len(runners))),
         cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
+        purse=purse,
+        agreement=agreement,
+        begins_mlp=begins_mlp,
     )
 
 
@@ -306,18 +423,42 @@ def _constant(device: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in device.items() if key != "free"}
 
 
+def _controls(
+    plan: Plan, runner: Runner, ledger: Ledger, report: Report, progress: Progress
+) -> dict[str, Doubt]:
+    """Run the controls of every regime that this probe runs; the regimes that are in doubt."""
+    progress("controls", "does each regime flag what is wrong, and only that?")
+    regimes = [name for name in REGIMES if name not in plan.level.without]
+    try:
+        controls.start(runner, derive(plan.seed, CONTROLS))
+        environment = environment_of(runner, plan.target)
+    except WorkerFailed as failure:
+        doubt = Doubt(f"the controls did not start: {failure.kind} ({failure})")
+        return {name: doubt for name in regimes if name in controls.CONTROLS}
+    ledger.add_environment(environment)
+    found = controls.run(runner, regimes, ledger, report.run, environment.fingerprint)
+    runner.close()
+    for regime, doubt in found.items():
+        progress("controls", f"{regime} is in doubt: {doubt.reason}")
+    return found
+
+
 def _candidates(
     plan: Plan,
     layer: Layer,
     entrants: Sequence[Entrant],
     record: Recorder,
     ledger: Ledger,
+    doubts: Mapping[str, Doubt],
 ) -> list[Candidate]:
     """A verdict for every tactic that was tried, and a candidate for each backend's best."""
     found = []
+    known, pooled = codes(record.exact), pool(record.exact, plan.confidence)
     for (backend, tactic, bucket), facts in record.take_facts().items():
         entrant = next(e for e in entrants if e.name == backend)
-        judgement = decide(facts, plan.profile)
+        mine = pooled.get(kernel(backend, tactic, bucket, known), {})
+        bounds = {regime: bound.json() for regime, bound in mine.items()}
+        judgement = decide(facts, plan.profile, mine, plan.aim, plan.level.without, doubts)
         if entrant.reference_line:
             reasons = ("a reference line, never chosen",)
             judgement = replace(judgement, status="inconclusive", conditions=(), reasons=reasons)
@@ -333,6 +474,7 @@ def _candidates(
                 status=judgement.status,
                 conditions=conditions,
                 reasons=judgement.reasons,
+                bounds=bounds,
             )
         )
         m = MRange(bucket.m_lo, bucket.m_hi)
@@ -358,18 +500,7 @@ def _candidates(
                 conditions=conditions,
                 reasons=judgement.reasons,
                 fingerprint=record.fingerprint(backend),
+                bounds=bounds,
             )
         )
     return found
-
-
-def _free_memory() -> int:
-    """Bytes a build may take without swapping, by the kernel's own estimate."""
-    try:
-        with open("/proc/meminfo") as info:
-            for line in info:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 * _GIB

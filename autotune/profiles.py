@@ -10,6 +10,18 @@ ONE_STREAM = Condition(
     "one-stream-per-layer", "a layer's weight is never used on two streams at once"
 )
 """What an engine that launches each layer on one stream grants."""
+ONE_THREAD = Condition(
+    "one-thread-at-a-time", "no two host threads call the backend at the same time"
+)
+WHOLE_ROWS = Condition(
+    "whole-rows", "activations are contiguous rows, starting where a row of their buffer starts"
+)
+OWN_GPU = Condition("gpu-of-its-own", "no other process computes on the GPU")
+BELOW_2_31 = Condition("below-2-31", "m*n and m*k are below 2^31")
+LEFT_OUT = Condition(
+    "regimes-left-out", "nothing shows in the regimes that the probe's level leaves out"
+)
+"""What a verdict rests on where a required regime was not run on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +41,36 @@ class Profile:
         return next((backend for sms, backend in self.defaults if sm in sms), None)
 
 
-_EVERY = ("serial", "graph", "streams", "graph-streams", "side-stream")
-_ENGINE = ("serial", "graph", "side-stream")
-_ONE_STREAM = {"streams": ONE_STREAM, "graph-streams": ONE_STREAM}
+_ENGINE = (
+    "serial",
+    "graph",
+    "side-stream",
+    "pdl-raw",
+    "pdl-war",
+    "pdl-waw",
+    "mlp-chain",
+    "rewrite",
+    "padding",
+    "off-bucket",
+    "churn",
+    "regrow",
+)
+_EVERY = (*_ENGINE, "streams", "graph-streams", "threads", "strided", "neighbours")
+_HUGE = {"huge": BELOW_2_31}
+"""Of no bucket's own problems, so required by none: what it shows bounds every bucket."""
+_ONE_STREAM = {
+    "streams": ONE_STREAM,
+    "graph-streams": ONE_STREAM,
+    "threads": ONE_THREAD,
+    "strided": WHOLE_ROWS,
+    "neighbours": OWN_GPU,
+    **_HUGE,
+}
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("strict", _EVERY, {}, "every regime must pass"),
+        Profile("strict", _EVERY, _HUGE, "every regime must pass"),
         Profile(
             "sglang",
             _ENGINE,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..cache import publish as publishing
 from ..cache import state
-from ..cache.rows import VERDICTS, Candidate, Choice
-from . import standing
+from ..cache.rows import VERDICTS, Audit, Candidate, Choice, Environment
+from . import auditing, standing
 from .choose import choices
 from .probe import Report
 from .profiles import PROFILES
@@ -30,13 +31,8 @@ def publish(reports: Sequence[Report], state_dir: Path) -> None:
         new = on_every_gpu([c for report in reports for c in report.candidates])
         environments = [e for report in reports for e in report.environments]
         everyone, known = standing.join(standing.usable(state_dir), new, environments)
-        chosen: list[Choice] = []
-        placed: list[Candidate] = []
-        for (arch, _, name), group in standing.by_scope(everyone).items():
-            profile = PROFILES.get(name, PROFILES["strict"])
-            new_choices, new_placed = choices(group, profile.default(_sm(arch)))
-            chosen += new_choices
-            placed += new_placed
+        audits = [audit for report in reports for audit in report.audits]
+        chosen, placed = _chosen(auditing.condemned(everyone, known, audits))
         unsupported = {name: why for report in reports for name, why in report.unsupported.items()}
         meta = {
             "runs": [report.run for report in reports],
@@ -49,6 +45,46 @@ def publish(reports: Sequence[Report], state_dir: Path) -> None:
         report.generation = generation
         report.choices = [c for c in chosen if (c.arch, c.gpu, c.profile, c.bucket) in probed]
         report.candidates = [c for c in placed if (c.arch, c.gpu, c.profile, c.bucket) in probed]
+
+
+def publish_audits(audits: Sequence[Audit], state_dir: Path) -> int | None:
+    """Turn standing choices away from what these audits flag; the new generation, if any.
+
+    Raises StateError.
+    """
+    with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
+        stands = standing.usable(state_dir)
+        candidates = auditing.condemned(stands.candidates, stands.environments, audits)
+        if candidates == list(stands.candidates):
+            return None
+        return republish(state_dir, stands, candidates, stands.environments)
+
+
+def republish(
+    state_dir: Path,
+    stands: standing.Standing,
+    candidates: Sequence[Candidate],
+    environments: Sequence[Environment],
+) -> int:
+    """Choose anew among `candidates`, with what `stands` says of itself; the new generation.
+
+    For those who hold ``join.lock``. Raises StateError.
+    """
+    chosen, placed = _chosen(candidates)
+    kept = {k: v for k, v in stands.meta.items() if k not in publishing.RESERVED}
+    return publishing.publish(state_dir, chosen, placed, environments, kept)
+
+
+def _chosen(candidates: Sequence[Candidate]) -> tuple[list[Choice], list[Candidate]]:
+    """The choices among candidates of any scope, and the candidates with their ranks."""
+    chosen: list[Choice] = []
+    placed: list[Candidate] = []
+    for (arch, _, name), group in standing.by_scope(candidates).items():
+        profile = PROFILES.get(name, PROFILES["strict"])
+        new_choices, new_placed = choices(group, profile.default(_sm(arch)))
+        chosen += new_choices
+        placed += new_placed
+    return chosen, placed
 
 
 def on_every_gpu(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -80,9 +116,15 @@ def _worse(a: Candidate, b: Candidate) -> Candidate:
         hi_us=slowest.hi_us,
         launches=min(a.launches, b.launches),
         problems=min(a.problems, b.problems),
+        bounds=_looser(a.bounds, b.bounds),
         conditions=tuple({c["id"]: c for c in (*a.conditions, *b.conditions)}.values()),
         reasons=tuple(reasons),
     )
+
+
+def _looser(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """The weaker bound of each regime that both have: what holds on either GPU."""
+    return {name: max(a[name], b[name], key=lambda x: x["upper"]) for name in a if name in b}
 
 
 def _sm(arch: str) -> int | None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from typing import Any
 
 from ..cache.ledger import Ledger
-from ..cache.rows import BucketKey, Evidence, Finding, Timing
+from ..cache.rows import Audit, BucketKey, Evidence, Finding, Timing
+from ..probes import diagnosis
+from ..probes.census import REGIME as CENSUS
 from ..probes.data import FAMILIES
 from ..probes.supervisor import WorkerFailed
+from .bounds import EXACT
 from .stats import median, median_interval
 
+AUDIT = "audit"
+"""Stands where a regime does in what was found without a launch, in machine code."""
+_COLUMNS = ("kind", "m", "seed", "data", "launch")
+"""What of a failure has a column of its own."""
 Key = tuple[str, str, BucketKey]
 """Backend, tactic, bucket."""
 
@@ -28,6 +35,8 @@ class Recorder:
         self._facts: dict[Key, list[Evidence]] = {}
         self.timings: dict[Key, Timing] = {}
         self.findings: list[Finding] = []
+        self.exact: list[Evidence] = []
+        """All evidence on exact problems: what failure rates are bounded by."""
 
     def knows(self, backend: str, fingerprint: str) -> None:
         """From now on evidence of `backend` holds for this environment."""
@@ -72,6 +81,8 @@ class Recorder:
             detail=_plain(dict(detail or {})),
         )
         self._ledger.add_evidence(row)
+        if data == EXACT:
+            self.exact.append(row)
         self._facts.setdefault((backend, tactic, bucket), []).append(row)
 
     def result(
@@ -90,9 +101,12 @@ class Recorder:
         Returns the status recorded.
         """
         detail: dict[str, Any] = {}
-        for key in ("proof", "alpha", "tile_error"):
+        for key in ("proof", "alpha", "tile_error", "bad_problems"):
             if result.get(key):
                 detail[key] = result[key]
+        for graded in result.get("graded", ()):
+            detail.setdefault("graded", []).append(graded)
+            self._found(backend, tactic, bucket, regime, data, graded)
         status = "passed"
         error = result.get("error")
         if error and error["kind"] == "out of memory":
@@ -104,14 +118,17 @@ class Recorder:
             status = "failed"
             detail["bad_launches"] = result.get("bad_launches")
             for bad in result["bad"]:
+                if result.get("changed_inputs"):
+                    bad = {**bad, "inputs_changed": result["changed_inputs"]}
                 self._found(backend, tactic, bucket, regime, data, bad)
-        elif result.get("not_exercised"):
-            status, detail["note"] = "not exercised", result["not_exercised"]
         elif result.get("exempt") and not result["launches"]:
             status, detail["note"] = "not applicable", result["exempt"]
+        elif result.get("not_exercised"):
+            status, detail["note"] = "not exercised", result["not_exercised"]
         if result.get("changed_inputs"):
             status = "failed"
-            kind = {"kind": "input modified", "tensors": result["changed_inputs"]}
+            known = result.get("modified") or result.get("example") or {}
+            kind = {**known, "kind": "input modified", "tensors": result["changed_inputs"]}
             self._found(backend, tactic, bucket, regime, data, kind)
         self.status(
             backend,
@@ -136,20 +153,51 @@ class Recorder:
         regime: str,
         data: str,
         failure: WorkerFailed,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
-        """A command that did not finish: a finding, unless the device or its memory explain it."""
+        """A command that did not finish: a finding, unless the device or its memory explain it.
+
+        `asked` is what the worker was asked, to ask it again.
+        """
         if failure.kind in ("not applicable", "out of memory", "internal"):
             status = "not applicable" if failure.kind == "not applicable" else "skipped"
             self.status(backend, tactic, bucket, regime, data, status, {"note": str(failure)})
             return
-        bad = {
+        bad: dict[str, Any] = {
             "kind": failure.kind,
             "message": str(failure),
             "doing": failure.doing,
             "log": failure.log[-300:],
         }
+        if asked:
+            bad["asked"] = dict(asked)
         self._found(backend, tactic, bucket, regime, data, bad)
         self.status(backend, tactic, bucket, regime, data, "failed", {"note": str(failure)})
+
+    def census(
+        self, backend: str, tactic: str, bucket: BucketKey, result: Mapping[str, Any]
+    ) -> None:
+        """What really ran: ``bad`` is a finding each, ``detail`` the kernels, ``seen`` if any."""
+        for bad in result["bad"]:
+            self._found(backend, tactic, bucket, CENSUS, EXACT, bad)
+        status = "failed" if result["bad"] else "passed" if result["seen"] else "not applicable"
+        self.status(backend, tactic, bucket, CENSUS, EXACT, status, result["detail"])
+
+    def audited(self, backend: str, audit: Audit) -> None:
+        """A module of `backend` is flagged: whatever ran since `take_facts` is not safe."""
+        flagged = {
+            "kind": "flagged",
+            "message": audit.evidence[-1] if audit.evidence else audit.module,
+            "module": audit.module,
+            "path": audit.path,
+            "authority": audit.authority,
+            "evidence": list(audit.evidence),
+            "remedy": audit.remedy,
+        }
+        for _, tactic, bucket in [key for key in self._facts if key[0] == backend]:
+            self._found(backend, tactic, bucket, AUDIT, EXACT, flagged)
+            detail = {"module": audit.module, "note": flagged["message"]}
+            self.status(backend, tactic, bucket, AUDIT, EXACT, "failed", detail)
 
     def timing(
         self,
@@ -192,22 +240,44 @@ class Recorder:
             key: getattr(bucket, key)
             for key in ("format", "activation", "out_dtype", "groups", "n", "k")
         }
+        m = int(bad.get("m", bucket.m_hi))
+        launch = bad.get("launch")
+        said = diagnosis.diagnose(
+            diagnosis.seen(
+                bad,
+                regime,
+                str(bad.get("data", data)),
+                (m, bucket.n, bucket.k),
+                *self._judged(backend, tactic, bucket),
+            )
+        )
         row = Finding(
             run=self.run,
             fingerprint=self._fingerprints[backend],
             backend=backend,
             tactic=tactic,
             bucket=bucket,
-            problem={**problem, "m": bad.get("m", bucket.m_hi)},
+            problem={**problem, "m": m},
             kind=str(bad["kind"]),
             regime=regime,
             data=str(bad.get("data", data)),
             seed=int(bad.get("seed", self._seed)),
+            launch=int(launch) if launch else None,
             condition=asdict(condition) if condition else None,
-            detail=_plain({k: v for k, v in bad.items() if k not in ("kind", "m", "seed", "data")}),
+            detail=_plain(
+                {**{k: v for k, v in bad.items() if k not in _COLUMNS}, "diagnosis": said}
+            ),
         )
-        self._ledger.add_finding(row)
-        self.findings.append(row)
+        self.findings.append(replace(row, id=self._ledger.add_finding(row)))
+
+    def _judged(
+        self, backend: str, tactic: str, bucket: BucketKey
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """Regimes in which this tactic passed and failed in this bucket so far."""
+        facts = self._facts.get((backend, tactic, bucket), ())
+        exact = [f for f in facts if f.data == EXACT]
+        failed = frozenset(f.regime for f in exact if f.status == "failed")
+        return frozenset(f.regime for f in exact if f.status == "passed") - failed, failed
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,9 @@ nothing is published.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +19,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..cache.ledger import Ledger
+from ..cache.rows import Evidence
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE
 from ..probes import zoo
 from ..probes.devices import Target
-from ..probes.problem import Problem
+from ..probes.problem import Device, Problem
 from ..probes.zoo import Mutant
 from .levels import LEVELS
 from .probe import Plan, Report, probe
@@ -35,10 +36,17 @@ OK, MISSED, FALSE_ALARM, UNDECIDED = "ok", "MISSED", "FALSE ALARM", "UNDECIDED"
 N, K = 320, 272
 """The last tile is partial along n and along k."""
 MAX_M = 2
+MANY_M = 40
+"""The largest m for mutants that show over many different m only."""
+AT_ONCE = 8
+"""Mutants in one probe: each has a process of its own, and its share of the machine's memory."""
 SEED = 20
 """The same data everywhere, so that what two nodes show can be compared."""
-HANG_SECONDS = 4.0
-"""Silence that counts as a hang among mutants that end their process; others get the usual time."""
+HANG_SECONDS = {"cpu": 4.0, "cuda": 10.0}
+"""Silence that counts as a hang among mutants that end their process; others get the usual time.
+A GPU's kernels may have to be compiled meanwhile."""
+LEVEL = replace(LEVELS["standard"], ragged=2, least=3, most=20, seconds=0.1, samples=3)
+"""Level ``standard`` in its regimes, and less of each: the mutants are caught at once or never."""
 
 Watching = Callable[[Plan], AbstractContextManager[Progress]]
 
@@ -47,8 +55,9 @@ Watching = Callable[[Plan], AbstractContextManager[Progress]]
 class Row:
     """What became of one mutant.
 
-    `finding` is the first one of what was expected, else the first; `launches` counts all that
-    were checked, over every regime.
+    `finding` is the first one of what was expected, else the first; `caught` has every regime and
+    kind of data that failed, with the launch of the first failure where that is known, and the
+    seconds that the regime took; `launches` counts all that were checked, over every regime.
     """
 
     mutant: str
@@ -59,37 +68,60 @@ class Row:
     finding: dict[str, str] | None
     launches: int
     result: str
+    caught: tuple[dict[str, Any], ...] = ()
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def choose(device_kind: str, wanted: Sequence[str]) -> tuple[Mutant, ...]:
-    """The mutants to run on such a device: those wanted, or all.
+def choose(device: Device, wanted: Sequence[str]) -> tuple[Mutant, ...]:
+    """The mutants to run on such a device: those wanted, or all but those that need a soak.
 
-    Raises ValueError, one sentence, for a name that no mutant has here.
+    A mutant of something that the device lacks (PDL before SM90) is left out, too. Raises
+    ValueError, one sentence, for a name that no mutant has here.
     """
-    here = {mutant.name: mutant for mutant in zoo.mutants(device_kind)}
+    here = {mutant.name: mutant for mutant in zoo.mutants(device.kind)}
     for name in wanted:
         if name not in here:
             close = difflib.get_close_matches(name, here, n=1, cutoff=0.0)
-            raise ValueError(f"there is no mutant {name!r} for {device_kind}; nearest: {close[0]}")
-    return tuple(here[name] for name in dict.fromkeys(wanted or here))
+            raise ValueError(f"there is no mutant {name!r} for {device.kind}; nearest: {close[0]}")
+    if wanted:
+        return tuple(here[name] for name in dict.fromkeys(wanted))
+    return tuple(m for m in here.values() if m.level != "soak" and not lacking(m, device))
 
 
-def plan(target: Target, mutants: Iterable[Mutant], ends: bool) -> Plan:
-    """The probe of those mutants; for those that end their process with little patience."""
+def lacking(mutant: Mutant, device: Device) -> str | None:
+    """Why a mutant cannot run on this device; None if it can."""
+    problem = Problem("nvfp4", MAX_M, N, K, mutant.activation)
+    return zoo.named(mutant.name).unsupported(problem, device)
+
+
+def plan(target: Target, mutants: Sequence[Mutant]) -> Plan:
+    """The probe of these mutants, which are of one kind (see `_groups`)."""
+    first = mutants[0]
+    # A hang costs its whole patience, once for every part of the m ranges it is tried in.
+    m = 1 if first.ends else MANY_M if first.many else MAX_M
     return Plan(
         target=target,
         backends=tuple(mutant.name for mutant in mutants),
-        # A hang costs its whole patience, once for every part of the m ranges it is tried in.
-        problems=(Problem("nvfp4", 1 if ends else MAX_M, N, K),),
-        level=LEVELS["quick"],
+        problems=(Problem("nvfp4", m, N, K, first.activation),),
+        level=LEVEL if first.level != "soak" else replace(LEVELS["soak"], rate=None),
         profile=PROFILES["strict"],
         seed=SEED,
-        hang_seconds=HANG_SECONDS if ends else None,
+        hang_seconds=HANG_SECONDS[target.device.kind] if first.ends else None,
         argv=("selftest",),
     )
+
+
+def _groups(mutants: Sequence[Mutant]) -> Iterator[list[Mutant]]:
+    """Mutants that one probe can run together, few at a time."""
+    kinds: dict[tuple[Any, ...], list[Mutant]] = {}
+    for mutant in mutants:
+        kind = (mutant.ends, mutant.many, mutant.activation, mutant.level == "soak")
+        kinds.setdefault(kind, []).append(mutant)
+    for mine in kinds.values():
+        for start in range(0, len(mine), AT_ONCE):
+            yield mine[start : start + AT_ONCE]
 
 
 def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> list[Row]:
@@ -98,11 +130,8 @@ def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> l
     `watching` shows a probe's progress. Raises what a probe raises.
     """
     rows: dict[str, Row] = {}
-    for ends in (False, True):
-        mine = [mutant for mutant in mutants if mutant.ends == ends]
-        if not mine:
-            continue
-        wanted = plan(target, mine, ends)
+    for mine in _groups(mutants):
+        wanted = plan(target, mine)
         with (
             TemporaryDirectory(prefix="fp4tune-selftest-") as place,
             Ledger.open(place) as ledger,
@@ -110,21 +139,29 @@ def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> l
         ):
             report = probe(wanted, ledger, Path(place), progress)
             for mutant in mine:
-                evidence = ledger.evidence(backend=mutant.name)
-                rows[mutant.name] = _row(mutant, report, sum(e.launches for e in evidence))
+                rows[mutant.name] = _row(mutant, report, ledger.evidence(backend=mutant.name))
     return [rows[mutant.name] for mutant in mutants]
 
 
-def _row(mutant: Mutant, report: Report, launches: int) -> Row:
+def _row(mutant: Mutant, report: Report, evidence: Sequence[Evidence]) -> Row:
     candidates = [c for c in report.candidates if c.backend == mutant.name]
     verdicts = {c.verdict for c in candidates}
     conditions = {str(each["id"]) for c in candidates for each in c.conditions}
-    found = [
-        {"kind": f.kind, "regime": f.regime, "data": f.data}
-        for f in report.findings
-        if f.backend == mutant.name
-    ]
+    mine = [f for f in report.findings if f.backend == mutant.name]
+    found = [{"kind": f.kind, "regime": f.regime, "data": f.data} for f in mine]
     expected = [f for f in found if {f["regime"], f["data"]} & set(mutant.caught_by)]
+    caught: dict[tuple[str, str], dict[str, Any]] = {}
+    for f in mine:
+        place = caught.setdefault(
+            (f.regime, f.data),
+            {"regime": f.regime, "data": f.data, "kind": f.kind, "launch": None, "seconds": None},
+        )
+        if f.launch is not None:
+            place["launch"] = min(f.launch, place["launch"] or f.launch)
+    for row in evidence:
+        if (row.regime, row.data) in caught and row.status == "failed":
+            seconds = caught[row.regime, row.data]["seconds"] or 0.0
+            caught[row.regime, row.data]["seconds"] = round(seconds + row.seconds, 3)
     why = report.broken.get(mutant.name) or report.unsupported.get(mutant.name)
     return Row(
         mutant=mutant.name,
@@ -133,8 +170,9 @@ def _row(mutant: Mutant, report: Report, launches: int) -> Row:
         expected=mutant.expected,
         verdict=_worst(verdicts, conditions) if verdicts else f"not run: {why}",
         finding=next(iter([*expected, *found]), None),
-        launches=launches,
+        launches=sum(row.launches for row in evidence),
         result=judge(mutant, verdicts, conditions, bool(found), bool(expected)),
+        caught=tuple(caught.values()),
     )
 
 
@@ -192,6 +230,9 @@ def print_rows(target: Target, rows: Sequence[Row]) -> None:
         table.add_column(heading, justify="right" if heading == "launches" else "left")
     for row in rows:
         found = ", ".join(row.finding.values()) if row.finding else ""
+        others = {c["regime"] for c in row.caught} - {row.finding["regime"] if row.finding else ""}
+        if others:
+            found += f"; also {', '.join(sorted(others))}"
         result = row.result if row.result == OK else f"[red]{row.result}[/]"
         cells = (row.mutant, row.expected, row.verdict, found, str(row.launches))
         table.add_row(*map(escape, cells), result)

@@ -67,6 +67,12 @@ def decision_line(answer: dict[str, Any]) -> str:
         f" (safe; {time}at least {answer['launches']} launches of {answer['problems']} problems "
         f"in each regime: {bound})"
     )
+    for regime, known in answer["bounds"].items():
+        line += (
+            f"\n  {regime}: failure rate below {known['upper']:.2g} "
+            f"({100 * known['confidence']:g} %; {known['problems']} problems, "
+            f"{known['launches']} launches of its kernel)"
+        )
     for condition in answer["conditions"]:
         line += f"\n  if {condition['text']}"
     return line
@@ -112,11 +118,13 @@ def report_json(report: Report) -> dict[str, Any]:
         "candidates": [asdict(row) for row in report.candidates],
         "findings": [_plain(asdict(row)) for row in report.findings],
         "timings": [_plain(asdict(row)) for row in report.timings],
+        "audits": [asdict(row) for row in report.audits],
         "unsupported": report.unsupported,
         "broken": report.broken,
         "build_seconds": report.build_seconds,
         "build_wall_seconds": report.build_wall_seconds,
         "seconds": report.seconds,
+        "spent": report.spent,
     }
 
 

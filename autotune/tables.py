@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..cache.rows import BucketKey, Candidate, Choice, Finding
+from ..probes import tilemap
 from ..probes.devices import Target
-from . import standing
+from . import auditing, standing
 from .doctor import Line
 from .probe import Report
 from .stats import failure_bound
@@ -21,6 +22,7 @@ from .stored import findings
 
 _MARKS = {"safe": "", "unsafe": " [red]✗[/]", "inconclusive": " ?", "unsupported": " -"}
 _MOST_FINDINGS = 40
+_MOST_BOUNDS = 60
 
 
 def console() -> Console:
@@ -36,7 +38,9 @@ def print_report(report: Report) -> None:
     if report.candidates:
         print_choices(out, report.choices, report.candidates)
         print_backends(out, report.candidates, report.build_seconds)
+        print_bounds(out, report.choices)
         print_findings(out, report.findings)
+    _print_reasons(out, "Audit", auditing.remarks(report.audits))
     _print_reasons(out, "Did not load or build", report.broken)
     _print_reasons(out, "Cannot run here", report.unsupported)
     if report.generation is not None:
@@ -139,6 +143,63 @@ def print_backends(
         )
 
 
+def print_bounds(out: Console, choices: Sequence[Choice]) -> None:
+    """What is known of the failure rate of every kernel chosen, regime by regime."""
+    kernels: dict[tuple[str, ...], Choice] = {}
+    for choice in choices:
+        if choice.bounds:
+            key = (choice.backend, choice.tactic, choice.bucket.format, choice.bucket.activation)
+            kernels.setdefault((*key, str(sorted(choice.bounds.items()))), choice)
+    if not kernels:
+        return
+    title = "How sure: failure rates of the kernels chosen, in each regime by itself"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("backend")
+    table.add_column("tactic")
+    table.add_column("regime")
+    for heading in ("launches", "problems", "failure rate below"):
+        table.add_column(heading, justify="right")
+    rows = [(c, regime, bound) for c in kernels.values() for regime, bound in c.bounds.items()]
+    for choice, regime, bound in rows[:_MOST_BOUNDS]:
+        table.add_row(
+            escape(choice.backend),
+            escape(_shorter(choice.tactic)),
+            regime,
+            f"{bound['launches']:,}",
+            f"{bound['problems']:,}",
+            f"{bound['upper']:.2g} ({100 * bound['confidence']:g} %)",
+        )
+    out.print(table)
+    if len(rows) > _MOST_BOUNDS:
+        out.print(f"and {len(rows) - _MOST_BOUNDS} more; see fp4tune show --json")
+
+
+def print_finding(out: Console, finding: Finding) -> None:
+    """One finding in full: its number, what was seen, a diagnosis, and the wrong tiles."""
+    name = f"{finding.backend} {finding.tactic}"
+    where = f"{finding.kind}, {finding.regime}, {finding.data} data"
+    number = "" if finding.id is None else f"#{finding.id} "
+    out.print(f"{number}{escape(name)}: {where}: {escape(describe(finding))}")
+    detail = finding.detail
+    if detail.get("diagnosis"):
+        out.print(f"    {escape(str(detail['diagnosis']))}", style="dim")
+    retest = detail.get("retest") or {}
+    if retest.get("launches"):
+        low, high = retest["rate"]
+        out.print(
+            f"    tried again: {retest['kind']}, {retest['failures']} of {retest['launches']} "
+            f"launches failed, a rate of {low:.2g} to {high:.2g} (95 %)",
+            style="dim",
+        )
+    try:
+        tiles = tilemap.unpack(detail["map"])
+    except (KeyError, ValueError):
+        return
+    if tiles.rows * tiles.cols > 1:
+        for line in tilemap.text(tiles, height=8).splitlines():
+            out.print(f"    {line}", style="dim")
+
+
 def print_findings(out: Console, findings: Sequence[Finding]) -> None:
     """Findings of one kind together: where, how many, and one in full."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
@@ -154,7 +215,12 @@ def print_findings(out: Console, findings: Sequence[Finding]) -> None:
     for (backend, kind, regime, data), group in list(groups.items())[:_MOST_FINDINGS]:
         row = (backend, kind, regime, data, str(len({f.bucket for f in group})))
         tactics = _some([f.tactic for f in group])
-        table.add_row(*(escape(cell) for cell in (*row, tactics, describe(group[0]))))
+        first = group[0]
+        said = "" if first.id is None else f"#{first.id} "
+        said += describe(first)
+        if first.detail.get("diagnosis"):
+            said += f"\n{first.detail['diagnosis']}"
+        table.add_row(*(escape(cell) for cell in (*row, tactics, said)))
     out.print(table)
     if len(groups) > _MOST_FINDINGS:
         out.print(f"and {len(groups) - _MOST_FINDINGS} more kinds; see fp4tune show --findings")
@@ -213,11 +279,10 @@ def print_stored(place: Path, every_finding: bool) -> None:
         mine = [c for c in stored.choices if (c.arch, c.gpu, c.profile) == (arch, gpu, profile)]
         print_choices(out, mine, candidates)
         print_backends(out, candidates)
+        print_bounds(out, mine)
     if every_finding:
         for finding in found:
-            name = f"{finding.backend} {finding.tactic}"
-            where = f"{finding.kind}, {finding.regime}, {finding.data} data"
-            out.print(f"{escape(name)}: {where}: {escape(describe(finding))}")
+            print_finding(out, finding)
     else:
         print_findings(out, found)
     _print_reasons(out, "Cannot run here", stored.meta.get("unsupported", {}))
@@ -241,7 +306,7 @@ def print_support(target: Target, rows: Iterable[dict]) -> None:
     out = console()
     title = f"Backends on {escape(target.name)} ({target.device.arch})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("backend", "status", "takes", "layout", "formats", "reason"):
+    for heading in ("backend", "status", "takes", "layout", "formats", "last probe", "reason"):
         table.add_column(heading)
     for row in rows:
         colour = {"supported": "green", "broken": "red"}.get(row["status"], "yellow")
@@ -252,6 +317,7 @@ def print_support(target: Target, rows: Iterable[dict]) -> None:
             takes,
             row.get("layout", ""),
             " ".join(row.get("formats", ())),
+            escape(row["last"] or ""),
             escape(row.get("reason") or ""),
         )
     out.print(table)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..probes.census import REGIME as CENSUS
 from ..probes.data import FAMILIES, Condition
-from .profiles import Profile
+from .bounds import EXACT, Aim, Bound, short
+from .profiles import LEFT_OUT, Profile
+
+__all__ = [
+    "EXACT",
+    "INCONCLUSIVE",
+    "SAFE",
+    "UNSAFE",
+    "UNSUPPORTED",
+    "Doubt",
+    "Judgement",
+    "decide",
+]
 
 SAFE, UNSAFE, INCONCLUSIVE, UNSUPPORTED = "safe", "unsafe", "inconclusive", "unsupported"
-EXACT = "exact"
-"""The data name of exact problems, in every regime."""
 
 
 class Fact(Protocol):
@@ -48,8 +59,32 @@ class Judgement:
     problems: int = 0
 
 
-def decide(evidence: Iterable[Fact], profile: Profile) -> Judgement:
-    """Judge one (backend, tactic, bucket) by all evidence there is for it."""
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why a regime proves nothing in this run: one of its controls did not come out as it should.
+
+    A pass is worth nothing then; with `spoils`, what right kernels are flagged for, nor is a
+    failure.
+    """
+
+    reason: str
+    spoils: bool = False
+
+
+def decide(
+    evidence: Iterable[Fact],
+    profile: Profile,
+    bounds: Mapping[str, Bound] | None = None,
+    aim: Aim | None = None,
+    left_out: Collection[str] = (),
+    doubts: Mapping[str, Doubt] | None = None,
+) -> Judgement:
+    """Judge one (backend, tactic, bucket) by all evidence there is for it.
+
+    With an `aim`, every required regime that passed must also bound the failure rate of the
+    compiled kernel that far: `bounds` are that kernel's, by regime. A required regime without
+    evidence that was `left_out` on purpose is a condition, and not an open question.
+    """
     facts = list(evidence)
     conditions: list[Condition] = []
     unsafe: list[str] = []
@@ -71,14 +106,27 @@ def decide(evidence: Iterable[Fact], profile: Profile) -> Judgement:
         mine = [f for f in facts if f.regime == regime and f.data == EXACT]
         statuses = {f.status for f in mine}
         required = regime in profile.required
+        doubt = (doubts or {}).get(regime)
+        if doubt and statuses - {"not applicable"} and (doubt.spoils or "failed" not in statuses):
+            if not required and regime in profile.conditions:
+                conditions.append(profile.conditions[regime])
+            else:
+                open_.append(f"{regime}: control: {doubt.reason}")
+            continue
         if not required and regime in profile.conditions:
             # Not proven under these launch conditions, so the engine must not make them.
             if statuses - {"passed", "not applicable"}:
                 conditions.append(profile.conditions[regime])
         elif "failed" in statuses:
             unsafe.append(f"{regime}: failed")
+        elif required and not statuses and regime in left_out:
+            conditions.append(LEFT_OUT)
         elif required and statuses != {"passed"} and statuses != {"not applicable"}:
             open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
+        elif required and aim and statuses == {"passed"}:
+            missed = short(regime, (bounds or {}).get(regime), aim)
+            if missed:
+                open_.append(missed)
 
     launches, problems = _fewest(facts)
     if not launches:
@@ -96,7 +144,8 @@ def _fewest(facts: Sequence[Fact]) -> tuple[int, int]:
     """Launches and different problems behind the regime that passed on the fewest of each."""
     launches, problems = Counter[str](), Counter[str]()
     for fact in facts:
-        if fact.status == "passed" and fact.data == EXACT:
+        # A census checks no launch: it can only fail a verdict.
+        if fact.status == "passed" and fact.data == EXACT and fact.regime != CENSUS:
             launches[fact.regime] += fact.launches
             problems[fact.regime] += fact.problems
     return min(launches.values(), default=0), min(problems.values(), default=0)

@@ -2,7 +2,6 @@
 
     python benchmarks/audit_flashinfer.py build FOLDER --site 0.6.4=SITE --site 0.7.2.post1=SITE
     python benchmarks/audit_flashinfer.py audit FOLDER --site ... --out RESULT.json
-    python benchmarks/audit_flashinfer.py large FOLDER/UNIT.o --gigabytes 1
 
 SITE is a folder that holds the package `flashinfer`: an environment's site-packages or an unpacked
 wheel. No GPU is needed. One unit takes one to four minutes and 6 GB, so they are built one by one.
@@ -17,18 +16,16 @@ import os
 import platform
 import resource
 import shutil
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-from fp4tune.cache import codedigest, elf
+from fp4tune.cache import codedigest
 from fp4tune.probes import audit
-from fp4tune.probes.audit import disassemble, judge, sources
+from fp4tune.probes.audit import judge, sources
 
 UNIT = "fp4_gemm_cutlass___nv_bfloat16_128_128_128"
 MEMORY = 12 << 30
@@ -91,59 +88,6 @@ def audited(folder: Path) -> list[dict]:
     return rows
 
 
-def large(unit: Path, gigabytes: float, distinct: int) -> dict:
-    """Audit a shared object of that size, made of copies of one unit's cubin of which `distinct`
-    differ by one machine word each; the rest repeat them, as in a library of many instances."""
-    with tempfile.TemporaryDirectory(prefix="fp4tune-") as scratch:
-        library = Path(scratch, "large.so")
-        _library(unit, int(gigabytes * (1 << 30)), distinct, library)
-        size = library.stat().st_size
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.monotonic()
-        code = disassemble.examine(library)
-        wall = time.monotonic() - start
-    return {
-        "bytes": size,
-        "kernels": len(code.kernels),
-        "problem": code.problem,
-        "wall_seconds": round(wall, 1),
-        "tool_seconds_summed": round(code.tool_seconds, 1),
-        "beyond_tools_seconds_at_most": round(
-            wall - code.tool_seconds / max(1, len(os.sched_getaffinity(0))), 1
-        ),
-        "own_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        "own_peak_before_mib": before >> 10,
-        "largest_tool_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10,
-    }
-
-
-def _library(unit: Path, size: int, distinct: int, to: Path) -> None:
-    folder = to.parent
-    with codedigest.extracted(unit) as (cubin, *_):
-        data = bytearray(Path(cubin).read_bytes())
-    text = next(elf.parse(bytes(data)).named(".text."))
-    places = []
-    for number in range(distinct):
-        # A number in the unused operand of the NOP that pads the end of the code.
-        struct.pack_into("<I", data, text.offset + text.size - 12, number)
-        image = folder / f"{number}.cubin"
-        image.write_bytes(data)
-        fatbin = folder / f"{number}.fatbin"
-        command = ["fatbinary", f"--create={fatbin}", "-64", "--compress=false"]
-        subprocess.run(
-            [*command, f"--image3=kind=elf,sm=120,file={image}"], check=True, capture_output=True
-        )
-        image.unlink()
-        places.append(fatbin)
-    each = places[0].stat().st_size
-    lines = ['.section .nv_fatbin, "a"', ".align 8"]
-    for number in range(size // each):
-        lines += [f'.incbin "{places[number % distinct]}"', ".align 8"]
-    source = folder / "large.s"
-    source.write_text("\n".join([*lines, ""]))
-    subprocess.run(["cc", "-shared", "-nostdlib", "-o", to, source], check=True)
-
-
 def machine() -> dict:
     """What was used, without the machine's name."""
     tool = codedigest.disassembler("nvdisasm") or "nvdisasm"
@@ -169,15 +113,7 @@ def main() -> None:
     two.add_argument("folder", type=Path)
     two.add_argument("--site", action="append", default=[], metavar="VERSION=FOLDER")
     two.add_argument("--out", type=Path)
-    three = commands.add_parser("large")
-    three.add_argument("unit", type=Path)
-    three.add_argument("--gigabytes", type=float, default=1.0)
-    three.add_argument("--distinct", type=int, default=40)
-    three.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    if asked.command == "large":
-        _keep(asked.out, {"large": large(asked.unit, asked.gigabytes, asked.distinct)})
-        return
     sites = {v: Path(f) for v, _, f in (pair.partition("=") for pair in asked.site)}
     if asked.command == "build":
         build(asked.folder, sites)

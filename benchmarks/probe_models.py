@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--profile", default="strict")
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--seed", default="1")
-    parser.add_argument("--max-m", default="4096")
+    parser.add_argument("--max-m", default="2048")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     presets = options.preset or ["llama-3.1-8b", "qwen3-8b"]
@@ -117,6 +117,12 @@ def main() -> None:
     rows = compare(report["candidates"], "triton-w4a16")
     (options.out / "probe.json").write_text(json.dumps({"about": about, **report}, indent=1))
     (options.out / "compare.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    steps: dict[str, float] = {}
+    for spent in report["spent"]:
+        name = spent["step"] if spent["backend"] is None else f"{spent['step']}: {spent['backend']}"
+        steps[name] = steps.get(name, 0.0) + spent["seconds"]
+    for name, seconds in sorted(steps.items(), key=lambda step: -step[1])[:30]:
+        print(f"{seconds:7.1f} s  {name}")
     (options.out / "tables.txt").write_text(f"{json.dumps(about, indent=1)}\n{tables}")
     print(json.dumps(about, indent=1))
     for row in rows:

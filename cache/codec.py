@@ -12,8 +12,8 @@ from .rows import BucketKey
 
 BUCKET = tuple(f.name for f in dataclasses.fields(BucketKey))
 
-_JSON = {"facts", "detail", "problem", "condition", "device", "versions"}
-_JSON_TUPLE = {"conditions", "reasons", "argv"}
+_JSON = {"facts", "detail", "problem", "condition", "device", "versions", "bounds"}
+_JSON_TUPLE = {"conditions", "reasons", "argv", "evidence"}
 _WIDE = {"seed"}
 """Unsigned 64-bit numbers: SQLite's integers are signed, so these are stored as text."""
 

@@ -144,6 +144,15 @@ def kernel_words(data: memoryview, parsed: elf.Elf) -> list[str]:
     return [_hash(data, section) for section in parsed.named(".text.") if section.size]
 
 
+def words_by_kernel(data: memoryview, parsed: elf.Elf) -> dict[str, str]:
+    """The same hashes by the kernel's (mangled) name."""
+    return {
+        section.name.removeprefix(".text."): _hash(data, section)
+        for section in parsed.named(".text.")
+        if section.size
+    }
+
+
 def _hash(data: memoryview, section: elf.Section) -> str:
     return hashlib.sha256(data[section.offset : section.offset + section.size]).hexdigest()
 

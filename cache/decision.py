@@ -15,13 +15,15 @@ class Decision:
     """Which backend to call, and how sure that is. Immutable.
 
     status            ``safe``: proven here (under `conditions`); ``unproven``: no evidence;
-                      ``stale``: there was, and a file it rests on has changed since
+                      ``stale``: there was, and a file it rests on has changed since;
+                      ``quarantined``: it failed in production, and nothing else is proven
     backend, tactic   what to call; the fallback unless the status is ``safe``
     recorded_backend, what the file names for this bucket, whatever became of it; None without one
     recorded_tactic
     median_us         measured time per call, None if unknown
     m_lo, m_hi        the bucket, both included
-    reason            one sentence for a status other than ``safe``, else empty
+    bounds            regime -> launches, problems, failures and upper bound of the failure rate
+    reason            one sentence where this is not what the file names, else empty
 
     Not a dataclass: importing `dataclasses` takes longer than all the rest of the reader.
     """
@@ -41,6 +43,7 @@ class Decision:
         "recorded_backend",
         "recorded_tactic",
         "default_backend",
+        "bounds",
         "generation",
         "reason",
     )
@@ -58,6 +61,7 @@ class Decision:
     recorded_backend: str | None
     recorded_tactic: str | None
     default_backend: str | None
+    bounds: dict[str, Any]
     generation: int
     reason: str
 
@@ -75,6 +79,10 @@ class Decision:
 
     def _values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
+
+    def changed(self, **values: Any) -> Decision:
+        """The same with other values."""
+        return Decision(**{**self._values(), **values})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Decision) and self._values() == other._values()
@@ -102,6 +110,7 @@ def unproven(generation: int, reason: str) -> Decision:
         conditions=(),
         launches=0,
         problems=0,
+        bounds={},
         generation=generation,
         reason=reason,
     )

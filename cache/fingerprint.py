@@ -19,7 +19,7 @@ from .codedigest import CodeDigest
 from .hardware import IDENTITY, hardware
 from .rows import Environment, Stamp
 
-__all__ = ["environment", "hardware", "stamp", "variables"]
+__all__ = ["content", "environment", "hardware", "of", "stamp", "variables"]
 
 COMMON = (
     "CUDA_LAUNCH_BLOCKING",
@@ -121,8 +121,8 @@ def environment(
         "extra": dict(extra or {}),
     }
     if value is None:
-        facts["files"] = sorted(_content(path) for path in paths)
-    print_ = hashlib.sha256(canonical(facts).encode()).hexdigest()
+        facts["files"] = sorted(content(path) for path in paths)
+    print_ = of(facts)
     if isinstance(code, CodeDigest):
         facts["code_kernels"], facts["code_how"] = code.kernels, code.how
     return Environment(print_, backend, where, facts, tuple(stamp(path) for path in paths))
@@ -131,7 +131,18 @@ def environment(
 _concerning = variables
 
 
-def _content(path: str) -> str:
+_ASIDE = ("code_kernels", "code_how")
+"""Facts that say how the code digest came about, and are no part of the print."""
+
+
+def of(facts: Mapping[str, Any]) -> str:
+    """The fingerprint that stands for an environment's `facts`."""
+    known = {key: value for key, value in facts.items() if key not in _ASIDE}
+    return hashlib.sha256(canonical(known).encode()).hexdigest()
+
+
+def content(path: str) -> str:
+    """SHA-256 of a file's bytes. Raises OSError."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from . import codec, opening, state
 from .errors import StateError, translate
 from .rows import (
+    Audit,
     Build,
     Environment,
     Evidence,
@@ -39,10 +40,11 @@ TABLES: dict[type, str] = {
     Timing: "timing",
     Verdict: "verdict",
     Build: "build",
+    Audit: "audit",
 }
 
 Row = TypeVar("Row", Evidence, Finding, Timing, Verdict)
-Added = Evidence | Finding | Timing | Verdict | Build
+Added = Evidence | Finding | Timing | Verdict | Build | Audit
 
 
 class Ledger:
@@ -171,6 +173,9 @@ class Ledger:
     def add_build(self, row: Build) -> int:
         return self._add(row)
 
+    def add_audit(self, row: Audit) -> int:
+        return self._add(row)
+
     def add_all(self, rows: Iterable[Added]) -> list[int]:
         """Commit several rows as one: all of them or, on an error, none."""
         with self._transaction():
@@ -223,6 +228,12 @@ class Ledger:
         where, values = _where(run=run)
         rows = self._select(f"SELECT * FROM build{where} ORDER BY id", values)
         return [codec.decode(Build, dict(row)) for row in rows]
+
+    def audits(self, content: str | None = None) -> list[Audit]:
+        """Audits in the order they were made; with `content`, those of one file's bytes."""
+        where, values = (" WHERE content = ?", [content]) if content is not None else ("", [])
+        rows = self._select(f"SELECT * FROM audit{where} ORDER BY id", values)
+        return [codec.decode(Audit, dict(row)) for row in rows]
 
     # -- generations of choices.db; `publish` uses these
 

@@ -25,7 +25,9 @@ from .rows import Candidate, Choice, Environment, Layer
 
 KEEP = 32
 """How many generations keep their content in the ledger, to roll back to."""
-RESERVED = ("generation", "digest", "schema", "published", "fp4tune")
+LINKED = 8
+"""How many generations stay readable under their own names, for ranks that pinned them."""
+RESERVED = ("generation", "digest", "pages", "schema", "published", "fp4tune")
 
 
 def publish(
@@ -96,13 +98,17 @@ def _publish(ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: st
     with lock:
         _sweep(place)
         current = _settle(ledger, target)
-        number = ledger.reserve_generation(current.generation if current else 0, origin)
+        # Above those that are kept, too: a ledger may have been lost, and numbers only go up.
+        last = max([current.generation if current else 0, *state.generations(place)])
+        number = ledger.reserve_generation(last, origin)
         temporary = os.path.join(place, f".{state.CHOICES}.{secrets.token_hex(8)}")
         try:
             ledger.sync()  # the evidence is on the disk before the choice that rests on it
             digest = _build(temporary, tables, number)
             content = zlib.compress(json.dumps(tables).encode())
             ledger.set_generation(number, digest=digest, content=content)
+            if current:
+                _keep(target, current.generation)
             _replace(temporary, target)
         except BaseException as error:
             with contextlib.suppress(StateError):
@@ -112,6 +118,7 @@ def _publish(ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: st
             raise
         finally:
             _sweep(place)
+        _keep(target, number)
         # Published; should these fail, the next publication finds out from the file itself.
         with contextlib.suppress(StateError):
             ledger.set_generation(number, status="published")
@@ -157,13 +164,24 @@ def _build(path: str, tables: dict[str, list[dict[str, Any]]], generation: int) 
         for key, value in own.items():
             _insert(conn, "meta", {"key": key, "value": codec.canonical(value)})
         # Of what SQLite stored and not of what it was given: a column may turn 5 into 5.0.
+        stored = snapshot.read_tables(conn)
+        bodies = snapshot.pages(stored)
+        for name, body in bodies.items():
+            _insert(conn, "page", {"name": name, "body": body})
+        own_digest = snapshot.pages_digest(
+            {row["key"]: row["value"] for row in stored["meta"]},
+            [tuple(row.values()) for row in stored["stamp"]],
+            bodies,
+        )
+        _insert(conn, "meta", {"key": "pages", "value": codec.canonical(own_digest)})
         digest = snapshot.digest(snapshot.read_tables(conn))
         _insert(conn, "meta", {"key": "digest", "value": codec.canonical(digest)})
         # Unlike a copy or backup(), VACUUM INTO leaves no WAL mark in the header.
         conn.execute("VACUUM INTO ?", (path,))
     finally:
         conn.close()
-    if snapshot.load(path).digest != digest:
+    read = snapshot.load_pages(path)
+    if snapshot.load(path).digest != digest or len(read.names) != len(bodies) - 1:
         raise Corrupt(path, "what was written is not what is read back")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -191,6 +209,24 @@ def _replace(temporary: str, target: str) -> None:
         os.fsync(fd)  # the rename itself, too, survives a power cut
     finally:
         os.close(fd)
+
+
+def _keep(target: str, generation: int) -> None:
+    """Link the published file to a name of its own, and drop the oldest of those.
+
+    A rank that starts while a newer generation is published still finds the one its fellows have.
+    It is a convenience: where links cannot be made, such a rank says so and falls back.
+    """
+    place = os.path.dirname(target)
+    name = state.generation_file(place, generation)
+    with contextlib.suppress(OSError):
+        if os.path.exists(name) and not os.path.samefile(name, target):
+            os.unlink(name)  # of a history that was lost, and whose numbers came again
+        os.link(target, name)
+    kept = [number for number in state.generations(place) if number <= generation]
+    for number in set(state.generations(place)) - set(kept[-LINKED:]):
+        with contextlib.suppress(OSError):
+            os.unlink(state.generation_file(place, number))
 
 
 def _sweep(place: str) -> None:

@@ -1,10 +1,11 @@
 """How an engine reads the choice: a dictionary look-up that never raises.
 
 ``open()`` loads choices.db once; `Reader.choose` then takes under a microsecond and touches no
-file, except that an unpinned reader asks the file system once a second whether a newer generation
-is there. What no evidence covers is answered with status ``unproven`` and the fallback
-``torch-dequant``; what rests on a file that has changed since with ``stale`` and the same
-fallback. Standard library only, quick to import.
+file, except that once a second a reader asks the file system whether something was quarantined,
+and an unpinned one whether a newer generation is there. What no evidence covers is answered with
+status ``unproven`` and the fallback ``torch-dequant``; what rests on a file that has changed since
+with ``stale``, and what failed in production with its successor, or ``quarantined`` without one.
+Standard library only, quick to import.
 
 Shared between threads freely; a process that forks may go on using its reader on both sides.
 """
@@ -12,12 +13,11 @@ Shared between threads freely; a process that forks may go on using its reader o
 from __future__ import annotations
 
 import os
-import threading
 import time
-import weakref
-from bisect import bisect_left
+from _thread import allocate_lock
+from _weakref import ref
 
-from . import state
+from . import quarantine, snapshot, state
 from .decision import FALLBACK, Decision
 from .errors import Corrupt, Foreign, Missing, NewerSchema, StateError, translate
 from .view import View
@@ -26,10 +26,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["FALLBACK", "Decision", "Reader", "choose", "open"]
+    from .quarantine import Quarantine
+
+__all__ = ["FALLBACK", "Decision", "Reader", "choose", "open", "pin", "report_fault"]
 
 INTERVAL = 1.0
 """Seconds between two looks at the file."""
+VARIABLE = "FP4TUNE_GENERATION"
+"""The generation that readers pin, so that all ranks of a start have the same."""
 
 _monotonic = time.monotonic
 
@@ -38,7 +42,8 @@ class Reader:
     """A loaded choices.db. Made by `open`.
 
     `generation` is 0 while nothing could be loaded; `problem` is the last StateError met in
-    loading, None after a success. `pinned` readers keep their generation for good.
+    loading, None after a success. `pinned` readers keep their generation for good; quarantines
+    reach them all the same.
     """
 
     def __init__(
@@ -55,9 +60,12 @@ class Reader:
         self._defaults = (arch, gpu, profile)
         self._view = View(None, *self._defaults)
         self._seen: tuple[int, int, int] | None = None
+        self._spool: object = None
+        self._shared: list[Quarantine] = []
         self._due = 0.0
-        self._lock = threading.Lock()
-        _readers.add(self)
+        self._lock = allocate_lock()
+        _readers[:] = [one for one in _readers if one() is not None]
+        _readers.append(ref(self))
 
     @property
     def generation(self) -> int:
@@ -66,7 +74,7 @@ class Reader:
     @property
     def meta(self) -> dict[str, Any]:
         """What the publication says of itself: generation, digest, published, run and more."""
-        return dict(self._view.meta)
+        return self._view.meta
 
     def choose(
         self,
@@ -89,16 +97,14 @@ class Reader:
             self.refresh()
         view = self._view
         try:
-            highs, lows, decisions = view.tables[arch, layout][
-                n, k, format, activation, out_dtype, groups
-            ]
-            at = bisect_left(highs, m)
-            if lows[at] <= m:
-                return decisions[at]
+            return view.answers[m, n, k, format, activation, out_dtype, groups, arch, layout]
+        except Exception:
+            pass
+        try:
+            return view.find((m, n, k, format, activation, out_dtype, groups, arch, layout))
         except Exception:
             # Whatever was wrong with the question, the answer is the same: not proven.
-            pass
-        return view.unproven if arch is None else view.nothing(arch)
+            return view.unproven if arch is None else view.nothing(arch)
 
     def alternatives(
         self,
@@ -111,14 +117,16 @@ class Reader:
         groups: int = 1,
         arch: str | None = None,
     ) -> tuple[Decision, ...]:
-        """Every candidate that may be chosen here, best first: the successors of a quarantined
-        one. Empty where nothing is known. Never raises."""
-        view = self._view
+        """Every candidate that may be chosen here, best first, quarantined ones left out.
+
+        Empty where nothing is known. Never raises."""
+        if _monotonic() >= self._due:
+            self.refresh()
         try:
-            highs, lows, ranked = view.ranked[arch][n, k, format, activation, out_dtype, groups]
-            at = bisect_left(highs, m)
-            if lows[at] <= m:
-                return ranked[at]
+            layer = self._view.layer(arch, (format, activation, out_dtype, groups, n, k))
+            at = layer.at(m) if layer else None
+            if layer is not None and at is not None:
+                return tuple(one for one, _, entry in layer.ranked[at] if entry is None)
         except Exception:
             pass
         return ()
@@ -135,13 +143,24 @@ class Reader:
     ) -> str | None:
         """The weight layout to prepare this layer in, or None where none was chosen."""
         try:
-            return self._view.layouts[arch].get((n, k, format, activation, out_dtype, groups))
+            layer = self._view.layer(arch, (format, activation, out_dtype, groups, n, k))
+            return layer.layout if layer else None
         except Exception:
             return None
 
+    @property
+    def quarantines(self) -> tuple[Quarantine, ...]:
+        """What is quarantined, as this reader knows it."""
+        return self._view.quarantines
+
     def rows(self, table: str) -> list[dict[str, Any]]:
         """The rows of one table of the generation in use, for reports."""
-        return [dict(row) for row in self._view.rows.get(table, ())]
+        return self._view.rows(table)
+
+    def scope(self) -> tuple[str, str, str] | None:
+        """(arch, gpu, profile) that questions without `arch` are answered for; None where several
+        fit, or none."""
+        return self._view.scope()
 
     def refresh(self) -> None:
         """Load a newer generation if there is one; keep the old one if that fails. Never raises.
@@ -151,13 +170,13 @@ class Reader:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            self._due = float("inf") if self.pinned and self.generation else _monotonic() + INTERVAL
-            if self.pinned and self.generation:
-                return
-            path = self.path or _find()
-            stamp = state.file_stamp(path) if path else None
-            if path and stamp and stamp != self._seen:
-                self._load(path, stamp)
+            self._due = _monotonic() + INTERVAL
+            if not (self.pinned and self.generation):
+                path = self.path or _find()
+                stamp = state.file_stamp(path) if path else None
+                if path and stamp and stamp != self._seen:
+                    self._load(path, stamp)
+            self._look_at_quarantines()
         except StateError as error:
             self.problem = error
         except Exception as error:
@@ -166,11 +185,9 @@ class Reader:
             self._lock.release()
 
     def _load(self, path: str, stamp: tuple[int, int, int] | None) -> None:
-        from . import snapshot  # sqlite3, json and hashlib: when there is something to load
-
         try:
-            loaded = snapshot.load(path)
-            view = View(loaded, *self._defaults)
+            loaded = snapshot.load_pages(path)
+            view = View(loaded, *self._defaults, self._quarantined())
         except (Corrupt, Foreign, NewerSchema):
             self._seen = stamp  # reading the same file again would not help
             raise
@@ -179,29 +196,186 @@ class Reader:
         self._seen = stamp
         self.problem = None
 
+    def _look_at_quarantines(self) -> None:
+        folders = self.spools()
+        stamp = quarantine.stamp(folders)
+        if stamp != self._spool:
+            self._spool = stamp
+            self._shared, ignored = quarantine.read(folders)
+            for sentence in ignored:
+                _warn(sentence)
+            self._apply()
+
+    def _apply(self) -> None:
+        """Answer by the quarantines there are now; the next call of `choose` knows them."""
+        now = self._quarantined()
+        if now != self._view.quarantines:
+            self._view = View(self._view.loaded, *self._defaults, now)
+
+    def _learn(self) -> None:
+        """`_apply` at once, from whatever thread."""
+        # Not for ever: it may be this very thread that was interrupted while it held the lock.
+        if self._lock.acquire(timeout=1.0):
+            try:
+                self._apply()
+            finally:
+                self._lock.release()
+        else:
+            self._apply()
+
+    def _quarantined(self) -> tuple[Quarantine, ...]:
+        return tuple({q.id: q for q in (*self._shared, *_own)}.values())
+
+    def spools(self) -> list[str]:
+        """The directories this reader learns quarantines from."""
+        return quarantine.spools(os.path.dirname(os.path.abspath(self.path)) if self.path else None)
+
 
 def open(
     path: str | os.PathLike[str] | None = None,
     *,
     pin: bool = False,
+    generation: int | None = None,
     arch: str | None = None,
     gpu: str | None = None,
     profile: str | None = None,
 ) -> Reader:
     """Load choices.db: `path` (the file or its directory), else the first place that holds one.
 
-    `pin` keeps this generation whatever is published later: an engine's ranks must agree. `arch`
-    (``sm90``, ``cpu``), `gpu` (the model's name) and `profile` say whose choices to answer with
-    where the file has several. Raises StateError, one sentence: Missing, Corrupt, Foreign,
-    NewerSchema.
+    `pin` keeps this generation whatever is published later: an engine's ranks must agree.
+    `generation` says which, and pins it; a pinned reader takes it from FP4TUNE_GENERATION where
+    that is set. `arch` (``sm90``, ``cpu``), `gpu` (the model's name) and `profile` say whose
+    choices to answer with where the file has several. Raises StateError, one sentence: Missing,
+    Corrupt, Foreign, NewerSchema.
     """
     place = _file(path) if path is not None else _find()
     if place is None:
         raise Missing("choices.db", "nothing was published yet in any place readers look")
-    reader = Reader(place, pin, arch, gpu, profile)
+    if pin and generation is None:
+        generation = _named_generation()
+    reader = Reader(place, pin or generation is not None, arch, gpu, profile)
     reader._load(place, state.file_stamp(place))
-    reader._due = float("inf") if pin else _monotonic() + INTERVAL
+    if generation is not None and reader.generation != generation:
+        kept = state.generation_file(os.path.dirname(place) or ".", generation)
+        if not os.path.exists(kept):
+            raise Missing(
+                kept, f"generation {generation} is not kept here; {reader.generation} is published"
+            )
+        reader._load(kept, state.file_stamp(kept))
+    reader._look_at_quarantines()
+    reader._due = _monotonic() + INTERVAL
     return reader
+
+
+def pin(
+    path: str | os.PathLike[str] | None = None, *, generation: int | None = None, **scope: str
+) -> Reader:
+    """`open`, pinned, for the first process of an engine: every process it starts gets the same.
+
+    It leaves the number in FP4TUNE_GENERATION, which child processes inherit. Raises as `open`.
+    """
+    reader = open(path, pin=True, generation=generation, **scope)
+    os.environ[VARIABLE] = str(reader.generation)
+    return reader
+
+
+def _named_generation() -> int | None:
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise Missing("choices.db", f"{VARIABLE} is {text[:40]!r}, which is no generation")
+    return int(text)
+
+
+class Reported:
+    """What became of a reported fault: the `quarantine`, and the spool it is `shared` through.
+
+    `shared` is None where no spool could be written: then only this process knows, and forgets it
+    when it ends.
+    """
+
+    __slots__ = ("quarantine", "shared")
+
+    def __init__(self, entry: Quarantine, shared: str | None) -> None:
+        self.quarantine = entry
+        self.shared = shared
+
+
+def report_fault(
+    backend: str,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    tactic: str | None = None,
+    scope: str = "backend",
+    format: str = "nvfp4",
+    activation: str = "bf16",
+    out_dtype: str = "bf16",
+    groups: int = 1,
+    reason: object = "",
+    state_dir: str | os.PathLike[str] | None = None,
+) -> Reported:
+    """Quarantine a backend that gave a wrong result, raised or hung in production.
+
+    From its return on every reader of this process chooses the next safe one; those of other
+    processes within a second or two, through the spool beside choices.db or FP4TUNE_SPOOL. Weights
+    already prepared in another layout, and captured CUDA graphs, go on as they are until the engine
+    starts again. `scope` says how far it reaches: ``backend`` (everywhere, the default: a fault
+    seen once is a fault of compiled code), ``layer`` (this n and k) or ``bucket``. `tactic` limits
+    it to one. It holds for the environment the backend has now, until it is lifted.
+
+    Where nothing can be written it holds in this process only; `Reported.shared` and a warning say
+    so. Raises ValueError, one sentence, for arguments that cannot be a fault; nothing else.
+    """
+    global _own
+    readers = [r for r in _living() if r.generation]
+    places: list[str | None] = [os.fspath(state_dir)] if state_dir is not None else []
+    if not places:
+        paths = [r.path for r in reversed(readers) if r.path] or [_find()]
+        places = [os.path.dirname(os.path.abspath(path)) if path else None for path in paths]
+    seen = {
+        row["fingerprint"]
+        for reader in readers
+        for row in _rows_of(reader, backend, (format, activation, out_dtype, groups, n, k))
+    }
+    entry = quarantine.make(
+        backend, m, n, k, tactic=tactic, scope=scope, format=format, activation=activation,
+        out_dtype=out_dtype, groups=groups, reason=reason,
+        fingerprint=next(iter(seen)) if len(seen) == 1 else None,
+    )  # fmt: skip
+    with _own_lock:
+        _own = (*_own, entry)
+    for reader in _living():
+        reader._learn()
+    shared: str | None = None
+    problem = "there is no state directory"
+    for place in dict.fromkeys(places):
+        for folder in quarantine.spools(place):
+            try:
+                path = quarantine.write(entry, folder)
+                shared = shared or path
+                break
+            except StateError as error:
+                problem = str(error)
+    if shared is None:
+        _warn(f"{entry.where()} is quarantined in this process only: {problem}")
+    return Reported(entry, shared)
+
+
+def _living() -> list[Reader]:
+    return [reader for one in list(_readers) if (reader := one()) is not None]
+
+
+def _rows_of(reader: Reader, backend: str, shape: tuple[Any, ...]) -> list[dict[str, Any]]:
+    loaded = reader._view.loaded
+    scope = reader.scope()
+    if loaded is None or scope is None:
+        return []
+    page = loaded.layer((*scope, *shape)) or {"candidate": []}
+    rows = [row for row in page["candidate"] if row["backend"] == backend]
+    return rows or [row for row in loaded.rows("candidate") if row["backend"] == backend]
 
 
 def choose(
@@ -237,12 +411,23 @@ def _file(path: str | os.PathLike[str]) -> str:
     return os.path.join(plain, state.CHOICES) if os.path.isdir(plain) else plain
 
 
+def _warn(sentence: str) -> None:
+    import logging  # slow to import, and seldom needed
+
+    logging.getLogger("fp4tune").warning("%s", sentence)
+
+
 def _after_fork() -> None:
     # A thread that held a lock does not exist in the child, and would hold it for ever.
-    for reader in list(_readers):
-        reader._lock = threading.Lock()
+    global _own_lock
+    _own_lock = allocate_lock()
+    for reader in _living():
+        reader._lock = allocate_lock()
 
 
-_readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+_readers: list[ref[Reader]] = []
 _shared: Reader | None = None
+_own: tuple[Quarantine, ...] = ()
+"""What this process itself quarantined."""
+_own_lock = allocate_lock()
 os.register_at_fork(after_in_child=_after_fork)

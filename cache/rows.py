@@ -16,6 +16,7 @@ Json = Any
 EVIDENCE = ("passed", "failed", "not exercised", "not applicable", "skipped")
 VERDICTS = ("safe", "unsafe", "unsupported", "inconclusive")
 CHOICES = ("safe", "floor", "none")
+AUDITS = ("flagged", "clean", "unknown")
 RUNS = ("running", "finished", "failed", "interrupted")
 
 
@@ -168,6 +169,8 @@ class Verdict:
     status: str
     conditions: tuple[Json, ...] = ()
     reasons: tuple[str, ...] = ()
+    bounds: Mapping[str, Json] = field(default_factory=dict)
+    """By regime: launches, problems, failures, and the upper bound of the failure rate."""
     at: float | None = None
     id: int | None = None
 
@@ -185,6 +188,32 @@ class Build:
     detail: Mapping[str, Json] = field(default_factory=dict)
     at: float | None = None
     id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What static inspection said of one compiled module; it belongs to no run.
+
+    `content` identifies the file's bytes and what it was judged by, `digest` its machine code (as
+    `codedigest` has it). `sm` is the SM that was asked about, None for all there is code for.
+    """
+
+    content: str | None
+    module: str
+    path: str | None
+    sm: int | None
+    verdict: str
+    authority: str
+    pdl: str
+    backend: str | None = None
+    digest: str | None = None
+    remedy: str | None = None
+    evidence: tuple[str, ...] = ()
+    at: float | None = None
+    id: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.verdict, AUDITS, "audit verdict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +239,7 @@ class Choice:
     problems: int = 0
     fingerprint: str | None = None
     default_backend: str | None = None
+    bounds: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _one_of(self.status, CHOICES, "choice status")
@@ -241,6 +271,8 @@ class Candidate:
     conditions: tuple[Json, ...] = ()
     reasons: tuple[str, ...] = ()
     fingerprint: str | None = None
+    bounds: Mapping[str, Json] = field(default_factory=dict)
+    """Of its compiled kernel, by regime: launches, problems, failures, and the upper bound."""
 
     def __post_init__(self) -> None:
         _one_of(self.verdict, VERDICTS, "verdict")

@@ -77,7 +77,22 @@ def _first(db: Database) -> None:
         db.conn.execute(statement)
 
 
-MIGRATIONS = (_first,)
+def _bounds(db: Database) -> None:
+    db.conn.execute("ALTER TABLE verdict ADD COLUMN bounds TEXT NOT NULL DEFAULT '{}'")
+
+
+def _audits(db: Database) -> None:
+    db.conn.execute(
+        """CREATE TABLE audit (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, content TEXT, module TEXT NOT NULL, path TEXT,
+        sm INTEGER, verdict TEXT NOT NULL CHECK (verdict IN ('flagged', 'clean', 'unknown')),
+        authority TEXT NOT NULL, pdl TEXT NOT NULL, backend TEXT, digest TEXT, remedy TEXT,
+        evidence TEXT NOT NULL, at REAL NOT NULL)"""
+    )
+    db.conn.execute("CREATE INDEX audit_by_content ON audit (content)")
+
+
+MIGRATIONS = (_first, _bounds, _audits)
 
 VERSION = len(MIGRATIONS)
 """Kept in the file as its user_version."""

@@ -8,15 +8,14 @@ order or the layout SQLite gave them.
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 
 from . import sqlitefile
-from .errors import Corrupt, translate
+from .errors import Corrupt, StateError, translate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
 APPLICATION_ID = 0x46503443
@@ -39,20 +38,28 @@ SCHEMA = (
     f"CREATE TABLE choice ({_SCOPE}, {_SHAPE}, {_RANGE}, {_TAKEN}, status TEXT NOT NULL, "
     "conditions TEXT NOT NULL, median_us REAL, launches INTEGER NOT NULL, "
     "problems INTEGER NOT NULL, fingerprint TEXT, "
-    f"default_backend TEXT, PRIMARY KEY ({_KEY}, m_lo))",
+    "default_backend TEXT, bounds TEXT NOT NULL DEFAULT '{}', "
+    f"PRIMARY KEY ({_KEY}, m_lo))",
     f"CREATE TABLE candidate ({_SCOPE}, {_SHAPE}, {_RANGE}, {_TAKEN}, verdict TEXT NOT NULL, "
     "rank INTEGER, median_us REAL, lo_us REAL, hi_us REAL, launches INTEGER NOT NULL, "
     "problems INTEGER NOT NULL, "
     "width INTEGER, conditions TEXT NOT NULL, reasons TEXT NOT NULL, fingerprint TEXT, "
+    "bounds TEXT NOT NULL DEFAULT '{}', "
     f"PRIMARY KEY ({_KEY}, m_lo, backend, tactic))",
     f"CREATE TABLE layer ({_SCOPE}, {_SHAPE}, n INTEGER NOT NULL, k INTEGER NOT NULL, "
     f"layout TEXT NOT NULL, expected_us REAL, PRIMARY KEY ({_KEY}))",
+    "CREATE TABLE page (name TEXT PRIMARY KEY, body TEXT NOT NULL)",
 )
 
 TABLES = ("meta", "environment", "stamp", "choice", "candidate", "layer")
 
-STRUCTURED = {"facts", "conditions", "reasons"}
+STRUCTURED = {"facts", "conditions", "reasons", "bounds"}
 """The columns that are JSON."""
+
+LAYER_KEY = tuple(_KEY.split(", "))
+"""What names a page: whose choice it is, and the layer."""
+ENVIRONMENT = "environment"
+"""The page that holds that table; it belongs to no layer."""
 
 
 class Snapshot:
@@ -84,6 +91,8 @@ def digest(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
     Raises ValueError or TypeError for a value no row of ours can hold (NaN, bytes).
     """
+    import json
+
     sha = hashlib.sha256()
     for table in TABLES:
         rows = (r for r in tables[table] if table != "meta" or r["key"] != "digest")
@@ -95,11 +104,151 @@ def digest(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return sha.hexdigest()
 
 
+class Pages:
+    """One generation as a reader loads it: `names` are the layers that have a page.
+
+    `stamps` are rows (fingerprint, path, inode, size, mtime_ns).
+    """
+
+    __slots__ = ("_bodies", "_environment", "_meta", "generation", "names", "stamps")
+
+    def __init__(
+        self,
+        meta: Mapping[str, str],
+        stamps: list[tuple[Any, ...]],
+        bodies: Mapping[str, str],
+    ) -> None:
+        self.generation = int(meta["generation"])
+        self.stamps = stamps
+        self._meta = meta
+        self._environment = bodies[ENVIRONMENT]
+        self._bodies = {_key(name): body for name, body in bodies.items() if name != ENVIRONMENT}
+        self.names = list(self._bodies)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the publication says of itself."""
+        import json
+
+        return {key: json.loads(value) for key, value in self._meta.items()}
+
+    def layer(self, name: tuple[Any, ...]) -> dict[str, list[dict[str, Any]]] | None:
+        """Tables ``choice``, ``candidate`` and ``layer`` of one layer; None where it has none."""
+        body = self._bodies.get(name)
+        if body is None:
+            return None
+        import json
+
+        page: dict[str, list[dict[str, Any]]] = json.loads(body)
+        return page
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """All rows of one table, decoded."""
+        if table == "meta":
+            return [{"key": key, "value": value} for key, value in self.meta.items()]
+        if table == "stamp":
+            names = ("fingerprint", "path", "inode", "size", "mtime_ns")
+            return [dict(zip(names, row, strict=True)) for row in self.stamps]
+        if table == ENVIRONMENT:
+            import json
+
+            rows: list[dict[str, Any]] = json.loads(self._environment)
+            return rows
+        return [row for name in self.names for row in (self.layer(name) or {}).get(table, ())]
+
+
+def pages(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """The rows of `tables` (JSON still as text) as pages, name to body, in a fixed order."""
+    layers: dict[str, dict[str, list[Any]]] = {}
+    for table in ("choice", "candidate", "layer"):
+        for row in tables[table]:
+            name = _name([row[column] for column in LAYER_KEY])
+            page = layers.setdefault(name, {"choice": [], "candidate": [], "layer": []})
+            page[table].append(_decoded(row))
+    bodies = {name: _compact(layers[name]) for name in sorted(layers)}
+    bodies[ENVIRONMENT] = _compact([_decoded(row) for row in tables[ENVIRONMENT]])
+    return bodies
+
+
+def pages_digest(
+    meta: Mapping[str, str], stamps: Iterable[tuple[Any, ...]], bodies: Mapping[str, str]
+) -> str:
+    """SHA-256 over what `load_pages` reads, the digests themselves left out."""
+    parts = [
+        f"{key}\t{value}" for key, value in sorted(meta.items()) if key not in ("digest", "pages")
+    ]
+    parts += [repr(row) for row in sorted(stamps)]
+    parts += [f"{name}\t{bodies[name]}" for name in sorted(bodies)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _name(key: Sequence[Any]) -> str:
+    name = "\t".join(map(str, key))
+    if _key(name) != tuple(key):
+        raise ValueError(f"{key!r} cannot name a layer: it has tabs, or numbers that are none")
+    return name
+
+
+def _key(name: str) -> tuple[Any, ...]:
+    parts = name.split("\t")
+    return (*parts[:6], *map(int, parts[6:]))
+
+
+def _compact(value: Any) -> str:
+    import json
+
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _decoded(row: Mapping[str, Any]) -> dict[str, Any]:
+    import json
+
+    return {key: json.loads(value) if key in STRUCTURED else value for key, value in row.items()}
+
+
+def load_pages(path: str) -> Pages:
+    """Read what a reader needs of choices.db, in one to two milliseconds; keeps no descriptor.
+
+    Raises as `load` does. A file of an earlier fp4tune, which has no pages, is read whole.
+    """
+    sqlitefile.inspect(path, APPLICATION_ID, VERSION, "choices database")
+    try:
+        conn = sqlite3.connect(sqlitefile.uri(path, "mode=ro&immutable=1"), uri=True)
+        try:
+            meta = dict(conn.execute("SELECT key, value FROM meta"))
+            own = meta.get("pages")
+            if own is None:
+                return _made_from(load(path))
+            stamps = conn.execute(
+                "SELECT fingerprint, path, inode, size, mtime_ns FROM stamp"
+            ).fetchall()
+            bodies = dict(conn.execute("SELECT name, body FROM page"))
+        finally:
+            conn.close()
+        if own != f'"{pages_digest(meta, stamps, bodies)}"':
+            raise Corrupt(path, "the choices database does not match its own digest")
+        return Pages(meta, stamps, bodies)
+    except Exception as error:
+        raise _said(error, path) from error
+
+
+def _made_from(loaded: Snapshot) -> Pages:
+    plain = {
+        table: [{k: _compact(v) if k in STRUCTURED else v for k, v in row.items()} for row in rows]
+        for table, rows in loaded.tables.items()
+    }
+    stamps = [tuple(row.values()) for row in loaded.tables["stamp"]]
+    meta = {key: _compact(value) for key, value in loaded.meta.items()}
+    return Pages(meta, stamps, pages(plain))
+
+
 def load(path: str) -> Snapshot:
     """Read a whole choices.db and keep no descriptor.
 
     Raises Missing, Foreign, NewerSchema or Corrupt; a file that loads is whole, to the last row.
     """
+    import json
+
     sqlitefile.inspect(path, APPLICATION_ID, VERSION, "choices database")
     try:
         conn = sqlite3.connect(sqlitefile.uri(path, "mode=ro&immutable=1"), uri=True)
@@ -114,11 +263,19 @@ def load(path: str) -> Snapshot:
             for column in STRUCTURED & row.keys():
                 row[column] = json.loads(row[column])
         return Snapshot(int(meta["generation"]), meta["digest"], meta, tables)
-    except sqlite3.DatabaseError as error:
+    except Exception as error:
+        raise _said(error, path) from error
+
+
+def _said(error: Exception, path: str) -> Exception:
+    """What `error` means for the file at `path`; itself where it is no fault of the file."""
+    if isinstance(error, StateError):
+        return error
+    if isinstance(error, sqlite3.DatabaseError):
         # The header was ours, so whatever SQLite stumbles over in the body is damage.
-        found = translate(error, path)
         if type(error) is sqlite3.OperationalError and "no such" not in str(error):
-            raise found from error
-        raise Corrupt(path, f"the choices database is damaged: {error}") from error
-    except (KeyError, ValueError, TypeError) as error:
-        raise Corrupt(path, "the choices database holds what fp4tune never writes") from error
+            return translate(error, path)
+        return Corrupt(path, f"the choices database is damaged: {error}")
+    if isinstance(error, (KeyError, ValueError, TypeError)):
+        return Corrupt(path, "the choices database holds what fp4tune never writes")
+    return error

@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from types import TracebackType
 
 from .errors import Busy, translate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import TracebackType
 
 LEDGER = "ledger.db"
 CHOICES = "choices.db"
@@ -52,10 +52,31 @@ def holding_places() -> list[str]:
     return [p for p in unique if os.path.isfile(os.path.join(p, CHOICES))]
 
 
+def generation_file(state_dir: str, generation: int) -> str:
+    """Where one generation stays readable after newer ones were published."""
+    return os.path.join(state_dir, f"choices-{generation}.db")
+
+
+def generations(state_dir: str) -> list[int]:
+    """The generations that are kept under names of their own, ascending."""
+    try:
+        names = os.listdir(state_dir)
+    except OSError:
+        return []
+    numbers = [name[8:-3] for name in names if name[:8] == "choices-" and name[-3:] == ".db"]
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
 def probe_lock(state_dir: str | os.PathLike[str], device: str) -> str:
     """The lock file that one probe of `device` (a GPU's UUID, or ``cpu``) holds at a time."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in device)
     return os.path.join(os.fspath(state_dir), f"probe-{safe}.lock")
+
+
+def build_lock(state_dir: str | os.PathLike[str], what: str) -> str:
+    """The lock file that one build of `what` (an architecture and a backend) holds at a time."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in what)
+    return os.path.join(os.fspath(state_dir), f"build-{safe}.lock")
 
 
 class exclusive:  # noqa: N801 - used as ``with exclusive(path):``

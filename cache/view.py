@@ -1,114 +1,217 @@
-"""A loaded generation, arranged for look-up. Built once per generation, never changed."""
+"""A loaded generation, arranged for look-up. Built once per generation and set of quarantines.
+
+A layer's rows are unpacked when it is first asked for, and every answer is kept under the very
+question: the second time, it is one dictionary look-up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
 
 from . import state
 from .decision import FALLBACK, TACTIC, Decision, unproven
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
-    from .snapshot import Snapshot
+    from .quarantine import Quarantine
+    from .snapshot import Pages
 
     Row = dict[str, Any]
-    Key = tuple[int, int, str, str, str, int]
-    Ladder = tuple[list[int], list[int], list[Any]]
-
 
 _UNCOVERED = "no evidence covers this problem here"
+_KEPT = 1 << 16
+"""Answers kept at most; past that they are forgotten, and found again as they are needed."""
+
+
+class Layer:
+    """One layer's buckets: m_hi ascending, m_lo, the choice, and every candidate best first.
+
+    chosen   decision and the quarantine it is under, or None where nothing was chosen
+    ranked   decision, weight layout and quarantine of every candidate that may be chosen
+    layout   the one to prepare the layer's weight in, where that was decided
+    """
+
+    __slots__ = ("chosen", "highs", "layout", "lows", "ranked")
+
+    def __init__(self) -> None:
+        self.highs: list[int] = []
+        self.lows: list[int] = []
+        self.chosen: list[tuple[Decision, Quarantine | None] | None] = []
+        self.ranked: list[list[tuple[Decision, str, Quarantine | None]]] = []
+        self.layout: str | None = None
+
+    def at(self, m: int) -> int | None:
+        at = bisect_left(self.highs, m)
+        return at if at < len(self.highs) and self.lows[at] <= m else None
 
 
 class View:
     """What `Reader.choose` looks into.
 
-    tables    (arch, layout) -> shape -> (m_hi ascending, m_lo, decisions); None stands for the
-              default arch, and for any layout
-    ranked    arch -> shape -> (m_hi ascending, m_lo, decisions of every candidate, best first)
-    layouts   arch -> shape -> the layer's weight layout
+    answers   a question's arguments -> its decision; filled by `find`
+    unproven  the answer where nothing is known
     """
 
-    __slots__ = ("generation", "layouts", "meta", "ranked", "rows", "tables", "unproven", "_mine")
+    __slots__ = (
+        "answers", "generation", "loaded", "quarantines", "unproven",
+        "_arch", "_changed", "_layers", "_mine",
+    )  # fmt: skip
 
     def __init__(
         self,
-        loaded: Snapshot | None,
+        loaded: Pages | None,
         arch: str | None = None,
         gpu: str | None = None,
         profile: str | None = None,
+        quarantines: Sequence[Quarantine] = (),
     ) -> None:
-        self.tables: dict[tuple[str | None, str | None], dict[Key, Ladder]] = {}
-        self.ranked: dict[str | None, dict[Key, Ladder]] = {}
-        self.layouts: dict[str | None, dict[Key, str]] = {}
-        self.rows: dict[str, list[Row]] = loaded.tables if loaded else {}
-        self.meta: Row = loaded.meta if loaded else {}
+        self.answers: dict[tuple[Any, ...], Decision] = {}
+        self.loaded = loaded
         self.generation = loaded.generation if loaded else 0
+        self.quarantines = tuple(quarantines)
         self._mine: dict[str, list[tuple[str, str]]] = {}
+        self._layers: dict[tuple[Any, ...], Layer | None] = {}
+        self._arch = arch
         if loaded is None:
+            self._changed: dict[str, str] = {}
             self.unproven = unproven(0, "no choices.db could be read")
             return
-        self.unproven = unproven(self.generation, _UNCOVERED)
-        changed = changed_files(loaded.tables["stamp"])
-        self._mine = mine = _scopes(loaded, gpu, profile)
-        for name, scopes in mine.items():
-            # Two GPU models or profiles of one arch: their choices differ, so none is the answer.
-            if len(scopes) == 1:
-                self._add(name, (name, *scopes[0]), changed)
-        if arch is None and len(mine) == 1:
-            arch = next(iter(mine))
-        for key, table in list(self.tables.items()):
-            if key[0] == arch:
-                self.tables[None, key[1]] = table
-        if arch in self.ranked:
-            self.ranked[None] = self.ranked[arch]
-            self.layouts[None] = self.layouts[arch]
-        else:
-            self.unproven = unproven(self.generation, _ambiguous(mine, arch))
+        self._changed = changed_files(loaded.stamps)
+        for name, model, under in sorted({page[:3] for page in loaded.names}):
+            if gpu in (None, model) and profile in (None, under):
+                self._mine.setdefault(name, []).append((model, under))
+        if arch is None and len(self._mine) == 1:
+            self._arch = next(iter(self._mine))
+        known = self._scope(None) is not None
+        self.unproven = unproven(
+            self.generation, _UNCOVERED if known else _ambiguous(self._mine, arch)
+        )
+
+    @property
+    def meta(self) -> Row:
+        return self.loaded.meta if self.loaded else {}
+
+    def rows(self, table: str) -> list[Row]:
+        return self.loaded.rows(table) if self.loaded else []
+
+    def scopes(self) -> list[tuple[str, str, str]]:
+        """(arch, gpu, profile) of every choice that can be asked for here."""
+        return [(arch, *pair) for arch, pairs in self._mine.items() for pair in pairs]
+
+    def scope(self) -> tuple[str, str, str] | None:
+        """The one that a question without `arch` is answered from; None where several fit."""
+        return self._scope(None)
+
+    def _scope(self, arch: str | None) -> tuple[str, str, str] | None:
+        name = self._arch if arch is None else arch
+        # Two GPU models or profiles of one arch: their choices differ, so none is the answer.
+        pairs = self._mine.get(name, ()) if isinstance(name, str) else ()
+        return (name, *pairs[0]) if name is not None and len(pairs) == 1 else None
+
+    def layer(self, arch: str | None, shape: tuple[Any, ...]) -> Layer | None:
+        """A layer by (format, activation, out_dtype, groups, n, k). Raises TypeError if it cannot
+        be one."""
+        scope = self._scope(arch)
+        if scope is None or self.loaded is None:
+            return None
+        name = (*scope, *shape)
+        if name not in self._layers:
+            page = self.loaded.layer(name)
+            self._layers[name] = self._unpacked(page) if page else None
+        return self._layers[name]
+
+    def find(self, question: tuple[Any, ...]) -> Decision:
+        """The decision for (m, n, k, format, activation, out_dtype, groups, arch, layout)."""
+        m, n, k, fmt, activation, out_dtype, groups, arch, layout = question
+        layer = self.layer(arch, (fmt, activation, out_dtype, groups, n, k))
+        at = layer.at(m) if layer else None
+        decision = None
+        if layer is not None and at is not None:
+            decision = self._taken(layer, at, layout)
+        if decision is None:
+            return self.unproven if arch is None else self.nothing(arch)
+        if type(m) is int:
+            if len(self.answers) >= _KEPT:
+                self.answers.clear()
+            self.answers[question] = decision
+        return decision
 
     def nothing(self, arch: object) -> Decision:
         """The answer to a question there is no row for."""
         if arch is None or self.generation == 0:
             return self.unproven
-        known = isinstance(arch, str) and arch in self.ranked
+        known = isinstance(arch, str) and self._scope(arch) is not None
         reason = _UNCOVERED if known else _ambiguous(self._mine, str(arch))
         return unproven(self.generation, reason)
 
-    def _add(self, arch: str, scope: tuple[str, str, str], changed: dict[str, str]) -> None:
-        def own(table: str) -> list[Row]:
-            rows = self.rows[table]
-            return [r for r in rows if (r["arch"], r["gpu"], r["profile"]) == scope]
-
-        candidates = sorted(
-            (c for c in own("candidate") if c["rank"] is not None and c["verdict"] == "safe"),
-            key=lambda c: (c["rank"], c["backend"], c["tactic"]),
+    def _taken(self, layer: Layer, at: int, layout: str | None) -> Decision | None:
+        """The choice of a bucket, or the successor of a quarantined one."""
+        ranked = layer.ranked[at]
+        if layout is None:
+            choice = layer.chosen[at]
+        else:
+            ranked = [one for one in ranked if one[1] == layout]
+            choice = (ranked[0][0], ranked[0][2]) if ranked else None
+        if choice is None:
+            return None
+        first, entry = choice
+        if entry is None:
+            return first
+        why = f"{entry.where()} is quarantined" + (f": {entry.reason}" if entry.reason else "")
+        for decision, _, other in ranked:
+            if other is None and decision.status == "safe":
+                return decision.changed(
+                    recorded_backend=first.recorded_backend,
+                    recorded_tactic=first.recorded_tactic,
+                    reason=why,
+                )
+        return first.changed(
+            backend=FALLBACK,
+            tactic=TACTIC,
+            layout=None,
+            median_us=None,
+            conditions=(),
+            status="quarantined",
+            reason=f"{why}; nothing else is proven here",
         )
-        proven = {(_shape(c), c["m_lo"], c["backend"], c["tactic"]) for c in candidates}
-        chosen = []
-        for row in own("choice"):
-            safe = row["status"] == "safe" or (
-                row["status"] == "floor"
-                and (_shape(row), row["m_lo"], row["backend"], row["tactic"]) in proven
+
+    def _unpacked(self, page: dict[str, list[Row]]) -> Layer:
+        layer = Layer()
+        layer.layout = next((row["layout"] for row in page["layer"]), None)
+        safe = [c for c in page["candidate"] if c["rank"] is not None and c["verdict"] == "safe"]
+        safe.sort(key=lambda c: (c["rank"], c["backend"], c["tactic"]))
+        ranked: dict[int, list[Row]] = {}
+        for row in safe:
+            ranked.setdefault(row["m_lo"], []).append(row)
+        choices = {row["m_lo"]: row for row in page["choice"]}
+        buckets = {row["m_lo"]: row["m_hi"] for row in (*safe, *page["choice"])}
+        for m_lo in sorted(buckets, key=lambda lo: buckets[lo]):
+            proven = {(c["backend"], c["tactic"]) for c in ranked.get(m_lo, ())}
+            choice = choices.get(m_lo)
+            layer.highs.append(buckets[m_lo])
+            layer.lows.append(m_lo)
+            layer.chosen.append(None if choice is None else self._chosen(choice, proven))
+            layer.ranked.append(
+                [
+                    (self._decision(c, True), c["layout"], self._quarantine(c))
+                    for c in ranked.get(m_lo, ())
+                ]
             )
-            chosen.append((row, self._decision(row, safe, changed)))
-        self.tables[arch, None] = _ladders(chosen)
+        return layer
 
-        judged = [(c, self._decision(c, True, changed)) for c in candidates]
-        every: dict[tuple[Any, ...], tuple[Row, list[Decision]]] = {}
-        first: dict[str, dict[tuple[Any, ...], tuple[Row, Decision]]] = {}
-        for row, decision in judged:
-            place = (_shape(row), row["m_lo"])
-            every.setdefault(place, (row, []))[1].append(decision)
-            first.setdefault(row["layout"], {}).setdefault(place, (row, decision))
-        self.ranked[arch] = _ladders((row, tuple(found)) for row, found in every.values())
-        for layout, best in first.items():
-            self.tables[arch, layout] = _ladders(best.values())
-        self.layouts[arch] = {_shape(row): row["layout"] for row in own("layer")}
+    def _chosen(self, row: Row, proven: set[tuple[str, str]]) -> tuple[Decision, Quarantine | None]:
+        floor = row["status"] == "floor" and (row["backend"], row["tactic"]) in proven
+        safe = floor or row["status"] == "safe"
+        return self._decision(row, safe), self._quarantine(row) if safe else None
 
-    def _decision(self, row: Row, safe: bool, changed: dict[str, str]) -> Decision:
-        file = changed.get(row["fingerprint"])
+    def _quarantine(self, row: Row) -> Quarantine | None:
+        return next((q for q in self.quarantines if q.covers(row)), None)
+
+    def _decision(self, row: Row, safe: bool) -> Decision:
+        file = self._changed.get(row["fingerprint"])
         if not safe:
             status, reason = "unproven", "no backend is proven for this bucket"
         elif file is not None:
@@ -130,21 +233,10 @@ class View:
             recorded_backend=row["backend"],
             recorded_tactic=row["tactic"],
             default_backend=row.get("default_backend"),
+            bounds=row.get("bounds") or {},
             generation=self.generation,
             reason=reason,
         )
-
-
-def _scopes(
-    loaded: Snapshot, gpu: str | None, profile: str | None
-) -> dict[str, list[tuple[str, str]]]:
-    """arch -> its (gpu, profile) pairs, of those asked for."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    rows = loaded.tables["choice"] + loaded.tables["candidate"]
-    for name, model, under in sorted({(r["arch"], r["gpu"], r["profile"]) for r in rows}):
-        if gpu in (None, model) and profile in (None, under):
-            found.setdefault(name, []).append((model, under))
-    return found
 
 
 def _ambiguous(mine: dict[str, list[tuple[str, str]]], arch: str | None) -> str:
@@ -158,35 +250,16 @@ def _ambiguous(mine: dict[str, list[tuple[str, str]]], arch: str | None) -> str:
     return f"choices of {arch} are there for {pairs}: say which gpu and profile"
 
 
-def _shape(row: Row) -> Key:
-    return (
-        row["n"],
-        row["k"],
-        row["format"],
-        row["activation"],
-        row["out_dtype"],
-        row["groups"],
-    )
+def changed_files(stamps: Iterable[tuple[Any, ...]]) -> dict[str, str]:
+    """Fingerprint -> a file of its evidence that is no longer what it was.
 
-
-def _ladders(rows: Iterable[tuple[Row, Any]]) -> dict[Key, Ladder]:
-    table: dict[Key, Ladder] = {}
-    for row, value in sorted(rows, key=lambda pair: pair[0]["m_hi"]):
-        highs, lows, values = table.setdefault(_shape(row), ([], [], []))
-        highs.append(row["m_hi"])
-        lows.append(row["m_lo"])
-        values.append(value)
-    return table
-
-
-def changed_files(stamps: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Fingerprint -> a file of its evidence that is no longer what it was."""
+    `stamps` are rows (fingerprint, path, inode, size, mtime_ns).
+    """
     changed: dict[str, str] = {}
     now: dict[str, tuple[int, int, int] | None] = {}
-    for row in stamps:
-        path = row["path"]
+    for fingerprint, path, *then in stamps:
         if path not in now:
             now[path] = state.file_stamp(path)
-        if now[path] != (row["inode"], row["size"], row["mtime_ns"]):
-            changed.setdefault(row["fingerprint"], path)
+        if now[path] != tuple(then):
+            changed.setdefault(fingerprint, path)
     return changed

@@ -9,7 +9,7 @@ import triton.language as tl
 def sweep(
     slots,  # int64 (slots, 5): address of out, lo, hi; m; n
     tiles,  # int32 (tiles, 3): slot, row of tile, column of tile
-    counts,  # int64 (slots, 5): wrong, unwritten, not finite, bad launches, last bad launch
+    counts,  # int64 (slots, 6): wrong, unwritten, not finite, bad launches, last and first of them
     witness,  # int64 (slots,): smallest (flat index << 16 | bits) of a wrong element
     bitmap,  # int32 (tiles,): wrong elements in that tile so far
     launch,  # int64 (1,): how many sweeps came before
@@ -61,11 +61,12 @@ def sweep(
         tl.store(out + index, tl.full((ROWS, TILE), poison, tl.int16), mask=inside)
     if wrong_total > 0:
         now = tl.load(launch) + 1
-        tl.atomic_add(counts + slot * 5, wrong_total)
-        tl.atomic_add(counts + slot * 5 + 1, unwritten_total)
-        tl.atomic_add(counts + slot * 5 + 2, not_finite_total)
+        tl.atomic_add(counts + slot * 6, wrong_total)
+        tl.atomic_add(counts + slot * 6 + 1, unwritten_total)
+        tl.atomic_add(counts + slot * 6 + 2, not_finite_total)
         # The first tile of this sweep to raise the mark counts the launch, the others do not.
-        if tl.atomic_max(counts + slot * 5 + 4, now) < now:
-            tl.atomic_add(counts + slot * 5 + 3, 1)
+        if tl.atomic_max(counts + slot * 6 + 4, now) < now:
+            tl.atomic_add(counts + slot * 6 + 3, 1)
+        tl.atomic_min(counts + slot * 6 + 5, now)
         tl.atomic_min(witness + slot, first)
         tl.atomic_add(bitmap + program, wrong_total.to(tl.int32))

@@ -52,6 +52,10 @@ class SlotReport:
     """(tile row, tile column, wrong elements) of every 128x128 tile that was ever wrong."""
     early: int = 0
     """Elements that were written while the kernel before still read what had been there."""
+    first: int = 0
+    """The sweep, from 1, that saw the first wrong element; 0 for none."""
+    stage: str = ""
+    """Which of several layers in a row this is the output of; empty for the one under test."""
 
     @property
     def clean(self) -> bool:
@@ -99,7 +103,8 @@ class Checker:
         self._first_tile = [0, *accumulate(tiles)][:-1]
         self._tiles = sum(tiles)
         size = len(self.slots)
-        self._counts = torch.zeros((size, 5), dtype=torch.int64, device=device)
+        self._counts = torch.zeros((size, 6), dtype=torch.int64, device=device)
+        self._counts[:, 5] = _NONE
         self._witness = torch.full((size,), _NONE, dtype=torch.int64, device=device)
         self._bitmap = torch.zeros(self._tiles, dtype=torch.int32, device=device)
         self._launch = torch.zeros(1, dtype=torch.int64, device=device)
@@ -151,6 +156,7 @@ class Checker:
             totals = torch.stack([wrong.sum(), unwritten.sum(), not_finite.sum()])
             self._counts[index, :3] += totals
             self._counts[index, 3] += 1
+            self._counts[index, 5] = min(int(self._counts[index, 5]), self.sweeps + 1)
             flat = int(wrong.flatten().nonzero()[0])
             packed = (flat << 16) | (int(bits.flatten()[flat]) & 0xFFFF)
             self._witness[index] = min(int(self._witness[index]), packed)
@@ -180,6 +186,7 @@ class Checker:
                 guard=guard,
                 witness=_unpack(packed, s),
                 tiles=tuple(tiles),
+                first=0 if count[5] == _NONE else count[5],
             )
             for s, count, guard, packed, tiles in zip(
                 self.slots, counts, guards, witness, marked, strict=True

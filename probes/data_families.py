@@ -6,6 +6,7 @@ only there is safe for weights that meet the condition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,8 @@ class Family:
     doc: str
     formats: tuple[str, ...] = ("nvfp4", "mxfp4")
     """The formats in which this data exists."""
+    dtypes: tuple[str, ...] = ("bf16", "fp16")
+    """The output dtypes in which it exists."""
     bounded_by: str | None = None
     """The family just inside `condition`: only where that passes is the condition known to hold."""
 
@@ -110,6 +113,14 @@ def _max_scales(problem: Problem, seed: int, device: Device) -> Operands:
         return _operands("max-scales", seed, a, weight)
     a16 = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
     return _operands("max-scales", seed, _activation(a16, problem), weight)
+
+
+def _overflow(problem: Problem, seed: int, device: Device) -> Operands:
+    """Outputs with a deviation near 65504: about a third of them are infinite in fp16."""
+    a, weight = _plain(problem, seed, device)
+    weight *= 2.0 ** round(math.log2(2.0**16 / (_WEIGHT_STD * problem.k**0.5)))
+    quantised = quantise(weight, FORMATS[problem.format])
+    return _operands("overflow", seed, _activation(a, problem), quantised)
 
 
 def _with_weight_scales(
@@ -196,6 +207,7 @@ _BLOCK_SCALE_RANGE = Condition(
     "block-scale-range",
     "block scales of non-zero blocks between 2^-24 and 2^8 (2^-10 and 2^4 for fp16)",
 )
+_FP16_RANGE = Condition("fp16-range", "no output passes 65504, the largest number in fp16")
 _NVFP4, _MXFP4 = ("nvfp4",), ("mxfp4",)
 
 FAMILIES: dict[str, Family] = {
@@ -242,6 +254,14 @@ FAMILIES: dict[str, Family] = {
             bounded_by="min-normal-scales",
         ),
         Family(
+            "overflow",
+            _overflow,
+            _FP16_RANGE,
+            "fp16 outputs around the largest number: a third of them rightly infinite",
+            dtypes=("fp16",),
+            bounded_by="realistic",
+        ),
+        Family(
             "alpha-small",
             _alpha_small,
             None,
@@ -275,22 +295,28 @@ FAMILIES: dict[str, Family] = {
 
 
 def families(problem: Problem) -> tuple[Family, ...]:
-    """The families that exist for a problem's format, those without a condition first."""
-    found = [f for f in FAMILIES.values() if problem.format in f.formats]
+    """The families that exist for a problem's format and dtype, those without a condition first."""
+    found = [
+        f
+        for f in FAMILIES.values()
+        if problem.format in f.formats and problem.out_dtype in f.dtypes
+    ]
     return tuple(sorted(found, key=lambda f: f.condition is not None))
 
 
 def draw(problem: Problem, family: str, seed: int, device: Device) -> Operands:
     """Operands of a family, the same bits on every device.
 
-    Raises ValueError for a family that is not known or does not exist in the problem's format, and
-    for groups.
+    Raises ValueError for a family that is not known or does not exist in the problem's format or
+    dtype, and for groups.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
     found = FAMILIES[family]
     if problem.format not in found.formats:
         raise ValueError(f"family {family} does not exist in {problem.format}")
+    if problem.out_dtype not in found.dtypes:
+        raise ValueError(f"family {family} does not exist with {problem.out_dtype} outputs")
     if problem.groups != 1:
         raise ValueError("families are drawn for one group")
     return found.draw(problem, seed, device)

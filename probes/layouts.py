@@ -6,10 +6,29 @@ are (rows, columns) uint8 with one column per block along k; interleaved ones ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch.nn.functional import pad
 
 LAYOUTS = ("linear", "128x4", "8x4")
+
+_padding: ContextVar[int] = ContextVar("padding", default=0)
+
+
+@contextmanager
+def padding(byte: int) -> Iterator[None]:
+    """Inside, layouts made without a `fill` of their own have `byte` in their padding, not 0.
+
+    For probing with poison there: whatever pads through this module needs not know.
+    """
+    before = _padding.set(byte)
+    try:
+        yield
+    finally:
+        _padding.reset(before)
 
 
 def padded(rows: int, cols: int, layout: str) -> tuple[int, int]:
@@ -37,14 +56,15 @@ def offsets(rows: int, cols: int, layout: str) -> torch.Tensor:
     raise ValueError(f"scale layout {layout!r} is not one of {', '.join(LAYOUTS)}")
 
 
-def _tiles(scales: torch.Tensor, layout: str, fill: int) -> torch.Tensor:
+def _tiles(scales: torch.Tensor, layout: str, fill: int | None) -> torch.Tensor:
+    fill = _padding.get() if fill is None else fill
     rows, cols = scales.shape
     all_rows, all_cols = padded(rows, cols, layout)
     return pad(scales, (0, all_cols - cols, 0, all_rows - rows), value=fill)
 
 
-def swizzle_128x4(scales: torch.Tensor, fill: int = 0) -> torch.Tensor:
-    """(rows, cols) scale bytes to the flat 128x4 layout; padding holds the byte `fill`."""
+def swizzle_128x4(scales: torch.Tensor, fill: int | None = None) -> torch.Tensor:
+    """(rows, cols) scale bytes to the flat 128x4 layout; padding holds `fill` (see `padding`)."""
     whole = _tiles(scales, "128x4", fill)
     return whole.reshape(-1, 4, 32, whole.shape[1] // 4, 4).permute(0, 3, 2, 1, 4).reshape(-1)
 
@@ -57,8 +77,8 @@ def unswizzle_128x4(flat: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return tiles.permute(0, 3, 2, 1, 4).reshape(all_rows, all_cols)[:rows, :cols].contiguous()
 
 
-def swizzle_8x4(scales: torch.Tensor, fill: int = 0) -> torch.Tensor:
-    """(rows, cols) scale bytes to the flat 8x4 layout; padding holds the byte `fill`."""
+def swizzle_8x4(scales: torch.Tensor, fill: int | None = None) -> torch.Tensor:
+    """(rows, cols) scale bytes to the flat 8x4 layout; padding holds `fill` (see `padding`)."""
     whole = _tiles(scales, "8x4", fill)
     return whole.reshape(-1, 8, whole.shape[1] // 4, 4).permute(0, 2, 1, 3).reshape(-1)
 
@@ -71,7 +91,7 @@ def unswizzle_8x4(flat: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return tiles.permute(0, 2, 1, 3).reshape(all_rows, all_cols)[:rows, :cols].contiguous()
 
 
-def swizzle(scales: torch.Tensor, layout: str, fill: int = 0) -> torch.Tensor:
+def swizzle(scales: torch.Tensor, layout: str, fill: int | None = None) -> torch.Tensor:
     """(rows, cols) scale bytes to a flat buffer in `layout`, one of `LAYOUTS`."""
     if layout == "linear":
         return scales.reshape(-1)
@@ -127,7 +147,7 @@ def unshuffle_matrix_a(codes: torch.Tensor, epilogue_tile_m: int = 128) -> torch
 
 
 def shuffle_matrix_sf_a(
-    scales: torch.Tensor, epilogue_tile_m: int = 128, fill: int = 0
+    scales: torch.Tensor, epilogue_tile_m: int = 128, fill: int | None = None
 ) -> torch.Tensor:
     """(rows, cols) linear scales to the flat buffer TRT-LLM's kernels read: shuffled, then 128x4.
 

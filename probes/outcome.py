@@ -48,6 +48,8 @@ class Outcome:
     proof: dict[str, Any] = field(default_factory=dict)
     errors: dict[int, dict[str, str]] = field(default_factory=dict)
     exempt: dict[int, str] = field(default_factory=dict)
+    graded: tuple[dict[str, Any], ...] = ()
+    """Findings about every item that are no faults, each with its `kind` and a `message`."""
 
 
 Regime = Callable[[Backend, Sequence[Case], Sequence[Launch], Budget], Outcome]
@@ -118,6 +120,21 @@ def outcome(
         seconds=seconds,
         not_exercised=missed,
         proof=proof or {},
+    )
+
+
+def together(parts: Sequence[Outcome]) -> Outcome:
+    """Several outcomes of one regime as one; `repeats` is the fewest behind any report."""
+    return Outcome(
+        repeats=min((part.repeats for part in parts if part.reports), default=0),
+        reports=tuple(report for part in parts for report in part.reports),
+        changed_inputs=max((part.changed_inputs for part in parts), default=0),
+        seconds=sum(part.seconds for part in parts),
+        not_exercised=next((p.not_exercised for p in parts if p.not_exercised), None),
+        proof={key: value for part in parts for key, value in part.proof.items()},
+        errors={item: error for part in parts for item, error in part.errors.items()},
+        exempt={item: why for part in parts for item, why in part.exempt.items()},
+        graded=tuple(found for part in parts for found in part.graded),
     )
 
 

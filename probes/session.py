@@ -7,21 +7,25 @@ range, with the m's to launch. Results are plain dictionaries, ready to be sent.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from . import replay as replaying
+from . import tilemap
 from .backends import Backend
 from .case import BackendRaised, Case, Launch, batches, bind, blame, case
+from .census import layer as counting
 from .checks import SlotReport
 from .data import WIDTHS, draw, exact
 from .problem import Device, Problem
 from .reference import alpha_of, expect, tile_error, tile_limit
-from .regimes import REGIMES, Budget, NotApplicable, Outcome
+from .regimes import COPIES, REGIMES, Budget, NotApplicable, Outcome
 from .seeds import derive
 from .timing import Timed, buffers, weight_copies
+from .windows import Windows, offsets
 
 WEIGHTS = 2
 """Different weights of a layer that a chain alternates between."""
@@ -59,29 +63,74 @@ class Layer:
         self.seed = seed
         self.memory = memory
         self.progress = progress
-        self._exact: dict[int, list[Case]] = {}
+        self._exact: dict[tuple[int, int], list[Case]] = {}
+        self._windows = Windows()
         self._timed: list[Timed] = []
+        self._seen: counting.Seen = {}
 
-    def cases(self, width: int) -> list[Case]:
-        """The exact cases of this width, drawn and prepared on first use."""
-        if width not in self._exact:
-            self._exact[width] = []
+    def cases(self, width: int, pool: int = 0) -> list[Case]:
+        """The exact cases of this width, drawn and prepared on first use.
+
+        Pool 0 is kept. Of the others, each with weights and rows of its own, one is kept at a time.
+        """
+        if (width, pool) not in self._exact:
+            for old in [key for key in self._exact if key[1] not in (0, pool)]:
+                del self._exact[old]
+            drawn = []
             for index in range(WEIGHTS):
-                seed = derive(self.seed, self.problem, "exact", width, index)
+                tag = (width, index) if pool == 0 else (width, index, pool)
+                seed = derive(self.seed, self.problem, "exact", *tag)
                 self.progress(f"drawing exact data of width {width}")
-                operands = exact(self.problem, width, seed, self.device.torch)
-                self._exact[width].append(case(self.backend, self.problem, operands))
-        return self._exact[width]
+                drawn.append(self._draw("exact", width, seed))
+            self._exact[width, pool] = drawn
+        return self._exact[width, pool]
 
-    def launches(self, items: Sequence[Item], cases: int, tag: object) -> list[Launch]:
-        """Every m of every item once, on a window of rows drawn from the seed."""
+    def _draw(self, data: str, width: int | None, seed: int) -> Case:
+        device = self.device.torch
+        if data == "exact":
+            operands = exact(self.problem, width or WIDTHS[0], seed, device)
+        else:
+            operands = draw(self.problem, data, seed, device)
+        return case(self.backend, self.problem, operands)
+
+    def case_of(self, data: str, width: int | None, seed: int, afresh: bool = False) -> Case:
+        """The case of this data and seed: one that is there, else drawn again."""
+        there = [] if afresh else [c for cases in self._exact.values() for c in cases]
+        for each in there:
+            found = each.operands
+            if (found.family, found.width, found.seed) == (data, width, seed):
+                return each
+        self.progress(f"drawing {data} data again")
+        return self._draw(data, width, seed)
+
+    def launches(
+        self, items: Sequence[Item], cases: int, tag: object, windows: int = 1
+    ) -> list[Launch]:
+        """Every m of every item on `windows` windows of rows drawn from the seed.
+
+        Those of one m share no row; fewer where the pool has no room for so many.
+        """
         rng = random.Random(derive(self.seed, self.problem, "windows", tag))
         found = []
         for index, item in enumerate(items):
             for m in item.ms:
-                offset = rng.randint(0, self.problem.m - m)
-                found.append(Launch(rng.randrange(cases), offset, m, item.tactic, index))
+                first = rng.randint(0, self.problem.m - m)
+                for offset in offsets(self.problem.m, m, windows, first):
+                    found.append(Launch(rng.randrange(cases), offset, m, item.tactic, index))
         return found
+
+    def _summaries(
+        self, regime: str, count: int, outcomes: Sequence[Outcome], cases: Sequence[Case]
+    ) -> list[Result]:
+        """`summarise` of items 0 to `count`, with the problems that are new in this regime."""
+        results = [summarise(index, outcomes, cases) for index in range(count)]
+        for outcome in outcomes:
+            for launch, report in outcome.reports:
+                key = regime, launch.tactic, launch.m, cases[launch.case].operands.seed
+                if self._windows.add(key, launch.offset, launch.m):
+                    results[launch.item]["problems"] += 1
+                    results[launch.item]["bad_problems"] += not report.clean
+        return results
 
     def grade(self, items: Sequence[Item]) -> list[Result]:
         """The width of each item: the largest whose exact problems come out bit for bit.
@@ -101,10 +150,12 @@ class Layer:
             launches = self.launches(graded, len(cases), ("grade", width))
             outcomes = self._run("serial", cases, launches, Budget(2, 2, 0.0))
             later = []
+            summaries = self._summaries("serial", len(pending), outcomes, cases)
             for place, index in enumerate(pending):
-                summary = summarise(place, outcomes, cases)
+                summary = summaries[place]
                 results[index]["launches"] += summary["launches"]
                 results[index]["problems"] = summary["problems"]
+                results[index].setdefault("example", summary.get("example"))
                 if "error" in summary or not summary["bad"]:
                     results[index].update(width=None if "error" in summary else width, bad=[])
                     if "error" in summary:
@@ -147,7 +198,7 @@ class Layer:
         drawn = case(self.backend, self.problem, draw(self.problem, name, seed, self.device.torch))
         launches = self.launches(items, 1, name)
         outcomes = self._run("serial", [drawn], launches, Budget(1, 1, 0.0))
-        results = [summarise(index, outcomes, [drawn]) for index in range(len(items))]
+        results = self._summaries("serial", len(items), outcomes, [drawn])
         missed = {
             index
             for index, result in enumerate(results)
@@ -181,23 +232,37 @@ class Layer:
                     found.append({**described, "kind": "wrong"})
         return found[:_MOST_BAD]
 
-    def regime(self, name: str, items: Sequence[Item], budget: Budget, turn: int = 0) -> Result:
-        """Run one regime on exact data of each item's width; items of one width share a chain."""
+    def regime(
+        self,
+        name: str,
+        items: Sequence[Item],
+        budget: Budget,
+        turn: int = 0,
+        windows: int = 1,
+    ) -> Result:
+        """Run one regime on exact data of each item's width; items of one width share a chain.
+
+        Each turn but the first draws weights and rows of its own, and `windows` of them for each m.
+        """
         results: list[Result] = [{} for _ in items]
         seconds = 0.0
         proof: list[dict[str, Any]] = []
         missed: list[str] = []
         for width in sorted({item.width for item in items}, reverse=True):
             chosen = [i for i, item in enumerate(items) if item.width == width]
-            cases = self.cases(width)
-            launches = self.launches([items[i] for i in chosen], len(cases), (name, width, turn))
+            cases = self.cases(width, turn)
+            mine = [items[i] for i in chosen]
+            launches = self.launches(mine, len(cases), (name, width, turn), windows)
             random.Random(derive(self.seed, name, width, turn)).shuffle(launches)
             outcomes = self._run(name, cases, launches, budget)
             changed = sum(o.changed_inputs for o in outcomes)
+            summaries = self._summaries(name, len(chosen), outcomes, cases)
             for place, index in enumerate(chosen):
-                results[index] = summarise(place, outcomes, cases)
+                results[index] = summaries[place]
                 if changed:
                     results[index]["changed_inputs"] = changed
+                if graded := [found for o in outcomes for found in o.graded]:
+                    results[index]["graded"] = graded
             seconds += sum(o.seconds for o in outcomes)
             proof.extend(o.proof for o in outcomes if o.proof)
             missed.extend(o.not_exercised for o in outcomes if o.not_exercised)
@@ -208,11 +273,27 @@ class Layer:
             "not_exercised": missed[0] if missed else None,
         }
 
+    def replay(
+        self, name: str, bad: Mapping[str, Any], budget: Budget, look: bool = True
+    ) -> Result:
+        """`replay.replay` of one failure of this layer, in the regime `name`."""
+        return replaying.replay(self, name, bad, budget, look)
+
+    def misses_tiles(self, cases: Sequence[Case], launch: Launch) -> bool:
+        """Whether one launch misses the tile error that a narrow accumulator is allowed."""
+        return not self._tile_error(cases, launch) <= tile_limit(self.problem.k)
+
+    def run(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+    ) -> list[Outcome]:
+        """Run one regime on launches of one's own making; see `_run`."""
+        return self._run(name, cases, launches, budget)
+
     def _run(
         self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
     ) -> list[Outcome]:
         """Run a regime in batches that fit in memory; where one raises, each item on its own."""
-        limit = self.memory // (4 if "streams" in name else 1)
+        limit = self.memory // COPIES.get(name, 1)
         split = batches(cases, launches, max(limit, 1))
         seconds = budget.seconds / max(1, len(split))
         share = Budget(budget.least, budget.most, seconds, lambda: self.progress(f"{name}: alive"))
@@ -229,7 +310,7 @@ class Layer:
                 if not any(o.errors for o in alone):
                     # Raised together and never alone: the conditions of the regime are the cause.
                     blamed = {"kind": "error", "message": sentence(error)}
-                    errors = {launch.item: blamed for launch in batch}
+                    errors = {x.item: {**_launched(x, cases), **blamed} for x in batch}
                     alone.append(Outcome(0, (), 0, 0.0, errors=errors))
                 outcomes.extend(alone)
         return outcomes
@@ -245,7 +326,8 @@ class Layer:
             except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
                 kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
-                errors = {launch.item: {"kind": kind, "message": sentence(error)}}
+                blamed = {"kind": kind, "message": sentence(error)}
+                errors = {launch.item: {**_launched(launch, cases), **blamed}}
                 outcomes.append(Outcome(0, (), 0, 0.0, errors=errors))
         return outcomes
 
@@ -269,6 +351,20 @@ class Layer:
         """One timing sample of each item, in microseconds per launch."""
         return [self._timed[index].sample() for index in indices]
 
+    @property
+    def timed(self) -> Sequence[Timed]:
+        """What is being timed, in the order of `open_timing`'s items."""
+        return self._timed
+
+    def census(self, items: Sequence[Item]) -> list[Result]:
+        """Which kernels each graded item launches, and what is wrong with that."""
+        results, self._seen = counting.checked(self, items)
+        return results
+
+    def census_timed(self) -> list[list[Result]]:
+        """What is wrong with the kernels of each item that is being timed."""
+        return counting.timed(self, self._seen)
+
     def close_timing(self) -> None:
         self._timed = []
         if self.device.kind == "cuda":
@@ -276,23 +372,42 @@ class Layer:
 
 
 def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> Result:
-    """What `outcomes` say about one item: checked launches, bad ones, and the first few."""
-    result: Result = {"launches": 0, "problems": 0, "bad_launches": 0, "bad": []}
+    """What `outcomes` say about one item: checked launches, bad ones, and the first few.
+
+    Different problems are left for `Layer` to count, which knows those of other runs. Where an
+    input changed, ``example`` is one of the launches, with those around it.
+    """
+    result: Result = {"launches": 0, "problems": 0, "bad_launches": 0, "bad_problems": 0, "bad": []}
+    right: dict[int, bool] = {}
     for outcome in outcomes:
+        chain = [launch for launch, _ in outcome.reports]
         if item in outcome.errors:
             result["error"] = outcome.errors[item]
         if item in outcome.exempt:
             result["exempt"] = outcome.exempt[item]
-        for launch, report in outcome.reports:
+        for at, (launch, report) in enumerate(outcome.reports):
             if launch.item != item:
                 continue
             result["launches"] += outcome.repeats
-            result["problems"] += 1
+            right[launch.m] = right.get(launch.m, True) and report.clean
+            if outcome.changed_inputs and "example" not in result:
+                near = replaying.around(chain, at, cases)
+                result["example"] = {**_launched(launch, cases), **near}
             if not report.clean:
                 # A guard zone is read once, at the end: at least one launch wrote there.
                 result["bad_launches"] += max(1, report.bad_launches)
-                result["bad"].append({**_launched(launch, cases), **describe(report)})
-    result["bad"] = result["bad"][:_MOST_BAD]
+                if len(result["bad"]) < _MOST_BAD:
+                    n = cases[launch.case].problem.n
+                    found = {**_launched(launch, cases), **describe(report)}
+                    found["map"] = tilemap.of(launch.m, n, report.tiles).pack()
+                    found.update(replaying.around(chain, at, cases))
+                    result["bad"].append(found)
+    failed = [*result["bad"]]
+    if "error" in result:
+        result["error"] = dict(result["error"])
+        failed.append(result["error"])
+    for found in failed:
+        found["right_at"] = sorted(m for m, clean in right.items() if clean and m)
     return result
 
 
@@ -316,8 +431,12 @@ def describe(report: SlotReport) -> Result:
         "guard": report.guard,
         "tiles": [list(tile) for tile in report.tiles[:64]],
     }
+    if report.first:
+        found["launch"] = report.first
     if report.early:
         found["early"] = report.early
+    if report.stage:
+        found["stage"] = report.stage
     if report.witness:
         row, col, value, low, high = report.witness
         found["worst"] = {"row": row, "col": col, "found": repr(value), "expected": [low, high]}
@@ -338,8 +457,17 @@ def _with_rounded_alpha(drawn: Case) -> Case | None:
 
 
 def _launched(launch: Launch, cases: Sequence[Case]) -> Result:
-    operands = cases[launch.case].operands
-    return {"m": launch.m, "offset": launch.offset, "seed": operands.seed, "data": operands.family}
+    """What it takes to make this launch again."""
+    chosen = cases[launch.case]
+    return {
+        "m": launch.m,
+        "offset": launch.offset,
+        "seed": chosen.operands.seed,
+        "data": chosen.operands.family,
+        "width": chosen.operands.width,
+        "rows": chosen.problem.m,
+        "tactic": launch.tactic,
+    }
 
 
 class Poisoned(Exception):

@@ -71,6 +71,9 @@ class Timed:
                 turn = index % len(outs)
                 backend.run(state, activations[turn], outs[turn], tactic)
 
+        self.tactic, self.m = tactic, m
+        self.eager: Callable[[], None] = each
+        """All copies once, as they were captured."""
         self._launches = len(states)
         self._on_cuda = outs[0].device.type == "cuda"
         self._each: Callable[[], Any] = each

@@ -122,7 +122,8 @@ class Server:
         from .problem import Device
 
         self._device = Device(kind, sm)
-        self._backend = load_one(backend)
+        self._census(True)
+        self._backend = _quantiser(backend) or load_one(backend)
         torch.backends.cuda.matmul.allow_tf32 = False
         return {
             "pid": os.getpid(),
@@ -178,6 +179,7 @@ class Server:
         from .session import Layer
 
         self.do_close()
+        self._census(True)
         self._layer = Layer(
             self._backend, self._device, _problem(problem), seed, memory, self._progress
         )
@@ -193,6 +195,31 @@ class Server:
             gc.collect()
             torch.cuda.empty_cache()
 
+    def _census(self, on: bool) -> None:
+        """Whether code is recorded as it is loaded: from before CUDA starts until all is graded,
+        and not while anything is timed or tried under a regime's conditions."""
+        if self._device.kind == "cuda":
+            from . import census
+
+            if on:
+                census.attach()
+            else:
+                census.detach()
+
+    def do_census(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Which kernels graded items launch; the last that is done before they are timed."""
+        try:
+            return self._layer.census(_items(items))
+        finally:
+            self._census(False)
+
+    def do_census_timed(self) -> list[list[dict[str, Any]]]:
+        """What is wrong with the kernels of the items that were timed, before their end."""
+        try:
+            return self._layer.census_timed()
+        finally:
+            self._census(False)
+
     def do_grade(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return self._layer.grade(_items(items))
 
@@ -200,14 +227,50 @@ class Server:
         return self._layer.family(name, _items(items))
 
     def do_regime(
-        self, name: str, items: list[dict[str, Any]], budget: dict[str, Any], turn: int = 0
+        self,
+        name: str,
+        items: list[dict[str, Any]],
+        budget: dict[str, Any],
+        turn: int = 0,
+        windows: int = 1,
     ) -> dict[str, Any]:
         from .regimes import Budget
 
-        return self._layer.regime(name, _items(items), Budget(**budget), turn)
+        self._census(False)
+        return self._layer.regime(name, _items(items), Budget(**budget), turn, windows)
+
+    def do_replay(
+        self, name: str, bad: dict[str, Any], budget: dict[str, Any], look: bool = True
+    ) -> dict[str, Any]:
+        """One failure again, in the regime `name`; how often it failed, and what it is like."""
+        from .regimes import Budget
+
+        return self._layer.replay(name, bad, Budget(**budget), look)
+
+    def do_call(self, spec: str) -> dict[str, str | None]:
+        """How the backend is called: its own source for that, or else where it is defined."""
+        from .backends.registry import origin
+
+        own = getattr(self._backend, "call_source", None)
+        file, make = origin(spec)
+        return {"source": own() if own else None, "file": str(file), "make": make}
+
+    def do_quantiser_unsupported(self) -> str | None:
+        return self._backend.unsupported(self._device)
+
+    def do_quantise(self, dtype: str, k: int, seed: int) -> list[dict[str, Any]]:
+        """Probe the quantiser this worker was greeted with; see `quantisers.probe`."""
+        from .quantisers import probe
+
+        return probe(self._backend, dtype, k, seed, self._device)
 
     def do_open_timing(self, items: list[dict[str, Any]], cache_bytes: int) -> list[float | None]:
-        return self._layer.open_timing(_items(items), cache_bytes)
+        # First uses load code, which is seen then or never; launches are recorded by a census only.
+        self._census(True)
+        try:
+            return self._layer.open_timing(_items(items), cache_bytes)
+        finally:
+            self._census(False)
 
     def do_sample(self, indices: list[int]) -> list[float]:
         return self._layer.sample(indices)
@@ -223,6 +286,12 @@ def _identity(backend: Any) -> dict[str, Any]:
         "layout": backend.layout,
         "reference_line": bool(getattr(backend, "reference_line", False)),
     }
+
+
+def _quantiser(name: str) -> Any:
+    from .quantisers import find
+
+    return find(name)
 
 
 def _mismatch(backend: Any, problem: Any) -> str | None:

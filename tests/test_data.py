@@ -177,6 +177,8 @@ def test_only_families_that_break_a_condition_have_one():
         assert name == family.name and family.doc
         if "nvfp4" not in family.formats or family.condition is None:
             continue
+        if name == "overflow":  # the one whose condition is on the outputs
+            continue
         weight = draw(Problem("nvfp4", 4, 64, 256), name, 0, "cpu").weight
         values = decode_scale(weight.scales, weight.format)
         assert values[values > 0].min() < 2.0**-6

@@ -21,11 +21,15 @@ from typer.testing import CliRunner
 
 from fp4tune import __version__, cli, errors
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.profiles import ONE_STREAM, PROFILES
+from fp4tune.autotune.profiles import LEFT_OUT, PROFILES
 from fp4tune.cache import codec, rows, state
 from fp4tune.cache.decision import Decision
+from fp4tune.engines.applied import LEVELS as engine_levels
+from fp4tune.engines.emit import TARGETS
+from fp4tune.engines.names import NAMES
 from fp4tune.probes import backends, shapes
 from fp4tune.probes.backends import registry
+from fp4tune.probes.census import PDL_WITHOUT_WAIT, SILENT_FALLBACK
 from fp4tune.probes.checks import SlotReport
 from fp4tune.probes.data import FAMILIES, WIDTHS
 from fp4tune.probes.regimes import REGIMES
@@ -106,9 +110,11 @@ def probed(tmp_path_factory) -> tuple[Path, dict]:
 
 def options_of(command: str) -> set[str]:
     found: set[str] = set()
-    for parameter in COMMANDS[command].params:
-        if parameter.param_type_name == "option":
-            found.update([*parameter.opts, *parameter.secondary_opts])
+    group = COMMANDS[command]
+    for each in (group, *getattr(group, "commands", {}).values()):
+        for parameter in each.params:
+            if parameter.param_type_name == "option":
+                found.update([*parameter.opts, *parameter.secondary_opts])
     return found - {"--help"}
 
 
@@ -152,6 +158,8 @@ def shell_lines(page: Path) -> Iterator[list[str]]:
 def check_call(words: list[str]) -> None:
     """Parse a call of fp4tune as the program would, and look its names up."""
     command = COMMANDS[words[0]]
+    if hasattr(command, "commands"):
+        command, words = command.commands[words[1]], words[1:]
     values = command.make_context(words[0], list(words[1:])).params
     assert values.get("level") in {None, *LEVELS}
     assert values.get("profile") in {None, *PROFILES}
@@ -182,6 +190,19 @@ def test_shell_examples_parse(page, monkeypatch):
             assert os.access(ROOT / words[0], os.X_OK)
         else:
             assert words[0] in ("pip", "docker"), words
+
+
+def test_the_engines_names_are_those_of_the_program():
+    rows_ = table(section(DOCS / "engines.md", "What is chosen for an engine"), "backend")
+    said = {ticked(row[0])[0]: row[1:] for row in rows_}
+    named_ = {b: n for b, n in NAMES.items() if n.sglang or n.linear}
+    assert set(said) == set(named_)
+    for backend, (sglang, kernels, linear) in said.items():
+        name = named_[backend]
+        assert (sglang, linear) == (name.sglang or "-", name.linear or "-")
+        assert re.findall(r"\w+Kernel", kernels) == list(name.vllm.values())
+    assert set(named(text_of(DOCS / "engines.md"), "level")) == set(engine_levels)
+    assert set(named(text_of(DOCS / "engines.md"), "target")) == set(TARGETS)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "commands.md"], ids=lambda p: p.name)
@@ -216,7 +237,8 @@ def candidates(report: dict, backend: str) -> list[dict]:
 @pytest.mark.parametrize("backend", ["example-plain", "example-plain-w4a4"])
 def test_the_example_backends_are_safe(probed, backend):
     found = candidates(probed[1], backend)
-    assert {(c["verdict"], c["width"], len(c["conditions"])) for c in found} == {("safe", 24, 0)}
+    assert {(c["verdict"], c["width"]) for c in found} == {("safe", 24)}
+    assert {x["id"] for c in found for x in c["conditions"]} == {LEFT_OUT.id}
     assert [c["bucket"]["m_hi"] for c in found] == [0, 1, 2, 4]
     assert not [f for f in probed[1]["findings"] if f["backend"] == backend]
 
@@ -331,13 +353,28 @@ def constants(*files: str) -> set[str]:
 
 def test_finding_kinds():
     said = set(named(text_of(DOCS / "verdicts.md"), "kind"))
-    assert said <= constants("probes/session.py", "probes/supervisor.py", "autotune/record.py")
+    assert said <= constants(
+        "probes/session.py",
+        "probes/supervisor.py",
+        "autotune/record.py",
+        "probes/census/rules.py",
+        "probes/regimes/off_bucket.py",
+    )
     seen = {
-        describe(SlotReport(*counts, 1, guard, None, ()))["kind"]
-        for counts, guard in (((1, 1, 0), 0), ((1, 0, 1), 0), ((1, 0, 0), 0), ((0, 0, 0), 1))
+        describe(SlotReport(*counts, 1, guard, None, (), early))["kind"]
+        for counts, guard, early in (
+            ((1, 1, 0), 0, 0),
+            ((1, 0, 1), 0, 0),
+            ((1, 0, 0), 0, 0),
+            ((0, 0, 0), 1, 0),
+            ((0, 0, 0), 0, 1),
+        )
     }
     fatal = {kind for kind in said if WorkerFailed(kind, "", "").fatal}
-    assert said == seen | fatal | {"input modified", "error"}
+    assert said == seen | fatal | {"input modified", "error"} | {
+        PDL_WITHOUT_WAIT,
+        SILENT_FALLBACK,
+    } | {"host leak", "device leak", "host sync", "plan per m"}
     assert fatal == {"crash", "hang", "poisoned"}
 
 
@@ -346,8 +383,7 @@ def test_regimes_profiles_levels_and_widths():
     assert set(named(verdicts, "regime")) == set(REGIMES)
     for name, profile in PROFILES.items():
         assert f"`{name}`" in verdicts and f"`{name}`" in probing
-        missing = set(REGIMES) - set(profile.required)
-        assert missing == ({"streams", "graph-streams"} if name != "strict" else set())
+        assert set(REGIMES) - set(profile.required) == set(profile.conditions), name
     rows_ = {ticked(row[0])[0]: row[1:] for row in table(probing, "level")}
     assert rows_ == {
         level.name: [
@@ -369,7 +405,8 @@ def test_statuses():
         assert f"`{status}`" in text_of(DOCS / "state.md"), status
     fields = [name for name in named(reading, "field")]
     assert set(fields) == set(Decision.__slots__)
-    assert constants("cache/view.py", "cache/decision.py") >= {"unproven", "stale", "safe"}
+    statuses = {"unproven", "stale", "safe", "quarantined"}
+    assert constants("cache/view.py", "cache/decision.py") >= statuses
 
 
 def test_families_and_conditions():
@@ -378,7 +415,8 @@ def test_families_and_conditions():
         assert f"`{family}`" in verdicts, family
     said = {ticked(row[0])[0]: row[2] for row in table(verdicts, "condition") if ticked(row[0])}
     real = {f.condition.id: f.condition.text for f in FAMILIES.values() if f.condition}
-    assert said == {**real, ONE_STREAM.id: ONE_STREAM.text}
+    granted = [c for profile in PROFILES.values() for c in profile.conditions.values()]
+    assert said == {**real, **{c.id: c.text for c in (*granted, LEFT_OUT)}}
 
 
 def test_every_backend_is_in_the_table_and_no_other():
@@ -401,11 +439,14 @@ def test_members_of_a_backend():
 
 
 def test_variables_of_our_own():
-    files = [
-        file for part in ("autotune", "cache", "probes") for file in (ROOT / part).rglob("*.py")
-    ]
+    parts = ("autotune", "cache", "engines", "probes")
+    files = [file for part in parts for file in (ROOT / part).rglob("*.py")]
     used = {name for file in files for name in re.findall(r"FP4TUNE_[A-Z_]+", text_of(file))}
-    said = set(named(text_of(DOCS / "probing.md"), "variable"))
+    said = {
+        name
+        for page in ("probing.md", "engines.md")
+        for name in named(text_of(DOCS / page), "variable")
+    }
     assert {name for name in said if name.startswith("FP4TUNE_")} == used - {MARK}
 
 

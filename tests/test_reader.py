@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from stores import ENVIRONMENT, put, spawn
 from test_ledger import KINDS, damage
 
-from fp4tune.cache import codec, fingerprint, publish, reader, state
+from fp4tune.cache import codec, fingerprint, publish, reader, snapshot, state
 from fp4tune.cache.errors import Missing, StateError
 from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Layer
 
@@ -287,12 +287,16 @@ def test_a_reload_that_fails_keeps_what_there_was(tmp_path, kind):
     assert found.choose(3, 4096, 2048).tactic == "b" and found.problem is None
 
 
+def everything(found: reader.Reader) -> list[list[dict]]:
+    return [found.rows(table) for table in snapshot.TABLES]
+
+
 def test_a_changed_byte_is_refused_or_changes_no_row(tmp_path):
     """Bytes of free space, of indexes and of the header's counters are no part of any row."""
     put(tmp_path, "a")
     path = tmp_path / state.CHOICES
     data = path.read_bytes()
-    expected = reader.open(tmp_path)._view.rows
+    expected = everything(reader.open(tmp_path))
     rng = random.Random(3)
     names = [i for i in range(len(data)) if data.startswith(b"marlin", i)]
     refused = 0
@@ -300,10 +304,10 @@ def test_a_changed_byte_is_refused_or_changes_no_row(tmp_path):
         path.unlink()
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
         try:
-            assert reader.open(tmp_path)._view.rows == expected
+            assert everything(reader.open(tmp_path)) == expected
         except StateError:
             refused += 1
-    assert refused >= 12  # "marlin" stands twice in each of six rows
+    assert refused >= 6  # at least where "marlin" stands in the pages of six rows
 
 
 def test_the_shared_reader_finds_what_is_published_later(own_state, monkeypatch):
@@ -332,10 +336,10 @@ def test_readers_never_see_a_mixture_of_generations(tmp_path):
             fresh = reader.open(sys.argv[1])
             kept.refresh()
             for r in (fresh, kept):
-                view = r._view
-                tactics = {row["tactic"] for t in ("choice", "candidate") for row in view.rows[t]}
-                assert tactics == {str(view.generation - 1)}, (view.generation, tactics)
-                assert len(view.rows["choice"]) == 60
+                rows = [row for t in ("choice", "candidate") for row in r.rows(t)]
+                tactics = {row["tactic"] for row in rows}
+                assert tactics == {str(r.generation - 1)}, (r.generation, tactics)
+                assert len(r.rows("choice")) == 60
             assert kept.problem is None and kept.generation >= last
             seen += kept.generation != last
             last = kept.generation
@@ -423,7 +427,7 @@ def test_reading_needs_the_standard_library_only(tmp_path):
         before = set(sys.modules)
         from fp4tune.cache import reader
         imported = set(sys.modules) - before
-        assert not imported & {"dataclasses", "pathlib", "typing", "sqlite3"}, imported
+        assert not imported & {"dataclasses", "pathlib", "typing", "threading", "logging"}, imported
         assert reader.open(sys.argv[1]).choose(3, 4096, 2048).status == "safe"
         loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - {"fp4tune"}
         foreign = {n for n in loaded if n not in sys.stdlib_module_names}

@@ -176,7 +176,8 @@ def test_float32_in_any_order_is_within_the_bound_on_every_family(fmt, activatio
         expected, p = expect(operands, problem), products(operands)
         for name, total in FP32.items():
             out = finish(total(p), operands, problem)
-            assert torch.isfinite(out).all(), family.name
+            infinite = int(out.isinf().sum())
+            assert (infinite > 0) == (family.name == "overflow") and not out.isnan().any()
             assert right(out, expected).all(), (family.name, name)
 
 

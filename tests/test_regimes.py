@@ -22,6 +22,8 @@ PROBLEM = Problem("nvfp4", 8, 320, 256)
 ONCE = Budget(1, 1, 0.0)
 OFTEN = Budget(3, 20, 0.1)
 ON_CPU = ("serial", "streams")
+STRESS = ("rewrite", "padding", "strided", "off-bucket", "churn", "mlp-chain")
+"""On a CPU as well; tested in test_stress_regimes and test_mlp_chain."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,7 @@ def test_a_good_backend_is_clean_and_the_regime_was_exercised(regime):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("regime", [name for name in REGIMES if name not in ON_CPU])
+@pytest.mark.parametrize("regime", [name for name in REGIMES if name not in (*ON_CPU, *STRESS)])
 def test_what_a_cpu_does_not_have_is_not_applicable(regime):
     with pytest.raises(NotApplicable, match="CPU"):
         run(regime, rogues.Good())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.profiles import ONE_STREAM, PROFILES
+from fp4tune.autotune.profiles import LEFT_OUT, ONE_STREAM, PROFILES
 from fp4tune.autotune.stats import failure_bound, median, median_interval
 from fp4tune.autotune.verdict import EXACT, INCONCLUSIVE, SAFE, UNSAFE, decide
 from fp4tune.probes.data import FAMILIES
@@ -119,13 +119,25 @@ def test_nothing_is_not_safe():
     assert decide([], STRICT).status == INCONCLUSIVE
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", STRICT.required)
 @pytest.mark.parametrize("status", ["skipped", "not exercised"])
 def test_a_required_regime_without_a_result_leaves_it_open(regime, status):
     evidence = [replace(f, status=status) if f.regime == regime else f for f in proven(STRICT)]
     assert decide(evidence, STRICT).status == INCONCLUSIVE
     without = [f for f in proven(STRICT) if f.regime != regime]
     assert decide(without, STRICT).status == INCONCLUSIVE
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_a_regime_left_out_on_purpose_is_a_condition_and_never_excuses_a_result(profile):
+    left = ("padding", "churn")
+    without = [f for f in proven(profile) if f.regime not in left]
+    judgement = decide(without, profile, left_out=left)
+    assert (judgement.status, judgement.conditions) == (SAFE, (LEFT_OUT,))
+    assert decide(proven(profile), profile, left_out=left).conditions == ()
+    failed = proven(profile, padding="failed")
+    assert decide(failed, profile, left_out=left).status == UNSAFE
+    assert decide(proven(profile, churn="skipped"), profile, left_out=left).status == INCONCLUSIVE
 
 
 def test_a_regime_the_device_does_not_have_is_no_obstacle():

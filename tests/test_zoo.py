@@ -15,9 +15,11 @@ from fp4tune.autotune import selftest
 from fp4tune.autotune.selftest import FALSE_ALARM, MISSED, OK, UNDECIDED, judge
 from fp4tune.probes import zoo
 from fp4tune.probes.backends import registry
-from fp4tune.probes.data import FAMILIES
+from fp4tune.probes.census import REGIME as CENSUS
+from fp4tune.probes.data import FAMILIES, families
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
+from fp4tune.probes.session import Item, Layer
 from fp4tune.probes.zoo.floor import Right
 
 CPU = zoo.mutants("cpu")
@@ -35,44 +37,128 @@ KINDS = {
     "zoo-endless-loop": "hang",
     "zoo-error-at-one-m": "error",
     "zoo-rows-unwritten": "unwritten",
+    "zoo-padding-leak": "not finite",
+    "zoo-rows-behind-leak": "not finite",
+    "zoo-host-leak": "host leak",
+    "zoo-plan-per-m": "host leak",
 }
 """The kind of finding, where it is not `wrong`."""
 
-of_each = pytest.mark.parametrize("mutant", CPU, ids=lambda mutant: mutant.name)
+SHOWN = (
+    "zoo-rows-swapped",
+    "zoo-subnormal-scales-dropped",
+    "zoo-segmentation-fault",
+    "zoo-shared-lock",
+    "zoo-own-buffer",
+)
+"""Run through the command: of each kind of expectation one, and those that end their process."""
+ALIVE = [mutant for mutant in CPU if not mutant.ends]
 
 
 def command(*arguments: str):
     return CliRunner().invoke(cli.app, ["selftest", "--gpu", "none", *arguments])
 
 
+# -- every mutant that leaves its process alive, in this one
+
+
+class Tried:
+    """What the harness says of one mutant: the kinds of findings, by regime or data family."""
+
+    def __init__(self, mutant: zoo.Mutant) -> None:
+        self.kinds: dict[str, set[str]] = {}
+        self.launches = 0
+        m = selftest.MANY_M if mutant.many else selftest.MAX_M
+        problem = Problem("nvfp4", m + 4, selftest.N, selftest.K, mutant.activation)
+        backend = registry.load_one(mutant.name)
+        self.layer = Layer(backend, Device("cpu"), problem, 20, 1 << 28, lambda text: None)
+        self.items = [Item((1, m), "default")]
+        (graded,) = self.layer.grade(self.items)
+        self.keep("serial", "exact", graded)
+        self.items = [replace(self.items[0], width=graded["width"] or 24)]
+
+    def keep(self, regime: str, data: str, result: dict) -> None:
+        kinds = {bad["kind"] for bad in result["bad"]}
+        if "error" in result:
+            kinds.add(result["error"]["kind"])
+        if result.get("changed_inputs"):
+            kinds.add("input modified")
+        self.launches += result["launches"]
+        for name in (regime, data) if kinds else ():
+            self.kinds.setdefault(name, set()).update(kinds)
+
+    def family(self, name: str) -> None:
+        (result,) = self.layer.family(name, self.items)
+        self.keep("serial", name, result)
+
+    def regime(self, name: str) -> None:
+        try:
+            result = self.layer.regime(name, self.items, Budget(3, 30, 0.3))
+        except NotApplicable:
+            return
+        self.keep(name, "exact", result["items"][0])
+
+    def until_caught(self, wanted: tuple[str, ...]) -> set[str]:
+        """Try what must catch it; the kinds of the first of them that does."""
+        for name in ("exact", *wanted):
+            if name in FAMILIES and name != "exact":
+                self.family(name)
+            elif name in REGIMES:
+                self.regime(name)
+            if name in wanted and name in self.kinds:
+                return self.kinds[name]
+        return set()
+
+
+@pytest.mark.parametrize("mutant", [m for m in ALIVE if not m.passes], ids=lambda m: m.name)
+def test_what_a_mutant_does_is_seen(mutant):
+    kind = KINDS.get(mutant.name, "wrong")
+    assert kind in Tried(mutant).until_caught(mutant.caught_by)
+
+
+@pytest.mark.parametrize("mutant", [m for m in ALIVE if m.passes], ids=lambda m: m.name)
+def test_what_is_right_is_never_flagged(mutant):
+    tried = Tried(mutant)
+    for family in families(tried.layer.problem):
+        tried.family(family.name)
+    for name in REGIMES:
+        tried.regime(name)
+    assert tried.kinds == {} and tried.launches > 50
+
+
+# -- the command
+
+
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> dict:
-    """The document of one self-test of everything, and what it left in the user's state."""
+    """The document of one self-test, and what it left in the user's state."""
     place = tmp_path_factory.mktemp("selftest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("FP4TUNE_STATE", str(place / "state"))
         patch.setenv("TMPDIR", str(place))
-        done = command("--json")
+        done = command("--json", *(word for name in SHOWN for word in ("--mutant", name)))
     assert done.exit_code in (errors.SAFE, errors.UNSAFE, errors.NOT_ASSESSED), done.exception
     (document,) = json.loads(done.stdout)
     return {**document, "exit_code": done.exit_code, "left": os.listdir(place)}
 
 
-@of_each
-def test_what_a_mutant_does_is_seen(shown, mutant):
-    (row,) = [row for row in shown["mutants"] if row["mutant"] == mutant.name]
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_command_shows_what_each_regime_caught(shown, name):
+    (row,) = [row for row in shown["mutants"] if row["mutant"] == name]
+    (mutant,) = [mutant for mutant in CPU if mutant.name == name]
     assert row["result"] == OK, row
     if mutant.passes:
-        assert (row["verdict"], row["finding"]) == ("safe", None)
-    else:
-        assert row["finding"]["kind"] == KINDS.get(mutant.name, "wrong")
-        assert {row["finding"]["regime"], row["finding"]["data"]} & set(mutant.caught_by)
-        assert row["verdict"] == (mutant.expected if mutant.condition else "unsafe")
+        assert (row["verdict"], row["finding"], row["caught"]) == ("safe", None, [])
+        return
+    assert row["finding"]["kind"] == KINDS.get(name, "wrong")
+    assert {row["finding"]["regime"], row["finding"]["data"]} & set(mutant.caught_by)
+    assert row["verdict"] == (mutant.expected if mutant.condition else "unsafe")
+    assert row["finding"]["regime"] in {caught["regime"] for caught in row["caught"]}
 
 
 def test_all_as_expected_is_success(shown):
-    assert [row["mutant"] for row in shown["mutants"]] == [mutant.name for mutant in CPU]
+    assert [row["mutant"] for row in shown["mutants"]] == list(SHOWN)
     assert shown["exit_code"] == errors.SAFE
 
 
@@ -146,7 +232,7 @@ def test_mutants_load_by_name_and_are_in_no_ordinary_probe():
 def test_mutants_say_what_is_expected_of_them_in_words_that_exist():
     ids = {family.condition.id for family in FAMILIES.values() if family.condition}
     for mutant in EVERY:
-        assert set(mutant.caught_by) <= {*REGIMES, *FAMILIES, "exact"}
+        assert set(mutant.caught_by) <= {*REGIMES, *FAMILIES, "exact", CENSUS}
         assert bool(mutant.caught_by) != mutant.passes
         assert mutant.condition is None or mutant.condition in ids
         assert mutant.failure and mutant.mechanism and set(mutant.devices) <= {"cpu", "cuda"}
@@ -154,9 +240,20 @@ def test_mutants_say_what_is_expected_of_them_in_words_that_exist():
 
 @pytest.mark.parametrize("device", [Device("cpu"), Device("cuda", 90)], ids=lambda d: d.kind)
 def test_mutants_run_where_they_say(device):
-    problem = Problem("nvfp4", selftest.MAX_M, selftest.N, selftest.K)
     for mutant in zoo.mutants(device.kind):
+        problem = Problem("nvfp4", selftest.MAX_M, selftest.N, selftest.K, mutant.activation)
         assert registry.load_one(mutant.name).unsupported(problem, device) is None
+
+
+def test_a_gpu_has_all_that_a_gpu_can_have():
+    bad = [mutant for mutant in zoo.mutants("cuda") if not mutant.passes]
+    assert len(bad) >= 30
+    usual = selftest.choose(Device("cuda", 90), ())
+    rare = [mutant for mutant in zoo.mutants("cuda") if mutant.level == "soak"]
+    assert rare and not set(rare) & set(usual)
+    assert selftest.choose(Device("cuda", 90), [rare[0].name]) == (rare[0],)
+    older = selftest.choose(Device("cuda", 80), ())
+    assert set(older) < set(usual) and not [m for m in older if "pdl-raw" in m.caught_by[:1]]
 
 
 def test_a_mutant_nobody_knows_is_refused_in_one_sentence():

@@ -11,29 +11,41 @@ from typing import Any
 
 from ...cache import codedigest
 from . import barrier, launch, sources
-from .disassemble import TOOL, Progress, examine
+from .disassemble import SECONDS, TOOL, Progress, examine, holds_code
 from .judge import CLEAN, FIRST_SM, FLAGGED, UNKNOWN, Barrier, Module, Report, decide, remedy
 from .sources import Found
 
-__all__ = ["CLEAN", "FLAGGED", "UNKNOWN", "Module", "Report", "audit", "audit_findings"]
+__all__ = [
+    "CLEAN",
+    "FLAGGED",
+    "UNKNOWN",
+    "Module",
+    "Report",
+    "audit",
+    "audit_findings",
+    "holds_code",
+]
 
 
 def audit(
-    paths: Sequence[Path] = (), sm: int | None = None, progress: Progress | None = None
+    paths: Sequence[Path] = (),
+    sm: int | None = None,
+    progress: Progress | None = None,
+    seconds: float = SECONDS,
 ) -> list[Report]:
     """Judge the FP4 GEMM modules in `paths`, or those an engine would load in this interpreter.
 
-    sm: only code that this SM runs, e.g. 120; None: all there is.
+    sm: only code that this SM runs, e.g. 120; None: all there is. seconds: for each file.
     Raises Refused where there is nothing to audit at a path.
     """
     with sources.modules(paths, sm) as found:
-        return [_report(each, progress) for each in found]
+        return [_report(each, progress, seconds) for each in found]
 
 
-def _report(found: Found, progress: Progress | None) -> Report:
+def _report(found: Found, progress: Progress | None, seconds: float) -> Report:
     module, build = found.module, found.build
     path = Path(module.path) if module.path else None
-    code = examine(path, found.sm, progress) if path else None
+    code = examine(path, found.sm, progress, seconds) if path else None
     launches: list[launch.Launch] = []
     waits: tuple[str, ...] = ()
     if path:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ...cache import codedigest, elf
+from ..host import free_memory
 from . import sass
 
 TOOL = "nvdisasm"
@@ -78,13 +79,23 @@ def examine(
     deadline = time.monotonic() + seconds
     try:
         with _cubins(os.fspath(path), seconds) as (files, took):
-            return _code(files, sm, progress, deadline, memory or _free() // 2, name, took)
+            return _code(files, sm, progress, deadline, memory or free_memory() // 2, name, took)
     except subprocess.TimeoutExpired:
         return Code(problem=f"{name}: cuobjdump took longer than {seconds:g} s", read=False)
     except OSError as error:
         return Code(problem=f"{name}: {error.strerror or error}", read=False)
     except (elf.BadElf, codedigest.NoCode) as error:
         return Code(problem=f"{name}: {error}", read=False)
+
+
+def holds_code(path: str | os.PathLike[str]) -> bool:
+    """Whether a file may hold GPU code: False only for a whole host library without any."""
+    try:
+        with codedigest.mapped(os.fspath(path)) as data:
+            parsed = elf.parse(data)
+    except (elf.BadElf, OSError):
+        return True
+    return parsed.machine == elf.EM_CUDA or any(s.size for s in codedigest.fatbins(parsed))
 
 
 @contextlib.contextmanager
@@ -249,15 +260,3 @@ class _Room:
             with self._changed:
                 self._free += size
                 self._changed.notify_all()
-
-
-def _free() -> int:
-    """Bytes of memory that can be taken without swapping."""
-    try:
-        with open("/proc/meminfo") as info:
-            for line in info:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 2 << 30

@@ -24,10 +24,20 @@ class Backend(Protocol):
         compile all that these problems need, on at most `workers` cores, before any clock starts.
     ``prepare_activation(a) -> Any``
         W4A4 only: turn the activation (an `Fp4Tensor`) into what `run` takes, untimed.
+    ``quantise(a, global_scale) -> Any``
+        W4A4 only: enqueue the backend's own quantiser on the current stream, and return what `run`
+        takes. a (m, k) in the problem's 16-bit dtype, global_scale float32 () on its device: the
+        multiplier of the result, 1 in MXFP4. Regimes attack it together with the GEMM behind it.
     ``distributions`` (tuple of str)
         the Python distributions whose versions the evidence depends on; torch is always included.
     ``files() -> Sequence[Path]``
         the compiled files (``.so``, ``.cubin``) that hold its kernels, once built.
+    ``kernel_of(tactic) -> str | None``
+        a regular expression for the name of a kernel that this tactic runs; where no kernel that
+        ran has such a name, the census finds a silent fallback.
+    ``call_source() -> str``
+        plain Python that prepares and calls the library from raw tensors without fp4tune, for
+        the bundles of `reproduce`; without it a copy of the backend's own file is bundled.
     ``reference_line`` (bool)
         True for a backend that is measured and shown but never chosen.
     """

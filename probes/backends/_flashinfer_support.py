@@ -227,11 +227,16 @@ def missing(name: str, problem: Problem, sm: int) -> str | None:
 
 
 def _missing_cudnn(name: str, problem: Problem, sm: int) -> str | None:
+    needed = 91400 if problem.format == "mxfp4" and sm // 10 == 12 else 91002
+    return cudnn_version(name, needed, sm)
+
+
+def cudnn_version(name: str, needed: int, sm: int) -> str | None:
+    """Why there is no cuDNN of version `needed` (9.23.1 is 92301) here, in one sentence."""
     try:
         found = int(importlib.import_module("cudnn").backend_version())
     except Exception as error:  # ImportError, or RuntimeError without libcudnn
         return f"{name} needs nvidia-cudnn-frontend and a cuDNN library ({error})"
-    needed = 91400 if problem.format == "mxfp4" and sm // 10 == 12 else 91002
     if found < needed:
         return f"{name} needs cuDNN {_dotted(needed)} on SM {sm}, and has {_dotted(found)}"
     return None

@@ -6,7 +6,8 @@ without a GPU is `unsupported`, the operand layouts and the preparation.
 
 The ``default`` tactic is a plain call of `mm_fp4`: whatever FlashInfer's autotuner has stored
 for the shape in this process, and otherwise its fallback. The others are the tactics that the
-backend's runner says are valid, written as JSON.
+backend's runner says are valid, written as JSON. With ``8x4`` in front the activation's scales are
+in that layout, which trtllm's kernels read too and engines use for small m.
 """
 
 from __future__ import annotations
@@ -25,24 +26,12 @@ from typing import Any
 
 import torch
 
-from ..layouts import swizzle_128x4
+from ..layouts import padded, swizzle_8x4
 from ..problem import FORMATS, Device, Format, Fp4Tensor, Problem
-from . import DEFAULT_TACTIC
+from . import DEFAULT_TACTIC, _call_sources
+from ._block_scaled import kept, pair_alpha, swizzled
 from ._flashinfer_support import SPECS, mm_fp4, unsupported
 from .dequant import not_dense
-
-
-def _ceil(x: int, step: int) -> int:
-    return -(-x // step) * step
-
-
-def swizzled(scales: torch.Tensor) -> torch.Tensor:
-    """Linear block scales uint8 (rows, cols) in the 128x4 layout, padded with zeros.
-
-    Returns uint8 (ceil(rows/128)*128, ceil(cols/4)*4), the shape FlashInfer's quantiser gives.
-    """
-    rows, cols = scales.shape
-    return swizzle_128x4(scales).view(_ceil(rows, 128), _ceil(cols, 4))
 
 
 def _shuffled_rows(codes: torch.Tensor) -> torch.Tensor:
@@ -53,6 +42,9 @@ def _shuffled_rows(codes: torch.Tensor) -> torch.Tensor:
 
 
 _keys = itertools.count()
+
+SMALL = "8x4"
+"""In front of a tactic's name: with the activation's scales in the 8x4 layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +62,8 @@ class FlashInferWeight:
 class FlashInferActivation:
     """codes uint8 (m, k/2), scales in the 128x4 layout, and alpha for each weight met so far.
 
+    `scales_8x4` are the same scales in the 8x4 layout, for the backend that reads it.
+
     FlashInfer takes one alpha, the product of both global scales. An engine computes it when the
     model loads, so here it is computed in the first `run` of a pair and kept: a kernel of ours
     in front of every GEMM would also hide races from the regimes. The first `run` of a pair
@@ -79,24 +73,19 @@ class FlashInferActivation:
     codes: torch.Tensor
     scales: torch.Tensor
     global_scale: torch.Tensor
+    scales_8x4: torch.Tensor | None = None
     alphas: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def alpha(self, weight: FlashInferWeight, per_token: bool) -> torch.Tensor | None:
         """float32 (1,), or (m,) per token; None in MXFP4, which has no global scale."""
         if not weight.format.has_global:
             return None
-        known = self.alphas.get(weight.key)
-        if known is not None:
-            return known
-        alpha = (self.global_scale * weight.global_scale).reshape(1)
-        if per_token:
-            alpha = alpha.expand(self.codes.shape[0]).contiguous()
-        if alpha.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return alpha
-            torch.cuda.current_stream(alpha.device).synchronize()
-        self.alphas[weight.key] = alpha
-        return alpha
+
+        def make() -> torch.Tensor:
+            alpha = pair_alpha(self, weight)
+            return alpha.expand(self.codes.shape[0]).contiguous() if per_token else alpha
+
+        return kept(self.alphas, weight.key, make)
 
 
 class _Chosen(Exception):
@@ -181,7 +170,13 @@ class FlashInfer:
         shapes = [tuple(i.shape) if isinstance(i, torch.Tensor) else () for i in chosen.inputs]
         profile = SimpleNamespace(get_opt_shapes=lambda: shapes)
         valid = chosen.runner.get_valid_tactics(chosen.inputs, profile)
-        return (DEFAULT_TACTIC, *dict.fromkeys(json.dumps(tactic) for tactic in valid))
+        names = [DEFAULT_TACTIC, *dict.fromkeys(json.dumps(tactic) for tactic in valid)]
+        if self.layout != "shuffled":
+            return names
+        chosen = _runner(**self._empty_call(problem, device, SMALL))
+        assert chosen is not None  # the same backend as above
+        valid = chosen.runner.get_valid_tactics(chosen.inputs, profile)
+        return [*names, SMALL, *(SMALL + json.dumps(t) for t in dict.fromkeys(valid))]
 
     def build(self, problems: Sequence[Problem], device: Device, workers: int) -> None:
         """Compile the module and the default kernels: minutes and 6 GB a unit for cutlass."""
@@ -201,12 +196,24 @@ class FlashInfer:
             codes, swizzled(scales), weight.global_scale, weight.format, next(_keys)
         )
 
+    def call_source(self) -> str:
+        """See `backends.Backend`."""
+        return _call_sources.flashinfer(
+            self._spec.api, self.layout == "shuffled", self._spec.per_token
+        )
+
     def prepare_activation(self, a: Fp4Tensor) -> FlashInferActivation:
-        """The activation with its scales swizzled 128x4 (trtllm's 8x4 variant is not used)."""
-        return FlashInferActivation(a.codes, swizzled(a.scales), a.global_scale)
+        """The activation with its scales swizzled 128x4, for trtllm also 8x4."""
+        small = None
+        if self.layout == "shuffled":
+            rows, cols = a.scales.shape
+            small = swizzle_8x4(a.scales).view(padded(rows, cols, "8x4"))
+        return FlashInferActivation(a.codes, swizzled(a.scales), a.global_scale, small)
 
     def run(self, state: FlashInferWeight, a: Any, out: torch.Tensor, tactic: str) -> None:
-        call = self._call(state, a, out)
+        small = tactic.startswith(SMALL)
+        tactic = tactic.removeprefix(SMALL) or DEFAULT_TACTIC
+        call = self._call(state, a, out, small)
         if tactic == DEFAULT_TACTIC:
             mm_fp4()(**call)
             return
@@ -227,7 +234,8 @@ class FlashInfer:
 
     def _pinned(self, call: dict[str, Any]) -> Any:
         """The runner of this call's device, format and output dtype, built once."""
-        key = (call["out"].device, call["out_dtype"], call["use_nvfp4"])
+        eight = call["use_8x4_sf_layout"]
+        key = (call["out"].device, call["out_dtype"], call["use_nvfp4"], eight)
         runner = self._runners.get(key)
         if runner is None:
             chosen = _runner(**call)
@@ -237,24 +245,30 @@ class FlashInfer:
         return runner
 
     def _call(
-        self, state: FlashInferWeight, a: FlashInferActivation, out: torch.Tensor
+        self,
+        state: FlashInferWeight,
+        a: FlashInferActivation,
+        out: torch.Tensor,
+        small: bool = False,
     ) -> dict[str, Any]:
-        """The arguments of `mm_fp4`, as 0.6.4 knows them too."""
+        """The arguments of `mm_fp4`, as 0.6.4 knows them too. `small`: with 8x4 scales."""
+        if small and a.scales_8x4 is None:
+            raise ValueError(f"{self.name} reads no 8x4 scales")
         return {
             "a": a.codes,
             "b": state.codes.t(),
-            "a_descale": a.scales,
+            "a_descale": a.scales_8x4 if small else a.scales,
             "b_descale": state.scales.t(),
             "alpha": a.alpha(state, self._spec.per_token),
             "out_dtype": out.dtype,
             "out": out,
             "block_size": state.format.block,
-            "use_8x4_sf_layout": False,
+            "use_8x4_sf_layout": small,
             "backend": self._spec.api,
             "use_nvfp4": state.format.has_global,
         }
 
-    def _empty_call(self, problem: Problem, device: Device) -> dict[str, Any]:
+    def _empty_call(self, problem: Problem, device: Device, tactic: str = "") -> dict[str, Any]:
         """A call of the problem's shapes on zeros."""
 
         def zeros(rows: int) -> Fp4Tensor:
@@ -267,7 +281,8 @@ class FlashInfer:
 
         out = torch.empty(problem.m, problem.n, dtype=problem.dtype, device=device.torch)
         weight = self.prepare(zeros(problem.n), problem)
-        return self._call(weight, self.prepare_activation(zeros(problem.m)), out)
+        activation = self.prepare_activation(zeros(problem.m))
+        return self._call(weight, activation, out, tactic.startswith(SMALL))
 
     def files(self) -> list[Path]:
         """The compiled GEMM modules that exist, for the backends that are built by nvcc."""

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from ..problem import DTYPES, FORMATS, NVFP4, Device, Fp4Tensor, Problem
-from . import DEFAULT_TACTIC
+from . import DEFAULT_TACTIC, _call_sources
 
 PAD_N, PAD_K = 256, 128
 """The multiples vLLM lets humming pad a linear layer's weight to."""
@@ -232,6 +232,10 @@ class Humming:
         with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
             list(pool.map(lambda item: _compile(*item), wanted))
         torch.cuda.synchronize(index)
+
+    def call_source(self) -> str:
+        """See `backends.Backend`."""
+        return _call_sources.HUMMING
 
     def files(self) -> Sequence[Path]:
         """The cubins of the GEMM kernels this process has compiled or loaded."""

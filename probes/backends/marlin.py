@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from ..problem import Device, Fp4Tensor, Problem
-from . import _marlin_build
+from . import _call_sources, _marlin_build
 
 E2M1_TYPE_ID = 562949953487106
 """SGLang's packed description of float4_e2m1: 2 exponent bits, 1 mantissa bit, signed, no NaN."""
@@ -145,6 +145,10 @@ class Marlin:
         assert device.sm is not None
         dtypes = sorted({problem.out_dtype for problem in problems})
         _marlin_build.build([*(f"gemm_{d}" for d in dtypes), "repack"], device.sm, workers)
+
+    def call_source(self) -> str:
+        """See `backends.Backend`."""
+        return _call_sources.MARLIN
 
     def files(self) -> Sequence[Path]:
         return _marlin_build.loaded_files()

@@ -7,7 +7,7 @@ backend loads to it, to a function without arguments that returns it, or to a li
 file of one's own is loaded by ``path/to/file.py:NAME``. Names in a database are matched with
 these and never imported.
 
-Mutants (`zoo`) load by their names too, and are in no list: no ordinary probe has them.
+Mutants (`zoo`) and ``controls`` load by their names too, and are in no list: none is a candidate.
 
 Loading one backend imports its module and no other's.
 """
@@ -40,6 +40,14 @@ FLASHINFER = (
     "flashinfer-cake",
 )
 
+FLASHINFER_W4A16 = (
+    "flashinfer-w4a16-cudnn",
+    "flashinfer-w4a16-cute-dsl",
+    "flashinfer-w4a16-cute-dsl-native",
+    "flashinfer-w4a16-blackwell-native",
+    "flashinfer-w4a16-blackwell-tiled",
+)
+
 BUILTIN: dict[str, str] = {
     "torch-dequant": "dequant:torch_dequant",
     "torch-dequant-w4a4": "dequant:torch_dequant_w4a4",
@@ -49,6 +57,12 @@ BUILTIN: dict[str, str] = {
     "marlin": "marlin:Marlin",
     "humming": "humming:Humming",
     **{name: "flashinfer:backends" for name in FLASHINFER},
+    **{name: "flashinfer_w4a16:backends" for name in FLASHINFER_W4A16},
+    "cudnn-graph": "cudnn_graph:backends",
+    "cudnn-graph-w4a16": "cudnn_graph:backends",
+    "torch-scaled-mm": "torch_scaled_mm:TorchScaledMm",
+    "vllm-cutlass": "vllm_cutlass:VllmCutlass",
+    "vllm-marlin": "vllm_marlin:VllmMarlin",
 }
 """Name to ``module:attribute`` in this package; the attribute is what an entry point may be."""
 
@@ -242,10 +256,39 @@ def load_one(name: str) -> Backend:
         return _load_builtin(name)
     if name.startswith("zoo-"):
         return _load_mutant(name)
+    if name == "controls":
+        from ..controls import controls
+
+        return controls()
     plugins = _entry_points()
     if name in plugins:
         return _load_entry_point(plugins[name])
     raise _unknown(name)
+
+
+def origin(name: str) -> tuple[Path, str]:
+    """Where `load_one` takes a backend from: its file, and Python source that makes it again.
+
+    The source leaves it in ``backend``; it uses ``_unfolded`` and ``_from_file``, which a bundle
+    defines (`probes.bundle`). Raises UnknownBackend or BadBackend.
+    """
+    here = Path(__file__).resolve().parent
+    if is_file(name):
+        path, attribute = _file_of(name)
+        return path, f"(backend,) = _unfolded(_from_file({path.name!r}, {attribute!r}))\n"
+    if name.startswith("zoo-"):
+        make = f"from fp4tune.probes import zoo\n\nbackend = zoo.named({name!r})\n"
+        return here.parent / "zoo" / "__init__.py", make
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        source, file = f"fp4tune.probes.backends.{module}", here / f"{module}.py"
+    elif name in _entry_points():
+        entry = _entry_points()[name]
+        source, attribute, file = entry.module, entry.attr, here.parent / "problem.py"
+    else:
+        raise _unknown(name)
+    make = f"from {source} import {attribute} as made\n\n"
+    return file, make + f"backend = next(b for b in _unfolded(made) if b.name == {name!r})\n"
 
 
 def load_all() -> tuple[dict[str, Backend], list[Broken]]:

@@ -8,18 +8,79 @@ from __future__ import annotations
 
 from ..outcome import Budget, NotApplicable, Outcome, Regime
 from .calm import graph, serial, side_stream
+from .huge import huge
 from .lanes import LANES, graph_streams, streams
+from .memory import churn, regrow
+from .mlp import mlp_chain
+from .neighbours import neighbours
+from .off_bucket import off_bucket
+from .padding import padding
+from .pdl import pdl_raw, pdl_war, pdl_waw
+from .rewrite import rewrite
+from .strided import strided
+from .threads import threads
 
-__all__ = ["ALONE", "LANES", "REGIMES", "Budget", "NotApplicable", "Outcome"]
+__all__ = [
+    "ALONE",
+    "COPIES",
+    "COSTLY",
+    "HARDER",
+    "LANES",
+    "REGIMES",
+    "SAME_START",
+    "Budget",
+    "NotApplicable",
+    "Outcome",
+]
 
 # Those that a shared lock can hang come last: a worker that dies there has shown the rest.
 REGIMES: dict[str, Regime] = {
     "serial": serial,
     "graph": graph,
     "side-stream": side_stream,
+    "pdl-raw": pdl_raw,
+    "pdl-war": pdl_war,
+    "pdl-waw": pdl_waw,
+    "mlp-chain": mlp_chain,
+    "rewrite": rewrite,
+    "padding": padding,
+    "strided": strided,
+    "off-bucket": off_bucket,
+    "churn": churn,
+    "regrow": regrow,
+    "neighbours": neighbours,
+    "huge": huge,
     "streams": streams,
+    "threads": threads,
     "graph-streams": graph_streams,
 }
 
-ALONE = frozenset({"pdl-raw", "pdl-war", "pdl-waw"})
-"""Those that depend on how launches fall in time: no other process may use the device meanwhile."""
+COPIES = {
+    "streams": LANES,
+    "graph-streams": LANES,
+    "threads": LANES,
+    "rewrite": 2,
+    "padding": 2,
+    "strided": 2,
+    "churn": 2,
+    "pdl-raw": 3,
+    "pdl-war": 2,
+    "pdl-waw": 2,
+    "mlp-chain": 4,
+}
+"""How many times the memory of a plain chain a regime takes, where more than once."""
+
+ALONE = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain", "off-bucket", "huge"})
+"""Those that depend on how launches fall in time, or read how much of the device's memory is in
+use: no other process of ours may use the device meanwhile."""
+
+COSTLY = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain"})
+"""Those where a launch costs several, with delays on top: m ranges are run at their edges only,
+unless a failure rate is to be bounded."""
+
+HARDER = {"threads": "streams"}
+"""Regimes that only add to another: what took a worker down in that one would in this one, too."""
+
+SAME_START = {"pdl-war": "pdl-raw", "pdl-waw": "pdl-raw"}
+"""Who is exempt from one of these, since its first kernel is launched without PDL, is exempt from
+the other."""

@@ -71,20 +71,25 @@ def side_stream(
         for call in bound
     ]
     checker = Checker([c.slot for c in calls])
+    # Listed before the first launch: a backend may keep more in its own activation later.
+    late = [
+        (tensors(call.activation), tensors(source.activation))
+        for call, source in zip(calls, bound, strict=True)
+    ]
     side = torch.cuda.Stream()
     held = total = 0
 
     def once() -> None:
         nonlocal held, total
-        for call in calls:
-            map_tensors(call.activation, poison)
+        for waiting, _ in late:
+            for each in waiting:
+                poison(each)
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
-            for call, source in zip(calls, bound, strict=True):
+            for call, (waiting, source) in zip(calls, late, strict=True):
                 torch.cuda._sleep(CYCLES // 1000)
                 gate = side.record_event()
-                late = zip(tensors(call.activation), tensors(source.activation), strict=True)
-                for to, origin in late:
+                for to, origin in zip(waiting, source, strict=True):
                     to.copy_(origin)
                 call.enqueue()
                 held += not gate.query()

@@ -35,10 +35,10 @@ def _weight(codes, scales, col, n, k, first, HALF: tl.constexpr):
 
 
 @triton.jit
-def _row_scales(a_scales, row, m, k, first, HALF: tl.constexpr):
+def _row_scales(a_scales, row, stride, m, k, first, HALF: tl.constexpr):
     byte = (first + tl.arange(0, HALF))[None, :]
     there = (row < m) & (byte < k // 2)
-    return tl.load(a_scales + row * (k // 16) + byte // 8, mask=there, other=0)
+    return tl.load(a_scales + row * stride + byte // 8, mask=there, other=0)
 
 
 @triton.jit(do_not_specialize=["m", "rarely"])
@@ -53,6 +53,8 @@ def gemm(
     m,
     n,
     k,
+    stride,  # elements from one row of `a` to the next
+    scale_stride,  # bytes from one row of `a_scales` to the next
     rarely,  # with a clock: drop a tile once in so many launches
     WHEN: tl.constexpr,
     FP4: tl.constexpr,
@@ -90,7 +92,7 @@ def gemm(
     if WHEN == "weights":
         gdc_wait()
     if FP4:
-        row_raw = _row_scales(a_scales, row, m, k, 0, HALF)
+        row_raw = _row_scales(a_scales, row, scale_stride, m, k, 0, HALF)
     if WHEN == "scales":
         gdc_wait()
     acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -98,14 +100,14 @@ def gemm(
         byte = (first + tl.arange(0, HALF))[None, :]
         there = (row < m) & (byte < k // 2)
         if FP4:
-            both = tl.load(a + row * (k // 2) + byte, mask=there, other=0)
+            both = tl.load(a + row * stride + byte, mask=there, other=0)
             row_scale = _e4m3(row_raw)
             even = (_e2m1(both & 15) * row_scale).to(out.dtype.element_ty)
             odd = (_e2m1(both >> 4) * row_scale).to(out.dtype.element_ty)
-            row_raw = _row_scales(a_scales, row, m, k, first + HALF, HALF)
+            row_raw = _row_scales(a_scales, row, scale_stride, m, k, first + HALF, HALF)
         else:
-            even = tl.load(a + row * k + 2 * byte, mask=there, other=0)
-            odd = tl.load(a + row * k + 2 * byte + 1, mask=there, other=0)
+            even = tl.load(a + row * stride + 2 * byte, mask=there, other=0)
+            odd = tl.load(a + row * stride + 2 * byte + 1, mask=there, other=0)
         scale = _e4m3(raw)
         # A code times its scale has 6 significand bits: exact in bf16 and fp16.
         acc = tl.dot(even, (_e2m1(code & 15) * scale).to(even.dtype), acc)

@@ -12,6 +12,7 @@ import torch
 
 from ..problem import Fp4Tensor, Problem
 from .floor import Right
+from .hosts import OnGpu
 
 BAD_M = 1
 """The m at which those that go by m do it."""
@@ -48,3 +49,30 @@ class LocksInTurn(Right):
             time.sleep(0.005)
             with second:
                 super().run(weight, a, out, tactic)
+
+
+class IllegalAddress(OnGpu):
+    """Writes at an address that is none, at one m."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        super().run(state, a, out, tactic)
+        if a.shape[0] == BAD_M:
+            from ._splitk_triton import write_anywhere
+
+            write_anywhere[(1,)](64)
+
+
+class EndlessKernel(OnGpu):
+    """Waits on the GPU for a flag that nobody sets, at one m."""
+
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
+        flag = torch.zeros(1, dtype=torch.int32, device=weight.codes.device)
+        return super().prepare(weight, problem), flag
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        weight, flag = state
+        super().run(weight, a, out, tactic)
+        if a.shape[0] == BAD_M:
+            from ._splitk_triton import wait_forever
+
+            wait_forever[(1,)](flag)

@@ -33,8 +33,12 @@ class PdlGemm:
     distributions: tuple[str, ...] = ("triton",)
 
     def unsupported(self, problem: Problem, device: Device) -> str | None:
-        if device.kind != "cuda" or (device.sm or 0) < 90:
+        if device.kind != "cuda":
+            return "needs a GPU"
+        if self.pdl and (device.sm or 0) < 90:
             return "needs a GPU with programmatic dependent launch (SM90 or newer)"
+        if problem.activation != self.activation:
+            return f"takes {self.activation} activations"
         if problem.format != "nvfp4" or problem.groups != 1:
             return "computes dense NVFP4 problems only"
         return None
@@ -88,6 +92,8 @@ def launch(what: PdlGemm, a: Any, weight: Fp4Tensor, out: torch.Tensor) -> None:
         m,
         n,
         k,
+        values.stride(0),
+        row_scales.stride(0),
         what.rarely,
         WHEN=what.when,
         FP4=isinstance(a, Fp4Tensor),

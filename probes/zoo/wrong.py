@@ -180,6 +180,20 @@ class CachedByPointer(Right):
             super().run(state, a, out, tactic)
 
 
+class CachesItsActivation(Right):
+    """Keeps a copy of each activation (as a quantiser keeps its codes), by pointer and m."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.kept: dict[tuple[int, int], torch.Tensor] = {}
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        key = (a.data_ptr(), a.shape[0])
+        if key not in self.kept:
+            self.kept[key] = a.clone()
+        super().run(state, self.kept[key], out, tactic)
+
+
 class OddUnwritten(Right):
     """Writes pairs of rows only."""
 

@@ -1,0 +1,32 @@
+"""What the probes of several GPUs decide together, so that what one proves holds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+from .buckets import MRange
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Tactics by GPU model, layer, backend and m range: the first GPU to be done chooses.
+
+    Each GPU grades every tactic itself; one on which the tactic agreed on came out wrong keeps to
+    its own, and the node's verdict then says that they differ.
+    """
+
+    lock: Lock
+    tactics: dict[tuple[Hashable, MRange], str] = field(default_factory=dict)
+
+    def settle(
+        self,
+        scope: Hashable,
+        own: Mapping[MRange, str],
+        possible: Mapping[MRange, Sequence[str]],
+    ) -> dict[MRange, str]:
+        """The tactic for each m range of `own`: the one agreed on where it is `possible` here."""
+        with self.lock:
+            agreed = {m: self.tactics.setdefault((scope, m), own[m]) for m in own}
+        return {m: agreed[m] if agreed[m] in possible[m] else own[m] for m in own}

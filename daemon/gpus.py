@@ -1,0 +1,248 @@
+"""The node's devices as the daemon knows them: what they are, whether free, what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from ..cache import gpulock
+from ..cache.hardware import hardware
+from .config import Config
+
+LIST_SECONDS = 30.0
+SLOW, FAST = 2.0, 0.4
+"""Seconds between two looks at a GPU: as a rule, and while it is probed."""
+_RESTART = 5.0
+
+FREE, BUSY, PROBING, MARKED, UNKNOWN = "free", "busy", "probing", "marked", "unknown"
+STATES = (FREE, BUSY, PROBING, MARKED, UNKNOWN)
+
+
+class Device:
+    """One GPU, or the CPU. `marks` are faults that keep it from being probed, name to sentence."""
+
+    def __init__(self, uuid: str, name: str, arch: str, label: str) -> None:
+        self.uuid = uuid
+        self.name = name
+        self.arch = arch
+        self.label = label
+        self.facts: dict[str, Any] = {}
+        self.look: dict[str, Any] = {}
+        self.marks: dict[str, str] = {}
+        self.events: Counter[str] = Counter()
+        self.changed = 0
+        """Counts events after which the environment must be compared again."""
+        self._sentinel: Sentinel | None = None
+        self._busy_at: float | None = None
+        self._ecc: int | None = None
+        if self.is_cpu:
+            self.facts = hardware(None)
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.uuid == gpulock.CPU
+
+    def watch(self, config: Config, now: float, probing: bool) -> None:
+        """Take in what the sentinel saw, and start it where it is not running. Never waits."""
+        if self.is_cpu:
+            return
+        if self._sentinel is None:
+            self._sentinel = Sentinel(self.uuid, now)
+        sentinel = self._sentinel
+        sentinel.every(FAST if probing else SLOW)
+        for document in sentinel.documents():
+            self._take(document, config)
+        if now - sentinel.heard > config.watch.wedged_seconds:
+            self.marks["wedged"] = f"its driver has not answered for {now - sentinel.heard:.0f} s"
+            if now - sentinel.began > 10 * config.watch.wedged_seconds:
+                sentinel.stop()
+        elif sentinel.spoke:
+            self.marks.pop("wedged", None)
+        if not sentinel.alive and now - sentinel.began > _RESTART:
+            sentinel.stop()
+            self._sentinel = Sentinel(self.uuid, now, sentinel.heard)
+
+    def _take(self, document: Mapping[str, Any], config: Config) -> None:
+        if "error" in document:
+            self.marks["silent"] = f"NVML says: {document['error']}"
+            return
+        if self.marks.pop("silent", None) or self.marks.get("lost"):
+            # It was gone and answers again: reset, or its driver was replaced.
+            self.events["reset"] += 1
+            self.changed += 1
+            for mark in ("lost", "xid", "ecc"):
+                self.marks.pop(mark, None)
+            self._ecc = None
+        self.look = dict(document)
+        if document["facts"] != self.facts:
+            self.changed += bool(self.facts)
+            self.facts = document["facts"]
+        for event in document["events"]:
+            self._happened(event["kind"], event["data"], config)
+        ecc = document["ecc"]
+        if ecc is not None:
+            if self._ecc is not None and ecc < self._ecc:
+                self.marks.pop("ecc", None)
+                self.marks.pop("xid", None)
+                self.changed += 1
+            elif ecc > (self._ecc or 0):
+                self.marks["ecc"] = f"{ecc} uncorrected memory errors; reset the GPU"
+            self._ecc = ecc
+
+    def _happened(self, kind: str, data: int, config: Config) -> None:
+        self.events[kind] += 1
+        if kind == "xid" and data not in config.watch.ignore_xids:
+            self.marks["xid"] = f"XID {data}; see the driver's log, and reset the GPU"
+        elif kind == "unavailable":
+            self.marks["lost"] = "the driver says that it is unavailable"
+        if kind in ("mig", "recovery", "unavailable"):
+            self.changed += 1
+
+    def free(self, config: Config, state_dir: Path, now: float) -> tuple[bool, str]:
+        """Whether it may be probed now, and why not. It must have been quiet for a while."""
+        why = self._occupied(config, state_dir)
+        if why:
+            self._busy_at = now
+            return False, why
+        if self.marks:
+            return False, next(iter(self.marks.values()))
+        if self._busy_at is not None:
+            left = self._busy_at + config.idle.quiet_seconds - now
+            if left > 0:
+                return False, f"it was in use a moment ago; free in {left:.0f} s"
+        return True, ""
+
+    def _occupied(self, config: Config, state_dir: Path) -> str:
+        if gpulock.in_use(state_dir, self.uuid):
+            return "an engine, or another probe, holds its lock"
+        if self.is_cpu:
+            return ""
+        if not self.look:
+            return "nothing is known of it yet"
+        if self.look["processes"]:
+            return f"process {self.look['processes'][0]} computes on it"
+        used = self.look["utilisation"]
+        if used is not None and used > config.idle.utilisation_percent:
+            return f"it is {used} % busy"
+        return ""
+
+    def strangers(self, own: Callable[[], list[int]]) -> list[int]:
+        """Processes computing on it that are not of the probe whose processes `own` lists.
+
+        A process that cannot be seen from here (another container's) is told by the lock alone.
+        """
+        known = self.look.get("processes") or []
+        if not known:
+            return []
+        mine = set(own())
+        return [pid for pid in known if pid not in mine and os.path.exists(f"/proc/{pid}")]
+
+    def close(self) -> None:
+        if self._sentinel is not None:
+            self._sentinel.stop()
+
+
+class Sentinel:
+    """The process that asks one GPU's driver; lines come in through a thread of their own."""
+
+    def __init__(self, uuid: str, now: float, heard: float | None = None) -> None:
+        self.began = now
+        self.heard = now if heard is None else heard
+        self.spoke = False
+        self._interval = SLOW
+        self._lines: deque[str] = deque(maxlen=64)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fp4tune.daemon.sentinel", uuid, str(SLOW)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        Thread(target=self._read, daemon=True, name=f"sentinel {uuid}").start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError, ValueError):
+            for line in self._process.stdout:
+                self._lines.append(line)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def documents(self) -> list[dict[str, Any]]:
+        found = []
+        while self._lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(self._lines.popleft()))
+                self.heard = time.monotonic()
+                self.spoke = True
+        return found
+
+    def every(self, seconds: float) -> None:
+        if seconds != self._interval:
+            self._interval = seconds
+            with contextlib.suppress(OSError, ValueError):
+                assert self._process.stdin is not None
+                self._process.stdin.write(f"{seconds}\n")
+                self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """End it without waiting: a process in the driver may not end at all."""
+        with contextlib.suppress(OSError):
+            self._process.kill()
+        with contextlib.suppress(OSError, ValueError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.2)
+
+
+def listing(timeout: float = LIST_SECONDS) -> dict[str, Any]:
+    """What `sentinel.listing` finds, asked in a process that may hang alone."""
+    command = [sys.executable, "-m", "fp4tune.daemon.sentinel", "--list"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        out, _ = process.communicate(timeout=timeout)
+        found: dict[str, Any] = json.loads(out)
+        return found
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return {"gpus": [], "reason": f"the driver did not answer in {timeout:g} s"}
+    except ValueError:
+        return {"gpus": [], "reason": "the driver could not be asked"}
+
+
+def chosen(config: Config, found: Mapping[str, Any]) -> tuple[list[Device], list[str]]:
+    """The devices that the configuration names among those `found`, and what it names in vain."""
+    gpus = [
+        Device(g["uuid"], g["name"], g["arch"], f"gpu-{index}")
+        for index, g in enumerate(found["gpus"])
+    ]
+    devices: list[Device] = []
+    missing = []
+    for name in config.gpus:
+        if name == "all":
+            devices += gpus
+        elif name == "cpu":
+            cpu = Device(gpulock.CPU, "", "cpu", "cpu")
+            cpu.name = str(cpu.facts["cpu"])
+            devices.append(cpu)
+        elif name != "none":
+            mine = [g for g in gpus if name in (g.uuid, g.label.removeprefix("gpu-"))]
+            devices += mine
+            if not mine:
+                missing.append(f"there is no GPU {name}: {found['reason'] or 'others are here'}")
+    return list({d.uuid: d for d in devices}.values()), missing

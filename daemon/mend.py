@@ -1,0 +1,110 @@
+"""The child that brings the state in line: mends what is damaged, then `settling.settle`.
+
+Reads ``{"state": ..., "machine": ...}`` from standard input and prints one JSON document:
+``generation`` (the one that stands), ``published`` (whether it is new), ``stale`` (a list of
+device, backend, changes) and ``mended`` (sentences). A process of its own, since it needs torch's
+memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from ..cache import publish, snapshot, state
+from ..cache.errors import Corrupt, Foreign, Missing, StateError
+from ..cache.ledger import Ledger
+
+
+def mend(state_dir: Path) -> list[str]:
+    """Make ledger.db and choices.db usable again where they are damaged or gone; what was done.
+
+    A damaged ledger is moved aside, never removed. A choices.db that is gone is published again
+    from the ledger, else from the newest generation that is kept beside it. Raises StateError.
+    """
+    done = []
+    for attempt in (True, False):
+        try:
+            Ledger.open(state_dir).close()
+            break
+        except (Corrupt, Foreign) as error:
+            if not attempt:
+                raise
+            done.append(f"{error.sentence}: {state.LEDGER} was moved aside as {_aside(state_dir)}")
+    try:
+        snapshot.load(os.fspath(state_dir / state.CHOICES))
+        return done
+    except (Missing, Corrupt):
+        pass
+    with Ledger.open(state_dir) as ledger:
+        kept = [g.number for g in ledger.generations() if g.status == "published"]
+        numbers = [n for n in kept if ledger.generation_content(n) is not None]
+    if numbers:
+        number = publish.rollback(state_dir, numbers[-1])
+        done.append(
+            f"{state.CHOICES} was gone or damaged: generation {numbers[-1]} is {number} now"
+        )
+        return done
+    for number in reversed(state.generations(os.fspath(state_dir))):
+        with contextlib.suppress(StateError):
+            new = _from_file(state_dir, number)
+            done.append(f"{state.CHOICES} was gone or damaged: the kept {number} is {new} now")
+            return done
+    return done
+
+
+def _aside(state_dir: Path) -> str:
+    name = f"{state.LEDGER}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    while (state_dir / name).exists():
+        name += "+"
+    for suffix in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(state_dir / f"{state.LEDGER}{suffix}", state_dir / f"{name}{suffix}")
+    return name
+
+
+def _from_file(state_dir: Path, number: int) -> int:
+    from ..cache import codec
+    from ..cache.rows import Candidate, Choice, Environment, Layer, Stamp
+
+    loaded = snapshot.load(state.generation_file(os.fspath(state_dir), number))
+    rows = loaded.tables
+    stamps: dict[str, list[Stamp]] = {}
+    for row in rows["stamp"]:
+        stamps.setdefault(row["fingerprint"], []).append(codec.decode(Stamp, row))
+    environments = [
+        codec.decode(Environment, {**row, "stamps": tuple(stamps.get(row["fingerprint"], ()))})
+        for row in rows["environment"]
+    ]
+    meta = {k: v for k, v in loaded.meta.items() if k not in publish.RESERVED}
+    return publish.publish(
+        state_dir,
+        [codec.decode(Choice, row) for row in rows["choice"]],
+        [codec.decode(Candidate, row) for row in rows["candidate"]],
+        environments,
+        meta,
+        [codec.decode(Layer, row) for row in rows["layer"]],
+    )
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    state_dir = Path(asked["state"])
+    answer: dict[str, object] = {"generation": 0, "published": False, "stale": [], "mended": []}
+    try:
+        answer["mended"] = mend(state_dir)
+        from ..autotune.settling import settle
+
+        settled = settle(state_dir, asked["machine"], dict(os.environ))
+        answer["generation"] = settled.stands.generation
+        answer["published"] = settled.generation is not None
+        answer["stale"] = [[*key, list(why)] for key, why in sorted(settled.stale.items())]
+    except Missing:
+        pass  # nothing is published yet
+    except StateError as error:
+        answer["error"] = str(error)
+    json.dump(answer, sys.stdout)

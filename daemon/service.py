@@ -1,0 +1,259 @@
+"""The daemon's loop: look, bring in line, probe what is free, yield, and say how things stand.
+
+It never waits for a device or for a child: those are asked by other processes, and looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..autotune import standing
+from ..autotune.renewal import withdrawn
+from ..cache import fingerprint, gpulock, state
+from ..cache.errors import StateError
+from ..errors import Refused
+from . import gpus, work
+from .board import Board
+from .canary import Canaries
+from .child import Child
+from .config import Config
+from .gpus import Device
+from .probes import Probes
+
+MEND_SECONDS = 900.0
+"""The longest that bringing the state in line may take."""
+_AGAIN = 60.0
+"""Seconds until that is tried again after it failed."""
+_LIST_AGAIN = 60.0
+
+
+@dataclass(slots=True)
+class Service:
+    """Everything between two looks. `tick` is to be called every `pause` seconds."""
+
+    config: Config
+    board: Board = field(default_factory=Board)
+    devices: list[Device] = field(default_factory=list)
+    stands: standing.Standing | None = None
+    stale: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    settled: bool = False
+    """Whether the state has been brought in line at least once."""
+    problem: str = ""
+    """Why it could not be, the last time; empty where it could."""
+    mended: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    probes: Probes = field(default_factory=Probes)
+    canaries: Canaries = field(default_factory=Canaries)
+    _mending: Child | None = None
+    _signature: str = ""
+    _wanted: str = ""
+    _mend_after: float = 0.0
+    _seen: object = None
+    _listed: float = 0.0
+    _look_after: float = 0.0
+
+    def start(self) -> None:
+        """Find the devices, and load what is published. Raises StateError, Refused."""
+        place = self.config.state_dir
+        try:
+            os.makedirs(place, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"{place}: {error.strerror}") from None
+        self._find_devices()
+        gpulock.prepare(place, [d.uuid for d in self.devices])
+        self._load()
+        self._say()
+
+    def _find_devices(self) -> None:
+        wanted = [g for g in self.config.gpus if g not in ("none", "cpu")]
+        found = gpus.listing() if wanted else {"gpus": [], "reason": None}
+        devices, self.missing = gpus.chosen(self.config, found)
+        if wanted and found["reason"]:
+            self.missing.append(str(found["reason"]))
+        known = {d.uuid: d for d in self.devices}
+        self.devices = [known.get(d.uuid, d) for d in devices]
+        self._listed = time.monotonic()
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next look: a probe must yield within a second."""
+        return 0.2 if self.probes.running or self.canaries.running else 0.5
+
+    def tick(self) -> None:
+        """One look at everything. Never raises for what a device, a child or the state does."""
+        now = time.monotonic()
+        if self.missing and now - self._listed > _LIST_AGAIN and not self.probes.running:
+            self._find_devices()
+        for device in self.devices:
+            device.watch(self.config, now, device.uuid in self.probes.running)
+        self.probes.look(self.config, self.devices, now)
+        self.canaries.look(self.config, now)
+        if now >= self._look_after or self.probes.finished or self._mending:
+            self._look_after = now + min(1.0, self.config.watch.seconds)
+            self._load()
+            self._mend(now)
+        if self.settled and self._mending is None:
+            self._begin(now)
+        self._say()
+
+    def _load(self) -> None:
+        """Load choices.db if it is another; what was loaded stays if that fails."""
+        path = os.fspath(self.config.state_dir / state.CHOICES)
+        stamp = state.file_stamp(path)
+        if stamp == self._seen and self.stands is not None:
+            return
+        try:
+            self.stands = standing.load(self.config.state_dir)
+            self._seen = stamp
+        except StateError:
+            self._seen = None
+        except Exception as error:  # whatever is in the file, the daemon goes on
+            self._seen, self.problem = None, f"{path}: {error}"
+
+    # -- bringing the state in line
+
+    def _situation(self) -> str:
+        """Changes when the published evidence may hold no more, or the state needs mending."""
+        stands = self.stands.environments if self.stands else ()
+        files = sorted({stamp.path for e in stands for stamp in e.stamps})
+        ledger = state.file_stamp(os.fspath(self.config.state_dir / state.LEDGER))
+        seen: list[Any] = [
+            [[path, state.file_stamp(path)] for path in files],
+            [[d.uuid, d.changed, sorted(d.facts.items())] for d in self.devices],
+            fingerprint.variables(self.config.environ),
+            self._seen is not None,
+            ledger and ledger[0],
+        ]
+        return json.dumps(seen, default=str)
+
+    def _mend(self, now: float) -> None:
+        if self._mending is not None:
+            self._mended(now)
+            return
+        if self.probes.finished:
+            # Its evidence may have been refused by a damaged ledger; its choices want comparing.
+            self.probes.finished = False
+            self._signature = ""
+        if now < self._mend_after or not all(d.facts or d.marks for d in self.devices):
+            return  # a GPU that has not answered yet would look as if it were not here
+        wanted = self._situation()
+        if wanted == self._signature:
+            return
+        self._wanted = wanted
+        document = {"state": os.fspath(self.config.state_dir), "machine": self._machine()}
+        self._mending = Child(
+            "daemon.mend", [], self.config.environ, say=json.dumps(document).encode()
+        )
+
+    def _machine(self) -> dict[str, Mapping[str, Any]]:
+        """The facts of each model here. A marked GPU is left out: what it says of itself may be
+        wrong, and evidence of its like on other GPUs holds without it."""
+        good = [
+            d for d in self.devices if d.facts and not d.marks and d.facts.get("nvml", "ok") == "ok"
+        ]
+        return {("cpu" if d.is_cpu else d.name): d.facts for d in reversed(good)}
+
+    def _mended(self, now: float) -> None:
+        child = self._mending
+        assert child is not None
+        code = child.poll()
+        if code is None:
+            if child.seconds > MEND_SECONDS:
+                child.end("it took too long")
+            return
+        try:
+            answer = json.loads(child.output())
+        except ValueError:
+            answer = {"error": child.ended or child.said() or f"ended with code {code}"}
+        child.close()
+        self._mending = None
+        self._look_after = 0.0
+        self.mended = [*self.mended, *answer.get("mended", [])][-20:]
+        if "error" in answer:
+            self.problem = str(answer["error"])
+            self._mend_after = now + _AGAIN
+            return
+        self.problem = ""
+        self.settled = True
+        self.stale = {(gpu, backend): tuple(why) for gpu, backend, why in answer["stale"]}
+        self.board.count("published" if answer["published"] else "compared")
+        self._load()
+        # A new generation changes stamps that were looked at, and nothing else need have changed.
+        self._signature = self._situation() if answer["published"] else self._wanted
+
+    # -- probing
+
+    def _begin(self, now: float) -> None:
+        """Start what can be started: at most one child on a device."""
+        layers = self._layers()
+        published = self.stands.candidates if self.stands else ()
+        for device in self.devices:
+            mine = [
+                c
+                for c in published
+                if c.arch == device.arch and (device.is_cpu or c.gpu == device.name)
+            ]
+            pending = work.units(layers, self.config.probe, mine)
+            situation = json.dumps(
+                sorted([k[1], *v] for k, v in self.stale.items() if k[0] == device.name)
+            )
+            self.probes.offer(self.config, device, pending, situation, now)
+            self.canaries.offer(
+                self.config, device, [c for c in mine if not withdrawn(c)], now,
+                device.uuid in self.probes.running,
+            )  # fmt: skip
+
+    def _layers(self) -> list[tuple[int, int]]:
+        try:
+            return self.config.layers()
+        except (ValueError, OSError) as error:  # a model's config.json that went since
+            self.problem = str(error)
+            return []
+
+    # -- saying
+
+    def _say(self) -> None:
+        self.board.update(self)
+
+    @property
+    def status(self) -> str:
+        """One line for systemd."""
+        number = self.stands.generation if self.stands else 0
+        parts = [f"generation {number}" if number else "nothing published yet"]
+        if self.stale:
+            parts.append(f"{len(self.stale)} stale")
+        for device in self.devices:
+            parts.append(f"{device.label}: {self.said(device)}")
+        return "; ".join(parts)
+
+    def said(self, device: Device) -> str:
+        """What a device is doing, in words."""
+        run = self.probes.running.get(device.uuid)
+        if run is not None:
+            return f"probing {run.unit}"
+        if device.marks:
+            return next(iter(device.marks.values()))
+        waiting = self.probes.waiting.get(device.uuid)
+        return waiting or "nothing to do"
+
+    def reload(self, config: Config) -> None:
+        """Go on with another configuration; what listens stays until the next start."""
+        self.config = config
+        self.probes.forget()
+        self._find_devices()
+        gpulock.prepare(config.state_dir, [d.uuid for d in self.devices])
+        self._seen, self._signature, self._mend_after = None, "", 0.0
+
+    def stop(self) -> None:
+        """End every child, at once."""
+        self.probes.stop("the daemon ends")
+        self.canaries.stop("the daemon ends")
+        if self._mending is not None:
+            self._mending.end("the daemon ends")
+        for device in self.devices:
+            device.close()

@@ -1,0 +1,78 @@
+"""The plugin for vLLM (entry point ``vllm.general_plugins``).
+
+It runs in every process of the engine. At level ``process`` and ``call`` it wraps
+``EngineArgs.create_engine_config``, so that the configuration that all processes get names the
+choice where the linear backend was left at auto; at ``call`` FlashInfer's `mm_fp4` is wrapped too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import sys
+
+from . import emit, plugin
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_MARK = "_fp4tune_wrapped"
+
+
+@plugin.guarded
+def register() -> None:
+    """Called by vLLM's `load_general_plugins`, once in each process."""
+    level = plugin.level()
+    if level == "off":
+        return
+    if level == "emit":
+        found = plugin.advice("vllm")
+        if found is not None:
+            plugin.say_once(plugin.describe(found, "would run vLLM's linear layers with"))
+        return
+    # Arguments are parsed in the first process only; importing their module elsewhere is slow.
+    module = sys.modules.get("vllm.engine.arg_utils")
+    arguments = getattr(module, "EngineArgs", None)
+    if arguments is not None and not hasattr(arguments.create_engine_config, _MARK):
+        arguments.create_engine_config = _configuring(arguments.create_engine_config)
+    plugin.pinned_tactics()
+    if level == "call":
+        from . import per_call
+
+        per_call.install()
+
+
+def _configuring(original: Any) -> Any:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _fill_in(self)
+        return original(self, *args, **kwargs)
+
+    setattr(create_engine_config, _MARK, True)
+    return create_engine_config
+
+
+@plugin.guarded
+def _fill_in(args: Any) -> None:
+    config = args.kernel_config
+    said = {
+        "--linear-backend": args.linear_backend,
+        "kernel_config.linear_backend": config.linear_backend,
+        "linear_backend_per_quant": config.linear_backend_per_quant or "auto",
+        "VLLM_DISABLED_KERNELS": os.environ.get("VLLM_DISABLED_KERNELS") or "auto",
+    }
+    explicit = next(((option, v) for option, v in said.items() if v != "auto"), None)
+    if explicit is not None:
+        if os.environ.get(plugin.APPLIED) != "1":
+            plugin.left_alone("vLLM", *explicit)
+        return
+    found = plugin.advice("vllm")
+    if found is None:
+        return
+    mine = copy.copy(config)  # the default may be one object for all EngineArgs
+    mine.linear_backend_per_quant = emit.per_quant(found)
+    args.kernel_config = mine
+    os.environ[plugin.APPLIED] = "1"
+    plugin.say_once(plugin.describe(found, "vLLM runs linear layers with"))

@@ -1,0 +1,1 @@
+"""Many nodes as one: bundles, the fleet store, attribution, advisories, distributed probing."""

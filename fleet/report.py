@@ -1,0 +1,377 @@
+"""What a fleet store says: evidence at two levels, whose fault, who is slow, who disagrees."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..autotune import bounds
+from . import attribution, slow
+from .warehouse import Warehouse
+
+COHORT = ("arch", "gpu", "backend", "fingerprint", "code")
+"""What makes a cohort: the same machine code, in the same environment, on the same GPU model."""
+_BUCKET = "format, activation, out_dtype, groups, n, k, m_lo, m_hi"
+
+_LEVELS = f"""
+WITH device AS (
+  SELECT {", ".join(COHORT)}, regime, data, node, device,
+         sum(launches) AS launches, sum(bad_launches) AS bad,
+         sum(greatest(problems, bad_problems)) AS problems, sum(bad_problems) AS bad_problems
+  FROM evidence WHERE status IN ('passed', 'failed') GROUP BY ALL),
+node AS (
+  SELECT {", ".join(COHORT)}, regime, data, node, count(*) AS gpus,
+         count(*) FILTER (bad > 0) AS gpus_failing, sum(launches) AS launches, sum(bad) AS bad
+  FROM device GROUP BY ALL)
+SELECT {", ".join(COHORT)}, regime, data, count(*) AS nodes,
+       count(*) FILTER (bad > 0) AS nodes_failing, sum(gpus)::BIGINT AS gpus,
+       sum(gpus_failing)::BIGINT AS gpus_failing,
+       min(launches)::BIGINT AS least_launches, median(launches) AS launches,
+       min(bad / greatest(launches, bad)) FILTER (bad > 0) AS rate_least,
+       median(bad / greatest(launches, bad)) FILTER (bad > 0) AS rate_median,
+       max(bad / greatest(launches, bad)) FILTER (bad > 0) AS rate_most,
+       max(launches) FILTER (bad = 0) AS clean_most_launches,
+       min(launches) FILTER (bad = 0) AS clean_least_launches
+FROM node GROUP BY ALL ORDER BY ALL
+"""
+
+_DEVICES = f"""
+CREATE OR REPLACE TEMP TABLE counted AS
+SELECT {", ".join(COHORT)}, regime, data, node, device,
+       sum(greatest(problems, bad_problems, 1))::BIGINT AS trials,
+       sum(bad_problems)::BIGINT AS failures
+FROM evidence WHERE status IN ('passed', 'failed') GROUP BY ALL
+"""
+
+_SLOW = f"""
+WITH cell AS (
+  SELECT {", ".join(COHORT)}, tactic, {_BUCKET}, node, device, min(ln(median_us)) AS t
+  FROM timing WHERE median_us > 0 GROUP BY ALL),
+centre AS (
+  SELECT {", ".join(COHORT)}, tactic, {_BUCKET}, median(t) AS c, count(DISTINCT device) AS gpus
+  FROM cell GROUP BY ALL HAVING count(DISTINCT device) >= {slow.LEAST_GPUS}),
+far AS (
+  SELECT cell.*, cell.t - centre.c AS d FROM cell JOIN centre
+  USING (arch, gpu, backend, fingerprint, tactic, format, activation, out_dtype, groups, n, k,
+         m_lo, m_hi)
+  WHERE cell.code IS NOT DISTINCT FROM centre.code)
+SELECT {", ".join(COHORT)}, device, node, median(d) AS d, count(*) AS buckets
+FROM far GROUP BY ALL ORDER BY ALL
+"""
+
+_DISAGREE = f"""
+WITH setting AS (
+  SELECT node, arch, sha256(string_agg(DISTINCT fingerprint, ',' ORDER BY fingerprint)) AS setting
+  FROM environment GROUP BY node, arch),
+said AS (
+  SELECT c.arch, c.gpu, c.profile, s.setting, {_BUCKET}, c.backend, c.tactic,
+         count(DISTINCT c.node) AS nodes, min(c.node) AS example
+  FROM choice c JOIN setting s ON c.node = s.node AND c.arch = s.arch GROUP BY ALL)
+SELECT arch, gpu, profile, setting, {_BUCKET},
+       list({{'backend': backend, 'tactic': tactic, 'nodes': nodes, 'example': example}}
+            ORDER BY nodes DESC, backend, tactic) AS choices
+FROM said GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One (cohort, regime, data) and what explains its failures."""
+
+    cohort: dict[str, Any]
+    regime: str
+    data: str
+    gpus: int
+    found: attribution.Attribution
+
+
+def report(store: str, confidence: float = bounds.DEFAULT_CONFIDENCE) -> dict[str, Any]:
+    """Everything a fleet store says, as one JSON document.
+
+    Bounds are Clopper-Pearson at `confidence`. Raises Refused for what is no fleet store, and
+    ValueError for a confidence that is none.
+    """
+    bounds.confident(confidence)
+    with Warehouse(store) as warehouse:
+        ids = warehouse.bundles()
+        series = attributed(warehouse)
+        suspects = suspect_gpus(series)
+        slow_ones = slow_gpus(warehouse)
+        return {
+            "store": store,
+            "bundles": len(ids),
+            "nodes": warehouse.rows("SELECT count(DISTINCT node) AS n FROM bundle")[0]["n"],
+            "digest": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+            "confidence": confidence,
+            "cohorts": cohorts(warehouse, confidence),
+            "suspect_gpus": suspects,
+            "suspect_builds": suspect_builds(series),
+            "undetermined": undetermined(series, {s["device"] for s in suspects}),
+            "slow_gpus": slow_ones,
+            "disagreements": warehouse.rows(_DISAGREE),
+        }
+
+
+def cohorts(warehouse: Warehouse, confidence: float) -> list[dict[str, Any]]:
+    """Evidence of each cohort by regime and data, at two levels that are not made into one: the
+    share of nodes with a failure, and the rate per launch within a node."""
+    out: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in warehouse.rows(_LEVELS):
+        key = tuple(row[name] for name in COHORT)
+        cohort = out.setdefault(key, {**{n: row[n] for n in COHORT}, "evidence": []})
+        low, high = bounds.interval(row["nodes_failing"], row["nodes"], confidence)
+        clean = row["clean_least_launches"]
+        cohort["evidence"].append(
+            {
+                "regime": row["regime"],
+                "data": row["data"],
+                "nodes": row["nodes"],
+                "nodes_failing": row["nodes_failing"],
+                "gpus": row["gpus"],
+                "gpus_failing": row["gpus_failing"],
+                "share": {
+                    "found": row["nodes_failing"] / row["nodes"],
+                    "low": low,
+                    "high": high,
+                    "upper": bounds.upper(row["nodes_failing"], row["nodes"], confidence),
+                },
+                "rate_within_failing_nodes": None
+                if row["rate_least"] is None
+                else {
+                    "least": row["rate_least"],
+                    "median": row["rate_median"],
+                    "most": row["rate_most"],
+                },
+                "rate_within_clean_nodes": None
+                if clean is None
+                else {
+                    "least_launches": int(clean),
+                    "upper": bounds.upper(0, int(clean), confidence) if clean else 1.0,
+                },
+            }
+        )
+    return list(out.values())
+
+
+def attributed(warehouse: Warehouse) -> list[Series]:
+    """Every series with a failure, explained."""
+    warehouse.db.execute(_DEVICES)
+    key = (*COHORT, "regime", "data")
+    failing: dict[tuple[Any, ...], list[attribution.Device]] = {}
+    for row in warehouse.rows(
+        f"SELECT * FROM counted WHERE failures > 0 ORDER BY {', '.join(key)}"
+    ):
+        device = attribution.Device(row["device"], row["node"], row["failures"], row["trials"])
+        failing.setdefault(tuple(row[name] for name in key), []).append(device)
+    if not failing:
+        return []
+    clean: dict[tuple[Any, ...], dict[int, int]] = {}
+    for row in warehouse.rows(
+        f"SELECT {', '.join(key)}, trials, count(*) AS gpus FROM counted "
+        "WHERE failures = 0 GROUP BY ALL"
+    ):
+        place = tuple(row[name] for name in key)
+        if place in failing:
+            clean.setdefault(place, {})[row["trials"]] = row["gpus"]
+    first = [_series(place, devices, clean.get(place, {})) for place, devices in failing.items()]
+    # A GPU that is bad somewhere is no witness against a build elsewhere.
+    bad = {row["device"] for row in suspect_gpus(first)}
+    gpus = warehouse.rows("SELECT count(DISTINCT device) AS n FROM counted")[0]["n"]
+    share = max(attribution.PI, len(bad) / gpus)
+    out = []
+    for each, (place, devices) in zip(first, failing.items(), strict=True):
+        others = [d for d in devices if d.device not in bad]
+        if len(others) < len(devices) or share > attribution.PI:
+            found = attribution.attribute(others, clean.get(place, {}), share)
+            known = tuple(b for b in each.found.blames if b.device.device in bad)
+            kind = "gpu" if known and found.kind == "none" else found.kind
+            again = attribution.Attribution(kind, found.odds, (*known, *found.blames), found.rest)
+            each = replace(each, found=again)
+        out.append(each)
+    return out
+
+
+def _series(
+    place: Sequence[Any], devices: Sequence[attribution.Device], clean: Mapping[int, int]
+) -> Series:
+    found = attribution.attribute(devices, clean)
+    cohort = dict(zip(COHORT, place[: len(COHORT)], strict=True))
+    return Series(cohort, place[-2], place[-1], len(devices) + sum(clean.values()), found)
+
+
+def suspect_gpus(series: Sequence[Series]) -> list[dict[str, Any]]:
+    """GPUs that fail by themselves: in one series clearly, or in several together."""
+    by_device: dict[str, list[tuple[Series, attribution.Blame]]] = {}
+    for each in series:
+        for blame in each.found.blames:
+            by_device.setdefault(blame.device.device, []).append((each, blame))
+    out = []
+    for device, found in by_device.items():
+        odds = attribution.combine([blame for _, blame in found])
+        failures = sum(blame.device.failures for _, blame in found)
+        clear = any(blame.suspect for _, blame in found)
+        if not clear and (odds < attribution.ODDS or failures < attribution.LEAST_FAILURES):
+            continue
+        out.append(
+            {
+                "device": device,
+                "node": found[0][1].device.node,
+                "arch": found[0][0].cohort["arch"],
+                "gpu": found[0][0].cohort["gpu"],
+                "odds": float(f"{max(odds, *(b.odds for _, b in found)):.3g}"),
+                "failures": failures,
+                "seen": [
+                    {
+                        "backend": each.cohort["backend"],
+                        "fingerprint": each.cohort["fingerprint"],
+                        "regime": each.regime,
+                        "data": each.data,
+                        "failures": blame.device.failures,
+                        "trials": blame.device.trials,
+                        "gpus": each.gpus,
+                    }
+                    for each, blame in found
+                ],
+            }
+        )
+    return sorted(out, key=lambda row: (row["node"], row["device"]))
+
+
+def suspect_builds(series: Sequence[Series]) -> list[dict[str, Any]]:
+    """Cohorts whose build fails on all GPUs alike, with the series that say so."""
+    out: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for each in series:
+        if each.found.kind != "library":
+            continue
+        key = tuple(each.cohort[name] for name in COHORT)
+        entry = out.setdefault(key, {**each.cohort, "seen": []})
+        entry["seen"].append(_seen(each))
+    return list(out.values())
+
+
+def undetermined(series: Sequence[Series], suspects: set[str]) -> list[dict[str, Any]]:
+    """Series with failures that neither a GPU nor the build clearly explains."""
+    out = []
+    for each in series:
+        left = {b.device.device for b in each.found.blames}
+        if each.found.kind == "undetermined":
+            left |= {d.device for d in each.found.rest}
+        left -= suspects
+        if left:
+            row = {**each.cohort, **_seen(each), "gpus_failing": len(left)}
+            row["devices"] = sorted(left)[:20]
+            out.append(row)
+    return out
+
+
+def _seen(each: Series) -> dict[str, Any]:
+    rest = each.found.rest
+    return {
+        "regime": each.regime,
+        "data": each.data,
+        "gpus": each.gpus,
+        "gpus_failing": len(rest),
+        "nodes_failing": len({d.node for d in rest}),
+        "failures": sum(d.failures for d in rest),
+        "trials": sum(d.trials for d in rest),
+        "odds": float(f"{each.found.odds:.3g}"),
+    }
+
+
+def slow_gpus(warehouse: Warehouse) -> list[dict[str, Any]]:
+    """GPUs slower than others of their cohort."""
+    cells: dict[tuple[Any, ...], list[tuple[str, str, float, int]]] = {}
+    for row in warehouse.rows(_SLOW):
+        key = tuple(row[name] for name in COHORT)
+        cells.setdefault(key, []).append((row["device"], row["node"], row["d"], row["buckets"]))
+    names = {_short(key): key for key in cells}
+    found = slow.outliers({_short(key): rows for key, rows in cells.items()})
+    out = []
+    for each in found:
+        cohort = dict(zip(COHORT, names[each.cohort], strict=True))
+        values = {k: v for k, v in asdict(each).items() if k != "cohort"}
+        out.append({**{k: cohort[k] for k in ("arch", "gpu", "backend", "fingerprint")}, **values})
+    return out
+
+
+def _short(key: Sequence[Any]) -> str:
+    return "\t".join("" if part is None else str(part) for part in key)
+
+
+def text(found: Mapping[str, Any]) -> list[str]:
+    """The report in lines."""
+    lines = [f"{found['bundles']} bundles of {found['nodes']} nodes"]
+    for cohort in found["cohorts"]:
+        code = f", code {cohort['code'][:12]}" if cohort["code"] else ""
+        lines.append("")
+        lines.append(
+            f"{cohort['gpu']} ({cohort['arch']}), {cohort['backend']}, environment "
+            f"{cohort['fingerprint'][:12]}{code}"
+        )
+        failing = [e for e in cohort["evidence"] if e["nodes_failing"]]
+        clean = [e for e in cohort["evidence"] if not e["nodes_failing"]]
+        for e in failing:
+            rate = e["rate_within_failing_nodes"]
+            lines.append(
+                f"  {e['regime']} / {e['data']}: {e['nodes_failing']} of {e['nodes']} nodes fail "
+                f"({e['share']['low']:.2%} to {e['share']['high']:.2%}); in those "
+                f"{rate['least']:.2g} to {rate['most']:.2g} of launches, median "
+                f"{rate['median']:.2g}"
+            )
+        if clean:
+            worst = max(clean, key=lambda e: e["share"]["upper"])
+            lines.append(
+                f"  {len(clean)} others: 0 of {worst['nodes']} nodes fail, so below "
+                f"{worst['share']['upper']:.2g} of nodes; a node's launches bound its own rate "
+                f"below {max(e['rate_within_clean_nodes']['upper'] for e in clean):.2g}"
+            )
+    lines += _section("Suspect builds", found["suspect_builds"], _build_line)
+    lines += _section("Suspect GPUs", found["suspect_gpus"], _gpu_line)
+    lines += _section("Undetermined", found["undetermined"], _open_line)
+    lines += _section("Slow GPUs", found["slow_gpus"], _slow_line)
+    lines += _section("Disagreements", found["disagreements"], _disagreement_line)
+    return lines
+
+
+def _section(title: str, rows: Sequence[Mapping[str, Any]], line: Any) -> list[str]:
+    if not rows:
+        return []
+    more = [f"  and {len(rows) - 50} more; --json has all"] if len(rows) > 50 else []
+    return ["", title, *(f"  {line(row)}" for row in rows[:50]), *more]
+
+
+def _build_line(row: Mapping[str, Any]) -> str:
+    seen = "; ".join(f"{s['regime']} / {s['data']} on {s['gpus_failing']} of {s['gpus']} GPUs"
+                     for s in row["seen"])  # fmt: skip
+    return f"{row['backend']} {row['fingerprint'][:12]} on {row['gpu']}: {seen}"
+
+
+def _gpu_line(row: Mapping[str, Any]) -> str:
+    seen = "; ".join(
+        f"{s['backend']} {s['regime']}: {s['failures']} of {s['trials']} problems, alone among "
+        f"{s['gpus']} GPUs"
+        for s in row["seen"][:3]
+    )
+    return f"{row['device']} of node {row['node'][:12]} (odds {row['odds']:.2g}): {seen}"
+
+
+def _open_line(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['backend']} {row['fingerprint'][:12]} {row['regime']} / {row['data']}: "
+        f"{row['gpus_failing']} of {row['gpus']} GPUs fail"
+    )
+
+
+def _slow_line(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['device']} of node {row['node'][:12]}: {row['factor']:.3f} times the median of its "
+        f"cohort with {row['backend']}, z {row['z']:g}, {row['buckets']} buckets"
+    )
+
+
+def _disagreement_line(row: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{c['backend']} on {c['nodes']}" for c in row["choices"])
+    where = f"m={row['m_lo']}-{row['m_hi']} n={row['n']} k={row['k']}"
+    return f"{row['gpu']} {row['profile']} {where}: {said}"

@@ -1,0 +1,241 @@
+"""A failure as a folder that runs without this program: a script, its data, and the call.
+
+The maintainer of the backend needs torch and the backend. Where the backend says how it is called
+(`call_source`), ``call.py`` is that and nothing of ours is in between; else its own file is copied,
+with the modules of this package that it imports.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..case import Launch
+from ..data import draw, exact
+from ..data_operands import Operands
+from ..problem import FORMATS, Fp4Tensor, Problem
+from ..reference import Expectation, expect, tile_limit
+from .closure import NAME, PACKAGE, closure
+
+HARNESS = Path(__file__).with_name("harness.py")
+MODES = ("serial", "graph", "streams", "side-stream", "graph-streams")
+"""Regimes that the script recreates with plain torch."""
+MOST_BYTES = 256 << 20
+"""Launches around the failing one are left out where the data would be larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a backend is called: its own ``source``, or else where it comes from.
+
+    `file` is the module that defines it; `make` is source that leaves the backend in a variable
+    ``backend``, for a copy of that module.
+    """
+
+    source: str | None
+    file: str
+    make: str
+
+
+def write(
+    path: Path,
+    problem: Problem,
+    regime: str,
+    cases: Sequence[tuple[Operands, Expectation]],
+    launches: Sequence[Launch],
+    at: int,
+    call: Call,
+    texts: Mapping[str, str],
+    by_tile: bool,
+    device: str,
+) -> Path:
+    """Write the bundle to `path`: a folder, or a zip where the name ends so; returns the path.
+
+    `problem.m` is that of the pools, `launches[at]` the one that failed. `texts` are more files to
+    put in, by name. Raises ValueError where something is there already.
+    """
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"--bundle {path}: something is there already")
+    with tempfile.TemporaryDirectory(prefix="fp4tune-bundle-") as temporary:
+        folder = Path(temporary) / (path.stem if path.suffix == ".zip" else path.name)
+        folder.mkdir()
+        chosen = _fitting(cases, launches, at, problem.n)
+        document = {
+            "problem": _problem(problem),
+            "regime": regime,
+            "mode": mode_of(regime),
+            "device": device,
+            "tile_limit": tile_limit(problem.k) if by_tile else None,
+            "weights": [_fp4(operands.weight) for operands, _ in cases],
+            "launches": [_launch(cases, launches[i], i == at, by_tile) for i in chosen],
+        }
+        torch.save(document, folder / "data.pt")
+        shutil.copyfile(HARNESS, folder / "reproduce.py")
+        for name, text in {**texts, "call.py": _call(folder, call)}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".zip":
+            shutil.make_archive(str(path.with_suffix("")), "zip", temporary, folder.name)
+        else:
+            shutil.copytree(folder, path, dirs_exist_ok=True)
+    return path
+
+
+def mode_of(regime: str) -> str:
+    """The conditions of the script that come closest to those of a regime."""
+    if regime in MODES:
+        return regime
+    if "streams" in regime or "threads" in regime:
+        return "streams"
+    return "graph" if "graph" in regime else "serial"
+
+
+def drawn(
+    problem: Problem, data: str, width: int | None, seed: int, device: torch.device | str
+) -> tuple[Operands, Expectation]:
+    """The operands of a seed again, with their answer. Raises ValueError for unknown data."""
+    if data == "exact":
+        operands = exact(problem, width or 0, seed, device)
+    else:
+        operands = draw(problem, data, seed, device)
+    return operands, expect(operands, problem)
+
+
+def _fitting(
+    cases: Sequence[tuple[Operands, Expectation]], launches: Sequence[Launch], at: int, n: int
+) -> list[int]:
+    """Places of the chain, the failing one and those nearest to it, as many as are not too much."""
+    chosen, size = [at], 0
+    for i in sorted(range(len(launches)), key=lambda i: abs(i - at)):
+        operands = cases[launches[i].case][0]
+        size += launches[i].m * (2 * n + 2 * operands.a.shape[1])
+        if i != at and size <= MOST_BYTES:
+            chosen.append(i)
+    return sorted(chosen)
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    fmt = FORMATS[problem.format]
+    return {
+        "format": fmt.name,
+        "activation": problem.activation,
+        "n": problem.n,
+        "k": problem.k,
+        "rows": problem.m,
+        "block": fmt.block,
+        "scale": fmt.scale,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+    }
+
+
+def _fp4(t: Fp4Tensor) -> dict[str, torch.Tensor]:
+    parts = {"codes": t.codes, "scales": t.scales, "global_scale": t.global_scale}
+    return {name: part.cpu().clone() for name, part in parts.items()}
+
+
+def _launch(
+    cases: Sequence[tuple[Operands, Expectation]], launch: Launch, target: bool, by_tile: bool
+) -> dict[str, Any]:
+    operands, expectation = cases[launch.case]
+    rows = slice(launch.offset, launch.offset + launch.m)
+    right = expectation.window(rows.start, rows.stop)
+    a = operands.a
+    if isinstance(a, Fp4Tensor):
+        codes, scales = a.codes[rows], a.scales[rows]
+        activation: Any = _fp4(Fp4Tensor(a.format, codes, scales, a.global_scale))
+    else:
+        activation = a[rows].cpu().clone()
+    return {
+        "weight": launch.case,
+        "a": activation,
+        "lo": right.lo.cpu().clone(),
+        "hi": None if right.exact else right.hi.cpu().clone(),
+        "ref": right.ref.float().cpu() if by_tile and right.ref is not None else None,
+        "tactic": launch.tactic,
+        "target": target,
+    }
+
+
+_VENDORED = '''"""Calls the backend as it was probed: a copy of its file, and of what that imports.
+
+The backend documents no call without fp4tune, so the copy in `vendor` is what runs here.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "vendor"))
+
+from fp4tune.probes.problem import FORMATS, Fp4Tensor, Problem
+
+
+def _unfolded(made):
+    """What a module gives: a backend, a function that returns one, or a list of either."""
+    if isinstance(made, (list, tuple)):
+        for each in made:
+            yield from _unfolded(each)
+    elif isinstance(made, type) or (callable(made) and not hasattr(made, "run")):
+        yield from _unfolded(made())
+    else:
+        yield made
+
+
+def _from_file(name, attribute):
+    spec = importlib.util.spec_from_file_location("backend_under_test", HERE / name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, attribute)
+
+
+{make}
+
+
+def _tensor(parts, block):
+    fmt = next(f for f in FORMATS.values() if f.block == block)
+    return Fp4Tensor(fmt, parts["codes"], parts["scales"], parts["global_scale"])
+
+
+def prepare(weight, problem):
+    dtype = {{"bfloat16": "bf16", "float16": "fp16"}}[str(problem["dtype"]).split(".")[1]]
+    shape = (problem["rows"], problem["n"], problem["k"])
+    wanted = Problem(problem["format"], *shape, problem["activation"], dtype)
+    return backend.prepare(_tensor(weight, problem["block"]), wanted)
+
+
+def prepare_activation(a):
+    if not isinstance(a, dict):
+        return a
+    block = a["codes"].shape[1] * 2 // a["scales"].shape[1]
+    made = _tensor(a, block)
+    own = getattr(backend, "prepare_activation", None)
+    return own(made) if own else made
+
+
+def run(state, a, out, tactic):
+    backend.run(state, a, out, tactic)
+'''
+
+
+def _call(folder: Path, call: Call) -> str:
+    """The text of ``call.py``; copies what it imports into `folder`."""
+    if call.source is not None:
+        return call.source
+    file = Path(call.file)
+    problems = PACKAGE / "probes" / "problem.py"
+    for module in closure([file, problems]):
+        target = folder / "vendor" / NAME / module.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(module, target)
+    (folder / "vendor" / NAME / "__init__.py").write_text("", encoding="utf-8")
+    if PACKAGE not in file.resolve().parents:
+        shutil.copyfile(file, folder / file.name)
+    return _VENDORED.format(make=call.make)

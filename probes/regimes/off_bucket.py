@@ -1,0 +1,283 @@
+"""Many different m, each once and in random order: plans, workspaces, leaks and host time."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..backends import Backend
+from ..case import Call, Case, Launch, bind
+from ..checks import Checker, slot_bytes
+from ..outcome import CYCLES, Budget, Outcome, device_of, outcome
+
+MOST = 48
+"""Different m in one run."""
+_BYTES = 256 << 20
+"""Memory for the outputs of m that were not asked for, at most."""
+LEAK_PER_M = 256 << 10
+"""Bytes that may stay for each m met the first time: a plan or a kernel, not a workspace."""
+LEAK_PER_CALL = 1 << 10
+"""Bytes that may stay of a call with an m that is known: none, but for counters' own noise."""
+_QUARTERS = 4
+_PASSES = 8
+PLAN_SECONDS = 0.005
+"""A first call of an m that takes this much longer than the second prepares something for it."""
+
+
+def off_bucket(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """Every m of every item's range that there is time for, each once, then all once more.
+
+    After the largest m of each item has run, memory is read before and after every call. A *leak*
+    is growth in each quarter of the calls, by more than `LEAK_PER_M` bytes for each new m, or
+    `LEAK_PER_CALL` for each call of a known one. On a GPU some calls are made behind a closed
+    gate: one that returns only when it opens has waited for the device (`host sync`, a grade).
+    """
+    device = device_of(cases)
+    rng = random.Random(len(launches))
+    chosen = spread(cases, launches, rng)
+    calls = [bind(backend, cases, launch) for launch in chosen]
+    checker = Checker([call.slot for call in calls])
+    start = time.perf_counter()
+    largest: dict[int, Call] = {}
+    for call in calls:
+        other = largest.get(call.launch.item)
+        if other is None or call.launch.m > other.launch.m:
+            largest[call.launch.item] = call
+    warm = sorted(largest.values(), key=lambda call: -call.launch.m)
+    for call in [*warm, *warm]:
+        call.enqueue()
+    _wait(device)
+    first = [call for call in calls if largest[call.launch.item] is not call]
+    rng.shuffle(first)
+    new = _walk(first, device)
+    checker.sweep()
+    known: list[_Series] = []
+    while len(known) < 2 or (
+        len(known) < min(budget.most, _PASSES) and time.perf_counter() - start < budget.seconds
+    ):
+        order = rng.sample(calls, len(calls))
+        known.append(_walk(order, device))
+        checker.sweep()
+        _wait(device)
+        budget.beat()
+    # The first of them makes the second call of each m, which may still settle something.
+    errors, proof = _leaks(new, known[1:], len(first))
+    graded: list[dict[str, Any]] = []
+    if first:
+        graded += _plan_times(new, known[0], proof)
+    if device.type == "cuda":
+        graded += _host_syncs(warm, proof)
+        for call in calls:
+            call.enqueue()
+        checker.sweep()
+    seconds = time.perf_counter() - start
+    proof["m"] = len({call.launch.m for call in calls})
+    found = outcome(checker, calls, cases, seconds, None, proof)
+    items = {launch.item for launch in launches}
+    return replace(
+        found,
+        errors={item: errors for item in items} if errors else {},
+        graded=tuple(graded),
+    )
+
+
+def spread(cases: Sequence[Case], launches: Sequence[Launch], rng: random.Random) -> list[Launch]:
+    """`launches`, and others of m between each item's smallest and largest, in random order."""
+    found = list(launches)
+    room = _BYTES
+    ranges: dict[int, list[Launch]] = {}
+    for launch in launches:
+        ranges.setdefault(launch.item, []).append(launch)
+    inside = {}
+    for item, mine in ranges.items():
+        known = {launch.m for launch in mine}
+        low, high = min(known), max(known)
+        between = [m for m in _sample(range(low + 1, high), MOST, rng) if m not in known]
+        inside[item] = (mine, between)
+    while len(found) < MOST and any(between for _, between in inside.values()):
+        for mine, between in inside.values():
+            if not between or len(found) >= MOST:
+                continue
+            m, like = between.pop(), rng.choice(mine)
+            room -= slot_bytes(m, cases[like.case].problem.n)
+            if room < 0:
+                rng.shuffle(found)
+                return found
+            offset = rng.randint(0, cases[like.case].problem.m - m)
+            found.append(replace(like, offset=offset, m=m))
+    rng.shuffle(found)
+    return found
+
+
+def _sample(numbers: range, most: int, rng: random.Random) -> list[int]:
+    return rng.sample(numbers, min(most, len(numbers)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """For each call the seconds it took on the host, and live bytes before the first and after."""
+
+    ms: list[int]
+    seconds: list[float]
+    memory: dict[str, list[int]]
+
+
+def _walk(calls: Sequence[Call], device: torch.device) -> _Series:
+    """Make every call, reading the counters of memory in between."""
+    names = live_bytes(device).keys()
+    memory: dict[str, list[int]] = {name: [0] * (len(calls) + 1) for name in names}
+    seconds = [0.0] * len(calls)
+    for name, value in live_bytes(device).items():
+        memory[name][0] = value
+    for index, call in enumerate(calls):
+        start = time.perf_counter()
+        call.enqueue()
+        seconds[index] = time.perf_counter() - start
+        for name, value in live_bytes(device).items():
+            memory[name][index + 1] = value
+    return _Series([call.launch.m for call in calls], seconds, memory)
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd",
+            "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _mallinfo() -> Any:
+    """glibc's own account of what `malloc` has given out (2.33 and newer), or None."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = _Mallinfo2
+    return function
+
+
+def live_bytes(device: torch.device) -> dict[str, int]:
+    """Bytes in use now, by counters that other processes cannot move, but for `device`.
+
+    ``host`` is what `malloc` has given out and not got back; ``allocator`` torch's tensors on the
+    GPU; ``device`` all memory in use on it, modules and other libraries' included.
+    """
+    found: dict[str, int] = {}
+    function = _mallinfo()
+    if function is not None:
+        info = function()
+        found["host"] = info.uordblks + info.hblkhd
+    if device.type == "cuda":
+        found["allocator"] = torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        found["device"] = total - free
+    return found
+
+
+def grows(series: Sequence[int]) -> bool:
+    """Whether the last value of each quarter is above the last of the quarter before."""
+    if len(series) <= 2 * _QUARTERS:
+        return False
+    step = (len(series) - 1) / _QUARTERS
+    ends = [series[round(step * quarter)] for quarter in range(_QUARTERS + 1)]
+    return all(later > earlier for earlier, later in zip(ends, ends[1:], strict=False))
+
+
+def slope(series: Sequence[int]) -> float:
+    """Theil and Sen's slope, in bytes a call: the median over all pairs."""
+    pairs = [
+        (series[j] - series[i]) / (j - i)
+        for i in range(len(series))
+        for j in range(i + 1, len(series))
+    ]
+    return median(pairs) if pairs else 0.0
+
+
+def _leaks(
+    new: _Series, steady: Sequence[_Series], distinct: int
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The leak with the most bytes a call, as an error, and all slopes as evidence."""
+    found: list[tuple[float, dict[str, str]]] = []
+    proof: dict[str, Any] = {"new_m": distinct}
+    for name, series in new.memory.items():
+        kind = "host leak" if name == "host" else "device leak"
+        rate = slope(series)
+        proof[f"{name}_bytes_per_m"] = round(rate)
+        total = series[-1] - series[0]
+        if grows(series) and total > LEAK_PER_M * max(1, len(series) - 1):
+            text = f"{total / distinct / 1024:.0f} KiB stay for each of {distinct} new m ({name})"
+            found.append((total / distinct, {"kind": kind, "message": text}))
+        calls = sum(len(each.ms) for each in steady)
+        rate = min(slope(each.memory[name]) for each in steady)
+        proof[f"{name}_bytes_per_call"] = round(rate)
+        total = sum(each.memory[name][-1] - each.memory[name][0] for each in steady)
+        # Other processes may take memory on the device, in steps; ours alone moves the rest.
+        limit = LEAK_PER_CALL if name != "device" else LEAK_PER_M
+        alone = [grows(each.memory[name]) for each in steady]
+        if calls and all(alone) and total > limit * calls:
+            text = f"{total / calls / 1024:.1f} KiB stay of each of {calls} calls ({name})"
+            found.append((total / calls, {"kind": kind, "message": text}))
+    worst = max(found, key=lambda each: each[0], default=None)
+    return (worst[1] if worst else {}), proof
+
+
+def _plan_times(new: _Series, again: _Series, proof: dict[str, Any]) -> list[dict[str, Any]]:
+    """Host time of the first call of an m against that of its second."""
+    later: dict[int, list[float]] = {}
+    for m, seconds in zip(again.ms, again.seconds, strict=True):
+        later.setdefault(m, []).append(seconds)
+    pairs = [
+        (seconds, min(later[m]))
+        for m, seconds in zip(new.ms, new.seconds, strict=True)
+        if m in later
+    ]
+    if not pairs:
+        return []
+    first, second = median(p[0] for p in pairs), median(p[1] for p in pairs)
+    proof["first_call_us"], proof["second_call_us"] = round(first * 1e6), round(second * 1e6)
+    slower = sum(a > 3 * b and a - b > PLAN_SECONDS for a, b in pairs)
+    if len(pairs) < 4 or slower < 0.8 * len(pairs):
+        return []
+    text = (
+        f"the first call of an m takes {first * 1e3:.1f} ms on the host, the next "
+        f"{second * 1e3:.1f} ms, for {slower} of {len(pairs)} different m"
+    )
+    return [{"kind": "plan per m", "message": text}]
+
+
+def _host_syncs(calls: Sequence[Call], proof: dict[str, Any]) -> list[dict[str, Any]]:
+    """How many calls return only when a closed gate in front of them has opened."""
+    waited = 0
+    for call in calls:
+        for gate in (0.002, 0.05):
+            # A slow call also ends after a short gate; the second one tells the two apart.
+            torch.cuda.synchronize()
+            torch.cuda._sleep(int(gate * CYCLES))
+            closed = torch.cuda.current_stream().record_event()
+            call.enqueue()
+            if not closed.query():
+                break
+        else:
+            waited += 1
+    torch.cuda.synchronize()
+    proof["host_sync"], proof["gated"] = waited, len(calls)
+    if not waited:
+        return []
+    text = f"{waited} of {len(calls)} calls waited for the GPU before they returned"
+    return [{"kind": "host sync", "message": text}]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

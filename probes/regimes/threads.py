@@ -1,0 +1,90 @@
+"""Several host threads on a GPU, each on a stream of its own, with the same prepared weight."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from ..backends import Backend
+from ..case import Call, Case, Launch
+from ..checks import Checker
+from ..outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome, repeat
+from .lanes import _lanes
+
+
+def threads(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """Each lane of `streams` launched by a host thread of its own, all at once.
+
+    The streams open together, so that the lanes overlap on the device as well. What breaks here and
+    not in `streams` is state on the host: a plan, a workspace or a "current" handle kept between
+    two steps of a call.
+    """
+    device = device_of(cases)
+    if device.type != "cuda":
+        raise NotApplicable("a CPU has the threads already in the streams regime")
+    lanes = _lanes(backend, cases, launches)
+    calls = [call for lane in lanes for call in lane]
+    checker = Checker([call.slot for call in calls])
+    side = [torch.cuda.Stream(device) for _ in lanes]
+    gate = [0.01]
+    overlapped: list[bool] = []
+
+    def once() -> None:
+        torch.cuda._sleep(int(gate[0] * CYCLES))
+        start = time.perf_counter()
+        overlapped.append(_launch(lanes, side, device))
+        gate[0] = min(1.5 * (time.perf_counter() - start), 0.05)
+        checker.sweep()
+
+    seconds = repeat(once, budget, device)
+    proof = {"lanes": "threads", "rounds": len(overlapped), "overlapped": sum(overlapped)}
+    missed = None if any(overlapped) else "no two threads were inside the backend at once"
+    return outcome(checker, calls, cases, seconds, missed, proof)
+
+
+def _launch(
+    lanes: Sequence[Sequence[Call]], side: Sequence[torch.cuda.Stream], device: torch.device
+) -> bool:
+    """Run every lane in a thread, between two points of the current stream; whether any overlap."""
+    main = torch.cuda.current_stream(device)
+    fork = main.record_event()
+    barrier = threading.Barrier(len(lanes))
+    spans: list[tuple[float, float]] = []
+    errors: list[BaseException] = []
+
+    def work(lane: Sequence[Call], stream: torch.cuda.Stream) -> None:
+        # A new thread has no current device or stream of its own yet.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            stream.wait_event(fork)
+            barrier.wait()
+            start = time.perf_counter()
+            try:
+                for call in lane:
+                    call.enqueue()
+            except BaseException as error:
+                errors.append(error)
+            spans.append((start, time.perf_counter()))
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(lanes, side, strict=True)]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(usual)
+    for stream in side:
+        main.wait_stream(stream)
+    if errors:
+        raise errors[0]
+    spans.sort()
+    return any(later[0] < earlier[1] for earlier, later in pairwise(spans))

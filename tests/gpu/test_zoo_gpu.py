@@ -1,0 +1,97 @@
+"""Mutants and controls on a real GPU: kernels that are right, and races that are seen at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4tune.autotune import controls as running
+from fp4tune.probes import zoo
+from fp4tune.probes.backends import registry
+from fp4tune.probes.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
+from fp4tune.probes.problem import Device, Problem
+from fp4tune.probes.regimes import Budget, NotApplicable
+from fp4tune.probes.session import Item, Layer
+
+pytestmark = pytest.mark.gpu
+
+N, K = 320, 272
+PDL = ("pdl-raw", "pdl-war", "pdl-waw")
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    major, minor = torch.cuda.get_device_capability()
+    return Device("cuda", 10 * major + minor)
+
+
+@pytest.fixture(scope="module")
+def layer(device) -> Layer:
+    return Layer(registry.load_one(NAME), device, PROBLEM, 3, 1 << 30, lambda text: None)
+
+
+def opened(mutant: zoo.Mutant, device: Device, n: int = N, k: int = K) -> Layer:
+    problem = Problem("nvfp4", 160, n, k, mutant.activation)
+    backend = registry.load_one(mutant.name)
+    why = backend.unsupported(problem, device)
+    if why:
+        pytest.skip(why)
+    return Layer(backend, device, problem, 4, 1 << 30, lambda text: None)
+
+
+def part(layer: Layer, regime: str, item: Item, budget: Budget) -> dict:
+    try:
+        result = layer.regime(regime, [item], budget)
+    except NotApplicable as reason:
+        pytest.skip(str(reason))
+    assert result["not_exercised"] is None
+    return result["items"][0]
+
+
+@pytest.mark.parametrize("regime", CONTROLS)
+def test_each_regime_flags_its_bad_control_and_only_that(layer, regime):
+    budget = Budget(**running.BUDGET)
+    good = part(layer, regime, Item(MS, GOOD), budget)
+    assert running._flagged(good) == "" and "error" not in good, good
+    tried = [
+        part(layer, regime, Item(MS, CONTROLS[regime].tactic), budget) for _ in range(running.TRIES)
+    ]
+    assert any(map(running._flagged, tried)), tried
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [m for m in zoo.mutants("cuda") if m.passes or "serial" not in m.caught_by and not m.many],
+    ids=lambda m: m.name,
+)
+def test_what_is_right_in_peace_is_right_bit_for_bit(mutant, device):
+    if {"exact", "census", *PDL} & {*mutant.caught_by} and "pdl-raw" not in mutant.caught_by:
+        pytest.skip("wrong in every launch, or only in a census")
+    layer = opened(mutant, device, n=1088, k=1040)
+    for m in (1, 16, 17, 65, 130):
+        (result,) = layer.grade([Item((m,), "default")])
+        assert result["width"] in ((24, 8) if mutant.passes else (24,)), (m, result)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [m for m in zoo.mutants("cuda") if {*PDL} & {*m.caught_by} and m.level == "quick"],
+    ids=lambda m: m.name,
+)
+def test_a_race_is_seen_in_the_first_ten_launches_of_an_adversary(mutant, device):
+    layer = opened(mutant, device, n=1024, k=1024)
+    seen = {}
+    for regime in PDL:
+        if regime in mutant.caught_by:
+            found = part(layer, regime, Item((1, 16, 130), "default"), Budget(10, 10, 0.0))
+            seen[regime] = [bad["kind"] for bad in found["bad"]]
+    assert any(seen.values()), seen
+
+
+@pytest.mark.parametrize("name", ["zoo-weights-before-wait", "zoo-waits-w4a4", "zoo-own-buffer"])
+@pytest.mark.parametrize("regime", PDL)
+def test_who_waits_is_never_flagged(name, regime, device):
+    (mutant,) = [m for m in zoo.mutants("cuda") if m.name == name]
+    layer = opened(mutant, device, n=1024, k=1024)
+    found = part(layer, regime, Item((1, 16, 130), "default"), Budget(10, 10, 0.0))
+    assert not found["bad"] and "error" not in found

@@ -1,0 +1,104 @@
+"""Every regime has controls, and what they show decides what the regime's results are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from fp4tune.autotune import controls as running
+from fp4tune.autotune.profiles import PROFILES, Profile
+from fp4tune.autotune.verdict import EXACT, Doubt, decide
+from fp4tune.probes.backends import registry
+from fp4tune.probes.controls import CONTROLS, GOOD, INTERNAL, MS, NAME, NONE_NEEDED, PROBLEM
+from fp4tune.probes.problem import Device
+from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
+from fp4tune.probes.session import Item, Layer
+
+BUDGET = Budget(3, 20, 0.1)
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return Layer(registry.load_one(NAME), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
+
+
+def once(layer: Layer, regime: str, tactic: str) -> str:
+    try:
+        result = layer.regime(regime, [Item(MS, tactic)], BUDGET)
+    except NotApplicable:
+        pytest.skip("a CPU has no such regime")
+    return running._flagged(result["items"][0])
+
+
+def test_no_regime_is_forgotten():
+    declared = [*CONTROLS, *INTERNAL, *NONE_NEEDED]
+    assert sorted(declared) == sorted(REGIMES), "declare what controls a regime, or why none does"
+
+
+def test_controls_are_no_candidates():
+    assert NAME not in registry.names()
+
+
+@pytest.mark.parametrize("regime", CONTROLS)
+def test_each_regime_flags_its_bad_control(layer, regime):
+    assert once(layer, regime, CONTROLS[regime].tactic)
+
+
+@pytest.mark.parametrize("regime", CONTROLS)
+def test_each_regime_passes_the_good_control(layer, regime):
+    assert once(layer, regime, GOOD) == ""
+
+
+@pytest.mark.parametrize("regime", [r for r in CONTROLS if r not in ("serial", "mlp-chain")])
+def test_a_bad_control_shows_under_its_own_conditions_only(layer, regime):
+    tactic = CONTROLS[regime].tactic
+    if tactic == "wrong-stream" or tactic == "resized":
+        pytest.skip("needs a GPU")
+    # Memory that nobody has written holds anything, in the serial regime, too.
+    assert once(layer, "serial", tactic) == "" or tactic == "uninitialised"
+
+
+@dataclass
+class Fact:
+    regime: str
+    status: str
+    data: str = EXACT
+    launches: int = 10
+    problems: int = 2
+    width: int | None = 24
+
+
+PROFILE = Profile("one", ("serial", "streams"), {}, "")
+PASSED = [Fact("serial", "passed"), Fact("streams", "passed")]
+MISSED = {"streams": Doubt("a bad one passed")}
+
+
+def test_a_pass_under_doubt_is_inconclusive_and_says_why():
+    assert decide(PASSED, PROFILE).status == "safe"
+    judgement = decide(PASSED, PROFILE, doubts=MISSED)
+    assert judgement.status == "inconclusive"
+    assert judgement.reasons == ("streams: control: a bad one passed",)
+
+
+def test_a_failure_stays_one_where_a_bad_control_was_missed():
+    facts = [Fact("serial", "passed"), Fact("streams", "failed")]
+    assert decide(facts, PROFILE, doubts=MISSED).status == "unsafe"
+
+
+def test_a_failure_says_nothing_where_right_kernels_fail():
+    facts = [Fact("serial", "passed"), Fact("streams", "failed")]
+    doubts = {"streams": Doubt("a good one failed", spoils=True)}
+    assert decide(facts, PROFILE, doubts=doubts).status == "inconclusive"
+
+
+def test_what_a_device_lacks_needs_no_control():
+    facts = [Fact("serial", "passed"), Fact("streams", "not applicable")]
+    assert decide(facts, PROFILE, doubts=MISSED).status == "safe"
+
+
+def test_an_engine_that_never_does_it_is_told_so():
+    profile = PROFILES["sglang"]
+    facts = [Fact(regime, "passed") for regime in (*profile.required, "streams")]
+    conditions = decide(facts, profile, doubts=MISSED).conditions
+    assert [c.id for c in conditions] == ["one-stream-per-layer"]

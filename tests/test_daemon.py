@@ -1,0 +1,604 @@
+"""The daemon: its configuration, what it tells over HTTP and to systemd, its children, its end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from test_daemon_evidence import put
+from typer.testing import CliRunner
+
+from fp4tune import cli
+from fp4tune.autotune.levels import LEVELS
+from fp4tune.autotune.profiles import PROFILES
+from fp4tune.cache import gpulock, quarantine, reader
+from fp4tune.cache.rows import BucketKey, Candidate
+from fp4tune.daemon import child as children
+from fp4tune.daemon import config as configuring
+from fp4tune.daemon import gpus, work
+from fp4tune.daemon.config import Config, Http, Limits, Probe, Watch
+from fp4tune.daemon.gpus import Device
+from fp4tune.daemon.notify import Notifier
+from fp4tune.daemon.probes import FINISHED, KILLED, SLOW, YIELDED, Attempt, Probes
+from fp4tune.errors import Refused
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+from fp4tune.daemon.http import Serving, application  # noqa: E402
+from fp4tune.daemon.service import Service  # noqa: E402
+
+TOKEN = "a-token-of-enough-characters"
+
+# -- configuration
+
+
+def mistakes(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "daemon.toml"
+    path.write_text(text)
+    with pytest.raises(Refused) as refused:
+        configuring.load(path)
+    return [line.removeprefix(f"{path}: ") for line in str(refused.value).splitlines()]
+
+
+def test_a_configuration_is_read_to_the_last_key(tmp_path):
+    path = tmp_path / "daemon.toml"
+    path.write_text(
+        'gpus = ["0", "cpu"]\nstate = "/s"\n[probe]\nshapes = ["128,256"]\nlevel = "quick"\n'
+        '[limits]\nhost_gib = 8\n[http]\nlisten = "unix:/run/x.sock"\n[environment]\nA = "1"\n'
+    )
+    found = configuring.load(path)
+    assert found.gpus == ("0", "cpu") and found.layers() == [(128, 256)]
+    assert found.limits.host_gib == 8.0 and found.environ["A"] == "1"
+    assert configuring.load(None) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("colour = 1", "colour: there is no such key; there are state, gpus"),
+        ("[probe]\nshape = ['1,1']", "probe.shape: there is no such key"),
+        ("[probe]\ntp = true", "probe.tp: it is a whole number, not True"),
+        ("[probe]\nlevel = 'slow'", "probe.level: 'slow' is not one of quick, standard, soak"),
+        ("[probe]\nshapes = ['12']", "probe: "),
+        ("[limits]\nhost_gib = -1", "limits.host_gib: it must be more than 0, not -1"),
+        ("[watch]\nseconds = inf", "watch.seconds: it must be finite"),
+        ("probe = 1", "probe: it is a table, [probe]"),
+        ("gpus = ['all', '0']", "gpus: 'all' stands alone"),
+        ("gpus = ['first']", "gpus: 'first' is not an index, a UUID"),
+        ("[http]\nlisten = '0.0.0.0:80'", "http.listen: '0.0.0.0:80': it listens on"),
+        ("[http]\nlisten = 'unix:x'", "http.listen: 'x' is not an absolute path"),
+        ("[http]\ntoken_file = '/nowhere'", "http.token_file: /nowhere: No such file"),
+        ("[environment]\n'A B' = '1'", "environment: 'A B' is not the name of a variable"),
+        ("= 3", "this is not TOML"),
+    ],
+)
+def test_each_mistake_is_one_sentence(tmp_path, text, sentence):
+    (said,) = mistakes(tmp_path, text)
+    assert said.startswith(sentence)
+
+
+def test_every_mistake_is_said_at_once(tmp_path):
+    said = mistakes(tmp_path, "a = 1\n[probe]\nb = 2\nlevel = 'x'\n")
+    assert [line.partition(":")[0] for line in said] == ["a", "probe.b", "probe.level"]
+
+
+def test_words_are_those_of_the_prober():
+    assert set(configuring.LEVELS) == set(LEVELS)
+    assert set(configuring.PROFILES) == set(PROFILES)
+
+
+def test_the_check_is_a_command_with_an_exit_code(tmp_path):
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text('[probe]\npresets = ["qwen3-0.6b"]\n')
+    bad.write_text("[probe]\nlevels = 1\n")
+    done = CliRunner().invoke(cli.app, ["daemon", "--config", str(good), "--check", "--json"])
+    assert done.exit_code == 0
+    assert set(json.loads(done.stdout)) == {f.name for f in fields(Config)}
+    done = CliRunner().invoke(cli.app, ["daemon", "--config", str(bad), "--check"])
+    assert done.exit_code == 2 and "probe.levels" in done.stderr
+    assert "Traceback" not in done.output
+    done = CliRunner().invoke(cli.app, ["daemon", "--config", str(tmp_path / "no"), "--check"])
+    assert done.exit_code == 2 and "No such file" in done.stderr
+
+
+def test_a_token_must_be_long_and_not_for_everyone(tmp_path):
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    path.chmod(0o600)
+    assert configuring.token(str(path)) == TOKEN
+    path.chmod(0o644)
+    with pytest.raises(Refused, match="everyone may read it"):
+        configuring.token(str(path))
+    path.chmod(0o600)
+    path.write_text("short")
+    with pytest.raises(Refused, match="at least 16"):
+        configuring.token(str(path))
+
+
+# -- what there is to do
+
+
+def candidate(n: int, reasons: tuple[str, ...] = (), profile="strict", m_hi=16) -> Candidate:
+    bucket = BucketKey("nvfp4", "bf16", "bf16", 1, 1, m_hi, n, 256)
+    return Candidate(
+        "cpu", "C", profile, bucket, "fast", "default", "plain", "safe", 0, reasons=reasons
+    )
+
+
+def test_what_is_published_and_holds_needs_no_probe():
+    assert work.units([(128, 256)], Probe(), [candidate(128)]) == []
+    assert work.units([], Probe(), [candidate(128)]) == []
+
+
+def test_layers_that_are_missing_or_stale_are_probed_one_at_a_time():
+    rows = [candidate(128), candidate(192, ("stale: torch",))]
+    found = work.units([(128, 256), (192, 256), (64, 256)], Probe(), rows)
+    assert [unit.layer for unit in found] == [(192, 256), (64, 256)]
+
+
+def test_without_layers_of_its_own_it_probes_as_was_probed():
+    (unit,) = work.units([], Probe(level="quick"), [candidate(192, ("stale: x",), "vllm", 64)])
+    words = unit.arguments(Probe(level="quick", backends=("fast",)))
+    assert " ".join(words) == (
+        "probe --level quick --out-dtype bf16 --shape 192,256 --profile vllm --max-m 64 "
+        "--format nvfp4 --activation bf16 --backend fast"
+    )
+    (unit,) = work.units([], Probe(), [])
+    assert unit.layer is None, "on a fresh node: the probe's own default"
+
+
+def test_a_larger_m_than_was_published_is_probed():
+    assert work.units([(128, 256)], Probe(max_m=64), [candidate(128)])
+
+
+# -- children
+
+
+def cpu() -> Device:
+    return gpus.chosen(Config(gpus=("cpu",)), {"gpus": [], "reason": None})[0][0]
+
+
+def until(done, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_child_is_ended_with_all_it_started():
+    """A probe's workers are in sessions of their own, so the process group is not enough."""
+    one = children.Child("cli", ["probe", "--gpu", "none", "--shape", "128,256"], dict(os.environ))
+    env = {**os.environ, children.MARK: one.mark}
+    other = subprocess.Popen(["sleep", "600"], env=env, start_new_session=True)
+    until(lambda: {one.pid, other.pid} <= set(one.family()))
+    assert one.rss() > 0
+    one.end("enough")
+    until(lambda: one.poll() is not None and other.poll() is not None)
+    until(lambda: one.left() == [])
+    assert one.ended == "enough" and one.poll() == -signal.SIGKILL
+    one.close()
+
+
+def test_a_child_dies_with_the_daemon():
+    code = (
+        "import os, time; from fp4tune.daemon.child import Child\n"
+        "one = Child('cli', ['probe', '--gpu', 'none', '--shape', '128,256'], dict(os.environ))\n"
+        "print(one.mark, flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    mark = process.stdout.readline().strip()
+    process.kill()
+    process.wait()
+    until(lambda: children.family(mark) == [])
+
+
+def test_a_probe_that_takes_too_long_is_ended_and_tried_much_later(tmp_path):
+    config = Config(state=str(tmp_path), gpus=("cpu",), limits=Limits(layer_seconds=0.05))
+    device, probes = cpu(), Probes()
+    units = work.units([(128, 256)], Probe(level="quick"), [])
+    probes.offer(config, device, units, "s", time.monotonic())
+    assert set(probes.running) == {"cpu"}
+    until(lambda: probes.look(config, [device], time.monotonic()) or not probes.running)
+    assert probes.outcomes == {("cpu", SLOW): 1} and probes.finished
+    probes.offer(config, device, units, "s", time.monotonic())
+    assert not probes.running and "again later" in probes.waiting["cpu"]
+    probes.offer(config, device, units, "another situation", time.monotonic())
+    assert probes.running
+    probes.stop("the test ends")
+    until(lambda: probes.look(config, [device], time.monotonic()) or not probes.running)
+
+
+def test_an_engine_keeps_probes_from_beginning(tmp_path):
+    config = Config(state=str(tmp_path), gpus=("cpu",))
+    device, probes = cpu(), Probes()
+    held = gpulock.share(tmp_path, ["cpu"])
+    units = work.units([(128, 256)], Probe(), [])
+    probes.offer(config, device, units, "s", 1000.0)
+    assert not probes.running and "holds its lock" in probes.waiting["cpu"]
+    held.close()
+    probes.offer(config, device, units, "s", 1001.0)
+    assert not probes.running and "a moment ago" in probes.waiting["cpu"]
+
+
+def test_a_day_has_only_so_much_time_for_probes(tmp_path):
+    config = Config(state=str(tmp_path), gpus=("cpu",), limits=Limits(day_seconds=5.0))
+    device, probes = cpu(), Probes()
+    probes._spent["cpu"] = gpus.deque([(1000.0, 6.0)])
+    units = work.units([(128, 256)], Probe(), [])
+    probes.offer(config, device, units, "s", 2000.0)
+    assert not probes.running and "spent" in probes.waiting["cpu"]
+    assert probes._spent_today(device, 1000.0 + 86401.0) == 0.0
+
+
+@pytest.mark.parametrize(("outcome", "again"), [(FINISHED, False), (KILLED, True), (YIELDED, True)])
+def test_what_came_to_its_end_is_not_repeated(outcome, again):
+    probes, device = Probes(), cpu()
+    (unit,) = work.units([(128, 256)], Probe(), [])
+    probes._remember(("cpu", unit, "s"), outcome, 1000.0)
+    assert probes._due(device, unit, "s", 1e9) is again
+    assert probes._due(device, unit, "other", 1000.0)
+
+
+def test_failures_wait_longer_each_time_and_never_for_ever():
+    probes = Probes()
+    (unit,) = work.units([(128, 256)], Probe(), [])
+    key = ("cpu", unit, "s")
+    waits = []
+    for _ in range(40):
+        probes._remember(key, KILLED, 0.0)
+        waits.append(probes._attempts[key].after)
+    assert waits == sorted(waits) and waits[0] == 5.0 and waits[-1] == 86400.0
+    assert isinstance(probes._attempts[key], Attempt)
+
+
+# -- devices
+
+
+def gpu() -> Device:
+    return Device("GPU-aaaa", "Model A", "sm90", "gpu-0")
+
+
+def look(**other) -> dict:
+    return {
+        "processes": [], "utilisation": 0, "memory_used": 0, "ecc": 0, "events": [],
+        "facts": {"kind": "cuda", "nvml": "ok", "driver": "1"}, **other,
+    }  # fmt: skip
+
+
+def test_a_gpu_is_free_when_nobody_uses_it_and_has_not_lately(tmp_path):
+    config, device = Config(state=str(tmp_path)), gpu()
+    assert device.free(config, tmp_path, 0.0) == (False, "nothing is known of it yet")
+    device._busy_at = None
+    device._take(look(), config)
+    assert device.free(config, tmp_path, 1.0) == (True, "")
+    device._take(look(processes=[4711]), config)
+    assert device.free(config, tmp_path, 2.0) == (False, "process 4711 computes on it")
+    device._take(look(utilisation=40), config)
+    assert device.free(config, tmp_path, 3.0) == (False, "it is 40 % busy")
+    device._take(look(), config)
+    assert "a moment ago" in device.free(config, tmp_path, 4.0)[1]
+    assert device.free(config, tmp_path, 33.1) == (True, "")
+
+
+def test_strangers_are_processes_that_are_not_the_probes():
+    device = gpu()
+    device.look = {"processes": [os.getpid(), 1, 2**22 + 1]}
+    assert device.strangers(lambda: [os.getpid()]) == [1], "an unseen one is told by the lock"
+
+
+def test_faults_of_the_gpu_mark_it_and_faults_of_programs_do_not(tmp_path):
+    config, device = Config(state=str(tmp_path)), gpu()
+    device._take(look(events=[{"kind": "xid", "data": 31}]), config)
+    assert device.marks == {} and device.events == {"xid": 1}
+    device._take(look(events=[{"kind": "xid", "data": 79}]), config)
+    assert "XID 79" in device.marks["xid"]
+    assert device.free(config, tmp_path, 1.0)[1].startswith("XID 79")
+    device._take({"error": "GPU is lost"}, config)
+    assert "GPU is lost" in device.marks["silent"]
+    device._take(look(), config)
+    assert device.marks == {} and device.events["reset"] == 1, "it answers again: it was reset"
+
+
+def test_uncorrected_errors_mark_a_gpu_until_it_is_reset(tmp_path):
+    config, device = Config(state=str(tmp_path)), gpu()
+    device._take(look(ecc=3), config)
+    assert "3 uncorrected" in device.marks["ecc"]
+    before = device.changed
+    device._take(look(ecc=0), config)
+    assert device.marks == {} and device.changed > before
+
+
+@pytest.mark.parametrize(
+    "after", [{"events": [{"kind": "mig", "data": 0}]}, {"facts": {"driver": "2", "nvml": "ok"}}]
+)
+def test_a_change_of_mig_or_driver_has_the_evidence_compared(tmp_path, after):
+    config, device = Config(state=str(tmp_path)), gpu()
+    device._take(look(), config)
+    before = device.changed
+    device._take(look(**after), config)
+    assert device.changed > before
+
+
+def test_a_driver_that_does_not_answer_marks_its_gpu_alone(tmp_path):
+    """The sentinel here is a process that never says a word, as one that hangs in the driver."""
+    config = Config(state=str(tmp_path), watch=Watch(wedged_seconds=5.0))
+    one, other = gpu(), cpu()
+    one._sentinel = silent = gpus.Sentinel.__new__(gpus.Sentinel)
+    silent.began = silent.heard = 100.0
+    silent.spoke, silent._interval, silent._lines = False, gpus.SLOW, gpus.deque()
+    silent._process = subprocess.Popen(
+        ["sleep", "600"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    for now in (101.0, 107.0):
+        one.watch(config, now, False)
+        other.watch(config, now, False)
+    assert "has not answered" in one.marks["wedged"] and other.marks == {}
+    assert not one.free(config, tmp_path, 107.0)[0] and other.free(config, tmp_path, 107.0)[0]
+    one.close()
+    assert not silent.alive
+
+
+# -- HTTP
+
+
+@pytest.fixture
+def node(tmp_path):
+    """A service over a published state, and its server on a Unix socket, with a token."""
+    put(tmp_path / "state", tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    listen = f"unix:{tmp_path}/d.sock"
+    config = Config(state=str(tmp_path / "state"), gpus=("none",), http=Http(listen, str(token)))
+    service = Service(config)
+    service.start()
+    service.settled = True
+    service.tick()
+    app = application(service.board, lambda: configuring.token(str(token)))
+    serving = Serving(app, listen, 512)
+    yield service, serving
+    serving.stop()
+    service.stop()
+    assert not os.path.exists(listen[5:])
+
+
+class Client(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(self.host)
+
+
+def ask(serving: Serving, path: str, method="GET", body=None, **headers):
+    client = Client(serving.listen[5:])
+    try:
+        client.request(method, path, body, headers)
+        answer = client.getresponse()
+        raw = answer.read()
+        kind = answer.getheader("content-type", "")
+        return answer.status, json.loads(raw) if "json" in kind else raw.decode()
+    finally:
+        client.close()
+
+
+def test_what_is_published_is_served(node):
+    _, serving = node
+    assert ask(serving, "/readyz")[0] == 200
+    status, health = ask(serving, "/healthz")
+    assert status == 200 and health["generation"] == 1 and health["devices"] == []
+    _, document = ask(serving, "/v1/choices")
+    assert [c["backend"] for c in document["choices"]] == ["fast"]
+    _, decision = ask(serving, "/v1/choices?m=8&n=4096&k=2048")
+    assert (decision["backend"], decision["status"]) == ("fast", "safe")
+    _, decision = ask(serving, "/v1/choices?m=8&n=1&k=2048")
+    assert decision["status"] == "unproven"
+    assert ask(serving, "/v1/findings") == (200, {"findings": [], "problem": ""})
+    _, text = ask(serving, "/metrics")
+    assert 'fp4tune_choices{arch="cpu",gpu="Model C",profile="strict",status="safe"} 1.0' in text
+
+
+def test_every_metric_has_a_help_and_parses(node):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = list(text_string_to_metric_families(ask(node[1], "/metrics")[1]))
+    mine = [f for f in families if f.name.startswith("fp4tune_")]
+    assert len(mine) > 10 and all(f.documentation for f in mine)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"),
+    [
+        ("/v1/choices?m=8&n=4096", "GET", 400),
+        ("/v1/choices?m=8&n=4096&k=-1", "GET", 400),
+        ("/v1/choices?m=8&n=4096&k=99999999999999999999", "GET", 400),
+        ("/v1/choices?colour=red", "GET", 400),
+        ("/v1/choices", "DELETE", 405),
+        ("/nothing", "GET", 404),
+        ("/v1/faults", "GET", 405),
+        ("/v1/faults", "POST", 401),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(node, path, method, status):
+    assert ask(node[1], path, method)[0] == status
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"\0\1\2\3\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"A" * 70000, b"\r\n" * 1000,
+     b"POST /v1/faults HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+     b"POST /v1/faults HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nshort"],
+)  # fmt: skip
+def test_malformed_requests_hurt_nobody(node, raw):
+    _, serving = node
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(serving.listen[5:])
+        client.sendall(raw)
+        client.shutdown(socket.SHUT_WR)
+        try:
+            while client.recv(65536):
+                pass
+        except ConnectionResetError:
+            pass
+    assert ask(serving, "/readyz")[0] == 200
+
+
+FAULT = {"backend": "fast", "m": 8, "n": 4096, "k": 2048, "scope": "bucket", "reason": "NaN"}
+
+
+def report(serving: Serving, document, token: str = TOKEN):
+    body = document if isinstance(document, bytes) else json.dumps(document)
+    return ask(serving, "/v1/faults", "POST", body, Authorization=f"Bearer {token}")
+
+
+def test_a_fault_that_is_reported_quarantines_its_backend(node):
+    service, serving = node
+    status, answer = report(serving, FAULT)
+    assert status == 201 and answer["quarantine"]["reason"] == "NaN"
+    found = reader.open(service.config.state_dir).choose(8, 4096, 2048)
+    assert (found.backend, found.recorded_backend) == ("torch-dequant", "fast")
+    service.tick()
+    _, document = ask(serving, "/v1/choices")
+    assert [q["backend"] for q in document["quarantines"]] == ["fast"]
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        ({**FAULT, "backend": "nobody"}, "backend is needed"),
+        ({**FAULT, "m": "8"}, "m, n and k are whole numbers"),
+        ({**FAULT, "m": -8}, "m=-8 is not"),
+        ({**FAULT, "scope": "world"}, "scope='world' is not"),
+        ({**FAULT, "by": "me"}, "there is no field 'by'"),
+        ([1], "the body is not a JSON object"),
+        (b"[" * 4000, "the body is not JSON"),
+        (b" " * 5000, "at most 4096 bytes"),
+    ],
+)
+def test_a_fault_that_cannot_be_is_refused_in_one_sentence(node, document, sentence):
+    service, serving = node
+    status, answer = report(serving, document)
+    assert status == 400 and sentence in answer["error"]
+    assert quarantine.read(quarantine.spools(str(service.config.state_dir))) == ([], [])
+
+
+def test_nothing_is_written_without_the_token(node, tmp_path):
+    service, serving = node
+    assert report(serving, FAULT, "another-token-of-16")[0] == 401
+    (tmp_path / "token").unlink()
+    read_only = Serving(application(service.board, lambda: None), f"unix:{tmp_path}/r.sock", 16)
+    assert report(read_only, FAULT)[0] == 403
+    read_only.stop()
+
+
+def test_many_clients_at_once_are_all_answered(node):
+    _, serving = node
+    statuses: list[int] = []
+
+    def client(path: str) -> None:
+        statuses.append(ask(serving, path)[0])
+
+    paths = ["/v1/choices", "/v1/choices?m=8&n=4096&k=2048", "/v1/findings", "/metrics"] * 50
+    threads = [threading.Thread(target=client, args=(path,)) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 200
+
+
+def test_a_socket_that_was_left_behind_is_cleared_and_one_in_use_is_not(tmp_path, node):
+    _, serving = node
+    with pytest.raises(Refused, match="another process answers"):
+        Serving(application(node[0].board, lambda: None), serving.listen, 8)
+    left = tmp_path / "left.sock"
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(str(left))
+    again = Serving(application(node[0].board, lambda: None), f"unix:{left}", 8)
+    assert ask(again, "/readyz")[0] == 200
+    again.stop()
+
+
+# -- systemd
+
+
+def test_systemd_is_told_over_its_socket(tmp_path):
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        notifier = Notifier({"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "3000000"})
+        notifier.tell("READY=1", "STATUS=a")
+        notifier.status("b")
+        notifier.status("b")
+        notifier.status("c")
+        assert systemd.recv(100) == b"READY=1\nSTATUS=a"
+        assert (systemd.recv(100), systemd.recv(100)) == (b"STATUS=b", b"STATUS=c")
+    assert notifier.watchdog == 3.0
+    notifier.tell("nobody listens any more")
+    assert Notifier({}).watchdog is None
+    assert Notifier({"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}).watchdog is None
+    Notifier({}).tell("READY=1")
+
+
+# -- from start to end
+
+
+def told(systemd: socket.socket, want: str) -> list[str]:
+    said: list[str] = []
+    while not any(want in line for line in said):
+        said += systemd.recv(4096).decode().splitlines()
+    return said
+
+
+def test_a_daemon_starts_compares_reloads_and_ends(tmp_path):
+    place = tmp_path / "state"
+    put(place, tmp_path / "site", ("fast", "1.0"))
+    config = tmp_path / "daemon.toml"
+    good = f'state = "{place}"\ngpus = ["none"]\n[http]\nlisten = "unix:{tmp_path}/d.sock"\n'
+    config.write_text(good)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(120)
+        command = [sys.executable, "-m", "fp4tune.cli", "daemon", "--config", str(config)]
+        env = {
+            **os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"
+        }  # fmt: skip
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        try:
+            told(systemd, "READY=1")
+            told(systemd, "WATCHDOG=1")
+            second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+            assert second.returncode == 2 and "holds the daemon of this state" in second.stderr
+            config.write_text("colour = 1\n")
+            process.send_signal(signal.SIGHUP)
+            assert any("RELOADING=1" in line for line in told(systemd, "READY=1"))
+            config.write_text(good)
+            process.send_signal(signal.SIGHUP)
+            told(systemd, "READY=1")
+            client = Client(f"{tmp_path}/d.sock")
+            client.request("GET", "/v1/choices")
+            assert json.loads(client.getresponse().read())["generation"] == 1
+            client.close()
+            process.terminate()
+            told(systemd, "STOPPING=1")
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 0 and "Traceback" not in said
+    assert "stays as it was" in said and "was read again" in said
+    assert not os.path.exists(tmp_path / "d.sock")

@@ -1,0 +1,221 @@
+"""Published choices against the node as it is: withdrawn, refreshed, brought back, mended."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp4tune.autotune import renewal, standing
+from fp4tune.autotune.settling import settle
+from fp4tune.cache import fingerprint, publish, reader, state
+from fp4tune.cache.errors import Missing
+from fp4tune.cache.ledger import Ledger
+from fp4tune.cache.rows import BucketKey, Candidate, Choice
+from fp4tune.daemon.mend import mend
+
+CPU = {"kind": "cpu", "cpu": "Model C", "flags": ["avx"], "cores": 4, "machine": "x86_64"}
+MACHINE = {"cpu": CPU}
+BUCKET = BucketKey("nvfp4", "bf16", "bf16", 1, 1, 16, 4096, 2048)
+
+
+def install(site: Path, name: str, version: str) -> Path:
+    """The trace that an installer leaves of a distribution."""
+    for old in site.glob(f"{name}-*.dist-info"):
+        (old / "METADATA").unlink()
+        old.rmdir()
+    folder = site / f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    metadata = folder / "METADATA"
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\n")
+    return metadata
+
+
+def environment(backend: str, metadata: Path, version: str, files=(), variables=None):
+    made = fingerprint.environment(
+        {**CPU, "threads": 2}, backend, {backend: version}, files, variables, arch="cpu"
+    )
+    return replace(made, stamps=(*made.stamps, fingerprint.stamp(metadata)))
+
+
+def put(place: Path, site: Path, *versions: tuple[str, str], variables=None) -> int:
+    """Publish backends as safe, the first as the choice."""
+    choices, candidates, environments = [], [], []
+    for rank, (backend, version) in enumerate(versions):
+        found = environment(backend, install(site, backend, version), version, variables=variables)
+        key = ("cpu", "Model C", "strict", BUCKET, backend, "default", "plain")
+        print_ = found.fingerprint
+        environments.append(found)
+        candidates.append(
+            Candidate(*key, "safe", rank, 10.0 + rank, launches=9, problems=9, fingerprint=print_)
+        )
+        if rank == 0:
+            choices.append(Choice(*key, "safe", (), 10.0, 9, 9, fingerprint=print_))
+    return publish.publish(place, choices, candidates, environments, {"runs": ["r"]})
+
+
+def chosen(place: Path) -> tuple[str, str]:
+    decision = reader.open(place).choose(8, 4096, 2048)
+    return decision.backend, decision.status
+
+
+def test_what_holds_is_left_alone(tmp_path):
+    put(tmp_path, tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
+    found = settle(tmp_path, MACHINE, {})
+    assert (found.generation, dict(found.stale)) == (None, {})
+    assert chosen(tmp_path) == ("fast", "safe")
+
+
+def test_a_replaced_wheel_gives_its_place_to_the_next_that_holds(tmp_path):
+    first = put(tmp_path, tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
+    install(tmp_path / "site", "fast", "1.1")
+    found = settle(tmp_path, MACHINE, {})
+    assert found.generation is not None and found.generation > first
+    assert found.stale == {("Model C", "fast"): ("fast: 1.0, now 1.1",)}
+    assert chosen(tmp_path) == ("torch-dequant", "safe")
+    (fast,) = [c for c in found.stands.candidates if c.backend == "fast"]
+    assert (fast.verdict, fast.rank) == ("inconclusive", None)
+    assert fast.reasons == ("stale: fast: 1.0, now 1.1",) and renewal.withdrawn(fast)
+    assert found.stands.meta["runs"] == ["r"]
+    assert settle(tmp_path, MACHINE, {}).generation is None, "it is withdrawn once"
+
+
+def test_where_nothing_holds_the_answer_is_the_fallback(tmp_path):
+    put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    install(tmp_path / "site", "fast", "1.1")
+    settle(tmp_path, MACHINE, {})
+    assert chosen(tmp_path) == ("torch-dequant", "unproven")
+
+
+def test_a_wheel_that_is_rolled_back_brings_its_choice_back(tmp_path):
+    put(tmp_path, tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
+    install(tmp_path / "site", "fast", "1.1")
+    settle(tmp_path, MACHINE, {})
+    install(tmp_path / "site", "fast", "1.0")
+    found = settle(tmp_path, MACHINE, {})
+    assert found.generation is not None and not found.stale
+    assert chosen(tmp_path) == ("fast", "safe")
+
+
+def test_what_was_found_unsafe_later_does_not_come_back_as_safe(tmp_path):
+    site = tmp_path / "site"
+    put(tmp_path, site, ("fast", "1.0"), ("torch-dequant", "2.0"))
+    stands = standing.load(tmp_path)
+    unsafe = [
+        replace(c, verdict="unsafe", rank=None) if c.backend == "fast" else c
+        for c in stands.candidates
+    ]
+    floor = next(c for c in unsafe if c.backend == "torch-dequant")
+    key = (floor.arch, floor.gpu, floor.profile, floor.bucket, floor.backend)
+    choice = Choice(*key, "default", "plain", "floor", (), 11.0, 9, 9, floor.fingerprint)
+    publish.publish(tmp_path, [choice], unsafe, stands.environments)
+    install(site, "fast", "1.1")
+    settle(tmp_path, MACHINE, {})
+    install(site, "fast", "1.0")
+    settle(tmp_path, MACHINE, {})
+    (fast,) = [c for c in standing.load(tmp_path).candidates if c.backend == "fast"]
+    assert fast.verdict == "unsafe" and chosen(tmp_path) == ("torch-dequant", "safe")
+
+
+def test_a_wheel_that_was_installed_again_is_no_change(tmp_path):
+    put(tmp_path, tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
+    metadata = install(tmp_path / "site", "fast", "1.0")
+    os.utime(metadata, ns=(1, 1))
+    assert chosen(tmp_path)[1] == "stale", "a reader cannot tell"
+    found = settle(tmp_path, MACHINE, {})
+    assert found.generation is not None and not found.stale
+    assert chosen(tmp_path) == ("fast", "safe")
+
+
+@pytest.mark.parametrize(
+    ("machine", "environ", "said"),
+    [
+        ({"cpu": {**CPU, "cores": 2}}, {}, "cores: 4, now 2"),
+        (MACHINE, {"OMP_NUM_THREADS": "3"}, "OMP_NUM_THREADS: none, now 3"),
+    ],
+)
+def test_hardware_and_variables_count(tmp_path, machine, environ, said):
+    put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    assert settle(tmp_path, machine, environ).stale == {("Model C", "fast"): (said,)}
+
+
+def test_a_device_that_is_not_here_keeps_its_choices(tmp_path):
+    put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    install(tmp_path / "site", "fast", "1.1")
+    assert settle(tmp_path, {"NVIDIA H200": {"kind": "cuda"}}, {}).generation is None
+
+
+def test_compiled_files_are_compared_by_content(tmp_path):
+    module = tmp_path / "module.bin"
+    module.write_bytes(b"kernels")
+    metadata = install(tmp_path / "site", "fast", "1.0")
+    made = environment("fast", metadata, "1.0", [module])
+    module.unlink()
+    module.write_bytes(b"kernels")
+    again = renewal.renew(made, MACHINE, {})
+    assert again is not None and again.changes == ()
+    assert not renewal.moved([again.environment])
+    module.write_bytes(b"others!")
+    again = renewal.renew(made, MACHINE, {})
+    assert again is not None and again.changes == ("the compiled code is another",)
+    module.unlink()
+    assert renewal.renew(made, MACHINE, {}).changes
+
+
+NAMES = st.sampled_from(["torch", "fast", "flashinfer-python"])
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(0, 9), st.floats(0, 1e3), st.text("ab"))
+
+
+@given(
+    device=st.dictionaries(st.text("abc", min_size=1), VALUES),
+    versions=st.dictionaries(NAMES, st.text("0123.", min_size=1)),
+    extra=st.dictionaries(st.text("xy", min_size=1), VALUES),
+)
+def test_an_environment_put_together_again_has_its_fingerprint(device, versions, extra):
+    device = {**device, "kind": "cpu"}
+    made = fingerprint.environment(device, "fast", versions, extra=extra, arch="cpu")
+    again = renewal.renew(made, {"cpu": device}, {})
+    assert (
+        again is not None
+        and again.changes == ()
+        and fingerprint.of(made.facts) == (made.fingerprint)
+    )
+
+
+# -- mending
+
+
+def test_a_choices_db_that_is_gone_or_damaged_is_published_again(tmp_path):
+    first = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    target = tmp_path / state.CHOICES
+    for harm in (lambda: target.unlink(), lambda: os.truncate(target, 5000)):
+        if target.exists():
+            target.chmod(0o644)
+        harm()
+        assert "gone or damaged" in mend(tmp_path)[0]
+        assert chosen(tmp_path) == ("fast", "safe")
+    assert reader.open(tmp_path).generation == first + 2
+    assert mend(tmp_path) == []
+
+
+def test_a_damaged_ledger_is_moved_aside_and_nothing_is_lost(tmp_path):
+    first = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    (tmp_path / state.LEDGER).write_bytes(b"nothing that SQLite knows" * 100)
+    (said,) = mend(tmp_path)
+    (aside,) = tmp_path.glob("ledger.db.damaged-*")
+    assert aside.name in said and aside.read_bytes().startswith(b"nothing")
+    assert chosen(tmp_path) == ("fast", "safe")
+    (tmp_path / state.CHOICES).unlink()
+    assert "the kept" in mend(tmp_path)[0], "the new ledger has no generation; the kept file does"
+    assert chosen(tmp_path) == ("fast", "safe") and reader.open(tmp_path).generation > first
+
+
+def test_an_empty_state_needs_no_mending(tmp_path):
+    assert mend(tmp_path) == []
+    with pytest.raises(Missing):
+        settle(tmp_path, MACHINE, {})
+    Ledger.open(tmp_path, readonly=True).close()
