@@ -102,7 +102,11 @@ class Layer:
         the range's edges only."""
         rng = random.Random(derive(self.seed, self.problem, m, tag))
         count = self.level.ragged if m.hi <= LARGE_M and not edges else 2
-        return {"ms": ragged(m, count, rng), "tactic": tactic, "width": width}
+        ms = ragged(m, count, rng)
+        if tag == chains.REGIME:
+            # Each costs two GEMMs and a reference of their own.
+            ms = [rng.choice(ms)]
+        return {"ms": ms, "tactic": tactic, "width": width}
 
 
 def probe_layer(

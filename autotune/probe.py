@@ -125,7 +125,7 @@ def probe(
     """
     with ExitStack() as stack:
         # Workers die with the thread that started them, so these threads outlive them all.
-        pool = stack.enter_context(ThreadPoolExecutor(max_workers=1 + len(plan.backends)))
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=3 + len(plan.backends)))
         device = plan.target.uuid or plan.target.label
         lock = state.probe_lock(state_dir, device)
         stack.enter_context(state.exclusive(lock, f"the probe of {plan.target.label}"))
@@ -191,15 +191,10 @@ def _probe(
     usual = replace(plan, hang_seconds=None).patience
     controller = Runner(CONTROLS, plan.target, usual, plan.python, progress)
     stack.callback(controller.close)
-    loading = pool.submit(controller.spawn)
-    built = _build(pool, runners, able, also, ledger, report, progress, state_dir)
-    report.build_wall_seconds = round(time.monotonic() - start, 1)
-    for runner in built:
-        environment = environment_of(runner, plan.target)
-        report.environments.append(environment)
-        ledger.add_environment(environment)
-        record.knows(runner.name, environment.fingerprint)
-    environments, unsupported, broken = probe_quantisers(
+    # Neither is timed, so both run while backends are compiled.
+    controlled = pool.submit(_controls, plan, controller, ledger, report, progress)
+    quantised = pool.submit(
+        probe_quantisers,
         plan.quantisers,
         plan.target,
         plan.problems,
@@ -211,12 +206,19 @@ def _probe(
         progress,
         environment_of,
     )
+    built = _build(pool, runners, able, also, ledger, report, progress, state_dir)
+    report.build_wall_seconds = round(time.monotonic() - start, 1)
+    for runner in built:
+        environment = environment_of(runner, plan.target)
+        report.environments.append(environment)
+        ledger.add_environment(environment)
+        record.knows(runner.name, environment.fingerprint)
+    environments, unsupported, broken = quantised.result()
     report.environments += environments
     report.unsupported.update(unsupported)
     report.broken.update(broken)
     audits = _audits(plan, stack, built, ledger, progress)
-    loading.result()
-    doubts = _controls(plan, controller, ledger, report, progress) if built else {}
+    doubts = controlled.result()
     dead: dict[str, dict[str, str]] = {runner.name: {} for runner in built}
     purse = _purse(plan, [r for field_ in able.values() for r in field_ if r in built])
     for number, (problem, field_) in enumerate(able.items(), 1):

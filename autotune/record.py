@@ -18,6 +18,8 @@ from .stats import median, median_interval
 
 AUDIT = "audit"
 """Stands where a regime does in what was found without a launch, in machine code."""
+FLAGGED = "flagged"
+"""The kind of such a finding."""
 _COLUMNS = ("kind", "m", "seed", "data", "launch")
 """What of a failure has a column of its own."""
 Key = tuple[str, str, BucketKey]
@@ -186,7 +188,7 @@ class Recorder:
     def audited(self, backend: str, audit: Audit) -> None:
         """A module of `backend` is flagged: whatever ran since `take_facts` is not safe."""
         flagged = {
-            "kind": "flagged",
+            "kind": FLAGGED,
             "message": audit.evidence[-1] if audit.evidence else audit.module,
             "module": audit.module,
             "path": audit.path,

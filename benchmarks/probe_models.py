@@ -78,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", action="append")
+    parser.add_argument("--tp", default="2")
     parser.add_argument("--level", default="standard")
     parser.add_argument("--profile", default="strict")
     parser.add_argument("--format", default="nvfp4")
@@ -94,7 +95,7 @@ def main() -> None:
             "probe",
             *named,
             *("--level", options.level, "--profile", options.profile, "--seed", options.seed),
-            *("--format", options.format, "--max-m", options.max_m, "--json"),
+            *("--format", options.format, "--tp", options.tp, "--max-m", options.max_m, "--json"),
             state=state,
         )
         wall = time.monotonic() - start
@@ -105,6 +106,8 @@ def main() -> None:
     about = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "presets": presets,
+        "tp": int(options.tp),
+        "max_m": int(options.max_m),
         "level": options.level,
         "profile": options.profile,
         "device": report["device"]["name"],

@@ -97,6 +97,8 @@ class FreeMemory:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        # Here and now: torch aborts where a pool ends while memory comes from another.
+        self._pools.clear()
         if not self._cuda:
             _fill_new_memory(None)
 
@@ -104,7 +106,7 @@ class FreeMemory:
         """Go on with a pool in which nothing is allocated yet."""
         self._stack.close()
         pool = torch.cuda.MemPool()
-        self._pools.append(pool)  # it must outlive what lies in it
+        self._pools.append(pool)
         self._stack.enter_context(torch.cuda.use_mem_pool(pool, self._device))
 
     @property
