@@ -296,9 +296,10 @@ def _blames(
 
 
 def combine(blames: Sequence[Blame]) -> float:
-    """Posterior odds that one GPU is bad, from all series in which it stood alone: it need be bad
-    only once to explain them all."""
-    return _exp(log(PI) + sum(b.own - b.shared for b in blames))
+    """Posterior odds that one GPU is bad, from all series in which it stood out. It need be bad
+    only once to explain them all, and so need a library, whose OMEGA is in each `shared`."""
+    again = (len(blames) - 1) * log(OMEGA)
+    return _exp(log(PI) + sum(b.own - b.shared for b in blames) + again)
 
 
 def _exp(value: float) -> float:

@@ -13,6 +13,8 @@ from .warehouse import Warehouse
 
 COHORT = ("arch", "gpu", "backend", "fingerprint", "code")
 """What makes a cohort: the same machine code, in the same environment, on the same GPU model."""
+CONTROLS = "controls"
+"""What a probe's known-bad kernels are stored as: that these fail says nothing of a GPU."""
 _BUCKET = "format, activation, out_dtype, groups, n, k, m_lo, m_hi"
 
 _LEVELS = f"""
@@ -20,7 +22,7 @@ WITH device AS (
   SELECT {", ".join(COHORT)}, regime, data, node, device,
          sum(launches) AS launches, sum(bad_launches) AS bad,
          sum(greatest(problems, bad_problems)) AS problems, sum(bad_problems) AS bad_problems
-  FROM evidence WHERE status IN ('passed', 'failed') GROUP BY ALL),
+  FROM evidence WHERE status IN ('passed', 'failed') AND backend <> '{CONTROLS}' GROUP BY ALL),
 node AS (
   SELECT {", ".join(COHORT)}, regime, data, node, count(*) AS gpus,
          count(*) FILTER (bad > 0) AS gpus_failing, sum(launches) AS launches, sum(bad) AS bad
@@ -42,7 +44,7 @@ CREATE OR REPLACE TEMP TABLE counted AS
 SELECT {", ".join(COHORT)}, regime, data, node, device,
        sum(greatest(problems, bad_problems, 1))::BIGINT AS trials,
        sum(bad_problems)::BIGINT AS failures
-FROM evidence WHERE status IN ('passed', 'failed') GROUP BY ALL
+FROM evidence WHERE status IN ('passed', 'failed') AND backend <> '{CONTROLS}' GROUP BY ALL
 """
 
 _SLOW = f"""

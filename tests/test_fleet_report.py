@@ -104,6 +104,23 @@ def test_failures_of_one_gpu_add_up_over_series():
     assert attribution.combine(blames) > attribution.ODDS > blames[0].odds
 
 
+def test_one_gpu_alone_is_not_convicted_by_failing_often():
+    """Where there is no other GPU to compare with, more series tell nothing more."""
+    blames = [attribute(failing((300, 500)), {}).blames[0] for _ in range(6)]
+    assert attribution.combine(blames) < 1
+
+
+def test_a_probe_s_own_controls_accuse_nobody(tmp_path):
+    for number in range(12):
+        failures = {(g, reporting.CONTROLS): 500 for g in range(2)}
+        backends = ("plain", reporting.CONTROLS)
+        fleets.put(tmp_path / "in", number, failures=failures, backends=backends)
+    merge.merge([str(tmp_path / "in")], str(tmp_path / "store"))
+    found = reporting.report(str(tmp_path / "store"))
+    assert [c["backend"] for c in found["cohorts"]] == ["plain"]
+    assert not found["suspect_builds"] and not found["undetermined"]
+
+
 # -- slow ones
 
 

@@ -126,7 +126,7 @@ class FreeMemory:
         torch.cuda.synchronize(self._device)
         need = torch.cuda.max_memory_allocated(self._device) - before
         free, _ = torch.cuda.mem_get_info(self._device)
-        self._large = max(_LEAST, min(2 * need, free // 4) // _LEAST * _LEAST)
+        self._large = max(_LEAST, -(-min(2 * need, free // 4) // _LEAST) * _LEAST)
         self._renew()
         self.poison()
         tried = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in _TRIED]
