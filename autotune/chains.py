@@ -21,7 +21,7 @@ def firsts(problems: Sequence[Problem]) -> tuple[Problem, ...]:
     for kind in dict.fromkeys(map(_kind, problems)):
         mine = [p for p in problems if _kind(p) == kind]
         able = [p for p in mine if second_shape(p) is not None]
-        found += [p for p in able if second_shape(p) in mine] or able[:1]
+        found += [p for p in able if _of_a_model(p, mine)] or able[:1]
     return tuple(found)
 
 
@@ -29,6 +29,12 @@ def seconds(problems: Sequence[Problem]) -> tuple[Problem, ...]:
     """Second GEMMs of `firsts` that are no layers of the probe: to be compiled beside those."""
     wanted = [second_shape(p) for p in firsts(problems)]
     return tuple(dict.fromkeys(p for p in wanted if p is not None and p not in problems))
+
+
+def _of_a_model(first: Problem, layers: Sequence[Problem]) -> bool:
+    """Whether `layers` hold the second GEMM, and it gives as many columns as the first takes."""
+    second = second_shape(first)
+    return second is not None and second.n == first.k and second in layers
 
 
 def _kind(p: Problem) -> tuple[object, ...]:

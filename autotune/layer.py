@@ -20,6 +20,7 @@ from ..probes.devices import Target
 from ..probes.health import health
 from ..probes.problem import Problem
 from ..probes.regimes import ALONE, COSTLY, HARDER, REGIMES, SAME_START
+from ..probes.regimes.mlp_layers import second_shape
 from ..probes.seeds import derive
 from ..probes.supervisor import WorkerFailed
 from . import census, chains
@@ -172,7 +173,8 @@ def probe_layer(
 def _open(layer: Layer, entrant: Entrant, record: Recorder) -> bool:
     try:
         pool = layer.problem.at(layer.problem.m + SPARE_ROWS)
-        entrant.runner.open(pool, layer.seed, layer.memory)
+        behind = second_shape(layer.problem) if layer.begins_mlp else None
+        entrant.runner.open(pool, layer.seed, layer.memory, behind)
     except WorkerFailed as failure:
         for m in entrant.tactics:
             _failed(layer, entrant, m, entrant.tactics[m][0], "serial", EXACT, failure, record)

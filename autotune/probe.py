@@ -29,6 +29,7 @@ from .bounds import DEFAULT_CONFIDENCE, Aim, codes, kernel, pool
 from .buckets import MRange, ranges
 from .choose import FLOORS
 from .layer import Entrant, Layer, probe_layer
+from .layers import Comparison
 from .levels import Level
 from .profiles import Profile
 from .quantising import probe_quantisers
@@ -89,6 +90,8 @@ class Report:
     seed: int
     target: Target
     choices: list[Choice] = field(default_factory=list)
+    layers: list[Comparison] = field(default_factory=list)
+    """The weight layouts of every layer probed, and the one chosen."""
     candidates: list[Candidate] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
@@ -207,7 +210,6 @@ def _probe(
         environment_of,
     )
     built = _build(pool, runners, able, also, ledger, report, progress, state_dir)
-    report.build_wall_seconds = round(time.monotonic() - start, 1)
     for runner in built:
         environment = environment_of(runner, plan.target)
         report.environments.append(environment)
@@ -219,7 +221,9 @@ def _probe(
     report.broken.update(broken)
     audits = _audits(plan, stack, built, ledger, progress)
     doubts = controlled.result()
+    report.build_wall_seconds = round(time.monotonic() - start, 1)
     dead: dict[str, dict[str, str]] = {runner.name: {} for runner in built}
+    done: list[tuple[Layer, list[Entrant]]] = []
     purse = _purse(plan, [r for field_ in able.values() for r in field_ if r in built])
     for number, (problem, field_) in enumerate(able.items(), 1):
         begins = with_chains and problem in chains.firsts(tuple(able))
@@ -238,12 +242,14 @@ def _probe(
         at_once = pool if plan.target.device.kind == "cuda" else None
         say = partial(progress, title)
         probe_layer(layer, entrants, record, say, at_once)
-        for backend, modules in audits().items():
-            for module in modules:
-                if module.verdict == auditing.FLAGGED:
-                    record.audited(backend, module)
-        report.candidates += _candidates(plan, layer, entrants, record, ledger, doubts)
+        done.append((layer, entrants))
         report.spent += layer.clock.rows(problem.n, problem.k)
+    # At the end, when all launches of a kernel are known, on whatever layer, and its machine code.
+    for backend, modules in audits().items():
+        for module in modules:
+            if module.verdict == auditing.FLAGGED:
+                record.audited(backend, module)
+    report.candidates = _candidates(plan, done, record, ledger, doubts)
     report.audits = [audit for modules in audits().values() for audit in modules]
     report.findings = record.findings
     report.timings = list(record.timings.values())
@@ -447,17 +453,22 @@ def _controls(
 
 def _candidates(
     plan: Plan,
-    layer: Layer,
-    entrants: Sequence[Entrant],
+    done: Sequence[tuple[Layer, Sequence[Entrant]]],
     record: Recorder,
     ledger: Ledger,
     doubts: Mapping[str, Doubt],
 ) -> list[Candidate]:
     """A verdict for every tactic that was tried, and a candidate for each backend's best."""
     found = []
+    tried = {
+        (entrant.name, layer.bucket(m)): entrant
+        for layer, entrants in done
+        for entrant in entrants
+        for m in layer.ranges
+    }
     known, pooled = codes(record.exact), pool(record.exact, plan.confidence)
     for (backend, tactic, bucket), facts in record.take_facts().items():
-        entrant = next(e for e in entrants if e.name == backend)
+        entrant = tried[backend, bucket]
         mine = pooled.get(kernel(backend, tactic, bucket, known), {})
         bounds = {regime: bound.json() for regime, bound in mine.items()}
         judgement = decide(facts, plan.profile, mine, plan.aim, plan.level.without, doubts)

@@ -35,6 +35,11 @@ class Profile:
     about: str
     defaults: tuple[tuple[tuple[int, ...], str], ...] = ()
     """What the engine takes by itself in W4A16 or W4A4, by SM, in the versions named below."""
+    traffic: str = "mixed"
+    """The distribution of m that layouts are weighed by, unless another is given."""
+    crossing: bool = False
+    """Whether W4A16 and W4A4 compete for a layer, though outputs differ: an engine that takes an
+    NVFP4 checkpoint either way allows it."""
 
     def default(self, sm: int | None) -> str | None:
         """The backend this engine would take on that SM without advice; None if unknown."""
@@ -82,10 +87,16 @@ PROFILES = {
                 ((100, 103), "flashinfer-cute-dsl"),
                 ((110, 120, 121), "flashinfer-cutlass"),
             ),
+            crossing=True,
         ),
         # vLLM 0.33, with humming-kernels installed
         Profile(
-            "vllm", _ENGINE, _ONE_STREAM, "CUDA graphs, one stream a layer", (((90,), "humming"),)
+            "vllm",
+            _ENGINE,
+            _ONE_STREAM,
+            "CUDA graphs, one stream a layer",
+            (((90,), "humming"),),
+            crossing=True,
         ),
     )
 }

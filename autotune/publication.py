@@ -10,19 +10,22 @@ from typing import Any
 from ..cache import publish as publishing
 from ..cache import state
 from ..cache.rows import VERDICTS, Audit, Candidate, Choice, Environment
-from . import auditing, standing
+from . import auditing, layers, standing
 from .choose import choices
 from .probe import Report
 from .profiles import PROFILES
+from .traffic import Traffic
 
 _WORST_LAST = ("safe", "inconclusive", "unsafe", "unsupported")
 assert set(_WORST_LAST) == set(VERDICTS)
 
 
-def publish(reports: Sequence[Report], state_dir: Path) -> None:
+def publish(
+    reports: Sequence[Report], state_dir: Path, traffic: Mapping[str, Traffic] | None = None
+) -> None:
     """Publish what these probes found, with what stands beside it; fills in each report's choices.
 
-    A report without a candidate changes nothing. Raises StateError.
+    `traffic` is by profile; one that is not given stays what it was. A report without a candidate changes nothing. Raises StateError.
     """
     if not any(report.candidates for report in reports):
         return
@@ -30,7 +33,8 @@ def publish(reports: Sequence[Report], state_dir: Path) -> None:
     with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
         new = on_every_gpu([c for report in reports for c in report.candidates])
         environments = [e for report in reports for e in report.environments]
-        everyone, known = standing.join(standing.usable(state_dir), new, environments)
+        stands = standing.usable(state_dir)
+        everyone, known = standing.join(stands, new, environments)
         audits = [audit for report in reports for audit in report.audits]
         chosen, placed = _chosen(auditing.condemned(everyone, known, audits))
         unsupported = {name: why for report in reports for name, why in report.unsupported.items()}
@@ -39,12 +43,19 @@ def publish(reports: Sequence[Report], state_dir: Path) -> None:
             "seed": reports[0].seed,
             "unsupported": unsupported,
         }
-        generation = publishing.publish(state_dir, chosen, placed, known, meta)
+        traffics = {**layers.traffics_of(stands.meta), **(traffic or {})}
+        if traffics:
+            meta["traffic"] = {profile: each.json() for profile, each in traffics.items()}
+        compared = layers.compare_all(placed, traffics, stands.layers)
+        rows = [each.row() for each in compared if each.layout]
+        generation = publishing.publish(state_dir, chosen, placed, known, meta, rows)
     for report in reports:
         probed = {(c.arch, c.gpu, c.profile, c.bucket) for c in report.candidates}
         report.generation = generation
         report.choices = [c for c in chosen if (c.arch, c.gpu, c.profile, c.bucket) in probed]
         report.candidates = [c for c in placed if (c.arch, c.gpu, c.profile, c.bucket) in probed]
+        mine = {layers.key_of(c) for c in report.candidates}
+        report.layers = [each for each in compared if each.key in mine]
 
 
 def publish_audits(audits: Sequence[Audit], state_dir: Path) -> int | None:
@@ -72,7 +83,9 @@ def republish(
     """
     chosen, placed = _chosen(candidates)
     kept = {k: v for k, v in stands.meta.items() if k not in publishing.RESERVED}
-    return publishing.publish(state_dir, chosen, placed, environments, kept)
+    compared = layers.compare_all(placed, layers.traffics_of(kept), stands.layers)
+    rows = [each.row() for each in compared if each.layout]
+    return publishing.publish(state_dir, chosen, placed, environments, kept, rows)
 
 
 def _chosen(candidates: Sequence[Candidate]) -> tuple[list[Choice], list[Candidate]]:

@@ -114,11 +114,16 @@ class Runner:
     def tactics(self, problems: Sequence[Problem]) -> list[list[str]]:
         return self.ask("tactics", problems=[asdict(problem) for problem in problems])
 
-    def open(self, problem: Problem, seed: int, memory: int) -> None:
-        """Open a layer whose pools have `problem.m` rows; slots take `memory` bytes at a time."""
+    def open(self, problem: Problem, seed: int, memory: int, behind: Problem | None = None) -> None:
+        """Open a layer whose pools have `problem.m` rows; slots take `memory` bytes at a time.
+
+        A worker that replaced another compiles for it first, and for the layer that is run `behind`
+        it in a chain.
+        """
         if self._partial and self._built:
             problems, workers = self._built
-            mine = [p for p in problems if _same_layer(p, asdict(problem))]
+            both = [asdict(p) for p in (problem, behind) if p is not None]
+            mine = [p for p in problems if any(_same_layer(p, each) for each in both)]
             self.ask("build", self.patience.build, problems=mine, workers=workers)
         self._layer = {"problem": asdict(problem), "seed": seed, "memory": memory}
         self.ask("open", **self._layer)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..cache import codec, snapshot, state
 from ..cache.errors import Corrupt, Missing
-from ..cache.rows import Candidate, Choice, Environment, Stamp
+from ..cache.rows import Candidate, Choice, Environment, Layer, Stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,19 @@ class Standing:
     choices: tuple[Choice, ...]
     candidates: tuple[Candidate, ...]
     environments: tuple[Environment, ...]
+    layers: tuple[Layer, ...] = ()
 
 
-def load(state_dir: Path) -> Standing:
-    """What `state_dir` publishes.
+def load(state_dir: Path, generation: int | None = None) -> Standing:
+    """What `state_dir` publishes, or published as one of the generations that are kept.
 
     Raises Missing where it publishes nothing, and Foreign, NewerSchema or Corrupt.
     """
-    loaded = snapshot.load(os.fspath(state_dir / state.CHOICES))
+    place = os.fspath(state_dir)
+    path = os.path.join(place, state.CHOICES)
+    if generation is not None:
+        path = state.generation_file(place, generation)
+    loaded = snapshot.load(path)
     tables = loaded.tables
     stamps: dict[str, list[Stamp]] = {}
     for row in tables["stamp"]:
@@ -47,6 +52,7 @@ def load(state_dir: Path) -> Standing:
             codec.decode(Environment, {**row, "stamps": tuple(stamps.get(row["fingerprint"], ()))})
             for row in tables["environment"]
         ),
+        tuple(codec.decode(Layer, row) for row in tables["layer"]),
     )
 
 

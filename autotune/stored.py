@@ -115,6 +115,7 @@ def report_json(report: Report) -> dict[str, Any]:
         },
         "generation": report.generation,
         "choices": [asdict(row) for row in report.choices],
+        "layers": [each.json() for each in report.layers],
         "candidates": [asdict(row) for row in report.candidates],
         "findings": [_plain(asdict(row)) for row in report.findings],
         "timings": [_plain(asdict(row)) for row in report.timings],

@@ -90,7 +90,6 @@ def extension():
     """Ask-only operators of vLLM's extension, answering as its CUDA 13 build does for that SM."""
     import torch
     library = torch.library.Library("_C", "FRAGMENT")
-    sm = int(os.environ["REAL_SM"])
     for name, least in (("fp8", 89), ("block_fp8", 90), ("group_gemm", 90), ("fp4", 100)):
         op = f"cutlass_scaled_mm_supports_{name}"
         library.define(f"{op}(int capability) -> bool")
@@ -102,10 +101,10 @@ def simulate():
     import vllm.platforms
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
-    major, minor = divmod(int(os.environ["REAL_SM"]), 10)
     class Simulated(CudaPlatformBase):
         @classmethod
-        def get_device_capability(cls, device_id=0): return DeviceCapability(major, minor)
+        def get_device_capability(cls, device_id=0):
+            return DeviceCapability(*divmod(int(os.environ["REAL_SM"]), 10))
         @classmethod
         def get_device_name(cls, device_id=0): return "simulated"
         @classmethod
@@ -123,47 +122,95 @@ if engine == "vllm" and "vllm.model_executor.models.registry" in sys.orig_argv:
     simulate()
 '''
 
+SERVE = '''
+import json, logging, os, sys, traceback
+
+def serve(start):
+    """Make each start that stdin asks for in a fork of its own: the imports are made once."""
+    for line in sys.stdin:
+        case = json.loads(line)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            os.environ.update(case["env"], REAL_SM=str(case["sm"]))
+            logged = []
+            class Keep(logging.Handler):
+                def emit(self, record):
+                    logged.append(record.getMessage())
+            logging.getLogger("fp4tune").addHandler(Keep())
+            logging.getLogger("fp4tune").setLevel(logging.INFO)
+            try:
+                result = start(case)
+            except BaseException:
+                result = {"failed": traceback.format_exc()}
+            with os.fdopen(writing, "w") as file:
+                json.dump({**result, "logged": logged}, file)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as file:
+            text = file.read()
+        os.waitpid(child, 0)
+        print("RESULT " + (text or json.dumps({"failed": "it died"})), flush=True)
+'''
+
 SGLANG = """
-import json, sys, types
+import types
 import sitecustomize
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.server_args import prepare_server_args
-args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cuda", *sys.argv[3:]])
-sm = int(sys.argv[2])
-from sglang.srt.layers.quantization import fp4_utils
-kernel = types.SimpleNamespace(fp4_gemm_runner_backend=args.fp4_gemm_runner_backend)
-fp4_utils.get_exec = lambda: types.SimpleNamespace(kernel=kernel)
-fp4_utils.get_platform = lambda: types.SimpleNamespace(is_sm100=sm in (100, 103))
-fp4_utils.is_cuda = lambda: True
-fp4_utils.get_device_capability = lambda: divmod(sm, 10)
-fp4_utils.initialize_fp4_gemm_config()
-chosen = fp4_utils.get_fp4_gemm_runner_backend()
-print("RESULT " + json.dumps({"option": args.fp4_gemm_runner_backend, "runs": chosen.value,
-                              "mm_fp4": chosen.get_flashinfer_backend()}))
+from sglang.srt import server_args
+from sglang.srt.layers.quantization import fp4_utils, modelopt_quant
+
+def start(case):
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    # Without a model, so that the rest of the resolution asks nothing of a GPU.
+    args = server_args.prepare_server_args(
+        ["--model-path", "dummy", "--device", "cuda", *case["args"]])
+    args.resolve_once()
+    sm = case["sm"]
+    kernel = types.SimpleNamespace(fp4_gemm_runner_backend=args.fp4_gemm_runner_backend)
+    fp4_utils.get_exec = lambda: types.SimpleNamespace(kernel=kernel)
+    fp4_utils.get_platform = lambda: types.SimpleNamespace(is_sm100=sm in (100, 103))
+    fp4_utils.is_cuda = lambda: True
+    fp4_utils.get_device_capability = lambda: divmod(sm, 10)
+    fp4_utils.initialize_fp4_gemm_config()
+    chosen = fp4_utils.get_fp4_gemm_runner_backend()
+    return {"option": args.fp4_gemm_runner_backend, "selected": chosen.value,
+            "mm_fp4": chosen.get_flashinfer_backend(),
+            "wrapped": hasattr(modelopt_quant.flashinfer_fp4_gemm, "_fp4tune_original")}
+
+serve(start)
 """
 
 VLLM = """
-import json, sys
 import sitecustomize
 library = sitecustomize.extension()
 sitecustomize.simulate()
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-space = parser.parse_args(["--model", sys.argv[1], "--load-format", "dummy",
-                           "--skip-tokenizer-init", "--max-model-len", "128", *sys.argv[3:]])
-config = EngineArgs.from_cli_args(space).create_engine_config()
 from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.kernels.linear import init_nvfp4_linear_kernel
-result = {"per_quant": config.kernel_config.linear_backend_per_quant}
-with set_current_vllm_config(config):
-    for name, a16 in (("w4a4", False), ("w4a16", True)):
-        try:
-            result[name] = type(init_nvfp4_linear_kernel(use_a16=a16)).__name__
-        except Exception as error:
-            result[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-print("RESULT " + json.dumps(result))
+from vllm.model_executor.kernels.linear.nvfp4 import flashinfer as nvfp4
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+def start(case):
+    if case["b12x"]:  # FlashInfer's kernel class needs a CUDA library to be imported
+        nvfp4.has_flashinfer_b12x_gemm = lambda: case["sm"] >= 120
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    space = parser.parse_args(["--model", case["model"], "--load-format", "dummy",
+                               "--skip-tokenizer-init", "--max-model-len", "128", *case["args"]])
+    config = EngineArgs.from_cli_args(space).create_engine_config()
+    result = {"per_quant": config.kernel_config.linear_backend_per_quant}
+    import flashinfer
+    result["wrapped"] = hasattr(flashinfer.mm_fp4, "_fp4tune_original")
+    with set_current_vllm_config(config):
+        for name, a16 in (("selected", False), ("w4a16", True)):
+            try:
+                result[name] = type(init_nvfp4_linear_kernel(use_a16=a16)).__name__
+            except Exception as error:
+                result[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return result
+
+serve(start)
 """
 
 MODEL = {
@@ -219,45 +266,46 @@ def entry_points() -> str:
     return "\n".join(f"[{group}]\n{body.replace(chr(34), '')}" for group, body in found)
 
 
-def run(
-    python: Path, work: Path, engine: str, sm: int, args: list[str], env: dict[str, str]
-) -> dict:
-    """One start of an engine: what it selected, and what fp4tune logged."""
-    program = {"sglang": SGLANG, "vllm": VLLM}[engine]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FP4TUNE_", "VLLM_"))}
-    environment = clean | {
-        "PYTHONPATH": os.pathsep.join([str(work / "site"), str(work / engine)]),
-        "REAL_ENGINE": engine,
-        "REAL_SM": str(sm),
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "FLASHINFER_WORKSPACE_BASE": str(work),
-        "PYTHONDONTWRITEBYTECODE": "",
-        "PYTHONPYCACHEPREFIX": str(work / "pycache"),
-        **env,
-    }
-    start = time.perf_counter()
-    done = subprocess.run(
-        [str(python), "-c", LOGGING + program, str(work / "model"), str(sm), *args],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    logged = [line[8:] for line in done.stderr.splitlines() if line.startswith("FP4TUNE ")]
-    result = json.loads(lines[0]) if lines else {"failed": done.stderr[-3000:]}
-    return {**result, "logged": logged, "seconds": round(time.perf_counter() - start, 1)}
+class Engine:
+    """An engine's code in a process of its own, which makes a fork for each start."""
 
+    def __init__(self, python: Path, work: Path, engine: str) -> None:
+        program = SERVE + {"sglang": SGLANG, "vllm": VLLM}[engine]
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("FP4TUNE_", "VLLM_"))}
+        self.model = str(work / "model")
+        self.log = (work / f"{engine}.log").open("w+")
+        self.process = subprocess.Popen(
+            [str(python), "-c", program],
+            env=clean
+            | {
+                "PYTHONPATH": os.pathsep.join([str(work / "site"), str(work / engine)]),
+                "PYTHONDONTWRITEBYTECODE": "",
+                "PYTHONPYCACHEPREFIX": str(work / "pycache"),
+                "REAL_ENGINE": engine,
+                "REAL_SM": "90",
+                "HF_HUB_OFFLINE": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "FLASHINFER_WORKSPACE_BASE": str(work),
+                "VLLM_CACHE_ROOT": str(work / "cache"),
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
 
-LOGGING = """
-import logging, sys
-handler = logging.StreamHandler(sys.stderr)
-handler.setFormatter(logging.Formatter("FP4TUNE %(message)s"))
-logging.getLogger("fp4tune").addHandler(handler)
-logging.getLogger("fp4tune").setLevel(logging.INFO)
-"""
+    def start(self, case: dict) -> dict:
+        """One start: what was selected, and what fp4tune logged."""
+        assert self.process.stdin and self.process.stdout
+        asked = {name: case[name] for name in ("args", "env", "sm", "b12x")}
+        begun = time.perf_counter()
+        self.process.stdin.write(json.dumps({**asked, "model": self.model}) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                return {**json.loads(line[7:]), "seconds": round(time.perf_counter() - begun, 1)}
+        self.log.seek(0)
+        return {"failed": self.log.read()[-3000:], "logged": []}
 
 
 def cases(work: Path) -> list[dict]:
@@ -284,7 +332,13 @@ def cases(work: Path) -> list[dict]:
                 if engine == "sglang"
                 else ["--linear-backend", names.NAMES[default].linear]
             )
-            common = {"engine": engine, "arch": arch, "sm": sm, "backend": chosen.backend}
+            common = {
+                "engine": engine,
+                "arch": arch,
+                "sm": sm,
+                "backend": chosen.backend,
+                "b12x": True,
+            }
             found += [
                 {**common, "case": "by itself", "args": [], "env": {}, "expected": other},
                 {
@@ -319,6 +373,14 @@ def cases(work: Path) -> list[dict]:
                         "env": made.env, "expected": chosen.word,
                     }
                 )  # fmt: skip
+                if chosen.backend == "flashinfer-b12x":
+                    found.append(
+                        {
+                            **common, "case": "plugin process, kernel not installed", "args": [],
+                            "env": {**plugged, "FP4TUNE_LEVEL": "process"}, "b12x": False,
+                            "expected": other,
+                        }
+                    )  # fmt: skip
     return found
 
 
@@ -332,21 +394,26 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     python, _, versions = prepare(work)
     rows = []
+    engines: dict[str, Engine] = {}
     for case in cases(work):
         name = f"{case['engine']} {case['arch']} {case['case']}"
         if options.only and options.only not in name:
             continue
-        result = run(python, work, case["engine"], case["sm"], case["args"], case["env"])
-        selected = result.get("runs") if case["engine"] == "sglang" else result.get("w4a4")
+        if case["engine"] not in engines:
+            engines[case["engine"]] = Engine(python, work, case["engine"])
+        result = engines[case["engine"]].start(case)
+        selected = result.get("selected")
         ok = selected == case["expected"]
-        where = str(work)
-        row = {**case, **result, "selected": selected, "ok": ok}
-        rows.append(json.loads(json.dumps(row).replace(where, "WORK").replace(str(ROOT), "REPO")))
+        ok = ok and result.get("wrapped") == (case["case"] == "plugin call")
+        text = json.dumps({**case, **result, "selected": selected, "ok": ok})
+        rows.append(json.loads(text.replace(str(work), "WORK").replace(str(ROOT), "REPO")))
         print(f"{'ok  ' if ok else 'FAIL'} {name}: {selected} (expected {case['expected']})")
         for line in result["logged"]:
             print(f"       {line}")
         if "failed" in result:
             print(result["failed"])
+    for engine in engines.values():
+        engine.process.kill()
     document = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.system()}, no GPU",

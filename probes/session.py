@@ -135,42 +135,47 @@ class Layer:
     def grade(self, items: Sequence[Item]) -> list[Result]:
         """The width of each item: the largest whose exact problems come out bit for bit.
 
-        An item that misses bits at one width is tried at the next only if its answers are close;
+        An item that misses bits at one width is tried at others only if its answers are close;
         unwritten, non-finite or far-off values are failures at any width, not a lower grade.
         """
         results: list[Result] = [
             {"launches": 0, "problems": 0, "width": None, "bad": []} for _ in items
         ]
-        pending = list(range(len(items)))
-        for width in WIDTHS:
-            if not pending:
-                break
+        missed: dict[int, set[int]] = {index: set() for index in range(len(items))}
+        wanted = {index: WIDTHS[0] for index in missed}
+        while wanted:
+            width = max(wanted.values())
+            pending = [index for index, next_ in wanted.items() if next_ == width]
             cases = self.cases(width)
-            graded = [items[i] for i in pending]
-            launches = self.launches(graded, len(cases), ("grade", width))
+            launches = self.launches([items[i] for i in pending], len(cases), ("grade", width))
             outcomes = self._run("serial", cases, launches, Budget(2, 2, 0.0))
-            later = []
             summaries = self._summaries("serial", len(pending), outcomes, cases)
-            for place, index in enumerate(pending):
-                summary = summaries[place]
-                results[index]["launches"] += summary["launches"]
-                results[index]["problems"] = summary["problems"]
-                results[index].setdefault("example", summary.get("example"))
-                if "error" in summary or not summary["bad"]:
-                    results[index].update(width=None if "error" in summary else width, bad=[])
-                    if "error" in summary:
-                        results[index]["error"] = summary["error"]
-                    continue
-                far = self._far(cases, [x for x in launches if x.item == place])
-                grave = any(b["kind"] != "wrong" for b in summary["bad"])
-                if far or grave or width == WIDTHS[-1]:
-                    results[index].update(bad=summary["bad"], tile_error=far)
-                    continue
-                later.append(index)
             changed = sum(o.changed_inputs for o in outcomes)
-            for index in pending if changed else ():
-                results[index]["changed_inputs"] = changed
-            pending = later
+            for place, index in enumerate(pending):
+                summary, result = summaries[place], results[index]
+                result["launches"] += summary["launches"]
+                result.setdefault("example", summary.get("example"))
+                if changed:
+                    result["changed_inputs"] = changed
+                if "error" in summary:
+                    result.update(width=None, bad=[], error=summary["error"])
+                    del wanted[index]
+                    continue
+                if summary["bad"]:
+                    missed[index].add(width)
+                    far = self._far(cases, [x for x in launches if x.item == place])
+                    grave = any(b["kind"] != "wrong" for b in summary["bad"])
+                    if far or grave or width == WIDTHS[-1]:
+                        result.update(width=None, bad=summary["bad"], tile_error=far)
+                        del wanted[index]
+                        continue
+                else:
+                    result.update(width=width, problems=summary["problems"])
+                next_ = next_width(result["width"], missed[index])
+                if next_ is None:
+                    del wanted[index]
+                else:
+                    wanted[index] = next_
         return results
 
     def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
@@ -369,6 +374,15 @@ class Layer:
         self._timed = []
         if self.device.kind == "cuda":
             torch.cuda.empty_cache()
+
+
+def next_width(best: int | None, missed: set[int]) -> int | None:
+    """The width to try next: by halves between the best so far and those missed; None at the end.
+
+    What an accumulator of some bits gets right, one of more bits does, so it takes few tries.
+    """
+    open_ = [w for w in WIDTHS if (best or 0) < w < min(missed, default=WIDTHS[0] + 1)]
+    return open_[len(open_) // 2] if open_ and missed else None
 
 
 def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> Result:

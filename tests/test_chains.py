@@ -16,6 +16,11 @@ def test_a_models_gate_and_up_begins_its_mlp_and_nothing_else_is_compiled():
     assert chains.seconds(layers) == ()
 
 
+def test_a_layer_that_happens_to_fit_behind_another_is_no_mlp():
+    up, down, out = layers = problems((14336, 4096), (4096, 7168), (4096, 2048))
+    assert chains.firsts(layers) == (up,)
+
+
 def test_without_an_mlp_the_first_layer_gets_a_second_gemm_of_its_own():
     layers = problems((512, 256), (768, 256))
     assert chains.firsts(layers) == (layers[0],)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from fp4tune.probes.backends.dequant import torch_dequant
 from fp4tune.probes.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.session import Item, Layer
+from fp4tune.probes.session import Item, Layer, next_width
 
 
 class Crowded:
@@ -62,3 +64,18 @@ def test_what_raises_beside_another_call_is_an_error_of_the_regime():
 
 def test_what_raises_together_and_never_alone_is_not_forgotten():
     assert all("in the middle" in result["error"]["message"] for result in streams(Shy()))
+
+
+@pytest.mark.parametrize("width", [24, 18, 14, 11, 8, 0])
+def test_the_width_is_found_in_few_tries(width):
+    best, missed, tried = None, set(), []
+    next_: int | None = 24
+    while next_ is not None:
+        tried.append(next_)
+        if next_ <= width:
+            best = next_
+        else:
+            missed.add(next_)
+        next_ = next_width(best, missed)
+    assert (best or 0) == width
+    assert len(tried) <= 4 and len(set(tried)) == len(tried)

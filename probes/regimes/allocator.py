@@ -115,7 +115,7 @@ class FreeMemory:
         return _SMALL_BLOCKS * _SMALL + self._large if self._cuda else 0
 
     def learn(self, run: Callable[[], Any]) -> None:
-        """Call `run`, to see how much memory it needs at a time; what it keeps is not in the way."""
+        """Call `run` to see how much memory it needs at a time; what it keeps is not in the way."""
         if not self._cuda:
             run()
             return

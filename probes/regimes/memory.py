@@ -45,7 +45,11 @@ def churn(
     checker = Checker([call.slot for call in calls])
     with FreeMemory(device) as free, _neighbour(device) as traffic:
         # What the backend keeps from its first calls is not fresh any more.
-        free.learn(lambda: [call.enqueue() for call in calls])
+        def each() -> None:
+            for call in calls:
+                call.enqueue()
+
+        free.learn(each)
         checker.sweep()
 
         def once() -> None:
