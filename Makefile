@@ -10,8 +10,10 @@ BIN := $(VENV)/bin
 probe: $(VENV)/.ready
 	$(BIN)/fp4tune probe $(ARGS)
 
+# Two at a time, since most of them wait for processes; on a GPU one at a time.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
 
 # mypy wants the package's name, and a checkout may be called anything: so a link by that name.
 lint: $(VENV)/.ready

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .autotune import commands as choice_commands
+from .cache import commands as cache_commands
 from .console import Json, State
 from .console import one_sentence as _one_sentence
 from .console import print_json as _print_json
@@ -16,6 +18,7 @@ from .daemon import commands as daemon_commands
 from .engines import commands as engine_commands
 from .errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
 from .fleet import commands as fleet_commands
+from .report import commands as report_commands
 
 app = typer.Typer(
     name="fp4tune",
@@ -89,6 +92,10 @@ def probe(
         float | None,
         typer.Option(help="Silence that counts as a hang; default 30, in a regime 6; CPU 120."),
     ] = None,
+    traffic: Annotated[
+        str | None,
+        typer.Option(help="Weighs m for the weight layout: decode, prefill, mixed, or a file."),
+    ] = None,
     prior: Annotated[
         bool, typer.Option(help="Verify the fleet's choices only, where import brought any.")
     ] = False,
@@ -100,6 +107,7 @@ def probe(
     """Run every backend here, check every element, time them, store the fastest safe one."""
     with _one_sentence():
         from .autotune import plan as planning
+        from .autotune import traffic as distributions
         from .autotune.levels import LEVELS
         from .autotune.probe import Plan
         from .autotune.profiles import PROFILES, installed
@@ -111,6 +119,7 @@ def probe(
         chosen_profile = _named(PROFILES, profile or engine or installed(), "profile")
         targets = devices.select(gpu)
         state_dir = directory(state)
+        weighed = {chosen_profile.name: distributions.find(traffic)} if traffic else {}
         chosen_seed = planning.seed(seed)
         rate = planning.failure_rate(max_failure_rate, confidence)
         planning.budget(max_seconds, max_launches)
@@ -155,7 +164,7 @@ def probe(
         standing.usable(state_dir)  # refuses now what could not be published over at the end
         with Ledger.open(state_dir) as ledger, watching_all(plans) as progress:
             reports, failed = probe_all(plans, ledger, state_dir, progress)
-        publish(reports, state_dir)
+        publish(reports, state_dir, weighed)
         verdicts = [
             engine_commands.assessed(
                 engine, engine_args, state_dir, arch=r.target.device.arch, gpu=r.target.name
@@ -192,6 +201,10 @@ def choose(
     profile: Annotated[
         str | None, typer.Option(help="Whose choice, where several profiles were probed.")
     ] = None,
+    layer: Annotated[
+        bool, typer.Option("--layer", help="Also the weight layout of (n, k), chosen over all m.")
+    ] = False,
+    checkpoint: choice_commands.Checkpoint = None,
     engine: Engine = None,
     engine_args: EngineArgs = "",
     state: State = None,
@@ -207,15 +220,23 @@ def choose(
         decision = stored.decision(state, m, n, k, format_, activation, out_dtype, profile)
         verdict = engine_commands.assessed(engine, engine_args, state, profile=profile)
         decision["engine"] = verdict
+        decision["layer"] = (
+            stored.layer(state, n, k, format_, activation, out_dtype, profile) if layer else None
+        )
+        decision["checkpoint"] = weights = (
+            stored.for_checkpoint(state, checkpoint, decision, profile) if checkpoint else None
+        )
         if as_json:
             _print_json(decision)
         else:
             typer.echo(stored.decision_line(decision))
+            for line in stored.choice_lines(decision, layer):
+                typer.echo(line)
             engine_commands.print_assessed([verdict])
         if verdict is not None:
             raise typer.Exit(engine_commands.exit_code([verdict]))
         if decision["status"] == "safe":
-            raise typer.Exit(SAFE)
+            raise typer.Exit(UNSAFE if weights and weights["status"] == "broken" else SAFE)
         # Something was measured and nothing was safe, or nothing that still holds was measured.
         known_bad = decision["status"] in ("unproven", "quarantined")
         measured = known_bad and decision["recorded_backend"]
@@ -228,6 +249,7 @@ def show(
     pictures: Annotated[
         Path | None, typer.Option(help="Also write the wrong tiles of each, as SVG, to a folder.")
     ] = None,
+    checkpoint: choice_commands.Checkpoint = None,
     engine: Engine = None,
     engine_args: EngineArgs = "",
     state: State = None,
@@ -235,7 +257,7 @@ def show(
 ) -> None:
     """Print what is stored: choices, verdicts with conditions, findings, environment."""
     with _one_sentence():
-        from .autotune import stored, tables
+        from .autotune import discharge, stored, tables
 
         place = stored.place_of(state)
         if pictures is not None:
@@ -243,10 +265,13 @@ def show(
 
             drawing.pictures(stored.findings(place)[0], pictures)
         verdict = engine_commands.assessed(engine, engine_args, place)
+        weights = None if checkpoint is None else discharge.find(checkpoint, place)
         if as_json:
-            _print_json({**stored.as_json(place), "engine": verdict})
+            _print_json({**stored.as_json(place), "checkpoint": weights, "engine": verdict})
         else:
             tables.print_stored(place, findings)
+            if weights is not None:
+                typer.echo("\n".join(discharge.report(weights)))
             engine_commands.print_assessed([verdict])
         if verdict is not None:
             raise typer.Exit(engine_commands.exit_code([verdict]))
@@ -423,8 +448,12 @@ def _named(table: dict[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
+app.command()(choice_commands.explain)
+app.command()(choice_commands.check_weights)
+app.command()(report_commands.report)
 app.command()(engine_commands.emit)
 app.command()(daemon_commands.daemon)
+app.command()(cache_commands.facts)
 app.add_typer(engine_commands.quarantine, name="quarantine")
 fleet_commands.register(app)
 

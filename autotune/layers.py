@@ -74,6 +74,11 @@ class Comparison:
         names = ("arch", "gpu", "profile", "format", "activation", "out_dtype", "groups", "n", "k")
         document = asdict(self)
         del document["key"]
+        # Lists and not tuples: what JSON gives back.
+        document["fits"] = [
+            {**fit, "holes": [list(hole) for hole in fit["holes"]], "parts": list(fit["parts"])}
+            for fit in document["fits"]
+        ]
         return {**dict(zip(names, self.key, strict=True)), **document}
 
     def row(self) -> Layer:
@@ -149,7 +154,7 @@ def compare_all(
     candidates: Iterable[Candidate], traffics: Mapping[str, Traffic], standing: Iterable[Layer] = ()
 ) -> list[Comparison]:
     """`compare` of every layer there is. `traffics` are by profile, as `traffics_of` has them."""
-    stands = {_standing_key(row): row.layout for row in standing}
+    stands = {key_of_row(row): row.layout for row in standing}
     layers: dict[Key, list[Candidate]] = {}
     for candidate in candidates:
         layers.setdefault(key_of(candidate), []).append(candidate)
@@ -222,7 +227,7 @@ def _taken(times: Mapping[str, float], stands: str | None) -> str | None:
     if not times:
         return None
     fastest = min(times.values())
-    if stands in times and fastest > times[stands] * (1 - WORTH):
+    if stands is not None and stands in times and fastest > times[stands] * (1 - WORTH):
         return stands
     return min(name for name, t in times.items() if t <= fastest * (1 + NOISE))
 
@@ -240,7 +245,8 @@ def _with_quantiser(
     return gemm_us + math.fsum(w * quantiser_us[m] for m, w in weighed.items()) / covered
 
 
-def _standing_key(row: Layer) -> Key:
+def key_of_row(row: Layer) -> Key:
+    """What a published row is about."""
     r = row
     scope = (r.arch, r.gpu, r.profile, r.format, r.activation, r.out_dtype)
     return (*scope, r.groups, r.n, r.k)

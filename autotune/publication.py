@@ -25,7 +25,8 @@ def publish(
 ) -> None:
     """Publish what these probes found, with what stands beside it; fills in each report's choices.
 
-    `traffic` is by profile; one that is not given stays what it was. A report without a candidate changes nothing. Raises StateError.
+    `traffic` is by profile; one that is not given stays what it was. A report without a candidate
+    changes nothing. Raises StateError.
     """
     if not any(report.candidates for report in reports):
         return
@@ -38,7 +39,7 @@ def publish(
         audits = [audit for report in reports for audit in report.audits]
         chosen, placed = _chosen(auditing.condemned(everyone, known, audits))
         unsupported = {name: why for report in reports for name, why in report.unsupported.items()}
-        meta = {
+        meta: dict[str, Any] = {
             "runs": [report.run for report in reports],
             "seed": reports[0].seed,
             "unsupported": unsupported,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..cache import reader, state
 from ..cache.errors import Missing, StateError
 from ..cache.ledger import Ledger
-from ..cache.rows import Finding, Run
+from ..cache.rows import Candidate, Finding, Run
 from ..probes.problem import Problem
-from . import standing
+from . import discharge, layers, standing
 from .probe import Report
 from .stats import failure_bound
 
@@ -78,6 +79,128 @@ def decision_line(answer: dict[str, Any]) -> str:
     return line
 
 
+def compared(published: standing.Standing) -> list[layers.Comparison]:
+    """The weight layouts of every layer, as published."""
+    groups: dict[layers.Key, list[Candidate]] = {}
+    for candidate in published.candidates:
+        groups.setdefault(layers.key_of(candidate), []).append(candidate)
+    return [layer_of(published, group) for group in groups.values()]
+
+
+def layer_of(published: standing.Standing, candidates: Sequence[Candidate]) -> layers.Comparison:
+    """The layouts of one layer, of which these are all candidates, with the one published."""
+    traffics = layers.traffics_of(published.meta)
+    (found,) = layers.compare_all(candidates, traffics, published.layers)
+    rows = {layers.key_of_row(row): row.layout for row in published.layers}
+    if found.layout == rows.get(found.key):
+        return found
+    return replace(
+        found,
+        layout=rows.get(found.key),
+        layer_us=None,
+        reason="this is not what was published; the next fp4tune probe chooses anew",
+    )
+
+
+def layer(
+    state_dir: Path | None,
+    n: int,
+    k: int,
+    format_: str,
+    activation: str,
+    out_dtype: str,
+    profile: str | None = None,
+) -> dict[str, Any] | None:
+    """One layer's layouts as a document, None where it was not probed; with ``crossing``, whether
+    the other activation would be faster."""
+    place = place_of(state_dir)
+    scope = reader.open(place, profile=profile).scope()
+    if scope is None:
+        return None
+    found = {each.key: each for each in compared(standing.load(place))}
+    mine = found.get((*scope, format_, activation, out_dtype, 1, n, k))
+    if mine is None:
+        return None
+    crossed = layers.crossings(found.values())
+    crossing = crossed.get((*scope, format_, "bf16", out_dtype, 1, n, k))
+    return {**mine.json(), "crossing": asdict(crossing) if crossing else None}
+
+
+def for_checkpoint(
+    state_dir: Path | None,
+    checkpoint: Path,
+    answer: Mapping[str, Any],
+    profile: str | None = None,
+) -> dict[str, Any]:
+    """A `decision` held against a checkpoint's weights, as `discharge.assess` has it; where they
+    break its conditions, ``instead`` is the next candidate whose conditions they do not break.
+
+    Raises Refused where the checkpoint was not checked.
+    """
+    place = place_of(state_dir)
+    record = discharge.find(checkpoint, place)
+    p = answer["problem"]
+    assessed = discharge.assess(record, answer["conditions"], p["format"], p["out_dtype"])
+    instead = None
+    if assessed["status"] == "broken":
+        question = (p["m"], p["n"], p["k"], p["format"], p["activation"], p["out_dtype"])
+        for other in reader.open(place, profile=profile).alternatives(*question):
+            its = discharge.assess(record, other.conditions, p["format"], p["out_dtype"])
+            if other.status == "safe" and its["status"] == "holds":
+                names = ("backend", "tactic", "layout", "median_us")
+                instead = {name: getattr(other, name) for name in names}
+                break
+    return {**assessed, "instead": instead}
+
+
+def choice_lines(answer: Mapping[str, Any], layer: bool) -> list[str]:
+    """What a `decision` says beyond its line: of its layer, and of a checkpoint."""
+    out = []
+    if answer["layer"]:
+        out += layer_lines(answer["layer"])
+    elif layer:
+        out.append("no weight layout is known for this layer: it was not probed")
+    weights = answer["checkpoint"]
+    if weights:
+        out += discharge.lines(weights)
+        if weights["instead"]:
+            out.append(f"for this checkpoint: {weights['instead']['backend']} instead")
+        elif weights["status"] == "broken":
+            out.append("for this checkpoint nothing is proven here")
+    return out
+
+
+def layer_lines(document: Mapping[str, Any]) -> list[str]:
+    """A layer's layouts in words."""
+    d = document
+    weights = "W4A4" if d["activation"] == "fp4" else "W4A16"
+    head = f"n={d['n']} k={d['k']} {d['format']} {weights}: "
+    if d["layout"]:
+        head += f"weights are laid out as {d['layout']}, weighed by the traffic {d['traffic']}"
+    else:
+        head += "no weight layout is chosen"
+    out = [head + (f"; {d['reason']}" if d["reason"] else "")]
+    if d["layout"] and d["covered"] < 0.995:
+        out.append(f"  {100 * d['covered']:.0f} % of that traffic was probed; the rest counts for nothing")
+    for fit in d["fits"]:
+        if fit["expected_us"] is not None:
+            interval = f"{fit['lo_us']:.1f} to {fit['hi_us']:.1f}"
+            names = ", ".join(dict.fromkeys(part["backend"] for part in fit["parts"]))
+            out.append(
+                f"  {fit['layout']}: {fit['expected_us']:.1f} us a call ({interval}; {names})"
+            )
+        elif fit["holes"]:
+            lo, hi = fit["holes"][0]
+            more = f" and {len(fit['holes']) - 1} more" if len(fit["holes"]) > 1 else ""
+            first = lo if lo == hi else f"{lo} to {hi}"
+            out.append(f"  {fit['layout']}: nothing safe at m={first}{more}")
+    if d["activation"] == "fp4" and d["layout"] and d["layer_us"] is None:
+        out.append(f"  {layers.NO_QUANTISER}: these are times of the GEMM alone")
+    if d.get("crossing"):
+        out.append(f"  W4A16 against W4A4: {d['crossing']['reason']}")
+    return out
+
+
 def findings(place: Path) -> tuple[list[Finding], list[Run]]:
     """Findings of the environments that are current, and all runs; none without a ledger."""
     try:
@@ -97,6 +220,7 @@ def as_json(place: Path) -> dict[str, Any]:
         "meta": stored.meta,
         "choices": [asdict(row) for row in stored.choices],
         "candidates": [asdict(row) for row in stored.candidates],
+        "layers": [each.json() for each in compared(stored)],
         "environments": [_plain(asdict(row)) for row in stored.environments],
         "findings": [_plain(asdict(row)) for row in found],
         "runs": [_plain(asdict(row)) for row in runs],

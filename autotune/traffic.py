@@ -42,7 +42,9 @@ def of(name: object, weights: Mapping[Any, Any]) -> Traffic:
     if not isinstance(name, str) or not 0 < len(name) <= 64 or not name.isprintable():
         raise ValueError("the name of a traffic is 1 to 64 printable characters")
     if not isinstance(weights, Mapping) or not weights:
-        raise ValueError(f"traffic {name!r}: weights are a table of m to weight, with one m or more")
+        raise ValueError(
+            f"traffic {name!r}: weights are a table of m to weight, with one m or more"
+        )
     found: dict[int, float] = {}
     for key, weight in weights.items():
         m = int(key) if str(key).isascii() and str(key).isdecimal() and len(str(key)) < 8 else 0
@@ -110,7 +112,9 @@ def load(path: Path) -> Traffic:
     document = _toml(text, path) if path.suffix == ".toml" else _json(text, path)
     unknown = set(document) - {"name", "weights"}
     if unknown:
-        raise ValueError(f"{path}: {min(unknown)!r} is not a key of a traffic: name and weights are")
+        raise ValueError(
+            f"{path}: {min(unknown)!r} is not a key of a traffic: name and weights are"
+        )
     try:
         return of(document.get("name", path.stem), document.get("weights", {}))
     except ValueError as error:

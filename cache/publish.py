@@ -27,7 +27,7 @@ KEEP = 32
 """How many generations keep their content in the ledger, to roll back to."""
 LINKED = 8
 """How many generations stay readable under their own names, for ranks that pinned them."""
-RESERVED = ("generation", "digest", "pages", "schema", "published", "fp4tune")
+RESERVED = ("generation", "digest", snapshot.PAGE_DIGEST, "schema", "published", "fp4tune")
 
 
 def publish(
@@ -89,6 +89,41 @@ def rollback(state_dir: str | os.PathLike[str] | None, to: int | None = None) ->
         if content is None:
             raise Missing(ledger.path, f"the content of generation {to} is not kept")
         return _publish(ledger, json.loads(zlib.decompress(content)), f"rollback to {to}")
+
+
+def restore(state_dir: str | os.PathLike[str]) -> int | None:
+    """Put the last generation back in place from the file kept beside it, where choices.db is gone
+    or damaged; its number, or None where there was nothing to do or nothing to do it with.
+
+    Needs no ledger, and no room on the disk. Raises Busy while another process publishes, and
+    StateError.
+    """
+    place = os.fspath(state_dir)
+    target = os.path.join(place, state.CHOICES)
+    numbers = state.generations(place)
+    if not numbers:
+        return None
+    with state.exclusive(os.path.join(place, "publish.lock"), "the publication"):
+        try:
+            snapshot.load(target)
+            return None
+        except (Missing, Corrupt):
+            pass
+        kept = state.generation_file(place, numbers[-1])
+        temporary = os.path.join(place, f".{state.CHOICES}.{secrets.token_hex(8)}")
+        try:
+            if snapshot.load(kept).generation != numbers[-1]:
+                return None
+            os.link(kept, temporary)
+            _replace(temporary, target)
+        except (Missing, Corrupt):
+            return None  # damaged in place, and so is its other name
+        except OSError as error:
+            raise translate(error, target) from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return numbers[-1]
 
 
 def _publish(ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: str) -> int:
@@ -173,7 +208,7 @@ def _build(path: str, tables: dict[str, list[dict[str, Any]]], generation: int) 
             [tuple(row.values()) for row in stored["stamp"]],
             bodies,
         )
-        _insert(conn, "meta", {"key": "pages", "value": codec.canonical(own_digest)})
+        _insert(conn, "meta", {"key": snapshot.PAGE_DIGEST, "value": codec.canonical(own_digest)})
         digest = snapshot.digest(snapshot.read_tables(conn))
         _insert(conn, "meta", {"key": "digest", "value": codec.canonical(digest)})
         # Unlike a copy or backup(), VACUUM INTO leaves no WAL mark in the header.

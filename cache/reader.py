@@ -333,8 +333,9 @@ def report_fault(
     readers = [r for r in _living() if r.generation]
     places: list[str | None] = [os.fspath(state_dir)] if state_dir is not None else []
     if not places:
-        paths = [r.path for r in reversed(readers) if r.path] or [_find()]
-        places = [os.path.dirname(os.path.abspath(path)) if path else None for path in paths]
+        paths: list[str | None] = [r.path for r in reversed(readers)]
+        for path in paths or [_find()]:
+            places.append(os.path.dirname(os.path.abspath(path)) if path else None)
     seen = {
         row["fingerprint"]
         for reader in readers

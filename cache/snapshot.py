@@ -3,15 +3,24 @@
 The file is written once and never changed, so a reader may open it as immutable; the digest tells
 a whole file from anything else. It covers every row, in a spelling that does not depend on the
 order or the layout SQLite gave them.
+
+Beside the tables, which are for people and their SQL, the same rows lie in the table ``page``: one
+JSON text per layer, under one digest (meta ``page_digest``). `load_pages` reads those alone and
+leaves each shut until its layer is asked for, which is what makes opening quick. `json` and
+`hashlib` are imported where they are used: they cost more than all the rest.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 
 from . import sqlitefile
 from .errors import Corrupt, StateError, translate
+
+try:
+    from _blake2 import blake2b  # what hashlib.blake2b is, without loading OpenSSL for it
+except ImportError:
+    from hashlib import blake2b
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +67,7 @@ STRUCTURED = {"facts", "conditions", "reasons", "bounds"}
 
 LAYER_KEY = tuple(_KEY.split(", "))
 """What names a page: whose choice it is, and the layer."""
+PAGE_DIGEST = "page_digest"
 ENVIRONMENT = "environment"
 """The page that holds that table; it belongs to no layer."""
 
@@ -91,6 +101,7 @@ def digest(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
     Raises ValueError or TypeError for a value no row of ours can hold (NaN, bytes).
     """
+    import hashlib
     import json
 
     sha = hashlib.sha256()
@@ -173,13 +184,15 @@ def pages(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
 def pages_digest(
     meta: Mapping[str, str], stamps: Iterable[tuple[Any, ...]], bodies: Mapping[str, str]
 ) -> str:
-    """SHA-256 over what `load_pages` reads, the digests themselves left out."""
+    """BLAKE2b over what `load_pages` reads, the digests themselves left out."""
     parts = [
-        f"{key}\t{value}" for key, value in sorted(meta.items()) if key not in ("digest", "pages")
+        f"{key}\t{value}"
+        for key, value in sorted(meta.items())
+        if key not in ("digest", PAGE_DIGEST)
     ]
     parts += [repr(row) for row in sorted(stamps)]
     parts += [f"{name}\t{bodies[name]}" for name in sorted(bodies)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return blake2b("\n".join(parts).encode(), digest_size=32).hexdigest()
 
 
 def _name(key: Sequence[Any]) -> str:
@@ -216,7 +229,7 @@ def load_pages(path: str) -> Pages:
         conn = sqlite3.connect(sqlitefile.uri(path, "mode=ro&immutable=1"), uri=True)
         try:
             meta = dict(conn.execute("SELECT key, value FROM meta"))
-            own = meta.get("pages")
+            own = meta.get(PAGE_DIGEST)
             if own is None:
                 return _made_from(load(path))
             stamps = conn.execute(

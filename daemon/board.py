@@ -48,6 +48,11 @@ class Board:
         """The newest findings, as JSON; from the ledger, at most every other second."""
         return self._findings.get(self.state_dir)
 
+    @property
+    def recent_findings(self) -> bytes | None:
+        """`findings` where they need not be read; None where that may take a while."""
+        return self._findings.recent
+
     def update(self, service: Service) -> None:
         """Take over what `service` knows now; called by the loop alone."""
         self.beat = time.monotonic()
@@ -182,6 +187,11 @@ class Findings:
         self._body = b'{"findings": [], "problem": ""}'
         self._stamp: object = None
         self._looked = -1e9
+
+    @property
+    def recent(self) -> bytes | None:
+        fresh = time.monotonic() - self._looked < _FINDINGS_EVERY and not self._lock.locked()
+        return self._body if fresh else None
 
     def get(self, state_dir: str) -> bytes:
         with self._lock:

@@ -7,6 +7,7 @@ quarantined), or ``not assessed``, which says nothing of the choice.
 from __future__ import annotations
 
 import json
+import random
 import sys
 from typing import Any
 
@@ -46,7 +47,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
         runner.open(problem, asked["turn"], MEMORY)
         ran = True
         item = {
-            "ms": [bucket["m_hi"]],
+            "ms": _ms(bucket["m_lo"], bucket["m_hi"], asked["turn"]),
             "tactic": candidate["tactic"],
             "width": candidate["width"] or 24,
         }
@@ -64,6 +65,12 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     if not wrong and not item_found.get("launches"):
         return {"outcome": "not assessed", "note": "nothing was launched"}
     return {"outcome": "failed" if wrong else "passed", "note": note}
+
+
+def _ms(lo: int, hi: int, turn: int) -> list[int]:
+    """Both ends of the bucket and one m between, another each turn."""
+    least = max(lo, 1)
+    return sorted({least, hi, random.Random(turn).randint(least, hi)})
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ class Idle:
 class Watch:
     """How often to look, and how long a GPU's driver may be silent before it counts as wedged."""
 
-    seconds: float = 5.0
+    seconds: float = 2.0
     wedged_seconds: float = 30.0
     ignore_xids: tuple[int, ...] = (13, 31, 43, 45, 68)
     """XIDs of programs that misbehaved, not of the GPU (NVIDIA's list calls them so)."""
@@ -249,9 +249,7 @@ def _beyond(config: Config) -> Iterator[str]:
     if not config.gpus:
         yield "gpus: name at least one, or 'none'"
     for gpu in config.gpus:
-        if gpu not in ("all", "none", "cpu") and not re.fullmatch(
-            r"\d+|GPU-[\w-]+|MIG-[\w-]+", gpu
-        ):
+        if gpu not in ("all", "none", "cpu") and not re.fullmatch(r"\d+|GPU-[\w-]+", gpu):
             yield f"gpus: {gpu!r} is not an index, a UUID, 'cpu', 'all' or 'none'"
     try:
         address(config.http.listen)
@@ -270,8 +268,16 @@ def _beyond(config: Config) -> Iterator[str]:
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
+NOWHERE = "none"
+
+
 def address(listen: str) -> tuple[str, int] | str:
-    """``host:port``, local ones only, or the path of ``unix:/path``. Raises ValueError."""
+    """``host:port``, local ones only, or the path of ``unix:/path``; empty for ``none``.
+
+    Raises ValueError.
+    """
+    if listen == NOWHERE:
+        return ""
     if listen.startswith("unix:"):
         path = listen.removeprefix("unix:")
         if not os.path.isabs(path) or len(path.encode()) > 100:

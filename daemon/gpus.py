@@ -18,10 +18,12 @@ from ..cache import gpulock
 from ..cache.hardware import hardware
 from .config import Config
 
-LIST_SECONDS = 30.0
+LIST_SECONDS = 10.0
 SLOW, FAST = 2.0, 0.4
 """Seconds between two looks at a GPU: as a rule, and while it is probed."""
 _RESTART = 5.0
+_SETTLING = 5.0
+"""Seconds in which a GPU may still look busy from a probe of our own that ended."""
 
 FREE, BUSY, PROBING, MARKED, UNKNOWN = "free", "busy", "probing", "marked", "unknown"
 STATES = (FREE, BUSY, PROBING, MARKED, UNKNOWN)
@@ -44,6 +46,7 @@ class Device:
         self._sentinel: Sentinel | None = None
         self._busy_at: float | None = None
         self._ecc: int | None = None
+        self._probed_until: float | None = None
         if self.is_cpu:
             self.facts = hardware(None)
 
@@ -110,16 +113,22 @@ class Device:
     def free(self, config: Config, state_dir: Path, now: float) -> tuple[bool, str]:
         """Whether it may be probed now, and why not. It must have been quiet for a while."""
         why = self._occupied(config, state_dir)
-        if why:
+        if why and not self._settling(now):
             self._busy_at = now
+        if why:
             return False, why
         if self.marks:
             return False, next(iter(self.marks.values()))
-        if self._busy_at is not None:
-            left = self._busy_at + config.idle.quiet_seconds - now
-            if left > 0:
-                return False, f"it was in use a moment ago; free in {left:.0f} s"
+        if self._busy_at is not None and now < self._busy_at + config.idle.quiet_seconds:
+            return False, "it was in use a moment ago"
         return True, ""
+
+    def probed(self, now: float) -> None:
+        """A probe of our own has just ended by itself: what is still seen of it is nobody's use."""
+        self._probed_until = now
+
+    def _settling(self, now: float) -> bool:
+        return self._probed_until is not None and now < self._probed_until + _SETTLING
 
     def _occupied(self, config: Config, state_dir: Path) -> str:
         if gpulock.in_use(state_dir, self.uuid):

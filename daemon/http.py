@@ -75,7 +75,8 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
         return JSONResponse({name: getattr(decision, name) for name in decision.__slots__})
 
     async def findings(request: Request) -> Response:
-        return bytes_(await run_in_threadpool(board.findings))
+        recent = board.recent_findings
+        return bytes_(recent if recent is not None else await run_in_threadpool(board.findings))
 
     async def faults(request: Request) -> Response:
         wanted = token()

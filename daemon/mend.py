@@ -23,10 +23,14 @@ from ..cache.ledger import Ledger
 def mend(state_dir: Path) -> list[str]:
     """Make ledger.db and choices.db usable again where they are damaged or gone; what was done.
 
-    A damaged ledger is moved aside, never removed. A choices.db that is gone is published again
-    from the ledger, else from the newest generation that is kept beside it. Raises StateError.
+    A damaged ledger is moved aside, never removed. Of a choices.db that is gone the last generation
+    is put back, where the file kept beside it is whole; else one is published again, from the
+    ledger or from an older file. Raises StateError.
     """
     done = []
+    number = publish.restore(state_dir)
+    if number is not None:
+        done.append(f"{state.CHOICES} was gone or damaged: generation {number} was put back")
     for attempt in (True, False):
         try:
             Ledger.open(state_dir).close()

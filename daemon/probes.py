@@ -158,7 +158,11 @@ class Probes:
             else YIELDED if gpulock.in_use(config.state_dir, uuid)
             else FAILED
         )  # fmt: skip
-        self.finished = True
+        self.waiting[uuid] = "looks at what was published"
+        if outcome != YIELDED:  # an engine is starting: leave it the processor
+            self.finished = True
+        if device is not None and outcome in (FINISHED, FAILED):
+            device.probed(now)
         self.outcomes[uuid, outcome] += 1
         self.seconds[uuid] += child.seconds  # type: ignore[assignment]
         self._spent.setdefault(uuid, deque(maxlen=100_000)).append((now, child.seconds))

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..cache import state
 from ..cache.errors import Busy
 from ..errors import SAFE, Refused
 from . import config as configuring
-from .http import Serving, application
 from .notify import Notifier
 from .service import Service
+
+if TYPE_CHECKING:
+    from .http import Serving
 
 log = logging.getLogger("fp4tune.daemon")
 LOCK = "daemon.lock"
@@ -49,10 +53,9 @@ def run(config: configuring.Config, load: Callable[[], configuring.Config]) -> i
         _own(config.state_dir, stack)
         service.start()
         stack.callback(service.stop)
-        app = application(service.board, lambda: _token(service.config))
-        serving = Serving(app, config.http.listen, config.http.connections)
-        stack.callback(serving.stop)
-        log.info("fp4tune daemon: state %s, http %s", config.state_dir, serving.where)
+        serving = _serve(service, config, stack)
+        where = serving.where if serving else configuring.NOWHERE
+        log.info("fp4tune daemon: state %s, http %s", config.state_dir, where)
         notifier.tell("READY=1", f"STATUS={service.status}")
         said = ""
         last_beat = 0.0
@@ -61,20 +64,39 @@ def run(config: configuring.Config, load: Callable[[], configuring.Config]) -> i
                 reloading.clear()
                 _reload(service, load, notifier)
             service.tick()
-            if service.status != said:
-                said = service.status
-                log.info("fp4tune daemon: %s", said)
-            notifier.status(said)
+            status = service.status
+            if _words(status) != _words(said):
+                log.info("fp4tune daemon: %s", status)
+            said = status
+            notifier.status(status)
             now = time.monotonic()
-            if notifier.watchdog and serving.alive and now - last_beat > notifier.watchdog / 4:
+            if serving is not None and not serving.alive:
+                raise Refused("the HTTP server ended")
+            if notifier.watchdog and now - last_beat > notifier.watchdog / 4:
                 last_beat = now
                 notifier.tell("WATCHDOG=1")
-            if not serving.alive:
-                raise Refused("the HTTP server ended")
             wake.wait(service.pause)
             wake.clear()
         notifier.tell("STOPPING=1", "STATUS=ending")
     return SAFE
+
+
+def _words(status: str) -> str:
+    """A status without its numbers: how busy a GPU is need not be logged each second."""
+    return re.sub(r"\d+", "", status)
+
+
+def _serve(
+    service: Service, config: configuring.Config, stack: contextlib.ExitStack
+) -> Serving | None:
+    if config.http.listen == configuring.NOWHERE:
+        return None
+    from .http import Serving, application
+
+    app = application(service.board, lambda: _token(service.config))
+    serving = Serving(app, config.http.listen, config.http.connections)
+    stack.callback(serving.stop)
+    return serving
 
 
 def _own(place: Path, stack: contextlib.ExitStack) -> None:

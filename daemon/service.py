@@ -14,7 +14,7 @@ from typing import Any
 
 from ..autotune import standing
 from ..autotune.renewal import withdrawn
-from ..cache import fingerprint, gpulock, state
+from ..cache import fingerprint, gpulock, publish, state
 from ..cache.errors import StateError
 from ..errors import Refused
 from . import gpus, work
@@ -27,7 +27,7 @@ from .probes import Probes
 
 MEND_SECONDS = 900.0
 """The longest that bringing the state in line may take."""
-_AGAIN = 60.0
+_AGAIN = 5.0
 """Seconds until that is tried again after it failed."""
 _LIST_AGAIN = 60.0
 
@@ -50,8 +50,8 @@ class Service:
     probes: Probes = field(default_factory=Probes)
     canaries: Canaries = field(default_factory=Canaries)
     _mending: Child | None = None
-    _signature: str = ""
-    _wanted: str = ""
+    _signature: tuple[str, object] = ("", None)
+    _wanted: tuple[str, object] = ("", None)
     _mend_after: float = 0.0
     _seen: object = None
     _listed: float = 0.0
@@ -75,9 +75,13 @@ class Service:
         devices, self.missing = gpus.chosen(self.config, found)
         if wanted and found["reason"]:
             self.missing.append(str(found["reason"]))
-        known = {d.uuid: d for d in self.devices}
-        self.devices = [known.get(d.uuid, d) for d in devices]
         self._listed = time.monotonic()
+        known = {d.uuid: d for d in self.devices}
+        if found["reason"] and len(devices) < len(known):
+            return  # a driver that does not answer now; its GPUs are marked, and not forgotten
+        self.devices = [known.pop(d.uuid, d) for d in devices]
+        for gone in known.values():
+            gone.close()
 
     @property
     def pause(self) -> float:
@@ -85,8 +89,15 @@ class Service:
         return 0.2 if self.probes.running or self.canaries.running else 0.5
 
     def tick(self) -> None:
-        """One look at everything. Never raises for what a device, a child or the state does."""
-        now = time.monotonic()
+        """One look at everything. Never raises: a full disk must not end what serves choices."""
+        try:
+            self._tick(time.monotonic())
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}"
+            self._signature = ("", None)  # look at everything again
+        self._say()
+
+    def _tick(self, now: float) -> None:
         if self.missing and now - self._listed > _LIST_AGAIN and not self.probes.running:
             self._find_devices()
         for device in self.devices:
@@ -94,42 +105,45 @@ class Service:
         self.probes.look(self.config, self.devices, now)
         self.canaries.look(self.config, now)
         if now >= self._look_after or self.probes.finished or self._mending:
-            self._look_after = now + min(1.0, self.config.watch.seconds)
+            self._look_after = now + self.config.watch.seconds
             self._load()
             self._mend(now)
         if self.settled and self._mending is None:
             self._begin(now)
-        self._say()
 
     def _load(self) -> None:
         """Load choices.db if it is another; what was loaded stays if that fails."""
         path = os.fspath(self.config.state_dir / state.CHOICES)
         stamp = state.file_stamp(path)
-        if stamp == self._seen and self.stands is not None:
+        if stamp is not None and stamp == self._seen:
             return
         try:
+            self._seen = None
+            if publish.restore(self.config.state_dir) is not None:
+                self.mended = [*self.mended, f"{path} was gone or damaged, and was put back"][-20:]
+                stamp = state.file_stamp(path)
             self.stands = standing.load(self.config.state_dir)
             self._seen = stamp
         except StateError:
-            self._seen = None
+            pass  # nothing is there to load; what can be done about it, `mend` does
         except Exception as error:  # whatever is in the file, the daemon goes on
-            self._seen, self.problem = None, f"{path}: {error}"
+            self.problem = f"{path}: {error}"
 
     # -- bringing the state in line
 
-    def _situation(self) -> str:
-        """Changes when the published evidence may hold no more, or the state needs mending."""
+    def _situation(self) -> tuple[str, object]:
+        """Changes when the published evidence may hold no more, or the state needs mending: what
+        evidence rests on, and which file the ledger is."""
         stands = self.stands.environments if self.stands else ()
         files = sorted({stamp.path for e in stands for stamp in e.stamps})
         ledger = state.file_stamp(os.fspath(self.config.state_dir / state.LEDGER))
         seen: list[Any] = [
             [[path, state.file_stamp(path)] for path in files],
-            [[d.uuid, d.changed, sorted(d.facts.items())] for d in self.devices],
+            [[d.uuid, d.changed, not d.marks, sorted(d.facts.items())] for d in self.devices],
             fingerprint.variables(self.config.environ),
             self._seen is not None,
-            ledger and ledger[0],
         ]
-        return json.dumps(seen, default=str)
+        return json.dumps(seen, default=str), ledger and ledger[0]
 
     def _mend(self, now: float) -> None:
         if self._mending is not None:
@@ -138,7 +152,7 @@ class Service:
         if self.probes.finished:
             # Its evidence may have been refused by a damaged ledger; its choices want comparing.
             self.probes.finished = False
-            self._signature = ""
+            self._signature = ("", None)
         if now < self._mend_after or not all(d.facts or d.marks for d in self.devices):
             return  # a GPU that has not answered yet would look as if it were not here
         wanted = self._situation()
@@ -184,7 +198,8 @@ class Service:
         self.board.count("published" if answer["published"] else "compared")
         self._load()
         # A new generation changes stamps that were looked at, and nothing else need have changed.
-        self._signature = self._situation() if answer["published"] else self._wanted
+        seen, ledger = self._situation()  # the ledger may have been made, or moved aside, meanwhile
+        self._signature = (seen if answer["published"] else self._wanted[0], ledger)
 
     # -- probing
 
@@ -247,7 +262,7 @@ class Service:
         self.probes.forget()
         self._find_devices()
         gpulock.prepare(config.state_dir, [d.uuid for d in self.devices])
-        self._seen, self._signature, self._mend_after = None, "", 0.0
+        self._seen, self._signature, self._mend_after = None, ("", None), 0.0
 
     def stop(self) -> None:
         """End every child, at once."""

@@ -52,8 +52,17 @@ def assess(
     """The engine's document: what it would run, whether that is safe, and what it should run."""
     env = os.environ if environ is None else environ
     backend, source = configured(selection.engine, args, env, selection)
-    safe = backend in selection.proven
-    why = "proven in every bucket" if safe else selection.rejected.get(backend or "", "not probed")
+    sm = names.sm_of(selection.arch)
+
+    def word(name: str) -> str | None:
+        return names.named(selection.engine, name, selection.format, sm)
+
+    # By the engine's word: two builds of one source may share it.
+    same = [b for b in (*selection.proven, *selection.rejected) if backend and word(b)]
+    same = [b for b in same if backend and word(b) == word(backend)]
+    safe = any(b in selection.proven for b in same)
+    reasons = [selection.rejected[b] for b in same if b in selection.rejected]
+    why = "proven in every bucket" if safe else next(iter(reasons), "it was not probed")
     return {
         "engine": selection.engine,
         "version": installed.version(selection.engine),

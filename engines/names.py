@@ -152,10 +152,10 @@ _DEFAULTS: dict[str, tuple[tuple[tuple[int, int], tuple[str, ...]], ...]] = {
         ((110, 999), ("flashinfer-cutlass",)),
     ),
     "vllm": (
-        ((90, 90), ("humming", "marlin")),
-        ((80, 99), ("marlin", "humming")),
-        ((100, 109), ("flashinfer-cute-dsl", "flashinfer-cutlass", "vllm-cutlass", "marlin")),
-        ((110, 999), ("flashinfer-cutlass", "flashinfer-b12x", "vllm-cutlass", "marlin")),
+        ((90, 90), ("humming", "vllm-marlin")),
+        ((80, 99), ("vllm-marlin", "humming")),
+        ((100, 109), ("flashinfer-cute-dsl", "flashinfer-cutlass", "vllm-cutlass", "vllm-marlin")),
+        ((110, 999), ("flashinfer-cutlass", "flashinfer-b12x", "vllm-cutlass", "vllm-marlin")),
     ),
 }
 

@@ -10,14 +10,17 @@ import functools
 import logging
 import os
 
+from ..cache import gpulock, state
 from ..cache import reader as reading
-from . import applied, select
+from ..cache.errors import Missing
+from . import applied, here, select
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from ..cache.gpulock import Share
     from .select import Selection
 
 log = logging.getLogger("fp4tune")
@@ -37,10 +40,9 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            say_once(
-                f"fp4tune does nothing here: {type(error).__name__}: {error}".splitlines()[0],
-                logging.WARNING,
-            )
+            text = f"fp4tune does nothing here: {type(error).__name__}: {error}".splitlines()[0]
+            # That nobody has probed yet is nothing to be warned of at every start.
+            say_once(text, logging.INFO if isinstance(error, Missing) else logging.WARNING)
             return None
 
     return run
@@ -91,6 +93,21 @@ def left_alone(engine: str, option: str, value: object) -> None:
 
 def level() -> str:
     return applied.level()
+
+
+@functools.lru_cache(maxsize=1)
+@guarded
+def hold_gpus() -> Share | None:
+    """Hold this process's GPUs for as long as it lives: no probe begins on them, and one that runs
+    ends within a second. None where there is no state directory, or no GPU."""
+    places = state.holding_places()
+    uuids = here.uuids() if places else []
+    if not uuids:
+        return None
+    held = gpulock.share(places[0], uuids)
+    for uuid, why in held.problems.items():
+        say_once(f"fp4tune: {uuid} is not held against probes: {why}", logging.WARNING)
+    return held
 
 
 @guarded

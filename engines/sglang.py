@@ -1,7 +1,7 @@
 """The plugin for SGLang (entry point ``sglang.srt.plugins``).
 
 It runs in every process of the engine before arguments are looked at. At level ``process`` and
-``call`` a hook after ``ServerArgs.__post_init__`` fills in ``--fp4-gemm-backend`` where it was left
+``call`` a hook before ``ServerArgs.resolve_once`` fills in ``--fp4-gemm-backend`` where it was left
 at auto; at ``call`` FlashInfer's `mm_fp4` is wrapped besides.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 FIELD, OPTION = "fp4_gemm_runner_backend", "--fp4-gemm-backend"
-TARGET = "sglang.srt.server_args.ServerArgs.__post_init__"
+ARGUMENTS = "sglang.srt.server_args.ServerArgs"
 
 
 @plugin.guarded
@@ -25,14 +25,19 @@ def register() -> None:
     level = plugin.level()
     if level == "off":
         return
+    plugin.hold_gpus()
     if level == "emit":
         found = plugin.advice("sglang")
         if found is not None:
             plugin.say_once(plugin.describe(found, f"would run SGLang with {OPTION}"))
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import ServerArgs
 
-    HookRegistry.register(TARGET, _after_arguments, HookType.AFTER)
+    # Where it resolves what it was given: a hook on __post_init__ never runs there, since the
+    # Struct that ServerArgs is has taken that method when it was made.
+    method = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
+    HookRegistry.register(f"{ARGUMENTS}.{method}", _before_resolving, HookType.BEFORE)
     plugin.pinned_tactics()
     if level == "call":
         from . import per_call
@@ -40,14 +45,15 @@ def register() -> None:
         per_call.install()
 
 
-def _after_arguments(result: Any, args: Any, *rest: Any, **named: Any) -> Any:
-    """Hook after ``ServerArgs.__post_init__``; returns its result as it was."""
+def _before_resolving(args: Any, *rest: Any, **named: Any) -> None:
+    """Hook before a method of ServerArgs; None leaves its arguments as they are."""
     _fill_in(args)
-    return result
 
 
 @plugin.guarded
 def _fill_in(args: Any) -> None:
+    if getattr(args, "_resolution_finished", False):
+        return  # a copy in a child process: decided, and sealed
     value = getattr(args, FIELD, None)
     if value is None:
         plugin.say_once(f"fp4tune: this SGLang has no {OPTION}")

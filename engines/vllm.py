@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import os
 import sys
 
@@ -27,6 +28,7 @@ def register() -> None:
     level = plugin.level()
     if level == "off":
         return
+    plugin.hold_gpus()
     if level == "emit":
         found = plugin.advice("vllm")
         if found is not None:
@@ -71,8 +73,29 @@ def _fill_in(args: Any) -> None:
     found = plugin.advice("vllm")
     if found is None:
         return
+    refusal = _refusal(str(found.word))
+    if refusal is not None:
+        plugin.say_once(
+            f"fp4tune: vLLM would refuse {found.word} here, so it keeps auto: {refusal}"
+        )
+        return
     mine = copy.copy(config)  # the default may be one object for all EngineArgs
     mine.linear_backend_per_quant = emit.per_quant(found)
     args.kernel_config = mine
     os.environ[plugin.APPLIED] = "1"
     plugin.say_once(plugin.describe(found, "vLLM runs linear layers with"))
+
+
+def _refusal(word: str) -> str | None:
+    """Why vLLM would not take the kernel of that name, as it says itself; None if it would.
+
+    To name one that it cannot run is an error there, and would stop it from starting.
+    """
+    linear = importlib.import_module("vllm.model_executor.kernels.linear")
+    for table in ("_POSSIBLE_NVFP4_KERNELS", "_POSSIBLE_MXFP4_KERNELS"):
+        for kernels in getattr(linear, table, {}).values():
+            for kernel in kernels:
+                if kernel.__name__ == word:
+                    supported, why = kernel.is_supported()
+                    return None if supported else str(why)
+    return "it has no such kernel"

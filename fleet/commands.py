@@ -78,6 +78,9 @@ def merge(
 def report(
     store: Store,
     confidence: Confidence = 0.95,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write it as one HTML file, a page to look at.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a fleet store holds: evidence by cohort, whose fault, who is slow, who disagrees."""
@@ -85,8 +88,14 @@ def report(
         from . import report as reporting
 
         found = reporting.report(store, confidence)
+        written = None
+        if html is not None:
+            from ..report import fleet as looks
+            from ..report import page
+
+            written = page.write(html, looks.document(store, found))
         if as_json:
-            print_json(found)
+            print_json({**found, "html": written})
         else:
             typer.echo("\n".join(reporting.text(found)))
         if not found["bundles"]:

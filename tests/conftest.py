@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("fp4tune", deadline=None)
+settings.load_profile("fp4tune")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,11 +15,22 @@ SCOPES = {
     "sm100": ("NVIDIA B200", "fp4"),
     "sm120": ("NVIDIA RTX PRO 6000", "fp4"),
 }
-LAYOUTS = {"marlin": "marlin", "humming": "humming", "flashinfer-trtllm": "shuffled"}
+LAYOUTS = {
+    "marlin": "marlin",
+    "vllm-marlin": "marlin",
+    "humming": "humming",
+    "flashinfer-trtllm": "shuffled",
+}
 
 # backend: time in us, or None where it is unsafe; the engines would run another by themselves
 FIELDS = {
-    "sm90": {"torch-dequant": 100.0, "triton-w4a16": 7.0, "humming": 9.0, "marlin": 12.0},
+    "sm90": {
+        "torch-dequant": 100.0,
+        "triton-w4a16": 7.0,
+        "humming": 14.0,
+        "marlin": 12.0,
+        "vllm-marlin": 9.0,
+    },
     "sm100": {
         "torch-dequant-w4a4": 100.0,
         "flashinfer-cudnn": 8.0,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.profiles import PROFILES
 from fp4tune.cache import gpulock, quarantine, reader
 from fp4tune.cache.rows import BucketKey, Candidate
+from fp4tune.daemon import canary_run, gpus, work
 from fp4tune.daemon import child as children
 from fp4tune.daemon import config as configuring
-from fp4tune.daemon import gpus, work
-from fp4tune.daemon.config import Config, Http, Limits, Probe, Watch
+from fp4tune.daemon.canary import Canaries
+from fp4tune.daemon.config import Canary, Config, Http, Limits, Probe, Watch
 from fp4tune.daemon.gpus import Device
 from fp4tune.daemon.notify import Notifier
 from fp4tune.daemon.probes import FINISHED, KILLED, SLOW, YIELDED, Attempt, Probes
@@ -125,6 +127,36 @@ def test_a_token_must_be_long_and_not_for_everyone(tmp_path):
     path.write_text("short")
     with pytest.raises(Refused, match="at least 16"):
         configuring.token(str(path))
+
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "daemon.md"
+EXAMPLES = DOCS.parent / "examples"
+
+
+def documented(heading: str) -> set[str]:
+    """Everything in backticks in the first column of the table with this heading."""
+    found: set[str] = set()
+    inside = False
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        first = line.strip().strip("|").split(" | ")[0].strip() if line.startswith("|") else ""
+        inside = bool(first) and (inside or first == heading)
+        if inside:
+            found.update(re.findall(r"`([^`]+)`", first))
+    return found
+
+
+def test_every_key_of_the_configuration_is_described_and_no_other():
+    keys = set()
+    for field in fields(Config):
+        table = configuring._TABLES.get(str(field.type))
+        keys |= {f"{field.name}.{f.name}" for f in fields(table)} if table else {field.name}
+    assert documented("key") == keys
+
+
+def test_the_example_is_good_and_the_one_on_the_page():
+    example = EXAMPLES / "daemon.toml"
+    configuring.load(example)
+    assert f"```toml\n{example.read_text(encoding='utf-8')}```" in DOCS.read_text(encoding="utf-8")
 
 
 # -- what there is to do
@@ -417,7 +449,9 @@ def test_every_metric_has_a_help_and_parses(node):
 
     families = list(text_string_to_metric_families(ask(node[1], "/metrics")[1]))
     mine = [f for f in families if f.name.startswith("fp4tune_")]
-    assert len(mine) > 10 and all(f.documentation for f in mine)
+    assert all(f.documentation for f in mine)
+    names = {f.name + ("_total" if f.type == "counter" else "") for f in mine}
+    assert names == documented("metric")
 
 
 @pytest.mark.parametrize(
@@ -602,3 +636,50 @@ def test_a_daemon_starts_compares_reloads_and_ends(tmp_path):
     assert process.returncode == 0 and "Traceback" not in said
     assert "stays as it was" in said and "was read again" in said
     assert not os.path.exists(tmp_path / "d.sock")
+
+
+# -- the canary
+
+
+def proven(backend: str) -> Candidate:
+    bucket = BucketKey("nvfp4", "bf16", "bf16", 1, 1, 4, 128, 256)
+    return Candidate("cpu", "C", "strict", bucket, backend, "default", "plain", "safe", 0, width=24)
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend", "outcome"),
+    [("plain.py:Plain", "example-plain", "passed"), ("broken.py:Tail", "example-tail", "failed")],
+)
+def test_the_canary_tells_a_right_choice_from_a_wrong_one(spec, backend, outcome):
+    asked = {
+        "cpu": True, "candidate": asdict(proven(backend)), "backends": [str(EXAMPLES / spec)],
+        "python": None, "launches": 3, "turn": 0,
+    }  # fmt: skip
+    assert canary_run.run(asked)["outcome"] == outcome
+
+
+def test_a_canary_that_cannot_be_run_says_nothing_of_the_choice():
+    asked = {
+        "cpu": True, "candidate": asdict(proven("gone")), "backends": [], "python": None,
+        "launches": 3, "turn": 0,
+    }  # fmt: skip
+    assert canary_run.run(asked)["outcome"] == "not assessed"
+
+
+def test_canaries_are_off_and_when_asked_for_take_choices_in_turn(tmp_path):
+    device, canaries = cpu(), Canaries()
+    choices = [proven("one"), proven("two")]
+    off = Config(state=str(tmp_path), gpus=("cpu",))
+    canaries.offer(off, device, choices, 1e6, False)
+    assert not canaries.running
+    config = Config(state=str(tmp_path), gpus=("cpu",), canary=Canary(every_seconds=60.0))
+    tried = []
+    for now in (0.0, 59.0, 60.0, 61.0, 120.0, 180.0):
+        canaries.offer(config, device, choices, now, False)
+        if canaries.running:
+            child, candidate = canaries.running.pop(device.uuid)
+            tried.append((now, candidate.backend))
+            child.end("the test saw enough")
+            until(lambda child=child: child.left() == [])
+            child.close()
+    assert tried == [(60.0, "one"), (120.0, "two"), (180.0, "one")]

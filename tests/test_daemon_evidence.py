@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fp4tune.autotune import renewal, standing
 from fp4tune.autotune.settling import settle
 from fp4tune.cache import fingerprint, publish, reader, state
-from fp4tune.cache.errors import Missing
+from fp4tune.cache.errors import Busy, Missing
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Choice
 from fp4tune.daemon.mend import mend
@@ -198,7 +198,7 @@ def test_a_choices_db_that_is_gone_or_damaged_is_published_again(tmp_path):
         harm()
         assert "gone or damaged" in mend(tmp_path)[0]
         assert chosen(tmp_path) == ("fast", "safe")
-    assert reader.open(tmp_path).generation == first + 2
+    assert reader.open(tmp_path).generation == first + 1, "put back, then published again"
     assert mend(tmp_path) == []
 
 
@@ -210,8 +210,27 @@ def test_a_damaged_ledger_is_moved_aside_and_nothing_is_lost(tmp_path):
     assert aside.name in said and aside.read_bytes().startswith(b"nothing")
     assert chosen(tmp_path) == ("fast", "safe")
     (tmp_path / state.CHOICES).unlink()
-    assert "the kept" in mend(tmp_path)[0], "the new ledger has no generation; the kept file does"
-    assert chosen(tmp_path) == ("fast", "safe") and reader.open(tmp_path).generation > first
+    assert "was put back" in mend(tmp_path)[0], "the new ledger has no generation"
+    assert chosen(tmp_path) == ("fast", "safe") and reader.open(tmp_path).generation == first
+
+
+def test_an_older_generation_is_published_under_a_higher_number(tmp_path):
+    put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    last = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    (tmp_path / state.LEDGER).unlink()
+    os.truncate(state.generation_file(str(tmp_path), last), 5000)  # choices.db's other name
+    assert "the kept 1 is 3 now" in mend(tmp_path)[0]
+    assert reader.open(tmp_path).choose(8, 4096, 2048).recorded_backend == "fast"
+
+
+def test_a_choices_db_is_put_back_on_a_full_disk_and_while_nobody_publishes(tmp_path):
+    number = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    assert publish.restore(tmp_path) is None
+    (tmp_path / state.CHOICES).unlink()
+    with state.exclusive(tmp_path / "publish.lock"), pytest.raises(Busy):
+        publish.restore(tmp_path)
+    assert publish.restore(tmp_path) == number
+    assert chosen(tmp_path) == ("fast", "safe")
 
 
 def test_an_empty_state_needs_no_mending(tmp_path):

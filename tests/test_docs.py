@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from fp4tune import __version__, cli, errors
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.profiles import LEFT_OUT, PROFILES
+from fp4tune.autotune.record import FLAGGED
 from fp4tune.cache import codec, rows, state
 from fp4tune.cache.decision import Decision
 from fp4tune.engines.applied import LEVELS as engine_levels
@@ -167,7 +168,8 @@ def check_call(words: list[str]) -> None:
         shapes.preset(name, values["tp"])
     for shape in values.get("shape") or ():
         shapes.parse_shape(shape)
-    for spec in values.get("backend") or ():
+    named_ = values.get("backend") or ()
+    for spec in [named_] if isinstance(named_, str) else named_:
         registry.known(spec)
         if registry.is_file(spec):
             path, name = spec.split(":")
@@ -177,7 +179,7 @@ def check_call(words: list[str]) -> None:
 @in_pages
 def test_shell_examples_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    targets = re.findall(r"^(\w+):", text_of(ROOT / "Makefile"), re.M)
+    targets = re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), re.M)
     for words in shell_lines(page):
         if words[0] == "fp4tune":
             check_call(words[1:])
@@ -371,7 +373,7 @@ def test_finding_kinds():
         )
     }
     fatal = {kind for kind in said if WorkerFailed(kind, "", "").fatal}
-    assert said == seen | fatal | {"input modified", "error"} | {
+    assert said == seen | fatal | {"input modified", "error", FLAGGED} | {
         PDL_WITHOUT_WAIT,
         SILENT_FALLBACK,
     } | {"host leak", "device leak", "host sync", "plan per m"}
@@ -500,7 +502,9 @@ def test_nothing_is_left_to_fill_in(page):
     text = text_of(page)
     assert not re.search(r"\b(TODO|FIXME|TBD|XXX|lorem)\b|@@|\?\?\?", text)
     for comment in re.findall(r"<!-- (.+?) -->", text):
-        assert re.fullmatch(r"(h200|cpu):(begin|end)|file: docs/examples/\w+\.py", comment)
+        assert re.fullmatch(
+            r"(h200|cpu|verification):(begin|end)|file: docs/examples/\w+\.py", comment
+        )
 
 
 def test_markers_for_measured_output_come_in_pairs():

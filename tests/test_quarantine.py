@@ -261,7 +261,7 @@ def test_no_content_and_no_name_breaks_the_reading(content, name):
         assert quarantine.read([place])[0] == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -330,9 +330,9 @@ def test_a_pinned_generation_is_not_one_of_a_lost_history(tmp_path):
     put(tmp_path, "old")
     for path in [*tmp_path.glob("choices.db"), *tmp_path.glob("ledger*")]:
         path.unlink()
-    assert put(tmp_path, "new") == 1
-    assert put(tmp_path, "newer") == 2
-    assert reader.open(tmp_path, generation=1).choose(3, N, K).tactic == "new"
+    new = put(tmp_path, "new")
+    assert put(tmp_path, "newer") > new
+    assert reader.open(tmp_path, generation=new).choose(3, N, K).tactic == "new"
 
 
 # -- the command
