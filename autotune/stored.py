@@ -181,7 +181,9 @@ def layer_lines(document: Mapping[str, Any]) -> list[str]:
         head += "no weight layout is chosen"
     out = [head + (f"; {d['reason']}" if d["reason"] else "")]
     if d["layout"] and d["covered"] < 0.995:
-        out.append(f"  {100 * d['covered']:.0f} % of that traffic was probed; the rest counts for nothing")
+        out.append(
+            f"  {100 * d['covered']:.0f} % of that traffic was probed; the rest counts for nothing"
+        )
     for fit in d["fits"]:
         if fit["expected_us"] is not None:
             interval = f"{fit['lo_us']:.1f} to {fit['hi_us']:.1f}"

@@ -1,11 +1,14 @@
 """The daemon under all that goes wrong on a node: are choices always served, is nothing lost?
 
 A daemon on the CPU with real probes, its state on a small tmpfs in a mount namespace of its own. At
-random, by a seed: kill -9 of the daemon and of a probe with its workers, a full disk, clock jumps,
-choices.db and ledger.db deleted or damaged, a backend's wheel replaced (which starts a probe), 200
-clients at once, malformed requests. Meanwhile an engine's reader asks without a pause. For the last
-third the daemon is not killed, so that its memory can be looked at. Every run is appended to the
-result, and a run that is cut short leaves what it saw until then.
+random, by a seed: kill -9 of the daemon and of a probe, a full disk, clock jumps, choices.db and
+ledger.db deleted or damaged, a backend's wheel replaced (which starts a probe), 200 clients at
+once, malformed requests. Meanwhile an engine's reader asks without a pause. For the last third the
+daemon is not killed, so that its memory can be looked at. Every run is appended to the result, and
+a run that is cut short leaves what it saw until then.
+
+A probe is killed whole: a worker that is killed alone is a crash of its backend, as far as a probe
+can tell, and the verdict says so.
 
     python benchmarks/daemon_soak.py --out DIR --minutes 60
 """
@@ -158,12 +161,6 @@ class Soak:
         mine = [p for p in _marked() if _command(p).startswith("probe")]
         for pid in mine:
             _kill(pid)
-        return bool(mine)
-
-    def kill_worker(self) -> bool:
-        mine = [p for p in _marked() if "bootstrap" in _command(p)]
-        if mine:
-            _kill(self.random.choice(mine))
         return bool(mine)
 
     def fill_disk(self) -> None:
@@ -351,7 +348,6 @@ class Soak:
         actions: list[tuple[str, Any, float]] = [
             ("kill -9 of the daemon", self.kill_daemon, 3),
             ("kill -9 of a probe", self.kill_probe, 4),
-            ("kill -9 of a worker", self.kill_worker, 2),
             ("wheel replaced", self.replace_wheel, 3),
             ("choices.db deleted", self.delete_choices, 2),
             ("choices.db damaged", self.damage_choices, 2),

@@ -119,6 +119,9 @@ VALID = (SCALES_FINITE, SCALES_POSITIVE, GLOBAL_SCALE)
 that break one of these."""
 RANGES = {"bf16": (127 - 24, 127 + 8), "fp16": (127 - 10, 127 + 4)}
 """The e8m0 bytes that `BLOCK_SCALE_RANGE` allows, both ends included, by output dtype."""
+_OUTSIDE = {dtype: re.compile(b"[^\\x%02x-\\x%02x\\xff]+" % ends) for dtype, ends in RANGES.items()}
+_STEP = 1 << 18
+"""Scales whose codes are looked at together: 4 MiB of them."""
 _ZERO_CODES = bytes((0x00, 0x08, 0x80, 0x88))
 _SUBNORMAL = bytes((*range(0x01, 0x08), *range(0x81, 0x88)))
 
@@ -216,32 +219,27 @@ class _Counts:
                 self.negative += len(rest.translate(None, bytes(range(0x81)) + b"\xff"))
 
     def e8m0(self, weight: Weight) -> None:
-        outside = {
-            dtype: re.compile(b"[^\\x%02x-\\x%02x\\xff]+" % ends) for dtype, ends in RANGES.items()
-        }
+        low, high = RANGES["fp16"]  # inside that of bf16
+        usual = bytes(range(low, high + 1)) + b"\xff"
         at = 0
         with open(weight.codes.file, "rb", buffering=0) as codes:
             for piece in pieces(weight.scales):
                 self.nan += piece.count(b"\xff")
-                for dtype, runs in outside.items():
-                    for run in runs.finditer(piece):
-                        start, stop = at + run.start(), at + run.end()
-                        self.outside[dtype] += _not_zero(weight.codes, start, stop, codes.fileno())
+                if piece.translate(None, usual):
+                    for i in range(0, len(piece), _STEP):
+                        self._look(piece[i : i + _STEP], weight.codes, at + i, codes.fileno())
                 at += len(piece)
 
-
-def _not_zero(codes: Entry, start: int, stop: int, fd: int) -> int:
-    """How many of the blocks `start` to `stop` (16 bytes each, 32 codes) hold an element not 0."""
-    count = 0
-    rest = b""
-    for piece in pieces(codes, 16 * start, 16 * stop, fd):
-        piece = rest + piece
-        whole = len(piece) - len(piece) % 16
-        rest = piece[whole:]
-        if piece[:whole].translate(None, _ZERO_CODES):
-            blocks = (piece[i : i + 16] for i in range(0, whole, 16))
-            count += sum(bool(block.translate(None, _ZERO_CODES)) for block in blocks)
-    return count
+    def _look(self, scales: bytes, entry: Entry, at: int, fd: int) -> None:
+        """Count the blocks out of range that are not zero; `scales` are those from `at` on."""
+        codes = b""
+        for dtype, runs in _OUTSIDE.items():
+            for run in runs.finditer(scales):
+                codes = codes or b"".join(pieces(entry, 16 * at, 16 * (at + len(scales)), fd))
+                mine = codes[16 * run.start() : 16 * run.end()]
+                if mine.translate(None, _ZERO_CODES):
+                    blocks = (mine[i : i + 16] for i in range(0, len(mine), 16))
+                    self.outside[dtype] += sum(bool(b.translate(None, _ZERO_CODES)) for b in blocks)
 
 
 def _tell(result: Result, weight: Weight, count: int, what: str) -> None:

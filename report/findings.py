@@ -54,7 +54,7 @@ def kinds(findings: Sequence[Finding]) -> list[Kind]:
 def section(found: Sequence[Kind], first: Collection[str] = ()) -> Markup:
     """All kinds of findings, the first few unfolded; those of the backends in `first` lead."""
     if not found:
-        return el("p", mark("safe", "✓", "No findings are stored for what is published.", True))
+        return el("p", mark("safe", "✓", "No findings are stored.", True))
     found = sorted(found, key=lambda kind: kind.shown.backend not in first)
     parts = [_kind(kind, at < _OPEN) for at, kind in enumerate(found[:_MOST])]
     if len(found) > _MOST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from .numbers import count, when
 from .page import Section, facts, page
 
 _MOST = 200
+_LOGIN = re.compile(r"//[^/@]*@")
+"""What a URL may hold that is nobody's business."""
 
 
 def document(store: str, found: Mapping[str, Any] | None = None) -> str:
@@ -29,6 +32,7 @@ def document(store: str, found: Mapping[str, Any] | None = None) -> str:
         timed = fleetrows.times(warehouse)
         verdicts = fleetrows.verdicts(warehouse)
         kinds = fleetrows.findings(warehouse)
+        environments = fleetrows.environments(warehouse)
         happened = promote.events(warehouse.place)
     maps, times = [], []
     for scope, mine in fleetrows.by_scope(choices).items():
@@ -40,7 +44,8 @@ def document(store: str, found: Mapping[str, Any] | None = None) -> str:
         times.append(title + sections.times([c.row for c in mine], candidates, known, spread))
     return page(
         f"FP4 GEMM choices of {count(found['nodes'], 'node')}",
-        f"{found['store']}: {count(found['bundles'], 'bundle')}, digest {found['digest'][:12]}",
+        f"{_LOGIN.sub('//', found['store'])}: {count(found['bundles'], 'bundle')}, "
+        f"digest {found['digest'][:12]}",
         _glance(found),
         [
             Section("suspects", "Suspects", _suspects(found)),
@@ -52,6 +57,7 @@ def document(store: str, found: Mapping[str, Any] | None = None) -> str:
             Section("slow", "Slow GPUs", _slow(found["slow_gpus"])),
             Section("disagreements", "Disagreements", _disagreements(found["disagreements"])),
             Section("findings", "Findings", finding_parts.section(kinds)),
+            Section("environment", "Environment", sections.environments(environments)),
         ],
     )
 
@@ -81,14 +87,29 @@ def _suspects(found: Mapping[str, Any]) -> Markup:
             for b in found["suspect_builds"][:_MOST]
         ]
         headings = ("build of", "GPU model", "environment", "code digest", "what fails")
-        parts.append(table("Builds that fail on all GPUs alike", headings, rows, class_="words"))
+        parts.append(
+            table(
+                _first("Builds that fail on all GPUs alike", found["suspect_builds"]),
+                headings,
+                rows,
+                class_="words",
+            )
+        )
     if found["suspect_gpus"]:
         rows = [
             (_code(g["device"], 42), _code(g["node"]), g["gpu"], f"{g['odds']:.2g}", _gpu_seen(g))
             for g in found["suspect_gpus"][:_MOST]
         ]
         headings = ("GPU", "node", "model", "odds", "what fails")
-        parts.append(table("GPUs that fail by themselves", headings, rows, (3,), class_="words"))
+        parts.append(
+            table(
+                _first("GPUs that fail by themselves", found["suspect_gpus"]),
+                headings,
+                rows,
+                (3,),
+                class_="words",
+            )
+        )
     if found["undetermined"]:
         rows = [
             (
@@ -101,7 +122,15 @@ def _suspects(found: Mapping[str, Any]) -> Markup:
             for u in found["undetermined"][:_MOST]
         ]
         headings = ("backend", "where", "GPUs failing", "GPU model", "environment")
-        parts.append(table("Undetermined: neither the GPU nor the build is clear", headings, rows))
+        parts.append(
+            table(
+                _first(
+                    "Undetermined: neither the GPU nor the build is clear", found["undetermined"]
+                ),
+                headings,
+                rows,
+            )
+        )
     if not parts:
         parts.append(el("p", mark("safe", "✓", "No GPU and no build is under suspicion.", True)))
     return Markup("").join(parts)
@@ -129,6 +158,11 @@ def _gpu_seen(gpu: Mapping[str, Any]) -> Child:
     ]
 
 
+def _first(caption: str, rows: Sequence[object]) -> str:
+    """A caption that says so where not all rows are shown."""
+    return caption if len(rows) <= _MOST else f"{caption} (the first {_MOST} of {len(rows):,})"
+
+
 def _code(value: object, longest: int = 13) -> Markup:
     return el("code", short(value or "", longest))
 
@@ -154,7 +188,9 @@ def _changed(happened: Sequence[Mapping[str, Any]]) -> Markup:
     title = f"Generation {old['number']} to {new['number']}"
     if not changed:
         return el("p", f"{title}: the same choices.") + log
-    body = table(title, ("where", "before", "now"), changed[:_MOST], class_="words")
+    body = table(
+        _first(title, changed), ("where", "before", "now"), changed[:_MOST], class_="words"
+    )
     return el("p", f"{title}: {count(len(changed), 'choice')} changed.") + body + log
 
 
@@ -173,7 +209,7 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Markup:
     if not listed:
         return Markup("")
     headings = ("backend", "GPU model", "profile", "verdict", "nodes", "buckets")
-    said = "Verdicts of all runs: on how many nodes and in how many buckets"
+    said = _first("Verdicts of all runs: on how many nodes and in how many buckets", rows)
     return table(said, headings, listed, (4, 5))
 
 
@@ -192,7 +228,7 @@ def _slow(rows: Sequence[Mapping[str, Any]]) -> Markup:
         for r in rows[:_MOST]
     ]
     headings = ("GPU", "node", "backend", "times the median", "z", "buckets")
-    return table("Slower than their like", headings, listed, (3, 4, 5))
+    return table(_first("Slower than their like", rows), headings, listed, (3, 4, 5))
 
 
 def _disagreements(rows: Sequence[Mapping[str, Any]]) -> Markup:
@@ -206,7 +242,7 @@ def _disagreements(rows: Sequence[Mapping[str, Any]]) -> Markup:
         )
         for r in rows[:_MOST]
     ]
-    caption = "Nodes with the same environments that chose differently"
+    caption = _first("Nodes with the same environments that chose differently", rows)
     body = table(caption, ("bucket", "GPU model, profile", "choices"), listed, class_="words")
     return details(
         ("Disagreements", el("span", f" ({len(rows)})", class_="soft")), body, open_=True

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cache.rows import BucketKey, Candidate, Choice, Finding
+from ..cache.rows import BucketKey, Candidate, Choice, Environment, Finding
 from ..fleet.warehouse import Warehouse
 from .changes import where
 from .findings import Kind
@@ -44,6 +44,12 @@ FROM finding f JOIN counted USING (backend, kind, regime, data)
 QUALIFY row_number() OVER (PARTITION BY f.backend, f.kind, f.regime, f.data
                            ORDER BY contains(f.detail, '"map"') DESC, f.node, f.run, f.id) = 1
 ORDER BY counted.nodes DESC, f.backend, f.kind, f.regime, f.data
+"""
+
+
+_ENVIRONMENTS = """
+SELECT fingerprint, backend, arch, min(facts) AS facts
+FROM environment GROUP BY ALL ORDER BY arch, backend, fingerprint
 """
 
 
@@ -108,6 +114,14 @@ def times(warehouse: Warehouse) -> list[Candidate]:
             row["hi_us"],
         )
         for row in warehouse.rows(_TIMES)
+    ]
+
+
+def environments(warehouse: Warehouse) -> list[Environment]:
+    """Every environment that a node has reported from."""
+    return [
+        Environment(row["fingerprint"], row["backend"], row["arch"], _loaded(row["facts"]))
+        for row in warehouse.rows(_ENVIRONMENTS)
     ]
 
 

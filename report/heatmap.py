@@ -178,7 +178,8 @@ def bounds(choices: Sequence[Choice], known: Names) -> Markup:
         for regime in regimes
     ]
     head = [el("th", f"{known.letter(name)} {name}", scope="col") for name in backends]
-    caption = "Failure rates are below: the loosest bound of any kernel chosen, and the tightest"
+    sure = _confidence(firsts)
+    caption = f"Failure rates are below{sure}: the loosest bound of any kernel chosen; the tightest"
     summary = _heat(caption, el("tr", el("th", "regime", scope="col"), head), rows)
     body = [
         el(
@@ -188,11 +189,23 @@ def bounds(choices: Sequence[Choice], known: Names) -> Markup:
         )
         for group in kernels.values()
     ]
-    each = "Failure rate of each kernel chosen, below; under it: problems that failed"
+    each = f"Failure rates are below{sure}; under each bound: problems that failed"
     head = [el("th", regime, scope="col") for regime in regimes]
     whole = _heat(each, el("tr", el("th", "kernel", scope="col"), head), body)
     title = "Every kernel", el("span", f" ({len(kernels)})", class_="soft")
     return summary + details(title, whole)
+
+
+def _confidence(group: Sequence[Choice]) -> str:
+    """At how much confidence bounds are, where they say so and all say the same."""
+    said: set[float] = set()
+    for choice in group:
+        for bound in choice.bounds.values():
+            try:
+                said.add(float(bound["confidence"]))
+            except (KeyError, TypeError, ValueError, OverflowError):
+                return ""
+    return f" ({100 * said.pop():g} %)" if len(said) == 1 else ""
 
 
 def _heat(caption: str, head: Markup, body: Sequence[Markup]) -> Markup:

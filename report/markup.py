@@ -45,7 +45,9 @@ def text(value: Child) -> Markup:
 
 def el(name: str, /, *children: Child, **attributes: object) -> Markup:
     """One element. ``class_`` is class, ``aria_label`` aria-label; True writes a bare attribute,
-    None and False leave one out; Markup stays whole. `name` and the attributes' names come from this program."""
+    None and False leave one out, Markup stays whole. `name` and the attributes' names come from
+    this program.
+    """
     parts = [name]
     for key, value in attributes.items():
         if value is None or value is False:

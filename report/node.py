@@ -71,7 +71,11 @@ def render(
             Section("verdicts", "Verdicts", Markup("").join(verdicts) + unsupported),
             Section("bounds", "How sure", _sure(Markup("").join(bounds))),
             Section("findings", "Findings", text(seen)),
-            Section("environment", "Environment", sections.environments(now) + sections.runs(runs)),
+            Section(
+                "environment",
+                "Environment",
+                sections.environments(now.environments) + sections.runs(runs),
+            ),
         ],
     )
 
@@ -85,9 +89,8 @@ def _sure(bounds: Markup) -> Markup:
     if not bounds:
         return bounds
     said = (
-        "An upper bound for one regime says nothing of another, and they are never added up. "
-        "Under each: failing and different problems. Without a failure in n of them the bound is "
-        "about 3/n at 95 %."
+        "The bound for one regime says nothing of another, and they are never added up. Without a "
+        "failure in n different problems it is about 3/n at 95 %."
     )
     return el("p", said, class_="small") + bounds
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ..autotune.standing import Standing
 from ..cache.quarantine import Quarantine
-from ..cache.rows import BucketKey, Candidate, Choice, Run
+from ..cache.rows import BucketKey, Candidate, Choice, Environment, Run
 from . import changes, chart, heatmap
 from .heatmap import Names
 from .markup import Child, captioned, clean, details, el, mark, scrolling, short, table, text
@@ -27,6 +27,7 @@ _MOST_LAYERS = 120
 """Layers whose times are shown in full; the heat maps have all of them."""
 _MOST_CHANGES = 150
 _MOST_NOTES = 12
+_MOST_ENVIRONMENTS = 200
 
 
 def verdict(candidate: Candidate) -> str:
@@ -217,11 +218,11 @@ def changed(old: Standing | None, new: Standing, unread: Sequence[str]) -> Marku
 _DEVICE = ("name", "gpu", "kind", "sm", "sm_count", "driver", "cuda", "cudnn")
 
 
-def environments(standing: Standing) -> Markup:
+def environments(found: Sequence[Environment]) -> Markup:
     """What the evidence holds for: the devices, then each backend's versions and code digest."""
     devices: dict[str, Mapping[str, Any]] = {}
     rows: list[Sequence[Child]] = []
-    for e in standing.environments:
+    for e in found[:_MOST_ENVIRONMENTS]:
         facts = e.facts if isinstance(e.facts, Mapping) else {}
         device = facts.get("device")
         if isinstance(device, Mapping):
@@ -242,7 +243,11 @@ def environments(standing: Standing) -> Markup:
     parts = [_device(device) for device in devices.values()]
     if rows:
         headings = ("backend", "SM", "fingerprint", "versions", "variables", "code digest")
-        parts.append(table("Environment of each backend", headings, rows, class_="words"))
+        more = len(found) - len(rows)
+        caption = "Environment of each backend" + (
+            f" ({more:,} more are not shown)" if more else ""
+        )
+        parts.append(table(caption, headings, rows, class_="words"))
     return Markup("").join(parts)
 
 

@@ -159,7 +159,7 @@ dl.facts dd{margin:0;font-weight:600}
 .scroll{overflow-x:auto;max-width:100%;margin:.75rem 0}
 table{border-collapse:separate;border-spacing:0;font-size:.88rem;overflow-wrap:normal}
 caption{text-align:left;padding:.25rem 0;caption-side:top}
-caption .said{position:sticky;left:0;display:inline-block;min-width:min(16rem,75vw);
+caption .said{position:sticky;left:0;display:inline-block;min-width:min(24rem,78vw);
  max-width:min(48rem,calc(100vw - 2.75rem))}
 .side{display:flex;flex-wrap:wrap;gap:0 2.5rem}
 .side>.scroll{min-width:0}

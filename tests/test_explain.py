@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -178,3 +180,10 @@ def test_json_is_the_document(put):
     done = CliRunner().invoke(cli.app, args)
     assert done.exit_code == 0
     assert json.loads(done.stdout) == told(place)[0]
+
+
+def test_the_page_has_every_key(put):
+    page = (Path(__file__).parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
+    section = page.split("## fp4tune explain\n")[1].split("\n## ")[0].split("| JSON key |")[1]
+    said = {key for row in section.splitlines()[2:] for key in re.findall(r"`(\w+)`", row[:60])}
+    assert said >= set(told(put(FLOOR))[0])

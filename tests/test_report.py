@@ -395,7 +395,7 @@ def test_a_fleet_s_page_has_cohorts_suspects_and_choices(fleet, tmp_path):
     page = check(out.read_text(encoding="utf-8").rstrip("\n"))
     assert fleets.gpu(3, 1) in page.text and "23 of 24 GPUs on 12 nodes" in page.text
     assert "11 of 12" in page.text and "plain on 11 nodes, fast on 1 node" in page.text
-    assert fleets.gpu(5, 0) in page.text
+    assert fleets.gpu(5, 0) in page.text and "Environment of each backend" in page.text
     assert "No generation of choices has been made yet" in page.text
     assert json.loads(call("fleet", "report", fleet, "--json").stdout)["html"] is None
 
