@@ -142,7 +142,7 @@ def diagnose(seen: Seen) -> str:
     if seen.kind in _KINDS:
         return _KINDS[seen.kind]
     parts = [part for part in (_where(seen), _when(seen)) if part]
-    return f"{', '.join(parts)}: {_cause(seen)}"
+    return ": ".join(filter(None, (", ".join(parts), _cause(seen))))
 
 
 def _conditions(regime: str) -> set[str]:

@@ -167,3 +167,8 @@ def test_there_is_one_sentence_for_whatever_was_seen(
     )
     said = diagnose(evidence)
     assert said and "\n" not in said and said == diagnose(evidence)
+
+
+def test_a_failure_without_a_place_begins_with_its_cause():
+    said = diagnose(Seen(kind="wrong", regime="quantiser", data="realistic", m=M, n=N, k=K))
+    assert said and not said.startswith((":", " ", ","))
