@@ -75,7 +75,7 @@ def choices(warehouse: Warehouse) -> list[Common]:
         key = row["arch"], row["gpu"], row["profile"], bucket
         what = row["backend"], row["tactic"], row["layout"]
         best.setdefault(key, Choice(*key, *what, row["status"], (), row["median_us"]))
-        votes.setdefault(key, {})[(*what, row["status"])] = row["nodes"]
+        votes.setdefault(key, {})[what + (row["status"],)] = row["nodes"]
     return [
         Common(choice, max(votes[key].values()), sum(votes[key].values()))
         for key, choice in sorted(best.items(), key=lambda item: _order(item[0]))
