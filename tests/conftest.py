@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from fp4tune.cache import reader
+
 # How long an example takes says more of what else the machine does than of the code.
 settings.register_profile("fp4tune", deadline=None)
 settings.load_profile("fp4tune")
@@ -21,6 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_state(tmp_path, monkeypatch):
-    """No test reads or writes the state of the machine it runs on."""
+    """No test reads or writes the state of the machine it runs on, nor another test's quarantines,
+    which hold for a whole process."""
     monkeypatch.setenv("FP4TUNE_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(reader, "_own", ())
+    monkeypatch.setattr(reader, "_readers", [])
     return tmp_path / "state"
