@@ -12,6 +12,7 @@ import fcntl
 import os
 import time
 
+from . import state
 from .errors import Busy, StateError, translate
 
 TYPE_CHECKING = False
@@ -30,8 +31,7 @@ _LOOK = 0.01
 
 def path(state_dir: str | os.PathLike[str], uuid: str) -> str:
     """The lock file of one GPU; `uuid` as NVML and nvidia-smi print it, ``GPU-`` included."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in uuid)
-    return os.path.join(os.fspath(state_dir), f"gpu-{safe}.lock")
+    return state.lock_file(state_dir, "gpu", uuid)
 
 
 def prepare(state_dir: str | os.PathLike[str], uuids: Iterable[str]) -> None:
@@ -49,19 +49,7 @@ def prepare(state_dir: str | os.PathLike[str], uuids: Iterable[str]) -> None:
 
 def in_use(state_dir: str | os.PathLike[str], uuid: str) -> bool:
     """Whether anyone, engine or probe, holds the lock now. Needs no right to write."""
-    try:
-        fd = os.open(path(state_dir, uuid), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return False
+    return state.held(path(state_dir, uuid), shared=True)
 
 
 class Share:

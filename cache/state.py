@@ -69,14 +69,18 @@ def generations(state_dir: str) -> list[int]:
 
 def probe_lock(state_dir: str | os.PathLike[str], device: str) -> str:
     """The lock file that one probe of `device` (a GPU's UUID, or ``cpu``) holds at a time."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in device)
-    return os.path.join(os.fspath(state_dir), f"probe-{safe}.lock")
+    return lock_file(state_dir, "probe", device)
 
 
 def build_lock(state_dir: str | os.PathLike[str], what: str) -> str:
     """The lock file that one build of `what` (an architecture and a backend) holds at a time."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in what)
-    return os.path.join(os.fspath(state_dir), f"build-{safe}.lock")
+    return lock_file(state_dir, "build", what)
+
+
+def lock_file(state_dir: str | os.PathLike[str], kind: str, name: str) -> str:
+    """``KIND-NAME.lock``, with a dash for whatever of `name` does not belong into a file's name."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return os.path.join(os.fspath(state_dir), f"{kind}-{safe}.lock")
 
 
 class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
@@ -140,14 +144,17 @@ class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
         self.release()
 
 
-def held(path: str | os.PathLike[str]) -> bool:
-    """Whether a living process holds the lock at `path`. Needs no right to write."""
+def held(path: str | os.PathLike[str], shared: bool = False) -> bool:
+    """Whether a living process holds the lock at `path` alone, or, with `shared`, in any way.
+
+    Needs no right to write.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

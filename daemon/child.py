@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
+from ..probes.supervisor import marked
+
 MARK = "FP4TUNE_DAEMON_CHILD"
 _TAIL = 4000
 _SWEEPS = 20
@@ -63,7 +65,7 @@ class Child:
 
     def family(self) -> list[int]:
         """Every living process of this child's, itself included."""
-        return family(self.mark)
+        return marked(MARK, self.mark)
 
     def end(self, why: str) -> None:
         """Kill it with all it started; does not wait. `left` says what is still there."""
@@ -101,19 +103,6 @@ class Child:
     def close(self) -> None:
         for file in (self._out, self._err, self._in):
             file.close()
-
-
-def family(mark: str) -> list[int]:
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                # It may be gone by now, or another user's; a zombie has no environment.
-                with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
-                    if wanted in environ.read().split(b"\0"):
-                        found.append(int(name))
-    return found
 
 
 def _rss(pid: int) -> int:

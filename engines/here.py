@@ -6,29 +6,22 @@ from __future__ import annotations
 import contextlib
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
 
 def gpus() -> list[tuple[str, str]]:
     """(arch, model name) of every GPU that NVML shows, each once; empty without NVML."""
-    try:
-        import pynvml
 
-        pynvml.nvmlInit()
-    except Exception:
-        return []
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name = pynvml.nvmlDeviceGetName(handle)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            text = name.decode() if isinstance(name, bytes) else str(name)
-            found.append((f"sm{major}{minor}", text))
-        return list(dict.fromkeys(found))
-    except Exception:
-        return []
-    finally:
-        with contextlib.suppress(Exception):
-            pynvml.nvmlShutdown()
+    def model(nvml: Any, handle: Any) -> tuple[str, str]:
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return f"sm{major}{minor}", _text(nvml.nvmlDeviceGetName(handle))
+
+    return list(dict.fromkeys(_each(model)))
 
 
 def uuids() -> list[str]:
@@ -36,22 +29,7 @@ def uuids() -> list[str]:
 
     As CUDA reads CUDA_VISIBLE_DEVICES: indices or beginnings of UUIDs, to the first that is none.
     """
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:
-        return []
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))
-            found.append(uuid.decode() if isinstance(uuid, bytes) else str(uuid))
-    except Exception:
-        return []
-    finally:
-        with contextlib.suppress(Exception):
-            pynvml.nvmlShutdown()
+    found = _each(lambda nvml, handle: _text(nvml.nvmlDeviceGetUUID(handle)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
@@ -65,3 +43,26 @@ def uuids() -> list[str]:
             break
         chosen += mine
     return chosen
+
+
+def _each(ask: Callable[[Any, Any], T]) -> list[T]:
+    """What ``ask(nvml, handle)`` says of every GPU; empty where NVML fails, or is not there."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:
+        return []
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        return [ask(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
+    except Exception:
+        return []
+    finally:
+        with contextlib.suppress(Exception):
+            pynvml.nvmlShutdown()
+
+
+def _text(said: str | bytes) -> str:
+    """A name as NVML's bindings have it; old ones give bytes."""
+    return said.decode() if isinstance(said, bytes) else str(said)

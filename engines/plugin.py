@@ -91,8 +91,25 @@ def left_alone(engine: str, option: str, value: object) -> None:
     say_once(f"fp4tune: {engine} keeps {option}={value}, which was asked for")
 
 
-def level() -> str:
-    return applied.level()
+def run(engine: str, would: str, wrap: Callable[[], None]) -> None:
+    """What a plugin does in each process of its engine. At level ``off`` nothing; at ``emit`` it
+    says what it `would` run; else it calls `wrap` and pins tactics, and wraps `mm_fp4` at ``call``.
+    """
+    level = applied.level()
+    if level == "off":
+        return
+    hold_gpus()
+    if level == "emit":
+        found = advice(engine)
+        if found is not None:
+            say_once(describe(found, would))
+        return
+    wrap()
+    pinned_tactics()
+    if level == "call":
+        from . import per_call
+
+        per_call.install()
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,15 +22,10 @@ ARGUMENTS = "sglang.srt.server_args.ServerArgs"
 @plugin.guarded
 def register() -> None:
     """Called by SGLang's `load_plugins`."""
-    level = plugin.level()
-    if level == "off":
-        return
-    plugin.hold_gpus()
-    if level == "emit":
-        found = plugin.advice("sglang")
-        if found is not None:
-            plugin.say_once(plugin.describe(found, f"would run SGLang with {OPTION}"))
-        return
+    plugin.run("sglang", f"would run SGLang with {OPTION}", _hook)
+
+
+def _hook() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import ServerArgs
 
@@ -38,11 +33,6 @@ def register() -> None:
     # Struct that ServerArgs is has taken that method when it was made.
     method = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
     HookRegistry.register(f"{ARGUMENTS}.{method}", _before_resolving, HookType.BEFORE)
-    plugin.pinned_tactics()
-    if level == "call":
-        from . import per_call
-
-        per_call.install()
 
 
 def _before_resolving(args: Any, *rest: Any, **named: Any) -> None:

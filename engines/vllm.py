@@ -25,25 +25,15 @@ _MARK = "_fp4tune_wrapped"
 @plugin.guarded
 def register() -> None:
     """Called by vLLM's `load_general_plugins`, once in each process."""
-    level = plugin.level()
-    if level == "off":
-        return
-    plugin.hold_gpus()
-    if level == "emit":
-        found = plugin.advice("vllm")
-        if found is not None:
-            plugin.say_once(plugin.describe(found, "would run vLLM's linear layers with"))
-        return
+    plugin.run("vllm", "would run vLLM's linear layers with", _wrap)
+
+
+def _wrap() -> None:
     # Arguments are parsed in the first process only; importing their module elsewhere is slow.
     module = sys.modules.get("vllm.engine.arg_utils")
     arguments = getattr(module, "EngineArgs", None)
     if arguments is not None and not hasattr(arguments.create_engine_config, _MARK):
         arguments.create_engine_config = _configuring(arguments.create_engine_config)
-    plugin.pinned_tactics()
-    if level == "call":
-        from . import per_call
-
-        per_call.install()
 
 
 def _configuring(original: Any) -> Any:

@@ -170,7 +170,7 @@ class Worker:
                 self._process.kill()
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            left = marked(self._mark)
+            left = marked(MARK, self._mark)
             for pid in left:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
@@ -194,9 +194,9 @@ class Worker:
         self._log.close()
 
 
-def marked(mark: str) -> list[int]:
-    """Every living process whose environment carries this worker's mark, from /proc."""
-    wanted = f"{MARK}={mark}".encode()
+def marked(variable: str, mark: str) -> list[int]:
+    """Every living process in whose environment `variable` is `mark`, from /proc."""
+    wanted = f"{variable}={mark}".encode()
     found = []
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc"):

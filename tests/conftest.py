@@ -1,4 +1,4 @@
-"""What tests share: the `gpu` marker, and a state directory of their own."""
+"""What tests share: the `gpu` marker, one thread, and a state directory of their own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Thousands of small sums are slower on several threads than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

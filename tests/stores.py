@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 from fp4tune.cache import publish
@@ -45,6 +46,38 @@ def rows_for(tag: str, n: int = 4096, layers: int = 1, gpu: str = "H200"):
 
 def put(place: Path, tag: str = "a", **other) -> int:
     return publish.publish(place, *rows_for(tag, **other), [ENVIRONMENT], {"run": tag})
+
+
+def isolated(code: str, place: Path, *arguments) -> subprocess.CompletedProcess:
+    """Run `code` to its end with `place` and `arguments`, where it may mount what it likes.
+
+    Its mounts are its own. Skips the test where nothing can be mounted on `place`.
+    """
+    import pytest
+
+    place.mkdir(exist_ok=True)
+    alone = ("unshare", "-m")
+    try:
+        mount = [*alone, "mount", "-t", "tmpfs", "none", str(place)]
+        tried = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if tried.returncode:
+        pytest.skip(f"cannot mount here: {tried.stderr.strip()}")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with spawn(code, place, *arguments, prefix=alone, **pipes) as other:
+        out, error = other.communicate(timeout=120)
+    return subprocess.CompletedProcess(other.args, other.returncode, out, error)
+
+
+def gone(pids: list[int], within: float = 5.0) -> bool:
+    """Whether none of these processes is there any more, or will be in `within` seconds."""
+    deadline = time.monotonic() + within
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def spawn(code: str, *arguments, prefix: tuple[str, ...] = (), **other) -> subprocess.Popen:

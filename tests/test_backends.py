@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import subprocess
 import sys
@@ -281,9 +280,6 @@ def test_loading_one_imports_no_other_provider():
 
 @pytest.mark.parametrize("name", sorted(registry.BUILTIN))
 def test_builtins_load_under_their_own_name(name):
-    module = registry.BUILTIN[name].partition(":")[0]
-    if importlib.util.find_spec(f"fp4tune.probes.backends.{module}") is None:
-        pytest.skip(f"{module}.py is not in this checkout")
     try:
         backend = registry.load_one(name)
     except registry.BadBackend as error:
@@ -410,8 +406,6 @@ def test_plugins_are_found_and_a_broken_one_breaks_nothing_else(tmp_path, monkey
 @pytest.mark.parametrize("out_dtype", list(DTYPES))
 @pytest.mark.parametrize("format_name", list(FORMATS))
 def test_on_a_gpu_sums_are_fp32_and_rounded_once(name, alpha, out_dtype, format_name):
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
     major, minor = torch.cuda.get_device_capability()
     device = Device("cuda", 10 * major + minor)
     (backend,) = registry.load([name]).values()

@@ -69,15 +69,33 @@ def replay(finding: Finding, spec: str | None = None, path: Path | None = None, 
     )
 
 
+WITHOUT = """
+import os, runpy, sys
+from importlib.machinery import PathFinder
+
+class Bundled:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "fp4tune":
+            return None
+        beside = os.path.join(os.path.dirname(sys.argv[0]), "vendor")
+        found = PathFinder.find_spec(name, [beside])
+        if found is None:
+            raise ModuleNotFoundError("there is no fp4tune here", name=name)
+        return found
+
+sys.argv.pop(0)
+sys.meta_path.insert(0, Bundled)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script where fp4tune is what lies beside it or nothing, whatever is installed."""
+
+
 def run_bundle(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    """The script, by an interpreter that does not find fp4tune by itself."""
+    """The script, by an interpreter that finds no fp4tune but the bundle's own."""
     bare = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    code = "import importlib.util as u; raise SystemExit(u.find_spec('fp4tune') is not None)"
-    isolated = [sys.executable, "-I"]
-    if subprocess.run([*isolated, "-c", code], env=bare, cwd="/").returncode:
-        pytest.skip("fp4tune is installed into this interpreter")
     return subprocess.run(
-        [*isolated, str(folder / "reproduce.py"), *options],
+        [sys.executable, "-I", "-c", WITHOUT, str(folder / "reproduce.py"), *options],
         env={**bare, "OMP_NUM_THREADS": "1"},
         cwd="/",
         capture_output=True,

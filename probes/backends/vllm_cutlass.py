@@ -48,6 +48,13 @@ def operator(name: str) -> Callable[..., Any]:
     raise RuntimeError(f"this vLLM has no op {name}{why}")
 
 
+def compiled_modules() -> list[Path]:
+    """vLLM's compiled modules: all of its kernels are in them."""
+    found = importlib.util.find_spec("vllm")
+    folders = found.submodule_search_locations or [] if found else []
+    return sorted(f for d in folders for m in MODULES for f in Path(d).glob(f"{m}.*so"))
+
+
 def supported_sm(sm: int) -> str | None:
     """Why vLLM does not run the op on a compute capability, as vLLM itself answers."""
     try:
@@ -84,10 +91,7 @@ class VllmCutlass:
         return supported_sm(device.sm)
 
     def files(self) -> Sequence[Path]:
-        """vLLM's compiled modules: all of its kernels are in them."""
-        found = importlib.util.find_spec("vllm")
-        folders = found.submodule_search_locations or [] if found else []
-        return sorted(f for d in folders for m in MODULES for f in Path(d).glob(f"{m}.*so"))
+        return compiled_modules()
 
     def prepare(self, weight: Fp4Tensor, problem: Problem) -> Swizzled:
         return Swizzled.of(weight)

@@ -23,7 +23,7 @@ import torch
 
 from ..problem import Device, Fp4Tensor, Problem
 from .dequant import not_dense
-from .vllm_cutlass import MODULES
+from .vllm_cutlass import compiled_modules
 
 _UTILS = "vllm.model_executor.layers.quantization.utils"
 _GLOBAL_NAMES = ("weight_global_scale", "weight_scale_2")
@@ -69,9 +69,7 @@ class VllmMarlin:
         return _missing()
 
     def files(self) -> Sequence[Path]:
-        found = importlib.util.find_spec("vllm")
-        folders = found.submodule_search_locations or [] if found else []
-        return sorted(f for d in folders for m in MODULES for f in Path(d).glob(f"{m}.*so"))
+        return compiled_modules()
 
     def prepare(self, weight: Fp4Tensor, problem: Problem) -> Weight:
         """vLLM prepares a layer in place; what it takes is the checkpoint's plain layout."""

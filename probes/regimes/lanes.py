@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -31,7 +32,7 @@ def streams(
         overlaps: list[bool] = []
 
         def once() -> None:
-            overlaps.append(_run_threads(lanes))
+            overlaps.append(run_threads(lanes, lambda lane: nullcontext()))
             checker.sweep()
 
         seconds = repeat(once, budget, device_of(cases))
@@ -124,23 +125,30 @@ def _fork_join(
         main.wait_event(stream.record_event())
 
 
-def _run_threads(lanes: Sequence[Sequence[Call]]) -> bool:
-    """Run each lane in a thread of its own; whether two were inside the backend at once."""
+def run_threads(
+    lanes: Sequence[Sequence[Call]], inside: Callable[[int], AbstractContextManager[object]]
+) -> bool:
+    """Run each lane in a thread of its own; whether two were inside the backend at once.
+
+    A thread enters ``inside(lane)`` first, and no thread launches before all have. What the first
+    call to fail raised is raised when all threads have ended.
+    """
     barrier = threading.Barrier(len(lanes))
     spans: list[tuple[float, float]] = []
     errors: list[BaseException] = []
 
-    def work(lane: Sequence[Call]) -> None:
-        barrier.wait()
-        start = time.perf_counter()
-        try:
-            for call in lane:
-                call.enqueue()
-        except BaseException as error:
-            errors.append(error)
-        spans.append((start, time.perf_counter()))
+    def work(index: int) -> None:
+        with inside(index):
+            barrier.wait()
+            start = time.perf_counter()
+            try:
+                for call in lanes[index]:
+                    call.enqueue()
+            except BaseException as error:
+                errors.append(error)
+            spans.append((start, time.perf_counter()))
 
-    threads = [threading.Thread(target=work, args=(lane,)) for lane in lanes]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(lanes))]
     usual = sys.getswitchinterval()
     # Small calls would else run to their end before the interpreter lets another thread in.
     sys.setswitchinterval(1e-5)

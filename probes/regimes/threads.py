@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -14,7 +12,7 @@ from ..backends import Backend
 from ..case import Call, Case, Launch
 from ..checks import Checker
 from ..outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome, repeat
-from .lanes import _lanes
+from .lanes import _lanes, run_threads
 
 
 def threads(
@@ -55,36 +53,16 @@ def _launch(
     """Run every lane in a thread, between two points of the current stream; whether any overlap."""
     main = torch.cuda.current_stream(device)
     fork = main.record_event()
-    barrier = threading.Barrier(len(lanes))
-    spans: list[tuple[float, float]] = []
-    errors: list[BaseException] = []
 
-    def work(lane: Sequence[Call], stream: torch.cuda.Stream) -> None:
+    @contextmanager
+    def inside(lane: int) -> Iterator[None]:
         # A new thread has no current device or stream of its own yet.
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            stream.wait_event(fork)
-            barrier.wait()
-            start = time.perf_counter()
-            try:
-                for call in lane:
-                    call.enqueue()
-            except BaseException as error:
-                errors.append(error)
-            spans.append((start, time.perf_counter()))
+        with torch.cuda.device(device), torch.cuda.stream(side[lane]):
+            side[lane].wait_event(fork)
+            yield
 
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(lanes, side, strict=True)]
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
     try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        return run_threads(lanes, inside)
     finally:
-        sys.setswitchinterval(usual)
-    for stream in side:
-        main.wait_stream(stream)
-    if errors:
-        raise errors[0]
-    spans.sort()
-    return any(later[0] < earlier[1] for earlier, later in pairwise(spans))
+        for stream in side:
+            main.wait_stream(stream)

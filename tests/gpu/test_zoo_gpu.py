@@ -10,19 +10,21 @@ from fp4tune.probes import zoo
 from fp4tune.probes.backends import registry
 from fp4tune.probes.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.regimes import Budget, NotApplicable
+from fp4tune.probes.regimes import Budget
 from fp4tune.probes.session import Item, Layer
 
 pytestmark = pytest.mark.gpu
 
 N, K = 320, 272
 PDL = ("pdl-raw", "pdl-war", "pdl-waw")
+SM = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+needs_pdl = pytest.mark.skipif(SM < (9, 0), reason="needs programmatic dependent launch")
+MUTANTS = zoo.mutants("cuda")
 
 
 @pytest.fixture(scope="module")
 def device() -> Device:
-    major, minor = torch.cuda.get_device_capability()
-    return Device("cuda", 10 * major + minor)
+    return Device("cuda", 10 * SM[0] + SM[1])
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +35,12 @@ def layer(device) -> Layer:
 def opened(mutant: zoo.Mutant, device: Device, n: int = N, k: int = K) -> Layer:
     problem = Problem("nvfp4", 160, n, k, mutant.activation)
     backend = registry.load_one(mutant.name)
-    why = backend.unsupported(problem, device)
-    if why:
-        pytest.skip(why)
+    assert backend.unsupported(problem, device) is None
     return Layer(backend, device, problem, 4, 1 << 30, lambda text: None)
 
 
 def part(layer: Layer, regime: str, item: Item, budget: Budget) -> dict:
-    try:
-        result = layer.regime(regime, [item], budget)
-    except NotApplicable as reason:
-        pytest.skip(str(reason))
+    result = layer.regime(regime, [item], budget)
     assert result["not_exercised"] is None
     return result["items"][0]
 
@@ -59,23 +56,32 @@ def test_each_regime_flags_its_bad_control_and_only_that(layer, regime):
     assert any(map(running._flagged, tried)), tried
 
 
+def peaceful(mutant: zoo.Mutant) -> bool:
+    """Whether it is right alone, one launch after the other, on exact data."""
+    wrong = {"serial", "exact", "census"}
+    return mutant.passes or not (wrong & {*mutant.caught_by} or mutant.many)
+
+
+def needs(mutant: zoo.Mutant) -> list[pytest.MarkDecorator]:
+    problem = Problem("nvfp4", 160, N, K, mutant.activation)
+    before = zoo.named(mutant.name).unsupported(problem, Device("cuda", 80))
+    return [needs_pdl] if before else []
+
+
 @pytest.mark.parametrize(
-    "mutant",
-    [m for m in zoo.mutants("cuda") if m.passes or "serial" not in m.caught_by and not m.many],
-    ids=lambda m: m.name,
+    "mutant", [pytest.param(m, id=m.name, marks=needs(m)) for m in MUTANTS if peaceful(m)]
 )
 def test_what_is_right_in_peace_is_right_bit_for_bit(mutant, device):
-    if {"exact", "census", *PDL} & {*mutant.caught_by} and "pdl-raw" not in mutant.caught_by:
-        pytest.skip("wrong in every launch, or only in a census")
     layer = opened(mutant, device, n=1088, k=1040)
     for m in (1, 16, 17, 65, 130):
         (result,) = layer.grade([Item((m,), "default")])
         assert result["width"] in ((24, 8) if mutant.passes else (24,)), (m, result)
 
 
+@needs_pdl
 @pytest.mark.parametrize(
     "mutant",
-    [m for m in zoo.mutants("cuda") if {*PDL} & {*m.caught_by} and m.level == "quick"],
+    [m for m in MUTANTS if {*PDL} & {*m.caught_by} and m.level == "quick"],
     ids=lambda m: m.name,
 )
 def test_a_race_is_seen_in_the_first_ten_launches_of_an_adversary(mutant, device):
@@ -88,10 +94,11 @@ def test_a_race_is_seen_in_the_first_ten_launches_of_an_adversary(mutant, device
     assert any(seen.values()), seen
 
 
+@needs_pdl
 @pytest.mark.parametrize("name", ["zoo-weights-before-wait", "zoo-waits-w4a4", "zoo-own-buffer"])
 @pytest.mark.parametrize("regime", PDL)
 def test_who_waits_is_never_flagged(name, regime, device):
-    (mutant,) = [m for m in zoo.mutants("cuda") if m.name == name]
+    (mutant,) = [m for m in MUTANTS if m.name == name]
     layer = opened(mutant, device, n=1024, k=1024)
     found = part(layer, regime, Item((1, 16, 130), "default"), Budget(10, 10, 0.0))
     assert not found["bad"] and "error" not in found
