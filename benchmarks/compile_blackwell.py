@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4tune.probes.audit import disassemble
+from fp4tune.probes.backends import _triton_w4a16_tactics as tactics
 from fp4tune.probes.backends import cudnn_graph
 from fp4tune.probes.backends import triton_w4a16 as w4a16
 from fp4tune.probes.problem import Device, Problem
@@ -35,7 +36,7 @@ MS = (1, 64, 512)
 N = K = 4096
 
 
-def triton_kernel(problem: Problem, config: w4a16.Config, sm: int) -> dict[str, Any]:
+def triton_kernel(problem: Problem, config: tactics.Config, sm: int) -> dict[str, Any]:
     """Compile the GEMM of one configuration; what ptxas made of it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -46,7 +47,7 @@ def triton_kernel(problem: Problem, config: w4a16.Config, sm: int) -> dict[str, 
     mx, half = problem.format == "mxfp4", problem.out_dtype
     tma = config.kernel == "tma"
     pointers = {
-        "a": f"tensordesc<{half}[{config.bm}, {w4a16.TILE_K}]>" if tma else f"*{half}",
+        "a": f"tensordesc<{half}[{config.bm}, {tactics.TILE_K}]>" if tma else f"*{half}",
         "words": "*i32",
         "scales": "*u8" if mx else "*i16",
         "gscale": "*fp32",
@@ -69,7 +70,7 @@ def triton_kernel(problem: Problem, config: w4a16.Config, sm: int) -> dict[str, 
         file.flush()
         code = disassemble.examine(file.name)
     mma = sum((Counter(k.kernel.mma) for k in code.kernels), Counter[str]())
-    limit = w4a16.shared_limit(Device("cuda", sm))
+    limit = tactics.shared_limit(Device("cuda", sm))
     return {
         "m": problem.m,
         "format": problem.format,
@@ -87,7 +88,7 @@ def triton_kernels(sm: int) -> list[dict[str, Any]]:
     for fmt in ("nvfp4", "mxfp4"):
         for m in MS:
             problem = Problem(fmt, m, N, K)
-            for config in w4a16.candidates(problem, Device("cuda", sm)):
+            for config in tactics.candidates(problem, Device("cuda", sm)):
                 try:
                     rows.append(triton_kernel(problem, config, sm))
                 except Exception as error:  # what a compiler raises
