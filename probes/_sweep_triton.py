@@ -15,6 +15,7 @@ def sweep(
     launch,  # int64 (1,): how many sweeps came before
     poison,  # the 16-bit pattern to leave behind, as a signed integer
     IS_BF16: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether every row of every out, lo and hi begins at 16 bytes
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -27,18 +28,30 @@ def sweep(
     hi = tl.load(slots + slot * 5 + 2).to(tl.pointer_type(tl.int16))
     m = tl.load(slots + slot * 5 + 3)
     n = tl.load(slots + slot * 5 + 4)
-    cols = tile_col * TILE + tl.arange(0, TILE).to(tl.int64)
+    if ALIGNED:
+        # Numbers from memory: without a word 16 bytes would be read two at a time.
+        out = tl.multiple_of(out, 16)
+        lo = tl.multiple_of(lo, 16)
+        hi = tl.multiple_of(hi, 16)
+        n = tl.multiple_of(n, 8)
+    two_ends = lo.to(tl.int64) != hi.to(tl.int64)  # exact problems have one answer
+    across = tl.arange(0, TILE)
+    in_row = across < n - tile_col * TILE
     wrong_total = tl.zeros((), tl.int64)
     unwritten_total = tl.zeros((), tl.int64)
     not_finite_total = tl.zeros((), tl.int64)
     first = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
-    for step in range(0, TILE, ROWS):
-        rows = tile_row * TILE + step + tl.arange(0, ROWS).to(tl.int64)
-        inside = (rows[:, None] < m) & (cols[None, :] < n)
-        index = rows[:, None] * n + cols[None, :]
-        bits = tl.load(out + index, mask=inside, other=0)
-        lo_bits = tl.load(lo + index, mask=inside, other=0)
-        hi_bits = tl.load(hi + index, mask=inside, other=0)
+    corner = tile_row * TILE * n + tile_col * TILE
+    height = tl.minimum(m - tile_row * TILE, TILE).to(tl.int32)
+    for step in range(0, height, ROWS):
+        down = step + tl.arange(0, ROWS)
+        inside = (down < height)[:, None] & in_row[None, :]
+        index = down.to(tl.int64)[:, None] * n + across[None, :]
+        bits = tl.load(out + corner + index, mask=inside, other=0)
+        lo_bits = tl.load(lo + corner + index, mask=inside, other=0)
+        hi_bits = lo_bits
+        if two_ends:
+            hi_bits = tl.load(hi + corner + index, mask=inside, other=0)
         if IS_BF16:
             value = bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
             low = lo_bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
@@ -49,16 +62,21 @@ def sweep(
             high = hi_bits.to(tl.float16, bitcast=True).to(tl.float32)
         right = (value >= low) & (value <= high)  # false for NaN
         wrong = inside & (right == 0)
-        unwritten = wrong & (bits == poison)
-        finite = (value == value) & (tl.abs(value) != float("inf"))
-        not_finite = wrong & (unwritten == 0) & (finite == 0)
-        wrong_total += tl.sum(wrong.to(tl.int32))
-        unwritten_total += tl.sum(unwritten.to(tl.int32))
-        not_finite_total += tl.sum(not_finite.to(tl.int32))
-        packed = (index << 16) | (bits.to(tl.int64) & 0xFFFF)
-        packed = tl.where(wrong, packed, 0x7FFFFFFFFFFFFFFF)
-        first = tl.minimum(first, tl.min(packed))
-        tl.store(out + index, tl.full((ROWS, TILE), poison, tl.int16), mask=inside)
+        wrong_here = tl.sum(wrong.to(tl.int32))
+        # What is wrong with it is asked where something is: nearly never.
+        if wrong_here > 0:
+            unwritten = wrong & (bits == poison)
+            finite = (value == value) & (tl.abs(value) != float("inf"))
+            not_finite = wrong & (unwritten == 0) & (finite == 0)
+            wrong_total += wrong_here
+            unwritten_total += tl.sum(unwritten.to(tl.int32))
+            not_finite_total += tl.sum(not_finite.to(tl.int32))
+            place = down[:, None] * TILE + across[None, :]
+            least = tl.min(tl.where(wrong, place, TILE * TILE))
+            there = tl.sum(tl.where(place == least, bits.to(tl.int32) & 0xFFFF, 0))
+            flat = corner + (least // TILE).to(tl.int64) * n + least % TILE
+            first = tl.minimum(first, (flat << 16) | there)
+        tl.store(out + corner + index, tl.full((ROWS, TILE), poison, tl.int16), mask=inside)
     if wrong_total > 0:
         now = tl.load(launch) + 1
         tl.atomic_add(counts + slot * 6, wrong_total)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import accumulate
 
 import pytest
@@ -176,3 +179,73 @@ def test_the_tile_table_lists_every_tile_of_every_slot_in_order(shapes):
         for column in range(c)
     ]
     assert _tile_table(tiles, first, columns, torch.device("cpu")).tolist() == expected
+
+
+INTERPRETED = """
+import random
+import torch
+from fp4tune.probes import checks
+from fp4tune.probes._sweep_triton import sweep
+
+VALUES = (float("nan"), float("inf"), 3.0, None)
+
+
+def disturb(slots, rng):
+    for s in slots:
+        s.out.copy_(s.lo)
+        for _ in range(rng.choice((0, 0, 3))):
+            row, col = (rng.randrange(size) for size in s.out.shape)
+            value = rng.choice(VALUES)
+            if value is None:
+                s.out.view(torch.int16)[row : row + 40] = checks.POISON
+            else:
+                s.out[row, col] = value
+
+
+class Interpreted(checks.Checker):
+    def __init__(self, slots):
+        super().__init__(slots)
+        sizes = [s.out.shape for s in slots]
+        tiles = [-(-m // checks.TILE) * -(-n // checks.TILE) for m, n in sizes]
+        places = [(*(t.data_ptr() for t in (s.out, s.lo, s.hi)), *s.out.shape) for s in slots]
+        self._table = torch.tensor(places)
+        device = torch.device("cpu")
+        self._tile_table = checks._tile_table(tiles, self._first_tile, self._columns, device)
+        self._aligned = all(map(checks._aligned, slots))
+        self._on_cuda = True
+
+
+rng = random.Random(1)
+for trial in range(8):
+    dtype = (torch.bfloat16, torch.float16)[trial % 2]
+    widths = (8, 136, 320) if trial % 3 else (1, 130, 257)
+    sizes = [(rng.choice((1, 16, 33, 128, 129)), rng.choice(widths)) for _ in range(3)]
+
+    def made(sizes=sizes, dtype=dtype, trial=trial):
+        torch.manual_seed(trial)
+        low = [torch.randn(size).to(dtype) for size in sizes]
+        return [checks.slot(lo, lo if i % 2 else (lo + 1).to(dtype)) for i, lo in enumerate(low)]
+
+    first, second = made(), made()
+    host, kernel = checks.Checker(first), Interpreted(second)
+    assert kernel._aligned == (trial % 3 != 0)
+    for turn in range(3):
+        disturb(first, random.Random(10 * trial + turn))
+        disturb(second, random.Random(10 * trial + turn))
+        host.sweep()
+        kernel.sweep()
+    assert repr(host.reports()) == repr(kernel.reports())
+    assert all(bool((s.out.view(torch.int16) == checks.POISON).all()) for s in second)
+"""
+
+
+def test_the_kernel_says_what_the_host_says():
+    """The GPU's kernel by Triton's interpreter, which has to be asked for before an import."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True
+    )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter cannot work with this NumPy")
+    assert done.returncode == 0, done.stderr[-3000:]
