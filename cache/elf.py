@@ -80,6 +80,36 @@ def parse(data: bytes | memoryview) -> Elf:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function's symbol. `index` is its place in the symbol table."""
+
+    index: int
+    name: str
+    section: Section
+    other: int
+    """Visibility, and what a machine adds to it: `CUDA_ENTRY` for a kernel."""
+
+
+CUDA_ENTRY = 0x10
+_SYMBOL = struct.Struct("<IBBHQQ")
+_FUNC = 2
+
+
+def functions(data: bytes | memoryview, parsed: Elf) -> Iterator[Function]:
+    """The functions in the symbol table, where there is one."""
+    tables = {section.name: section for section in parsed.sections}
+    table, names = tables.get(".symtab"), tables.get(".strtab")
+    if table is None or names is None:
+        return
+    strings = bytes(data[names.offset : names.offset + names.size])
+    entries = data[table.offset : table.offset + table.size - table.size % _SYMBOL.size]
+    for index, symbol in enumerate(_SYMBOL.iter_unpack(entries)):
+        name, info, other, section, _, _ = symbol
+        if info & 0xF == _FUNC and 0 < section < len(parsed.sections):
+            yield Function(index, _string(strings, name), parsed.sections[section], other)
+
+
 def _header(data: bytes | memoryview, at: int) -> tuple[int, int, int, int, int]:
     """(name, type, offset, size, link) of the section header at `at`."""
     name, kind = struct.unpack_from("<II", data, at)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -60,6 +60,8 @@ class _Cubin:
     sm: int
     size: int
     words: tuple[str, ...]
+    symbols: tuple[int, ...]
+    """Of the functions to print; empty for all."""
 
 
 def examine(
@@ -68,18 +70,21 @@ def examine(
     progress: Progress | None = None,
     seconds: float = SECONDS,
     memory: int | None = None,
+    only: str | None = None,
 ) -> Code:
     """Disassemble the kernels in a ``.cubin``, ``.o`` or ``.so``; those an `sm` GPU could run.
 
     Never raises for what the file holds: `Code.problem` has one sentence instead.
     seconds: for the whole file. memory: bytes that disassemblers may take together; default half
-    of what is free.
+    of what is free. only: the one kernel wanted, and what it may call; a library's module of
+    thousands of kernels would take seconds.
     """
     name = os.path.basename(path)
     deadline = time.monotonic() + seconds
     try:
         with _cubins(os.fspath(path), seconds) as (files, took):
-            return _code(files, sm, progress, deadline, memory or free_memory() // 2, name, took)
+            room = memory or free_memory() // 2
+            return _code(files, sm, progress, deadline, room, name, took, only)
     except subprocess.TimeoutExpired:
         return Code(problem=f"{name}: cuobjdump took longer than {seconds:g} s", read=False)
     except OSError as error:
@@ -123,8 +128,9 @@ def _code(
     memory: int,
     name: str,
     took: float,
+    only: str | None,
 ) -> Code:
-    cubins = [_cubin(file) for file in files]
+    cubins = [_cubin(file, only) for file in files]
     words = [word for cubin in cubins for word in cubin.words]
     # The same code is often in several cubins; once is enough.
     unique = {(c.sm, c.words): c for c in cubins if c.words and (sm is None or runs_on(c.sm, sm))}
@@ -144,7 +150,8 @@ def _code(
         def one(cubin: _Cubin) -> tuple[list[sass.Kernel], str | None, float]:
             nonlocal done
             with room.taken(_BASE + _FACTOR * cubin.size):
-                result = disassembled(tool, cubin.path, len(cubin.words), deadline)
+                sections = len(cubin.symbols or cubin.words)
+                result = disassembled(tool, cubin.path, sections, deadline, cubin.symbols)
             with lock:
                 done += cubin.size
                 if progress:
@@ -166,11 +173,31 @@ def _code(
     )
 
 
-def _cubin(path: str) -> _Cubin:
+def _cubin(path: str, only: str | None) -> _Cubin:
     with codedigest.mapped(path) as data:
         parsed = elf.parse(data)
         words = tuple(sorted(codedigest.kernel_words(data, parsed)))
-        return _Cubin(path, sm_of(data, parsed), len(data), words)
+        symbols = () if only is None else around(only, elf.functions(data, parsed))
+        return _Cubin(path, sm_of(data, parsed), len(data), words, symbols)
+
+
+def around(kernel: str, functions: Iterable[elf.Function]) -> tuple[int, ...]:
+    """Symbols of the sections that hold `kernel` and what kernels share: one of each section.
+
+    Empty where it has no symbol. A section is a kernel's own, with functions only that kernel
+    calls, or one that no kernel is in.
+    """
+    first: dict[elf.Section, int] = {}
+    own: set[elf.Section] = set()
+    kernels: set[elf.Section] = set()
+    for function in functions:
+        first.setdefault(function.section, function.index)
+        if function.other & elf.CUDA_ENTRY:
+            kernels.add(function.section)
+        if function.name == kernel:
+            own.add(function.section)
+    wanted = (set(first) - kernels) | own
+    return tuple(first[section] for section in first if section in wanted) if own else ()
 
 
 def sm_of(data: bytes | memoryview, parsed: elf.Elf) -> int:
@@ -185,11 +212,12 @@ def runs_on(code: int, sm: int) -> bool:
 
 
 def disassembled(
-    tool: str, path: str, sections: int, deadline: float
+    tool: str, path: str, sections: int, deadline: float, symbols: Sequence[int] = ()
 ) -> tuple[list[sass.Kernel], str | None, float]:
     """(the kernels, why some are missing, seconds waited for nvdisasm).
 
-    sections: how many sections of machine code the cubin has; all must have come out.
+    sections: how many sections of machine code the cubin has, or that `symbols`, indices into its
+    symbol table, are in; all must have come out.
     """
     waited = 0.0
     count = 0
@@ -208,7 +236,7 @@ def disassembled(
             yield piece
 
     process = subprocess.Popen(
-        [tool, "-c", path],
+        [tool, "-c", *(("-fun", ",".join(map(str, symbols))) if symbols else ()), path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -27,9 +27,8 @@ class Cubin:
     parameters: dict[str, tuple[int, ...]]
     """Sizes of each kernel's parameters in bytes, where the cubin says so."""
     data: bytes | None
-    waits: dict[str, Wait] | None = None
-    """By kernel, once it was disassembled."""
-    problem: str = ""
+    waits: dict[str, Wait] = field(default_factory=dict)
+    """By kernel, of those that were disassembled."""
 
 
 @dataclass(slots=True)
@@ -101,7 +100,7 @@ class CodeBook:
         return found.pop() if len(found) == 1 else None
 
     def wait(self, launch: RawLaunch) -> Wait:
-        """How the kernel waits; disassembles its cubin on first use."""
+        """How the kernel waits; disassembles it on first use."""
         found = self.candidates(launch)
         if not found:
             return Wait(UNKNOWN, how="its module was not seen when it was loaded")
@@ -151,29 +150,32 @@ def _latest(functions: Sequence[RawFunction], seq: int) -> RawFunction | None:
 
 
 def _judged(cubin: Cubin, name: str) -> Wait:
-    if cubin.waits is None:
-        cubin.waits = {}
+    if name not in cubin.waits:
         if cubin.data is None:
-            cubin.problem = "its machine code was not kept, for want of room"
+            wait = Wait(UNKNOWN, how="its machine code was not kept, for want of room")
         elif len(cubin.data) > MOST_JUDGED:
-            cubin.problem = f"its module has {len(cubin.data) >> 20} MiB: audit it instead"
+            how = f"its module has {len(cubin.data) >> 20} MiB: audit it instead"
+            wait = Wait(UNKNOWN, how=how)
         else:
-            cubin.waits, cubin.problem = disassembled(cubin.data)
-    return cubin.waits.get(name) or Wait(UNKNOWN, how=cubin.problem or "it was not disassembled")
+            wait = disassembled(cubin.data, name)
+        cubin.waits[name] = wait
+    return cubin.waits[name]
 
 
-def disassembled(data: bytes) -> tuple[dict[str, Wait], str]:
-    """The wait of each kernel in a cubin, as the audit judges it; why some are missing."""
+def disassembled(data: bytes, name: str) -> Wait:
+    """How the kernel `name` of a cubin waits, as the audit judges it."""
     with tempfile.TemporaryDirectory(prefix="fp4tune-census-") as folder:
         path = os.path.join(folder, "module.cubin")
         with open(path, "wb") as file:
             file.write(data)
-        code = examine(path, seconds=JUDGE_SECONDS)
-    waits = {}
+        code = examine(path, seconds=JUDGE_SECONDS, only=name)
     for each in code.kernels:
         kernel = each.kernel
+        if kernel.name != name:
+            continue
         how = f"SASS SM{each.sm}: ACQBULK {kernel.waits}, PREEXIT {kernel.triggers}"
         if kernel.unfollowed:
             how += f", {len(kernel.unfollowed)} indirect branches not followed"
-        waits[kernel.name] = Wait(kernel.wait, kernel.first_access, how)
-    return waits, (code.problem or "").removeprefix("module.cubin: ")
+        return Wait(kernel.wait, kernel.first_access, how)
+    problem = (code.problem or "").removeprefix("module.cubin: ")
+    return Wait(UNKNOWN, how=problem or "it was not disassembled")
