@@ -85,6 +85,13 @@ def probe(
     max_launches: Annotated[
         int | None, typer.Option(help="Most launches of a kernel in a regime to the same end.")
     ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure what earlier probes made known, too.")
+    ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Most seconds of the probe: the fastest are tried until two are proven."),
+    ] = None,
     python: Annotated[
         str | None, typer.Option(help="Interpreter to run backends in, e.g. the engine's.")
     ] = None,
@@ -154,6 +161,9 @@ def probe(
                     confidence=confidence,
                     max_seconds=max_seconds,
                     max_launches=max_launches,
+                    budget=planning.time_budget(budget),
+                    again=again,
+                    seed_given=seed is not None,
                 )
             )
         from .autotune import standing, stored, tables

@@ -19,6 +19,8 @@ class Agreement:
 
     lock: Lock
     tactics: dict[tuple[Hashable, MRange], str] = field(default_factory=dict)
+    orders: dict[tuple[Hashable, MRange], tuple[str, ...]] = field(default_factory=dict)
+    """In which order backends are tried within a time budget, of the first GPU to time them."""
 
     def settle(
         self,
@@ -30,3 +32,10 @@ class Agreement:
         with self.lock:
             agreed = {m: self.tactics.setdefault((scope, m), own[m]) for m in own}
         return {m: agreed[m] if agreed[m] in possible[m] else own[m] for m in own}
+
+    def order(self, scope: Hashable, m: MRange, own: Sequence[str]) -> list[str]:
+        """`own`, in the order agreed on, so that all GPUs prove the same; who is unknown to that
+        comes last."""
+        with self.lock:
+            agreed = self.orders.setdefault((scope, m), tuple(own))
+        return [n for n in agreed if n in own] + [n for n in own if n not in agreed]

@@ -11,7 +11,7 @@ from .buckets import MRange
 from .verdict import EXACT
 
 if TYPE_CHECKING:
-    from .layer import Entrant, Layer
+    from .entrants import Entrant, Layer
     from .record import Recorder
 
 

@@ -7,48 +7,76 @@ from dataclasses import replace
 
 from ..cache.rows import BucketKey, Candidate, Choice
 
-NOISE = 0.02
-"""Candidates within 2 % of the fastest count as equal, and a fixed order decides."""
+NOISE = 0.01
+"""Candidates within 1 % of the fastest count as equal, and a fixed order decides. Two probes that
+measure each time to 0.5 % then choose candidates that differ by less than 2 %."""
+WORTH = 0.03
+"""How much faster another must be to replace a choice that stands."""
 FLOORS = ("torch-dequant", "torch-dequant-w4a4")
 """What is always there when nothing faster is safe."""
 
 
-def ranked(candidates: Sequence[Candidate], time: Mapping[str, float | None]) -> list[str]:
-    """Backends that may be chosen, best first: safe, timed, ties broken by name.
+def ranked(
+    candidates: Sequence[Candidate],
+    time: Mapping[str, float | None],
+    default: str | None = None,
+    stands: str | None = None,
+) -> list[str]:
+    """Backends that may be chosen, best first: safe, timed, ties broken by a fixed order.
 
-    `time` is what to compare by, by backend. The order depends on nothing but its arguments, so
-    that every rank and node with the same evidence chooses the same.
+    `time` is what to compare by, by backend. Of equals the engine's `default` comes first, then
+    names decide. The one that `stands` stays in front until the fastest is at least `WORTH` faster,
+    or the default is faster by more than `NOISE`: a choice is never slower than a safe default. The
+    order depends on nothing but the arguments, so that every rank and node with the same evidence
+    chooses the same.
     """
     times = {
         c.backend: t
         for c in candidates
         if c.verdict == "safe" and (t := time.get(c.backend)) is not None
     }
-    order = []
-    while times:
-        fastest = min(times.values())
-        level = [name for name, t in times.items() if t <= fastest * (1 + NOISE)]
-        order.append(min(level))
-        del times[order[-1]]
+    first = _kept(times, default, stands)
+    order = [first] if first else []
+    left = {name: t for name, t in times.items() if name != first}
+    while left:
+        fastest = min(left.values())
+        level = [name for name, t in left.items() if t <= fastest * (1 + NOISE)]
+        order.append(min(level, key=lambda name: (name != default, name)))
+        del left[order[-1]]
     return order
 
 
+def _kept(times: Mapping[str, float], default: str | None, stands: str | None) -> str | None:
+    """`stands`, where it is to be kept."""
+    if stands is None or stands not in times:
+        return None
+    mine = times[stands]
+    if min(times.values()) <= mine * (1 - WORTH):
+        return None
+    usual = times.get(default or "", mine)
+    return stands if mine <= usual * (1 + NOISE) else None
+
+
 def choices(
-    candidates: Sequence[Candidate], default_backend: str | None
+    candidates: Sequence[Candidate],
+    default_backend: str | None,
+    standing: Iterable[Choice] = (),
 ) -> tuple[list[Choice], list[Candidate]]:
     """One choice per bucket, and the candidates with their ranks.
 
+    `standing` are the choices published before, of the same scope; only a safe one stands.
     An empty batch (m = 0) has no time of its own: it follows the smallest real bucket of its
     layer.
     """
     chosen, placed = [], []
     groups = by_bucket(candidates)
+    stands = {c.bucket: c.backend for c in standing if c.status == "safe"}
     for bucket, group in groups.items():
         times = {c.backend: c.median_us for c in group}
         if bucket.m_hi == 0:
             smallest = _smallest_real(bucket, groups)
             times = {c.backend: c.median_us for c in smallest}
-        order = ranked(group, times)
+        order = ranked(group, times, default_backend, stands.get(bucket))
         group = [
             replace(c, rank=order.index(c.backend) if c.backend in order else None) for c in group
         ]

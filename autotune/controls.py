@@ -8,13 +8,18 @@ is in doubt and so is every verdict that rests on it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..cache.ledger import Ledger
 from ..cache.rows import BucketKey, Evidence
 from ..probes.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
+from ..probes.regimes import REGIMES
+from ..probes.seeds import derive
 from ..probes.supervisor import WorkerFailed
-from .runner import Runner
+from .building import environment_of
+from .runner import Progress, Runner
+from .task import Plan
 from .verdict import EXACT, Doubt
 
 BUDGET = {"least": 3, "most": 20, "seconds": 0.05}
@@ -23,6 +28,33 @@ TRIES = 3
 _MEMORY = 1 << 28
 _FAULTS = ("host leak", "device leak")
 """Errors that are what a regime says of a backend, and not an exception that one raised."""
+
+
+def runner_of(plan: Plan, progress: Progress) -> Runner:
+    """The worker that runs them, not started."""
+    # A hang is looked for among backends; this one has none, and may have to compile.
+    usual = replace(plan, hang_seconds=None).patience
+    return Runner(NAME, plan.target, usual, plan.python, progress)
+
+
+def of_probe(
+    plan: Plan, runner: Runner, ledger: Ledger, run_id: str, progress: Progress
+) -> dict[str, Doubt]:
+    """Run the controls of every regime that this probe runs; the regimes that are in doubt."""
+    progress("controls", "does each regime flag what is wrong, and only that?")
+    regimes = [name for name in REGIMES if name not in plan.level.without]
+    try:
+        start(runner, derive(plan.seed, NAME))
+        environment = environment_of(runner, plan.target)
+    except WorkerFailed as failure:
+        doubt = Doubt(f"the controls did not start: {failure.kind} ({failure})")
+        return {name: doubt for name in regimes if name in CONTROLS}
+    ledger.add_environment(environment)
+    found = run(runner, regimes, ledger, run_id, environment.fingerprint)
+    runner.close()
+    for regime, doubt in found.items():
+        progress("controls", f"{regime} is in doubt: {doubt.reason}")
+    return found
 
 
 def start(runner: Runner, seed: int) -> None:

@@ -236,19 +236,22 @@ def _why(decision: Decision, taken: Candidate | None, group: Sequence[Candidate]
     if taken is None or taken.median_us is None:
         return f"{name} is chosen: an empty batch has no time, so the smallest bucket decides."
     fastest = min(c.median_us for c in ranked if c.median_us is not None)
+    if taken.median_us > fastest * (1 + NOISE):
+        return (
+            f"{name} is chosen: it stood before, and nothing safe is enough faster to replace it."
+        )
     equal = [
         c.backend
         for c in ranked
         if c is not taken and c.median_us is not None and c.median_us <= fastest * (1 + NOISE)
     ]
     if equal:
+        usual = ", and it is the engine's default" if name == decision.default_backend else ""
         return (
             f"{name} is chosen: within {100 * NOISE:g} % of the fastest safe one, as "
-            f"{', '.join(equal)}, which counts as equal."
+            f"{', '.join(equal)}, which counts as equal{usual}."
         )
-    if taken.median_us <= fastest * (1 + NOISE):
-        return f"{name} is chosen: the fastest that is safe."
-    return f"{name} is chosen: it stood before, and nothing safe is enough faster to replace it."
+    return f"{name} is chosen: the fastest that is safe."
 
 
 def _default(

@@ -16,12 +16,10 @@ from typing import Any
 
 from ..cache.rows import Candidate, Layer
 from .buckets import MRange
-from .choose import NOISE
+from .choose import NOISE, WORTH
 from .profiles import PROFILES, Profile
 from .traffic import BUILTIN, Traffic, of
 
-WORTH = 0.03
-"""How much faster another layout must be to replace the one that stands."""
 NO_QUANTISER = "quantiser time not measured"
 Key = tuple[str, str, str, str, str, str, int, int, int]
 """arch, gpu, profile, format, activation, out_dtype, groups, n, k."""
@@ -151,15 +149,22 @@ def across(w4a16: Comparison, w4a4: Comparison, profile: Profile) -> Crossing:
 
 
 def compare_all(
-    candidates: Iterable[Candidate], traffics: Mapping[str, Traffic], standing: Iterable[Layer] = ()
+    candidates: Iterable[Candidate],
+    traffics: Mapping[str, Traffic],
+    standing: Iterable[Layer] = (),
+    quantisers: Iterable[Mapping[str, Any]] = (),
 ) -> list[Comparison]:
-    """`compare` of every layer there is. `traffics` are by profile, as `traffics_of` has them."""
+    """`compare` of every layer there is. `traffics` are by profile, as `traffics_of` has them;
+    `quantisers` are times of activation quantisers, as `quantisers_of`."""
+    rows = list(quantisers)
     stands = {key_of_row(row): row.layout for row in standing}
     layers: dict[Key, list[Candidate]] = {}
     for candidate in candidates:
         layers.setdefault(key_of(candidate), []).append(candidate)
     return [
-        compare(group, traffics.get(key[2]) or default(key[2]), stands.get(key))
+        compare(
+            group, traffics.get(key[2]) or default(key[2]), stands.get(key), _fastest(rows, key)
+        )
         for key, group in layers.items()
     ]
 
@@ -179,6 +184,30 @@ def traffics_of(meta: Mapping[str, Any]) -> dict[str, Traffic]:
         except (ValueError, KeyError, TypeError):
             continue  # of another version: the default takes its place
     return found
+
+
+def quantisers_of(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Times of activation quantisers that a publication was made with: ``arch``, ``gpu``,
+    ``format``, ``out_dtype``, ``k``, ``m_hi``, ``backend`` and ``us``."""
+    stored = meta.get("quantisers")
+    rows = stored if isinstance(stored, list) else []
+    return [row for row in rows if isinstance(row, dict) and set(row) == _QUANTISER]
+
+
+_QUANTISER = {"arch", "gpu", "format", "out_dtype", "k", "m_hi", "backend", "us"}
+
+
+def _fastest(rows: Iterable[Mapping[str, Any]], key: Key) -> dict[int, float] | None:
+    """The fastest quantiser's microseconds by m_hi, for a W4A4 layer; None where none was timed."""
+    arch, gpu, _, format_, activation, out_dtype, _, _, k = key
+    if activation != "fp4":
+        return None
+    found: dict[int, float] = {}
+    wanted = (arch, gpu, format_, out_dtype, k)
+    for row in rows:
+        if tuple(row[name] for name in ("arch", "gpu", "format", "out_dtype", "k")) == wanted:
+            found[row["m_hi"]] = min(row["us"], found.get(row["m_hi"], math.inf))
+    return found or None
 
 
 def _by_layout(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:

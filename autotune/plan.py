@@ -13,6 +13,7 @@ from ..probes.devices import Target
 from ..probes.problem import Problem
 from .buckets import edge_of
 from .choose import FLOORS
+from .profiles import PROFILES
 
 DEFAULT_PRESET = {"cuda": "llama-3.1-8b", "cpu": "qwen3-0.6b"}
 DEFAULT_MAX_M = {"cuda": 4096, "cpu": 32}
@@ -116,6 +117,13 @@ def budget(seconds: float, launches: int | None) -> None:
         raise ValueError(f"--max-launches {launches}: it must be at least 1")
 
 
+def time_budget(seconds: float | None) -> float | None:
+    """The seconds a probe may take, checked to be some; None for what it needs."""
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"--budget {seconds:g}: it must be more than 0")
+    return seconds
+
+
 def interpreter(python: str | None) -> str | None:
     """The interpreter to run workers in, checked to be one; None for this one.
 
@@ -133,7 +141,8 @@ def prior(
     state_dir: Path, target: Target, profile: str, problems: Sequence[Problem]
 ) -> tuple[str, ...]:
     """The backends to verify in place of all: those the fleet chose for these layers on this GPU
-    model, and the floors. Empty, which is all, where the fleet's choices do not cover the layers.
+    model, the engine's default, so that no choice is slower than that, and the floors. Empty, which
+    is all, where the fleet's choices do not cover the layers.
     """
     from ..fleet.adopt import prior_backends
 
@@ -142,4 +151,5 @@ def prior(
     known = [name for name in found if name in registry.names()]
     if len(known) < len(found) or not known:
         return ()
-    return tuple(dict.fromkeys((*known, *FLOORS)))
+    usual = PROFILES[profile].default(target.device.sm) if profile in PROFILES else None
+    return tuple(dict.fromkeys((*known, *([usual] if usual in registry.names() else ()), *FLOORS)))

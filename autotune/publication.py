@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..cache import codec, state
 from ..cache import publish as publishing
-from ..cache import state
 from ..cache.rows import VERDICTS, Audit, Candidate, Choice, Environment
 from . import auditing, layers, standing
 from .choose import choices
@@ -26,7 +26,7 @@ def publish(
     """Publish what these probes found, with what stands beside it; fills in each report's choices.
 
     `traffic` is by profile; one that is not given stays what it was. A report without a candidate
-    changes nothing. Raises StateError.
+    changes nothing, and no generation is made of what stands already. Raises StateError.
     """
     if not any(report.candidates for report in reports):
         return
@@ -37,7 +37,7 @@ def publish(
         stands = standing.usable(state_dir)
         everyone, known = standing.join(stands, new, environments)
         audits = [audit for report in reports for audit in report.audits]
-        chosen, placed = _chosen(auditing.condemned(everyone, known, audits))
+        chosen, placed = _chosen(auditing.condemned(everyone, known, audits), stands.choices)
         unsupported = {name: why for report in reports for name, why in report.unsupported.items()}
         meta: dict[str, Any] = {
             "runs": [report.run for report in reports],
@@ -47,9 +47,17 @@ def publish(
         traffics = {**layers.traffics_of(stands.meta), **(traffic or {})}
         if traffics:
             meta["traffic"] = {profile: each.json() for profile, each in traffics.items()}
-        compared = layers.compare_all(placed, traffics, stands.layers)
+        timed = quantiser_times(reports, layers.quantisers_of(stands.meta))
+        if timed:
+            meta["quantisers"] = timed
+        compared = layers.compare_all(placed, traffics, stands.layers, timed)
         rows = [each.row() for each in compared if each.layout]
-        generation = publishing.publish(state_dir, chosen, placed, known, meta, rows)
+        now = standing.Standing(
+            stands.generation, meta, tuple(chosen), tuple(placed), tuple(known), tuple(rows)
+        )
+        generation = stands.generation
+        if not generation or _said(now) != _said(stands):
+            generation = publishing.publish(state_dir, chosen, placed, known, meta, rows)
     for report in reports:
         probed = {(c.arch, c.gpu, c.profile, c.bucket) for c in report.candidates}
         report.generation = generation
@@ -57,6 +65,21 @@ def publish(
         report.candidates = [c for c in placed if (c.arch, c.gpu, c.profile, c.bucket) in probed]
         mine = {layers.key_of(c) for c in report.candidates}
         report.layers = [each for each in compared if each.key in mine]
+
+
+def _said(stands: standing.Standing) -> list[object]:
+    """What a publication says, whoever made it and when, in one order."""
+    by = (*publishing.RESERVED, "runs", "seed")
+    tables = (stands.choices, stands.candidates, stands.environments, stands.layers)
+    return [
+        {key: value for key, value in stands.meta.items() if key not in by},
+        {e.fingerprint: frozenset(e.stamps) for e in stands.environments},
+        *(sorted(codec.canonical(_columns(row)) for row in table) for table in tables),
+    ]
+
+
+def _columns(row: object) -> dict[str, Any]:
+    return {k: v for k, v in codec.columns(row).items() if k != "first_seen"}
 
 
 def publish_audits(audits: Sequence[Audit], state_dir: Path) -> int | None:
@@ -72,6 +95,34 @@ def publish_audits(audits: Sequence[Audit], state_dir: Path) -> int | None:
         return republish(state_dir, stands, candidates, stands.environments)
 
 
+def quantiser_times(
+    reports: Sequence[Report], before: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Times of activation quantisers: those of `reports`, and those from `before` that were not
+    measured again and whose quantiser was not found wrong since."""
+    new: dict[tuple[Any, ...], dict[str, Any]] = {}
+    wrong = set()
+    for report in reports:
+        scope = report.target.device.arch, report.target.name
+        for finding in report.findings:
+            b = finding.bucket
+            if b.n == 0:
+                wrong.add((*scope, b.format, b.out_dtype, b.k, finding.backend))
+        for row in report.timings:
+            b = row.bucket
+            if b.n == 0:
+                place = (*scope, b.format, b.out_dtype, b.k, b.m_hi, row.backend)
+                # Of several GPUs of a model, the slowest.
+                us = max(row.median_us, new[place]["us"] if place in new else 0.0)
+                new[place] = {**dict(zip(_TIMED, place, strict=True)), "us": us}
+    kept = [dict(row) for row in before if tuple(row[name] for name in _TIMED) not in new]
+    every = [*kept, *new.values()]
+    return [r for r in every if tuple(r[n] for n in _TIMED if n != "m_hi") not in wrong]
+
+
+_TIMED = ("arch", "gpu", "format", "out_dtype", "k", "m_hi", "backend")
+
+
 def republish(
     state_dir: Path,
     stands: standing.Standing,
@@ -82,20 +133,26 @@ def republish(
 
     For those who hold ``join.lock``. Raises StateError.
     """
-    chosen, placed = _chosen(candidates)
+    chosen, placed = _chosen(candidates, stands.choices)
     kept = {k: v for k, v in stands.meta.items() if k not in publishing.RESERVED}
-    compared = layers.compare_all(placed, layers.traffics_of(kept), stands.layers)
+    compared = layers.compare_all(
+        placed, layers.traffics_of(kept), stands.layers, layers.quantisers_of(kept)
+    )
     rows = [each.row() for each in compared if each.layout]
     return publishing.publish(state_dir, chosen, placed, environments, kept, rows)
 
 
-def _chosen(candidates: Sequence[Candidate]) -> tuple[list[Choice], list[Candidate]]:
+def _chosen(
+    candidates: Sequence[Candidate], stood: Sequence[Choice]
+) -> tuple[list[Choice], list[Candidate]]:
     """The choices among candidates of any scope, and the candidates with their ranks."""
     chosen: list[Choice] = []
     placed: list[Candidate] = []
-    for (arch, _, name), group in standing.by_scope(candidates).items():
+    for scope, group in standing.by_scope(candidates).items():
+        arch, _, name = scope
         profile = PROFILES.get(name, PROFILES["strict"])
-        new_choices, new_placed = choices(group, profile.default(_sm(arch)))
+        mine = [c for c in stood if (c.arch, c.gpu, c.profile) == scope]
+        new_choices, new_placed = choices(group, profile.default(_sm(arch)), mine)
         chosen += new_choices
         placed += new_placed
     return chosen, placed

@@ -6,8 +6,10 @@ W4A4 backends that an engine feeds with it would fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 from ..cache.ledger import Ledger
@@ -16,8 +18,12 @@ from ..probes import quantisers
 from ..probes.devices import Target
 from ..probes.problem import Problem
 from ..probes.supervisor import WorkerFailed
+from .buckets import ranges, representative
+from .race import Race
 from .record import Recorder
 from .runner import Patience, Progress, Runner
+from .task import Plan
+from .timing import run_races
 
 REGIME = "quantiser"
 TACTIC = "default"
@@ -34,10 +40,14 @@ def probe_quantisers(
     record: Recorder,
     progress: Progress,
     environment_of: Callable[[Runner, Target], Environment],
+    known: Callable[[str, str, BucketKey], bool] = lambda name, print_, bucket: False,
+    done: Callable[[str, str, BucketKey, float], None] = lambda name, print_, bucket, at: None,
 ) -> tuple[list[Environment], dict[str, str], dict[str, str]]:
     """Probe quantisers for every (format, dtype, k) of the W4A4 `problems`.
 
     Returns the environments met, and by name why a quantiser cannot run here, or how it broke.
+    `known` says whether one, by name, fingerprint and bucket, need not be probed; `done` is told of
+    each that was, and since when.
     """
     met: list[Environment] = []
     unsupported: dict[str, str] = {}
@@ -72,9 +82,76 @@ def probe_quantisers(
             ledger.add_environment(found)
             record.knows(name, found.fingerprint)
             for problem in unique.values():
-                _one(runner, problem, seed, record, patience)
+                place = name, found.fingerprint, bucket_of(problem)
+                if not known(*place):
+                    at = time.time()
+                    _one(runner, problem, seed, record, patience)
+                    done(*place, at)
     record.take_facts()  # they are evidence, and no bucket's verdict rests on them
     return met, unsupported, broken
+
+
+def time_quantisers(
+    environments: Sequence[Environment], plan: Plan, record: Recorder, progress: Progress
+) -> None:
+    """Time the quantisers of these `environments` that came out right, side by side, for every
+    (format, dtype, k) and range of m of the W4A4 problems.
+
+    One that does not finish gets no time: what it did wrong was for `probe_quantisers` to find.
+    """
+    wrong = {(row.backend, row.bucket) for row in record.findings}
+    found = [quantiser for e in environments if (quantiser := quantisers.find(e.backend))]
+    formats = {quantiser.name: quantiser.format for quantiser in found}
+    unique = {
+        bucket_of(p): p for p in sorted(plan.problems, key=lambda p: p.m) if p.activation == "fp4"
+    }
+    with ExitStack() as stack:
+        runners = {
+            name: Runner(name, plan.target, plan.patience, plan.python, progress)
+            for name in formats
+        }
+        for runner in runners.values():
+            stack.callback(runner.close)
+        for place, problem in unique.items():
+            able = {
+                name: runner
+                for name, runner in runners.items()
+                if (name, place) not in wrong and formats[name] == problem.format
+            }
+            _time(problem, able, plan.level.samples, plan.seed, record)
+
+
+def _time(
+    problem: Problem, runners: Mapping[str, Runner], rounds: int, seed: int, record: Recorder
+) -> None:
+    wanted = [m for m in ranges(problem.m) if m.hi]
+    ms = [representative(m) for m in wanted]
+    opened: dict[str, Runner] = {}
+    for name, runner in runners.items():
+        with suppress(WorkerFailed):
+            # It may have to be compiled again, by a process that is new.
+            silence = runner.patience.build
+            wants = {"dtype": problem.out_dtype, "k": problem.k, "ms": ms, "seed": seed}
+            runner.ask("open_quantiser_timing", silence, **wants)
+            opened[name] = runner
+    races = {m: Race(tuple(opened), rounds) for m in wanted}
+    places = {(m, name): (name, i) for i, m in enumerate(wanted) for name in opened}
+
+    def ask(name: str, indices: list[int]) -> list[float] | None:
+        try:
+            found: list[float] = opened[name].ask("sample", indices=indices)
+        except WorkerFailed:
+            return None
+        return found
+
+    run_races(races, places, ask)
+    for m, race in races.items():
+        bucket = replace(bucket_of(problem), m_lo=m.lo, m_hi=m.hi)
+        for name in race.samples:
+            record.timing(name, TACTIC, bucket, race.levelled(name), None, {})
+    for runner in opened.values():
+        with suppress(WorkerFailed):
+            runner.ask("close")
 
 
 def bucket_of(problem: Problem) -> BucketKey:

@@ -39,6 +39,8 @@ class Recorder:
         self.findings: list[Finding] = []
         self.exact: list[Evidence] = []
         """All evidence on exact problems: what failure rates are bounded by."""
+        self._audited: dict[tuple[Key, str], tuple[list[Evidence], list[Finding]]] = {}
+        """By place and module: what earlier runs kept of a flagged module."""
 
     def knows(self, backend: str, fingerprint: str) -> None:
         """From now on evidence of `backend` holds for this environment."""
@@ -47,10 +49,41 @@ class Recorder:
     def fingerprint(self, backend: str) -> str:
         return self._fingerprints[backend]
 
+    def facts(self, key: Key) -> tuple[Evidence, ...]:
+        """The evidence of one tactic in one bucket so far."""
+        return tuple(self._facts.get(key, ()))
+
     def take_facts(self) -> dict[Key, list[Evidence]]:
         """The evidence since the last call, by what it is about."""
         facts, self._facts = self._facts, {}
         return facts
+
+    def recall(
+        self, rows: Sequence[Evidence], findings: Sequence[Finding], timings: Sequence[Timing]
+    ) -> None:
+        """Take rows of earlier runs as this run's. They are stored, and are not stored again.
+
+        What an audit said is kept aside, until `audited` says it again.
+        """
+        for row in rows:
+            key = row.backend, row.tactic, row.bucket
+            if row.regime == AUDIT:
+                self._kept(key, row.detail)[0].append(row)
+                continue
+            if row.data == EXACT:
+                self.exact.append(row)
+            self._facts.setdefault(key, []).append(row)
+        for found in findings:
+            if found.regime == AUDIT:
+                key = found.backend, found.tactic, found.bucket
+                self._kept(key, found.detail)[1].append(found)
+            else:
+                self.findings.append(found)
+        for timing in timings:
+            self.timings[timing.backend, timing.tactic, timing.bucket] = timing
+
+    def _kept(self, key: Key, detail: Mapping[str, Any]) -> tuple[list[Evidence], list[Finding]]:
+        return self._audited.setdefault((key, str(detail.get("module"))), ([], []))
 
     def status(
         self,
@@ -103,7 +136,7 @@ class Recorder:
         Returns the status recorded.
         """
         detail: dict[str, Any] = {}
-        for key in ("proof", "alpha", "tile_error", "bad_problems"):
+        for key in ("proof", "alpha", "roundings", "tile_error", "bad_problems"):
             if result.get(key):
                 detail[key] = result[key]
         for graded in result.get("graded", ()):
@@ -196,7 +229,14 @@ class Recorder:
             "evidence": list(audit.evidence),
             "remedy": audit.remedy,
         }
-        for _, tactic, bucket in [key for key in self._facts if key[0] == backend]:
+        for key in [key for key in self._facts if key[0] == backend]:
+            _, tactic, bucket = key
+            rows, findings = self._audited.get((key, str(audit.module)), ([], []))
+            if rows:
+                self._facts[key] += rows
+                self.exact += rows
+                self.findings += findings
+                continue
             self._found(backend, tactic, bucket, AUDIT, EXACT, flagged)
             detail = {"module": audit.module, "note": flagged["message"]}
             self.status(backend, tactic, bucket, AUDIT, EXACT, "failed", detail)

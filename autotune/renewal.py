@@ -61,8 +61,9 @@ def renew(environment: Environment, machine: Machine, environ: Mapping[str, str]
     before: Mapping[str, Any] = facts.get("device") or {}
     known = {k: v for k, v in here.items() if k not in IDENTITY and k in before}
     facts["device"] = {**before, **known}
-    files = [s for s in environment.stamps if not _is_metadata(s.path)]
     installed = [s for s in environment.stamps if _is_metadata(s.path)]
+    sources = [s for s in environment.stamps if s.path.endswith(".py")]
+    files = [s for s in environment.stamps if s not in installed and s not in sources]
     versions = dict(facts.get("distributions") or {})
     now_installed: dict[str, Stamp | None] = {}
     for stamp in installed:
@@ -77,8 +78,10 @@ def renew(environment: Environment, machine: Machine, environ: Mapping[str, str]
     if any(_moved(stamp) for stamp in files):
         facts.pop("files", None)
         facts.update(_code([stamp.path for stamp in files]))
+    if any(_moved(stamp) for stamp in sources):
+        facts["extra"] = {**(facts.get("extra") or {}), **_source(sources)}
     if fingerprint.of(facts) == environment.fingerprint:
-        stamps = tuple(_now(s.path) or s for s in files)
+        stamps = tuple(_now(s.path) or s for s in (*files, *sources))
         stamps += tuple(now_installed[s.path] or s for s in installed)
         return Renewed(replace(environment, stamps=stamps), ())
     return Renewed(environment, tuple(differences(environment.facts, facts)))
@@ -101,6 +104,8 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable
                 yield f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}"
     if any(before.get(key) != after.get(key) for key in ("code", "files")):
         yield "the compiled code is another"
+    if before.get("extra") != after.get("extra"):
+        yield "the backend's own source is another"
 
 
 def _short(value: Any) -> str:
@@ -157,6 +162,13 @@ def _code(paths: list[str]) -> dict[str, Any]:
     if found.value is None:
         facts["files"] = sorted(fingerprint.content(path) for path in paths)
     return facts
+
+
+def _source(stamps: Sequence[Stamp]) -> dict[str, str]:
+    try:
+        return fingerprint.source(stamp.path for stamp in stamps)
+    except OSError:
+        return {"source": "gone"}
 
 
 def _now(path: str) -> Stamp | None:

@@ -13,6 +13,8 @@ from ..probes.supervisor import Worker, WorkerFailed
 Progress = Callable[[str, str], None]
 """Called with a backend's name and what it is doing."""
 
+BACKEND = "FP4TUNE_BACKEND"
+"""A variable that says in a worker's environment what it runs, for whoever looks at processes."""
 MOST_DEATHS = 8
 """A backend whose worker died this often is not started again."""
 
@@ -58,7 +60,7 @@ class Runner:
         """Start the worker's process; it loads nothing yet."""
         if self.deaths >= MOST_DEATHS:
             raise WorkerFailed("crash", f"its worker died {self.deaths} times", "starting")
-        self._worker = Worker(self.python, self.target.environment)
+        self._worker = Worker(self.python, {**self.target.environment, BACKEND: self.spec})
 
     def greet(self) -> None:
         """Have the worker load the backend; `hello` is what it says of itself."""
@@ -114,8 +116,17 @@ class Runner:
     def tactics(self, problems: Sequence[Problem]) -> list[list[str]]:
         return self.ask("tactics", problems=[asdict(problem) for problem in problems])
 
-    def open(self, problem: Problem, seed: int, memory: int, behind: Problem | None = None) -> None:
+    def open(
+        self,
+        problem: Problem,
+        seed: int,
+        memory: int,
+        behind: Problem | None = None,
+        regimes: Sequence[str] = (),
+    ) -> None:
         """Open a layer whose pools have `problem.m` rows; slots take `memory` bytes at a time.
+
+        `regimes` are those it is opened for, as far as they are known.
 
         A worker that replaced another compiles for it first, and for the layer that is run `behind`
         it in a chain.
@@ -126,6 +137,7 @@ class Runner:
             mine = [p for p in problems if any(_same_layer(p, each) for each in both)]
             self.ask("build", self.patience.build, problems=mine, workers=workers)
         self._layer = {"problem": asdict(problem), "seed": seed, "memory": memory}
+        self._layer["regimes"] = list(regimes)
         self.ask("open", **self._layer)
 
     def close_layer(self) -> None:

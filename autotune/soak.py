@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from threading import Lock
 
 from ..cache.rows import BucketKey, Evidence
@@ -30,13 +31,16 @@ class Purse:
     launches: int | None = None
     parts: int = 1
     regimes: tuple[str, ...] = ()
+    until: float = inf
+    """When the probe's time budget ends, of `time.monotonic`."""
     spent: float = field(default=0.0, init=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def share(self) -> float:
         """Seconds for the next part, which is then no longer to come."""
         with self._lock:
-            left = max(0.0, self.seconds - self.spent) / max(1, self.parts)
+            rest = min(self.seconds - self.spent, self.until - time.monotonic())
+            left = max(0.0, rest) / max(1, self.parts)
             self.parts -= 1
         return left
 

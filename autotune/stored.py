@@ -90,7 +90,8 @@ def compared(published: standing.Standing) -> list[layers.Comparison]:
 def layer_of(published: standing.Standing, candidates: Sequence[Candidate]) -> layers.Comparison:
     """The layouts of one layer, of which these are all candidates, with the one published."""
     traffics = layers.traffics_of(published.meta)
-    (found,) = layers.compare_all(candidates, traffics, published.layers)
+    timed = layers.quantisers_of(published.meta)
+    (found,) = layers.compare_all(candidates, traffics, published.layers, timed)
     rows = {layers.key_of_row(row): row.layout for row in published.layers}
     if found.layout == rows.get(found.key):
         return found
@@ -198,6 +199,8 @@ def layer_lines(document: Mapping[str, Any]) -> list[str]:
             out.append(f"  {fit['layout']}: nothing safe at m={first}{more}")
     if d["activation"] == "fp4" and d["layout"] and d["layer_us"] is None:
         out.append(f"  {layers.NO_QUANTISER}: these are times of the GEMM alone")
+    elif d["activation"] == "fp4" and d["layout"]:
+        out.append(f"  with its activation quantiser: {d['layer_us']:.1f} us a call")
     if d.get("crossing"):
         out.append(f"  W4A16 against W4A4: {d['crossing']['reason']}")
     return out
@@ -246,11 +249,13 @@ def report_json(report: Report) -> dict[str, Any]:
         "findings": [_plain(asdict(row)) for row in report.findings],
         "timings": [_plain(asdict(row)) for row in report.timings],
         "audits": [asdict(row) for row in report.audits],
+        "known": report.known,
         "unsupported": report.unsupported,
         "broken": report.broken,
         "build_seconds": report.build_seconds,
         "build_wall_seconds": report.build_wall_seconds,
         "seconds": report.seconds,
+        "left": report.left,
         "spent": report.spent,
     }
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..cache.rows import BucketKey, Candidate, Choice, Finding
+from ..cache.rows import BucketKey, Candidate, Choice, Finding, Timing
 from ..probes import tilemap
 from ..probes.devices import Target
-from . import auditing, standing
+from . import auditing, resuming, standing
 from .doctor import Line
 from .probe import Report
 from .stats import failure_bound
@@ -23,6 +24,7 @@ from .stored import findings
 _MARKS = {"safe": "", "unsafe": " [red]✗[/]", "inconclusive": " ?", "unsupported": " -"}
 _MOST_FINDINGS = 40
 _MOST_BOUNDS = 60
+_MOST_NOTES = 6
 
 
 def console() -> Console:
@@ -41,8 +43,13 @@ def print_report(report: Report) -> None:
         print_bounds(out, report.choices)
         print_findings(out, report.findings)
     _print_reasons(out, "Audit", auditing.remarks(report.audits))
+    _print_unsteady(out, report.timings)
+    _print_left(out, report.left)
     _print_reasons(out, "Did not load or build", report.broken)
     _print_reasons(out, "Cannot run here", report.unsupported)
+    said = resuming.sentence(report.known)
+    if said:
+        out.print(f"\n{said}")
     if report.generation is not None:
         out.print(
             f"\nprobed in {report.seconds:.0f} s, after {report.build_wall_seconds:.0f} s of "
@@ -265,6 +272,30 @@ def _print_reasons(out: Console, title: str, reasons: dict[str, str]) -> None:
     for name, reason in reasons.items():
         table.add_row(escape(name), escape(reason))
     out.print(table)
+
+
+def _print_unsteady(out: Console, timings: Sequence[Timing]) -> None:
+    """Times that say of themselves that they are not to be trusted: each note once, with whose."""
+    notes: dict[tuple[int, int, str], dict[str, None]] = {}
+    for row in timings:
+        if note := row.detail.get("note"):
+            notes.setdefault((row.bucket.n, row.bucket.k, str(note)), {})[row.backend] = None
+    for (n, k, note), backends in list(notes.items())[:_MOST_NOTES]:
+        out.print(escape(f"Unsteady times, n={n} k={k} ({', '.join(backends)}): {note}"))
+    if len(notes) > _MOST_NOTES:
+        out.print(f"and {len(notes) - _MOST_NOTES} more; --json has them under timings")
+
+
+def _print_left(out: Console, left: Sequence[Mapping[str, Any]]) -> None:
+    """What the time budget did not reach."""
+    for row in left:
+        ranges = ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in row["m"])
+        weights = "W4A16" if row["activation"] == "bf16" else "W4A4"
+        out.print(
+            f"The time budget ended before anything was proven in {row['format']} {weights} "
+            f"n={row['n']} k={row['k']} at m={ranges}; what stood there stands, and the next probe "
+            "goes on there"
+        )
 
 
 def print_stored(place: Path, every_finding: bool) -> None:

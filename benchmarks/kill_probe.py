@@ -145,7 +145,8 @@ def _start(place: Path, backends: list[str]) -> tuple[subprocess.Popen[bytes], s
     """A probe on its way, and the mark its descendants carry."""
     mark = secrets.token_hex(8)
     command = [sys.executable, "-m", "fp4tune.cli", "probe", "--state", str(place), *SHAPE]
-    command += ["--level", "quick", "--profile", "strict", *_backends(backends)]
+    # A probe that finds all it asks for in the ledger would be over before it could be killed.
+    command += ["--level", "quick", "--profile", "strict", "--again", *_backends(backends)]
     log = (place.parent / "probe.log").open("wb")
     with log:
         probe = subprocess.Popen(command, env=os.environ | {MARK: mark}, stdout=log, stderr=log)

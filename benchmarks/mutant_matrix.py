@@ -72,7 +72,9 @@ class Row:
     def ok(self) -> bool:
         if self.passes:
             return not self.caught and bool(self.cells) and not self.error
-        return bool({*self.caught} & {*self.expected})
+        # Grading launches serially, and what fails there is not run again in `serial`.
+        caught = {*self.caught, *(("serial",) if "exact" in self.caught else ())}
+        return bool(caught & {*self.expected})
 
 
 def cell_of(results: list[dict[str, Any]], seconds: float, missed: str | None) -> dict[str, Any]:

@@ -32,12 +32,19 @@ BACKENDS = (
     "zoo-weights-before-wait",
     "torch-dequant",
     "torch-bf16-resident",
+    "triton-w4a16",
     "marlin",
     "humming",
 )
 SHAPES = ((1024, 1024), (4096, 4096), (2048, 8192))
-KNOWN = ("humming:streams", "humming:threads", "humming:graph-streams")
-"""Conditions already known: a prepared layer of it is for one stream."""
+KNOWN = tuple(
+    f"{name}:{regime}"
+    for name in ("humming", "marlin")
+    for regime in ("streams", "threads", "graph-streams")
+)
+"""Conditions already known: a prepared layer of theirs is for one stream at a time."""
+WINDOWS = 16
+"""Windows of each m in a graph: a graph of few launches would be bound by the host."""
 LEFT_OUT = ("huge", "neighbours")
 ROWS = 257 + 64
 SMALL, LARGE = (1, 64), (65, 257)
@@ -94,7 +101,7 @@ class Soak:
         turn = 0
         while time.monotonic() - start < seconds:
             turn += 1
-            part = max(0.3, seconds / 8)
+            part = max(0.3, seconds / 5)
             self._turn("graph", turn, items(rng, tactics, widths), part)
             rng.shuffle(others)
             for name in others:
@@ -106,8 +113,17 @@ class Soak:
 
     def _turn(self, name: str, turn: int, chosen: list[dict[str, Any]], seconds: float) -> None:
         budget = {"least": 4, "most": 1_000_000, "seconds": seconds}
+        windows = WINDOWS if name == "graph" else 1
         try:
-            result = self.runner.ask("regime", name=name, items=chosen, budget=budget, turn=turn)
+            result = self.runner.ask(
+                "regime",
+                self.runner.patience.regime,
+                name=name,
+                items=chosen,
+                budget=budget,
+                turn=turn,
+                windows=windows,
+            )
         except WorkerFailed as failure:
             if failure.kind == "not applicable":
                 self.statuses[name] = failure.kind

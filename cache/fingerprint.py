@@ -19,7 +19,7 @@ from .codedigest import CodeDigest
 from .hardware import IDENTITY, hardware
 from .rows import Environment, Stamp
 
-__all__ = ["content", "environment", "hardware", "of", "stamp", "variables"]
+__all__ = ["content", "environment", "hardware", "of", "source", "stamp", "variables"]
 
 COMMON = (
     "CUDA_LAUNCH_BLOCKING",
@@ -139,6 +139,15 @@ def of(facts: Mapping[str, Any]) -> str:
     """The fingerprint that stands for an environment's `facts`."""
     known = {key: value for key, value in facts.items() if key not in _ASIDE}
     return hashlib.sha256(canonical(known).encode()).hexdigest()
+
+
+def source(paths: Iterable[str]) -> dict[str, str]:
+    """Facts for `environment`'s `extra`: the contents of a backend's own Python files, if any.
+
+    Their names and places are no part of it. Raises OSError.
+    """
+    contents = sorted(content(path) for path in paths)
+    return {"source": hashlib.sha256("".join(contents).encode()).hexdigest()} if contents else {}
 
 
 def content(path: str) -> str:

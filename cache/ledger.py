@@ -28,6 +28,7 @@ from .rows import (
     Evidence,
     Finding,
     Generation,
+    Probed,
     Run,
     Stamp,
     Timing,
@@ -41,10 +42,11 @@ TABLES: dict[type, str] = {
     Verdict: "verdict",
     Build: "build",
     Audit: "audit",
+    Probed: "probed",
 }
 
 Row = TypeVar("Row", Evidence, Finding, Timing, Verdict)
-Added = Evidence | Finding | Timing | Verdict | Build | Audit
+Added = Evidence | Finding | Timing | Verdict | Build | Audit | Probed
 
 
 class Ledger:
@@ -176,6 +178,9 @@ class Ledger:
     def add_audit(self, row: Audit) -> int:
         return self._add(row)
 
+    def add_probed(self, row: Probed) -> int:
+        return self._add(row)
+
     def add_all(self, rows: Iterable[Added]) -> list[int]:
         """Commit several rows as one: all of them or, on an error, none."""
         with self._transaction():
@@ -234,6 +239,12 @@ class Ledger:
         where, values = (" WHERE content = ?", [content]) if content is not None else ("", [])
         rows = self._select(f"SELECT * FROM audit{where} ORDER BY id", values)
         return [codec.decode(Audit, dict(row)) for row in rows]
+
+    def probed(self, n: int | None = None, k: int | None = None) -> list[Probed]:
+        """Layers probed to their end, in that order; with `n` and `k`, those of that shape."""
+        where, values = (" WHERE n = ? AND k = ?", [n, k]) if n is not None else ("", [])
+        rows = self._select(f"SELECT * FROM probed{where} ORDER BY id", values)
+        return [codec.decode(Probed, dict(row)) for row in rows]
 
     # -- generations of choices.db; `publish` uses these
 

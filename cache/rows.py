@@ -191,6 +191,24 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True)
+class Probed:
+    """A layer that a run brought to its end on one device: written when all of it is committed.
+
+    `bucket` spans every m. `method` is the digest of the code that made the evidence; `detail` has
+    ``samples`` (of each time), and by backend under ``entrants`` how it was measured and which runs
+    hold its evidence. `autotune.known` writes and reads it.
+    """
+
+    run: str
+    bucket: BucketKey
+    device: Mapping[str, Json]
+    method: str
+    detail: Mapping[str, Json]
+    at: float | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Audit:
     """What static inspection said of one compiled module; it belongs to no run.
 

@@ -92,7 +92,16 @@ def _audits(db: Database) -> None:
     db.conn.execute("CREATE INDEX audit_by_content ON audit (content)")
 
 
-MIGRATIONS = (_first, _bounds, _audits)
+def _probed(db: Database) -> None:
+    db.conn.execute(
+        f"""CREATE TABLE probed (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL REFERENCES run(id), {BUCKET},
+        device TEXT NOT NULL, method TEXT NOT NULL, detail TEXT NOT NULL, at REAL NOT NULL)"""
+    )
+    db.conn.execute("CREATE INDEX probed_by_layer ON probed (n, k)")
+
+
+MIGRATIONS = (_first, _bounds, _audits, _probed)
 
 VERSION = len(MIGRATIONS)
 """Kept in the file as its user_version."""

@@ -14,7 +14,7 @@ the formats leave it free:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from .layouts import padded, unswizzle_8x4, unswizzle_128x4
 from .problem import DTYPES, FORMATS, Device, Format
 from .regimes.allocator import FreeMemory
 from .seeds import derive
+from .timing import Sampler
 
 GROUP = "fp4tune.quantisers"
 """Entry points of packages that bring quantisers: each a callable that returns one."""
@@ -166,9 +167,11 @@ def judge(quantiser: Quantiser, x: torch.Tensor, gsf: torch.Tensor | None) -> Ju
         for byte in _POISONS:
             free.poison(byte)
             codes, scales = quantiser.quantise(x, gsf)
-            runs.append((_bytes(codes).clone(), _bytes(scales).clone()))
+            # To the host: a copy in the pool would make it grow by memory that has no poison.
+            runs.append((_bytes(codes.cpu()), _bytes(scales.cpu())))
             del codes, scales
-    return compare(x, gsf, FORMATS[quantiser.format], quantiser.layout, *runs)
+    first, second = ((codes.to(x.device), scales.to(x.device)) for codes, scales in runs)
+    return compare(x, gsf, FORMATS[quantiser.format], quantiser.layout, first, second)
 
 
 Run = tuple[torch.Tensor, torch.Tensor]
@@ -362,6 +365,42 @@ def probe(
         result["proof"] = {"blocks": blocks, "differ": differs, "padding": sorted(paddings)}
         results.append(result)
     return results
+
+
+CALLS = 16
+"""Calls in a sample's graph, on two activations in turn: what an engine quantises is in the cache,
+since the operation before has just written it."""
+
+
+class Timing:
+    """A quantiser ready to be timed on (m, k) for each m of `ms`, in bf16 or fp16."""
+
+    def __init__(
+        self, quantiser: Quantiser, dtype: str, k: int, ms: Sequence[int], seed: int, device: Device
+    ) -> None:
+        self._timed = [self._one(quantiser, dtype, k, m, seed, device) for m in ms]
+
+    def _one(
+        self, quantiser: Quantiser, dtype: str, k: int, m: int, seed: int, device: Device
+    ) -> Sampler:
+        inputs = []
+        for turn in range(2):
+            key = stream_key(derive(seed, "quantiser time", dtype, k, m, turn), "x")
+            x = _normal(m, k, key, device.torch).to(DTYPES[dtype])
+            gsf = None
+            if FORMATS[quantiser.format].has_global:
+                gsf = GSF_NUMERATOR / x.float().abs().amax().reshape(1)
+            inputs.append((x, gsf))
+
+        def each() -> None:
+            for call in range(CALLS):
+                quantiser.quantise(*inputs[call % 2])
+
+        return Sampler(each, CALLS, device.kind == "cuda")
+
+    def sample(self, indices: Sequence[int]) -> list[float]:
+        """One timing sample of each, by its place in `ms`, in microseconds per call."""
+        return [self._timed[index].sample() for index in indices]
 
 
 def _told(judged: Judged) -> dict[str, Any]:

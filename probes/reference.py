@@ -33,6 +33,7 @@ __all__ = [
     "grade",
     "reference64",
     "right",
+    "spread",
     "tile_error",
     "tile_limit",
     "tolerance",
@@ -131,6 +132,16 @@ def reference64(
     out = torch.empty(m, n, dtype=torch.float64, device=operands.weight.codes.device)
     for rows, cols, a, b in _parts(operands, chunk_rows):
         out[rows, cols] = (a @ b.T).mul_(factor)
+    return out
+
+
+def spread(operands: Operands, problem: Problem, chunk_rows: int = 4096) -> torch.Tensor:
+    """``|alpha| * sqrt((A*A) @ (B*B).T)`` in float32 (m, n): what a sum of products of random signs
+    comes to."""
+    m, n = _shape(operands, problem)
+    out = torch.empty(m, n, dtype=torch.float32, device=operands.weight.codes.device)
+    for rows, cols, a, b in _parts(operands, chunk_rows):
+        out[rows, cols] = ((a * a) @ (b * b).T).sqrt_().mul_(abs(alpha_of(operands))).float()
     return out
 
 

@@ -7,33 +7,29 @@ range, with the m's to launch. Results are plain dictionaries, ready to be sent.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import replay as replaying
-from . import tilemap
 from .backends import Backend
 from .case import BackendRaised, Case, Launch, batches, bind, blame, case
 from .census import layer as counting
-from .checks import SlotReport
 from .data import WIDTHS, draw, exact
 from .problem import Device, Problem
-from .reference import alpha_of, expect, tile_error, tile_limit
+from .reference import alpha_of, expect, spread, tile_error, tile_limit
 from .regimes import COPIES, REGIMES, Budget, NotApplicable, Outcome
 from .seeds import derive
+from .summary import MOST_BAD, Result, launched, summarise
 from .timing import Timed, buffers, weight_copies
 from .windows import Windows, offsets
 
 WEIGHTS = 2
 """Different weights of a layer that a chain alternates between."""
-_MOST_BAD = 3
-"""Failures described in full per item; all are counted."""
 
 Progress = Callable[[str], None]
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +185,19 @@ class Layer:
         call = bind(self.backend, cases, launch)
         call.enqueue()
         right = cases[launch.case].expectation.window(launch.offset, launch.offset + launch.m)
-        error = tile_error(call.slot.out, right.lo.float() if right.ref is None else right.ref)
+        ref = right.lo.float() if right.ref is None else right.ref
+        error = tile_error(call.slot.out, ref)
+        if not bool((error <= tile_limit(self.problem.k)).all()):
+            chosen = cases[launch.case]
+            operands = replace(chosen.operands, a=chosen.rows(launch.offset, launch.m))
+            error = tile_error(call.slot.out, ref, spread(operands, self.problem))
         return float("inf") if bool(error.isnan().any()) else float(error.max())
 
     def family(self, name: str, items: Sequence[Item]) -> list[Result]:
         """One data family, serially: every element where the width is 24, every tile else.
 
-        Rounding the global scale to bf16 is a grade (`alpha`), not a fault: an item that misses
-        the bound is judged once more against the product with that scale.
+        Rounding the global scale to bf16, or the sum before it is scaled, is a grade (`alpha`,
+        `roundings`), not a fault: an item that misses the bound is judged again for each.
         """
         seed = derive(self.seed, self.problem, "family", name)
         self.progress(f"drawing {name} data")
@@ -214,14 +215,17 @@ class Layer:
             # A narrower accumulator may rightly miss the bound of each element.
             results[index]["bad"] = self._bad_tiles(drawn, launches, index)
             results[index]["bad_launches"] = len(results[index]["bad"])
-        rounded = _with_rounded_alpha(drawn)
-        if rounded is not None and missed - narrow:
-            again = [launch for launch in launches if launch.item in missed - narrow]
+        left = missed - narrow
+        for grade, rounded in _rounded(drawn) if left else ():
+            again = [launch for launch in launches if launch.item in left]
             outcomes = self._run("serial", [rounded], again, Budget(1, 1, 0.0))
-            for index in missed - narrow:
+            for index in sorted(left):
                 judged = summarise(index, outcomes, [rounded])
                 if not judged["bad"] and "error" not in judged:
-                    results[index] = {**judged, "alpha": "bf16"}
+                    results[index] = {**judged, **grade}
+                    left.discard(index)
+            if not left:
+                break
         changed = drawn.unchanged.changed()
         for result in results if changed else ():
             result["changed_inputs"] = changed
@@ -233,9 +237,9 @@ class Layer:
             if launch.item == item:
                 error = self._tile_error([chosen], launch)
                 if not error <= tile_limit(self.problem.k):
-                    described = {**_launched(launch, [chosen]), "tile_error": error}
+                    described = {**launched(launch, [chosen]), "tile_error": error}
                     found.append({**described, "kind": "wrong"})
-        return found[:_MOST_BAD]
+        return found[:MOST_BAD]
 
     def regime(
         self,
@@ -315,7 +319,7 @@ class Layer:
                 if not any(o.errors for o in alone):
                     # Raised together and never alone: the conditions of the regime are the cause.
                     blamed = {"kind": "error", "message": sentence(error)}
-                    errors = {x.item: {**_launched(x, cases), **blamed} for x in batch}
+                    errors = {x.item: {**launched(x, cases), **blamed} for x in batch}
                     alone.append(Outcome(0, (), 0, 0.0, errors=errors))
                 outcomes.extend(alone)
         return outcomes
@@ -332,7 +336,7 @@ class Layer:
                 _raise_if_poisoned(self.device, error)
                 kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
                 blamed = {"kind": kind, "message": sentence(error)}
-                errors = {launch.item: {**_launched(launch, cases), **blamed}}
+                errors = {launch.item: {**launched(launch, cases), **blamed}}
                 outcomes.append(Outcome(0, (), 0, 0.0, errors=errors))
         return outcomes
 
@@ -385,103 +389,23 @@ def next_width(best: int | None, missed: set[int]) -> int | None:
     return open_[len(open_) // 2] if open_ and missed else None
 
 
-def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> Result:
-    """What `outcomes` say about one item: checked launches, bad ones, and the first few.
+def _rounded(drawn: Case) -> Iterator[tuple[Result, Case]]:
+    """The same case for kernels that round once more than needed, and what to call that.
 
-    Different problems are left for `Layer` to count, which knows those of other runs. Where an
-    input changed, ``example`` is one of the launches, with those around it.
-    """
-    result: Result = {"launches": 0, "problems": 0, "bad_launches": 0, "bad_problems": 0, "bad": []}
-    right: dict[int, bool] = {}
-    for outcome in outcomes:
-        chain = [launch for launch, _ in outcome.reports]
-        if item in outcome.errors:
-            result["error"] = outcome.errors[item]
-        if item in outcome.exempt:
-            result["exempt"] = outcome.exempt[item]
-        for at, (launch, report) in enumerate(outcome.reports):
-            if launch.item != item:
-                continue
-            result["launches"] += outcome.repeats
-            right[launch.m] = right.get(launch.m, True) and report.clean
-            if outcome.changed_inputs and "example" not in result:
-                near = replaying.around(chain, at, cases)
-                result["example"] = {**_launched(launch, cases), **near}
-            if not report.clean:
-                # A guard zone is read once, at the end: at least one launch wrote there.
-                result["bad_launches"] += max(1, report.bad_launches)
-                if len(result["bad"]) < _MOST_BAD:
-                    n = cases[launch.case].problem.n
-                    found = {**_launched(launch, cases), **describe(report)}
-                    found["map"] = tilemap.of(launch.m, n, report.tiles).pack()
-                    found.update(replaying.around(chain, at, cases))
-                    result["bad"].append(found)
-    failed = [*result["bad"]]
-    if "error" in result:
-        result["error"] = dict(result["error"])
-        failed.append(result["error"])
-    for found in failed:
-        found["right_at"] = sorted(m for m, clean in right.items() if clean and m)
-    return result
-
-
-def describe(report: SlotReport) -> Result:
-    """A failed slot in plain data, with the kind that says most about it."""
-    if report.unwritten:
-        kind = "unwritten"
-    elif report.not_finite:
-        kind = "not finite"
-    elif report.wrong:
-        kind = "wrong"
-    elif report.early:
-        kind = "written early"
-    else:
-        kind = "out of bounds"
-    found: Result = {
-        "kind": kind,
-        "wrong": report.wrong,
-        "unwritten": report.unwritten,
-        "not_finite": report.not_finite,
-        "guard": report.guard,
-        "tiles": [list(tile) for tile in report.tiles[:64]],
-    }
-    if report.first:
-        found["launch"] = report.first
-    if report.early:
-        found["early"] = report.early
-    if report.stage:
-        found["stage"] = report.stage
-    if report.witness:
-        row, col, value, low, high = report.witness
-        found["worst"] = {"row": row, "col": col, "found": repr(value), "expected": [low, high]}
-    return found
-
-
-def _with_rounded_alpha(drawn: Case) -> Case | None:
-    """The same case, for a kernel that rounds its sum, and alpha, to 16 bits and then multiplies.
-
-    None where alpha already is a bf16 number.
+    The sum is rounded to 16 bits and then multiplied with alpha, which is itself rounded to bf16
+    or not.
     """
     alpha = alpha_of(drawn.operands)
     rounded = float(torch.tensor(alpha, dtype=torch.float64).to(torch.bfloat16))
-    if rounded == alpha:
-        return None
-    expectation = expect(drawn.operands, drawn.problem, alpha=rounded, roundings=2)
-    return replace(drawn, expectation=expectation)
+    if rounded != alpha:
+        yield {"alpha": "bf16"}, _expecting(drawn, rounded)
+    yield {"roundings": 2}, _expecting(drawn, alpha)
 
 
-def _launched(launch: Launch, cases: Sequence[Case]) -> Result:
-    """What it takes to make this launch again."""
-    chosen = cases[launch.case]
-    return {
-        "m": launch.m,
-        "offset": launch.offset,
-        "seed": chosen.operands.seed,
-        "data": chosen.operands.family,
-        "width": chosen.operands.width,
-        "rows": chosen.problem.m,
-        "tactic": launch.tactic,
-    }
+def _expecting(drawn: Case, alpha: float) -> Case:
+    return replace(
+        drawn, expectation=expect(drawn.operands, drawn.problem, alpha=alpha, roundings=2)
+    )
 
 
 class Poisoned(Exception):

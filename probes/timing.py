@@ -72,10 +72,25 @@ class Timed:
                 backend.run(state, activations[turn], outs[turn], tactic)
 
         self.tactic, self.m = tactic, m
+        self._sampler = Sampler(each, len(states), outs[0].device.type == "cuda")
+        self.host_us = self._sampler.host_us
         self.eager: Callable[[], None] = each
         """All copies once, as they were captured."""
-        self._launches = len(states)
-        self._on_cuda = outs[0].device.type == "cuda"
+
+    def sample(self) -> float:
+        """Microseconds per launch, from one run over all copies (repeated if that is short)."""
+        return self._sampler.sample()
+
+
+class Sampler:
+    """Any calls, measured as an engine makes them: `each` makes `launches` of them, on the current
+    stream. `sample` is microseconds per launch."""
+
+    def __init__(self, each: Callable[[], None], launches: int, on_cuda: bool) -> None:
+        self._launches = launches
+        self._on_cuda = on_cuda
+        # A graph does not keep what it reads alive.
+        self.eager = each
         self._each: Callable[[], Any] = each
         each()
         if self._on_cuda:
@@ -97,7 +112,7 @@ class Timed:
         self._replays = max(1, min(50, int(_SAMPLE_SECONDS / max(once, 1e-7)) + 1))
 
     def sample(self) -> float:
-        """Microseconds per launch, from one run over all copies (repeated if that is short)."""
+        """Microseconds per launch, from one run of `each` (repeated if that is short)."""
         if self._on_cuda and self._warm:
             # Other processes had the GPU since the last sample: one replay to come back.
             self._each()

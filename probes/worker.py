@@ -132,6 +132,8 @@ class Server:
             **_identity(self._backend),
             "versions": _versions(getattr(self._backend, "distributions", ())),
             "metadata": _metadata(getattr(self._backend, "distributions", ())),
+            "source": _source(self._backend, backend),
+            "has_files": hasattr(self._backend, "files"),
             "device": _describe(self._device),
         }
 
@@ -174,12 +176,21 @@ class Server:
         files = getattr(self._backend, "files", None)
         return [str(path) for path in files()] if files else []
 
-    def do_open(self, problem: dict[str, Any], seed: int, memory: int) -> None:
-        """Open a layer; `problem.m` is the rows of its activation pools."""
+    def do_open(
+        self, problem: dict[str, Any], seed: int, memory: int, regimes: list[str] | None = None
+    ) -> None:
+        """Open a layer; `problem.m` is the rows of its activation pools.
+
+        `regimes` are to come: what takes long to start for them is started meanwhile.
+        """
+        from .regimes import STARTS
         from .session import Layer
 
         self.do_close()
         self._census(True)
+        for regime in regimes or ():
+            if regime in STARTS:
+                STARTS[regime](self._device)
         self._layer = Layer(
             self._backend, self._device, _problem(problem), seed, memory, self._progress
         )
@@ -264,6 +275,13 @@ class Server:
 
         return probe(self._backend, dtype, k, seed, self._device)
 
+    def do_open_quantiser_timing(self, dtype: str, k: int, ms: list[int], seed: int) -> None:
+        """Prepare the quantiser for timing at each m; `do_sample` takes the samples."""
+        from .quantisers import Timing
+
+        self._census(False)
+        self._layer = Timing(self._backend, dtype, k, ms, seed, self._device)
+
     def do_open_timing(self, items: list[dict[str, Any]], cache_bytes: int) -> list[float | None]:
         # First uses load code, which is seen then or never; launches are recorded by a census only.
         self._census(True)
@@ -276,7 +294,11 @@ class Server:
         return self._layer.sample(indices)
 
     def do_close_timing(self) -> None:
+        from .regimes import settled
+
         self._layer.close_timing()
+        # What is still starting would take device memory under a regime that looks for leaks.
+        settled(lambda: self._progress("waiting for another process to start"))
 
 
 def _identity(backend: Any) -> dict[str, Any]:
@@ -340,6 +362,25 @@ def _metadata(distributions: tuple[str, ...]) -> list[str]:
         if os.path.isfile(path):
             found.append(path)
     return found
+
+
+def _source(backend: Any, spec: str) -> list[str]:
+    """The Python files that a backend from elsewhere was loaded from: the file named, those that
+    define its class and what that inherits from, and those beside its own in one package. What
+    fp4tune brings is left out."""
+    from .backends.registry import is_file, origin
+
+    found = {str(origin(spec)[0])} if is_file(spec) else set()
+    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    names = [each.__module__ for each in type(backend).__mro__]
+    classes = [sys.modules.get(n) for n in names if n.split(".")[0] not in sys.stdlib_module_names]
+    package = getattr(classes[0] if classes else None, "__package__", None)
+    beside = [m for m in list(sys.modules.values()) if getattr(m, "__package__", None) == package]
+    for module in [*classes, *(beside if package else [])]:
+        path = getattr(module, "__file__", None)
+        if path and path.endswith(".py") and os.path.isfile(path):
+            found.add(os.path.abspath(path))
+    return sorted(path for path in found if not path.startswith(ours))
 
 
 def _describe(device: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.choose import FLOORS, NOISE, by_bucket, choices
+from fp4tune.autotune.choose import FLOORS, NOISE, WORTH, by_bucket, choices
 from fp4tune.cache.rows import VERDICTS, BucketKey, Candidate
 
 FLOOR = "torch-dequant"
@@ -81,7 +81,7 @@ def test_ranks_count_those_that_may_be_chosen_from_the_best(group):
 
 @given(st.permutations(NAMES[:3]))
 def test_within_the_noise_a_fixed_order_decides(names):
-    times = dict(zip(NAMES[:3], (10.1, 10.0, 10.15), strict=True))
+    times = dict(zip(NAMES[:3], (10.05, 10.0, 10.09), strict=True))
     chosen, _ = only([candidate(name, median_us=times[name]) for name in names])
     assert chosen.backend == "alpha"
 
@@ -146,3 +146,82 @@ def test_candidates_are_grouped_by_bucket():
         1: ["alpha", "beta"],
         4: ["alpha"],
     }
+
+
+# -- the promise of the noise band
+
+
+times_ = st.lists(st.floats(10, 11), min_size=1, max_size=3)
+
+
+@given(times_, st.lists(st.floats(-0.005, 0.005), min_size=6, max_size=6))
+def test_what_two_nodes_choose_differs_by_no_more_than_the_band_and_their_noise(true, errors):
+    """Each node measures every time with an error of its own."""
+    nodes = [
+        [candidate(n, median_us=t * (1 + e)) for n, t, e in zip(NAMES, true, mine, strict=False)]
+        for mine in (errors[:3], errors[3:])
+    ]
+    first, second = (true[NAMES.index(only(node)[0].backend)] for node in nodes)
+    worst = (1 + NOISE) * (1 + 0.005) / (1 - 0.005)
+    assert max(first, second) <= min(true) * worst * (1 + 1e-9)
+    assert max(first, second) / min(first, second) <= worst * (1 + 1e-9) < 1.0203
+
+
+@given(st.permutations(NAMES[:3]), st.lists(st.floats(0, NOISE / 2.1), min_size=3, max_size=3))
+def test_noise_inside_the_band_changes_nothing_among_equals(names, errors):
+    """As long as all stay within it, whatever is measured."""
+    group = [candidate(n, median_us=10 * (1 + e)) for n, e in zip(names, errors, strict=True)]
+    assert only(group)[0].backend == "alpha"
+
+
+def test_of_equals_the_engine_s_default_is_taken():
+    group = [candidate("alpha"), candidate("beta"), candidate("gamma", median_us=10.05)]
+    assert only(group, default="gamma")[0].backend == "gamma"
+    assert only(group, default="somebody-else")[0].backend == "alpha"
+
+
+# -- a choice that stands
+
+
+def stood(backend, median_us, status="safe"):
+    chosen, _ = only([candidate(backend, median_us=median_us)])
+    return replace(chosen, status=status)
+
+
+@pytest.mark.parametrize(("new_us", "taken"), [(9.8, "beta"), (9.71, "beta"), (9.69, "alpha")])
+def test_a_standing_choice_is_replaced_only_by_what_is_3_percent_faster(new_us, taken):
+    group = [candidate("alpha", median_us=new_us), candidate("beta", median_us=10.0)]
+    (chosen,), placed = choices(group, None, [stood("beta", 10.0)])
+    assert chosen.backend == taken
+    assert {c.backend: c.rank for c in placed}[taken] == 0
+    assert sorted(c.rank for c in placed) == [0, 1]
+
+
+@pytest.mark.parametrize("now", ["unsafe", "inconclusive"])
+def test_a_standing_choice_that_is_no_longer_safe_stands_no_more(now):
+    group = [candidate("alpha", median_us=12.0), candidate("beta", now, 10.0)]
+    (chosen,), _ = choices(group, None, [stood("beta", 10.0)])
+    assert chosen.backend == "alpha"
+
+
+def test_a_floor_taken_for_want_of_better_does_not_stand():
+    group = [candidate("alpha", median_us=9.9), candidate(FLOOR, median_us=10.0)]
+    (chosen,), _ = choices(group, None, [stood(FLOOR, 10.0, "floor")])
+    assert chosen.backend == "alpha"
+
+
+@given(groups, st.sampled_from(NAMES), st.sampled_from(NAMES), st.sampled_from(VERDICTS))
+def test_never_slower_than_a_safe_default_and_never_far_from_the_fastest(
+    group, default, standing, was
+):
+    before = [stood(standing, 10.0)] if was == "safe" else []
+    (chosen,), _ = choices(group, default, before)
+    able = {c.backend: c.median_us for c in group if c.verdict == "safe" and c.median_us}
+    if not able:
+        return
+    mine = able[chosen.backend]
+    assert mine * (1 - WORTH) < min(able.values()) * (1 + 1e-9) or mine <= min(able.values()) * (
+        1 + NOISE
+    )
+    if default in able:
+        assert mine <= able[default] * (1 + NOISE) * (1 + 1e-9)

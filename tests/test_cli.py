@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import stores
+from commands import call
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from fp4tune.cache import state
 from fp4tune.cache.ledger import Ledger
@@ -19,10 +19,6 @@ from fp4tune.cli import app
 
 PROBE = ["probe", "--gpu", "none", "--shape", "256,256", "--max-m", "1", "--level", "quick"]
 COMMANDS = ("probe", "choose", "show", "backends", "doctor")
-
-
-def call(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def sentence(result) -> str:
@@ -224,9 +220,7 @@ def in_mount(options: str, place, *arguments) -> subprocess.CompletedProcess:
     code = """
         import subprocess, sys
         place, options, *command = sys.argv[1:]
-        mount = ["mount", "-t", "tmpfs", "-o", options, "none", place]
-        if subprocess.run(mount).returncode:
-            sys.exit(77)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], check=True)
         if options.startswith("size"):
             with open(place + "/ballast", "wb", buffering=0) as ballast:
                 try:
@@ -236,18 +230,7 @@ def in_mount(options: str, place, *arguments) -> subprocess.CompletedProcess:
                     pass
         sys.exit(subprocess.run([sys.executable, "-m", "fp4tune.cli", *command]).returncode)
     """
-    place.mkdir(exist_ok=True)
-    try:
-        other = stores.spawn(
-            code, place, options, *arguments,
-            prefix=("unshare", "-m"), stdout=-1, stderr=-1, text=True,
-        )  # fmt: skip
-    except FileNotFoundError:
-        pytest.skip("needs unshare")
-    out, error = other.communicate(timeout=120)
-    if other.returncode not in (0, 1, 2):
-        pytest.skip(f"cannot mount here: {error.strip()}")
-    return subprocess.CompletedProcess([], other.returncode, out, error)
+    return stores.isolated(code, place, options, *arguments)
 
 
 @pytest.mark.parametrize(

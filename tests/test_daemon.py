@@ -33,6 +33,7 @@ from fp4tune.daemon.gpus import Device
 from fp4tune.daemon.notify import Notifier
 from fp4tune.daemon.probes import FINISHED, KILLED, SLOW, YIELDED, Attempt, Probes
 from fp4tune.errors import Refused
+from fp4tune.probes.supervisor import marked
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -236,7 +237,7 @@ def test_a_child_dies_with_the_daemon():
     mark = process.stdout.readline().strip()
     process.kill()
     process.wait()
-    until(lambda: children.family(mark) == [])
+    until(lambda: marked(children.MARK, mark) == [])
 
 
 def test_a_probe_that_takes_too_long_is_ended_and_tried_much_later(tmp_path):

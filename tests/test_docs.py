@@ -34,7 +34,7 @@ from fp4tune.probes.census import PDL_WITHOUT_WAIT, SILENT_FALLBACK
 from fp4tune.probes.checks import SlotReport
 from fp4tune.probes.data import FAMILIES, WIDTHS
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.session import describe
+from fp4tune.probes.summary import describe
 from fp4tune.probes.supervisor import MARK, WorkerFailed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -357,6 +357,7 @@ def test_finding_kinds():
     said = set(named(text_of(DOCS / "verdicts.md"), "kind"))
     assert said <= constants(
         "probes/session.py",
+        "probes/summary.py",
         "probes/supervisor.py",
         "autotune/record.py",
         "probes/census/rules.py",

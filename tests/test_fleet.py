@@ -14,9 +14,9 @@ from pathlib import Path
 import fleets
 import pytest
 import stores
+from commands import call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
@@ -24,14 +24,9 @@ pytest.importorskip("fsspec")
 pytest.importorskip("cryptography")
 
 from fp4tune.cache.ledger import Ledger  # noqa: E402
-from fp4tune.cli import app  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import bundle, export, merge, report, schema, shard, signing  # noqa: E402
 from fp4tune.fleet.warehouse import Warehouse  # noqa: E402
-
-
-def call(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def said(result) -> dict:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import fleets
 import pytest
+from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
@@ -19,7 +19,6 @@ pytest.importorskip("cryptography")
 
 from fp4tune.autotune import plan as planning  # noqa: E402
 from fp4tune.cache import publish, quarantine, reader, rows, state  # noqa: E402
-from fp4tune.cli import app  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import adopt, advise, attribution, export, merge, promote, slow  # noqa: E402
 from fp4tune.fleet import report as reporting  # noqa: E402
@@ -27,10 +26,6 @@ from fp4tune.fleet.attribution import Device, attribute  # noqa: E402
 from fp4tune.probes.devices import Target  # noqa: E402
 from fp4tune.probes.problem import Device as ProbedDevice  # noqa: E402
 from fp4tune.probes.problem import Problem  # noqa: E402
-
-
-def call(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def failing(*counts: tuple[int, int], per_node: int = 1) -> list[Device]:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import select
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, rows_for, spawn, start
+from stores import BUCKET, ENVIRONMENT, WHAT, evidence, isolated, put, rows_for, spawn, start
 
 from fp4tune.cache import codec, publish, reader, schema, snapshot, state
 from fp4tune.cache.errors import (
@@ -508,17 +507,3 @@ def test_a_writer_that_waits_too_long_says_who_is_in_the_way(tmp_path, monkeypat
             start(other)
         one._conn.execute("ROLLBACK")
         start(other)
-
-
-# -- helpers
-
-
-def isolated(code: str, place: Path) -> subprocess.CompletedProcess:
-    """Run `code` in a mount namespace of its own; skips where that is not allowed."""
-    unshare = shutil.which("unshare")
-    if not unshare or subprocess.run([unshare, "-m", "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    worker = spawn(code, place, prefix=(unshare, "-m"), **pipes)
-    out, err = worker.communicate(timeout=60)
-    return subprocess.CompletedProcess(worker.args, worker.returncode, out, err)

@@ -20,18 +20,12 @@ from fp4tune.probes.regimes.mlp_judge import ByTiles, TileJudge
 from fp4tune.probes.regimes.mlp_layers import Arena, second_tactics, silu_on_cpu
 from fp4tune.probes.session import Item, Layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = Problem("nvfp4", 11, 320, 256)
 K2 = PROBLEM.n // 2
 MS = (1, 8, 2, 5, 0, 3, 8)
 TWICE = Budget(2, 2, 0.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(backend, ms=MS, problem=PROBLEM, width=24, budget=TWICE):

@@ -7,14 +7,13 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import rogues
-from stores import spawn
+from stores import gone, spawn
 
 from fp4tune.autotune import plan as planning
 from fp4tune.autotune.levels import LEVELS
@@ -92,15 +91,6 @@ def verdicts(report: Report, name: str) -> dict[int, str]:
 def findings(report: Report, name: str) -> set[tuple[str, str]]:
     backend = name_of(name)
     return {(f.kind, f.regime) for f in report.findings if f.backend == backend}
-
-
-def gone(pids: list[int], within: float = 5.0) -> bool:
-    deadline = time.monotonic() + within
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def children(path: Path) -> list[int]:

@@ -12,15 +12,9 @@ from fp4tune.probes.formats import decode_scale, encode_e2m1, pack, quantise
 from fp4tune.probes.layouts import swizzle
 from fp4tune.probes.problem import FORMATS, Device
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Ours:

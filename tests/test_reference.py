@@ -29,18 +29,11 @@ from fp4tune.probes.reference import (
 )
 from fp4tune.probes.reference_rounding import round_down, round_nearest, round_up
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = [("nvfp4", "bf16"), ("nvfp4", "fp4"), ("mxfp4", "bf16"), ("mxfp4", "fp4")]
 DTYPES = ["bf16", "fp16"]
 Sum = Callable[[torch.Tensor], torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of small sums are slower on several threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sides(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,20 +18,14 @@ from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.session import Item, Layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = Problem("nvfp4", 8, 320, 256)
 ONCE = Budget(1, 1, 0.0)
 OFTEN = Budget(3, 20, 0.1)
 ON_CPU = ("serial", "streams")
 STRESS = ("rewrite", "padding", "strided", "off-bucket", "churn", "mlp-chain")
 """On a CPU as well; tested in test_stress_regimes and test_mlp_chain."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cases(backend):

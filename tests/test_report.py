@@ -11,11 +11,10 @@ from pathlib import Path
 import fleets
 import pytest
 import stores
+from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from fp4tune import cli
 from fp4tune.autotune.standing import Standing
 from fp4tune.cache import publish, quarantine
 from fp4tune.cache.ledger import Ledger
@@ -333,10 +332,6 @@ def test_a_large_store_is_a_page_of_some_megabytes_with_every_choice():
 
 
 # -- the commands
-
-
-def call(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
 def test_the_command_says_what_it_wrote_and_where(place, tmp_path):

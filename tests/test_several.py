@@ -98,3 +98,12 @@ def test_a_gpu_on_which_the_agreed_tactic_is_wrong_keeps_to_its_own():
     one = MRange(1, 1)
     agreement.settle("layer", {one: "a"}, {one: ["a", "b"]})
     assert agreement.settle("layer", {one: "b"}, {one: ["b"]}) == {one: "b"}
+
+
+def test_within_a_budget_all_gpus_try_backends_in_the_order_of_the_first():
+    agreement = Agreement(Lock())
+    one = MRange(1, 1)
+    assert agreement.order("layer", one, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert agreement.order("layer", one, ["c", "b", "a"]) == ["a", "b", "c"]
+    assert agreement.order("layer", one, ["d", "c", "a"]) == ["a", "c", "d"]
+    assert agreement.order("other layer", one, ["c", "a"]) == ["c", "a"]

@@ -26,19 +26,13 @@ from fp4tune.probes.regimes.off_bucket import grows
 from fp4tune.probes.session import Item, Layer
 from fp4tune.probes.zoo import good
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = Problem("nvfp4", 40, 192, 256)
 W4A4 = Problem("nvfp4", 40, 192, 256, "fp4")
 BUDGET = Budget(2, 4, 0.02)
 ON_CPU = ("rewrite", "padding", "strided", "off-bucket", "churn")
 EVERY = (*ON_CPU, "serial")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(regime: str, backend: Any, ms=(1, 2, 7, 32), problem: Problem = PROBLEM, budget=BUDGET):

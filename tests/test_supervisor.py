@@ -11,9 +11,9 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from stores import gone
 
 from fp4tune.probes.supervisor import Worker, WorkerFailed
 
@@ -57,15 +57,6 @@ def failure(made: Worker, silence: float = 5.0) -> WorkerFailed:
     with pytest.raises(WorkerFailed) as caught:
         made.ask("thing", silence)
     return caught.value
-
-
-def gone(pids: list[int], within: float = 5.0) -> bool:
-    deadline = time.monotonic() + within
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def test_a_command_gets_its_result_and_its_progress(worker):

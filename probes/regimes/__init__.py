@@ -12,7 +12,7 @@ from .huge import huge
 from .lanes import LANES, graph_streams, streams
 from .memory import churn, regrow
 from .mlp import mlp_chain
-from .neighbours import neighbours
+from .neighbours import neighbours, settled, start
 from .off_bucket import off_bucket
 from .padding import padding
 from .pdl import pdl_raw, pdl_war, pdl_waw
@@ -28,9 +28,11 @@ __all__ = [
     "LANES",
     "REGIMES",
     "SAME_START",
+    "STARTS",
     "Budget",
     "NotApplicable",
     "Outcome",
+    "settled",
 ]
 
 # Those that a shared lock can hang come last: a worker that dies there has shown the rest.
@@ -54,6 +56,9 @@ REGIMES: dict[str, Regime] = {
     "threads": threads,
     "graph-streams": graph_streams,
 }
+
+STARTS = {"neighbours": start}
+"""What a regime needs that takes seconds to start: called with the device, returns at once."""
 
 COPIES = {
     "streams": LANES,

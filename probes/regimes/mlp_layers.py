@@ -168,13 +168,27 @@ class Arena:
 
         Raises RuntimeError where the memory is used up.
         """
-        shape = torch.empty_like(tensor, device="meta")
-        size = shape.numel() * shape.element_size()
+        size = tensor.numel() * tensor.element_size()
         if self._used + size > self._memory.numel():
             raise RuntimeError("the activations of a step do not fit in the memory set aside")
         raw = self._memory[self._used : self._used + size].view(tensor.dtype)
         self._used += aligned(size)
-        return raw.as_strided(shape.shape, shape.stride())
+        return raw.as_strided(tensor.shape, _dense(tensor))
+
+
+def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a tensor that has no gaps, and contiguous ones for any other.
+
+    As `torch.empty_like`, which on the device `meta` would import sympy: two seconds of a probe.
+    """
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    if tensor.permute(order).is_contiguous():
+        return tensor.stride()
+    strides, step = [1] * tensor.ndim, 1
+    for dim in reversed(range(tensor.ndim)):
+        strides[dim] = step
+        step *= max(1, tensor.shape[dim])
+    return tuple(strides)
 
 
 def aligned(size: int) -> int:

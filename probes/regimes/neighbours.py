@@ -17,6 +17,7 @@ from ..backends import Backend
 from ..case import Case, Launch, bind
 from ..checks import Checker
 from ..outcome import Budget, NotApplicable, Outcome, device_of, need_cuda, outcome, repeat
+from ..problem import Device
 from ._neighbour import END, GO, PAUSE, SIZE
 
 _START = 90.0
@@ -100,6 +101,25 @@ def _end_all() -> None:
         _running.popitem()[1].end()
 
 
+def start(device: Device) -> None:
+    """Start the process that `neighbours` needs, paused; where one is running, nothing is done."""
+    if device.kind == "cuda":
+        _neighbour(f"cuda:{device.index}")
+
+
+def settled(beat: Callable[[], None]) -> None:
+    """Wait until every process that was started has opened its device, or died over it."""
+    for other in _running.values():
+        other.wait_past(-1, _START, beat)
+
+
+def _neighbour(name: str) -> Neighbour:
+    other = _running.get(name)
+    if other is None or not other.alive:
+        other = _running[name] = Neighbour(name)
+    return other
+
+
 def neighbours(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
@@ -114,9 +134,7 @@ def neighbours(
     checker = Checker([call.slot for call in calls])
     device = device_of(cases)
     name = f"cuda:{device.index or 0}"
-    other = _running.get(name)
-    if other is None or not other.alive:
-        other = _running[name] = Neighbour(name)
+    other = _neighbour(name)
     try:
         if not other.wait_past(-1, _START, budget.beat):
             return _without(other, name)

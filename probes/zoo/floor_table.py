@@ -156,7 +156,7 @@ FLOOR = (
         "stale input",
         "a copy of the activation is kept by its pointer",
         wrong.CachesItsActivation,
-        ("rewrite", "side-stream", "pdl-raw"),
+        ("rewrite", "side-stream"),
     ),
     Mutant(
         "zoo-host-leak",

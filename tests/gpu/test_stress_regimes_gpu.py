@@ -205,6 +205,6 @@ def test_quantisers_on_their_own(name):
         print(name, result)
         kinds = {bad["kind"] for bad in result["bad"]}
         if sm < 100:
-            assert kinds == {"unwritten"} or "error" in result
+            assert kinds == {"unwritten"} or "error" in result, result
         else:
             assert not kinds and "error" not in result

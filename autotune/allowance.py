@@ -1,0 +1,78 @@
+"""A limit on a probe's wall time, and how it is spent: from the fastest candidate down.
+
+Two proven candidates are enough in a bucket, so that a quarantine has a proven successor. So per
+bucket the two fastest go through the regimes first, then as many more as are lacking, until two are
+proven or nothing is left; the floor, mostly the slowest, comes in its place. What was not tried is
+never safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..cache.rows import BucketKey
+from .buckets import MRange
+
+ENOUGH = 2
+"""Proven candidates of a bucket, after which the slower ones are left."""
+NOT_TRIED = "not tried"
+"""Stands where a regime does in the row that says so."""
+SLOWER = "slower than two that are proven"
+OVER = "the time budget had ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """`seconds` from `start` (of `time.monotonic`), which is when the probe began to build.
+
+    `proven` says of a (backend, tactic, bucket) whether its verdict, as far as known, is safe.
+    """
+
+    seconds: float
+    proven: Callable[[str, str, BucketKey], bool]
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds, 0 where it is over."""
+        return max(0.0, self.end - time.monotonic())
+
+    @property
+    def end(self) -> float:
+        """When it is over, of `time.monotonic`."""
+        return self.start + self.seconds
+
+    @property
+    def over(self) -> bool:
+        return self.left <= 0
+
+
+def order(times: Mapping[str, Mapping[MRange, float]], m: MRange) -> list[str]:
+    """Backends by their time in an m range, fastest first, ties by name; untimed ones last.
+
+    `times` is by backend. An empty batch has no time: it goes with the smallest real range.
+    """
+    if m.hi == 0:
+        m = min((r for mine in times.values() for r in mine if r.hi), default=m)
+    return sorted(times, key=lambda name: (times[name].get(m, float("inf")), name))
+
+
+def next_wave(
+    orders: Mapping[MRange, Sequence[str]],
+    tried: Mapping[MRange, Sequence[str]],
+    proven: Callable[[str, MRange], bool],
+) -> dict[str, list[MRange]]:
+    """Who goes through the regimes next, in which ranges: as many as a range lacks of `ENOUGH`.
+
+    `orders` has each range's candidates, the fastest first; `tried` those that did already. Empty
+    where nothing is lacking, or nobody is left.
+    """
+    wave: dict[str, list[MRange]] = {}
+    for m, names in orders.items():
+        done = tried.get(m, ())
+        short = ENOUGH - sum(proven(name, m) for name in done)
+        for name in [n for n in names if n not in done][: max(0, short)]:
+            wave.setdefault(name, []).append(m)
+    return wave

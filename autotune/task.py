@@ -1,0 +1,91 @@
+"""What a probe is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cache.rows import Audit, Candidate, Choice, Environment, Finding, Timing
+from ..probes.devices import Target
+from ..probes.problem import Problem
+from .bounds import DEFAULT_CONFIDENCE, Aim
+from .layers import Comparison
+from .levels import Level
+from .profiles import Profile
+from .runner import Patience
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to probe. `problems` have the largest m; one layer each."""
+
+    target: Target
+    backends: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    level: Level
+    profile: Profile
+    seed: int
+    python: str | None = None
+    hang_seconds: float | None = None
+    argv: tuple[str, ...] = ()
+    quantisers: tuple[str, ...] = ()
+    """Activation quantisers to probe on their own, where there are W4A4 problems."""
+    rate: float | None = None
+    """The failure rate to bound; None for the level's, which may have none."""
+    confidence: float = DEFAULT_CONFIDENCE
+    max_seconds: float = 3600.0
+    """Seconds that bounding failure rates may take, over all backends and layers."""
+    max_launches: int | None = None
+    """Launches of one kernel in one regime, to the same end."""
+    budget: float | None = None
+    """Seconds that the probe may take, from its start; None for what it needs. See `allowance`."""
+    again: bool = False
+    """Measure what is known, too."""
+    seed_given: bool = False
+    """The seed was asked for: what is known from another does not answer that."""
+
+    @property
+    def aim(self) -> Aim | None:
+        rate = self.level.rate if self.rate is None else self.rate
+        return None if rate is None else Aim(rate, self.confidence)
+
+    @property
+    def patience(self) -> Patience:
+        # A CPU computes in seconds what a GPU does in milliseconds.
+        on_cpu = self.target.device.kind == "cpu"
+        run, regime = (120.0, 120.0) if on_cpu else (30.0, 6.0)
+        return Patience(self.hang_seconds or run, self.hang_seconds or regime)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a probe found, in rows as they were stored."""
+
+    run: str
+    seed: int
+    target: Target
+    choices: list[Choice] = field(default_factory=list)
+    layers: list[Comparison] = field(default_factory=list)
+    """The weight layouts of every layer probed, and the one chosen."""
+    candidates: list[Candidate] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    """Backend to the reason it cannot run any of the problems here."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Backend to how it failed before any problem could be run: loading, building."""
+    build_seconds: dict[str, float] = field(default_factory=dict)
+    environments: list[Environment] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
+    """Of every module that a backend has for this GPU."""
+    build_wall_seconds: float = 0.0
+    """Loading and compiling all backends, at once: what a second probe mostly saves."""
+    seconds: float = 0.0
+    """All that came after."""
+    generation: int | None = None
+    known: list[dict[str, Any]] = field(default_factory=list)
+    """What of each layer came from earlier runs: see `resuming.row`."""
+    left: list[dict[str, object]] = field(default_factory=list)
+    """Layers in which the time budget ended before all m ranges had a proven candidate."""
+    spent: list[dict[str, object]] = field(default_factory=list)
+    """Where the time of each layer went: see `clock`."""
