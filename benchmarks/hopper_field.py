@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +137,24 @@ def _seen(tactic: dict[str, Any], row: Any) -> None:
                 about[key].add(kernel[value])
 
 
+_REST = ("not run: nothing to compare it with", "not run: the time was over")
+
+
 def rows_of(
-    found: Mapping[Key, dict[str, Any]], why: Mapping[Key, str | None], broken: Mapping[str, str]
+    found: Mapping[Key, dict[str, Any]],
+    why: Mapping[Key, str | None],
+    broken: Mapping[str, str],
+    cut: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """One row for each backend, format and output dtype there is, run or not."""
+    """One row for each backend, format and output dtype there is, run or not; `cut`: output dtypes
+    whose probe was ended for want of time."""
     rows = []
     for key in sorted({*why, *found}):
         backend, fmt, dtype = key
         mine = found.get(key)
         row: dict[str, Any] = {"backend": backend, "format": fmt, "out": dtype}
         if mine is None:
-            reason = why.get(key) or broken.get(backend) or "not run: nothing to compare it with"
+            reason = why.get(key) or broken.get(backend) or _REST[dtype in cut]
             rows.append({**row, "not run": reason})
             continue
         verdicts = mine["verdicts"]
@@ -319,7 +326,8 @@ def main() -> int:
             field = {key: mine for key, mine in found.items() if key[0] in names}
             # The controls, and what quantises activations, are in the ledger, too.
             document["beside"] = rows_of({k: v for k, v in found.items() if k not in field}, {}, {})
-            document["field"] = rows_of(field, why, broken)
+            cut = {name for name, each in document["runs"].items() if each["exit_code"] < 0}
+            document["field"] = rows_of(field, why, broken, cut)
             document["tactics"] = tactics_of(field)
             document["about"]["seconds"] = round(time.monotonic() - began, 1)
             text = json.dumps(document, indent=1, default=str) + "\n"

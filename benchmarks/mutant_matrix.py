@@ -10,6 +10,7 @@ soak runs one graph for longer and longer. Beside it: what the tests of mutant_c
 Results are written after every mutant: DIR/mutants.json and DIR/mutants.txt.
 
     python benchmarks/mutant_matrix.py --out DIR [--only NAME]... [--budget 480]
+    python benchmarks/mutant_matrix.py --out DIR --keep EARLIER/mutants.json --only NAME...
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from select import select
 from typing import Any
@@ -240,6 +241,19 @@ def compare(names: list[str], deadline: float, silence: float = 25.0) -> dict[st
     return found
 
 
+def read(path: Path) -> list[Row]:
+    """The rows of a result."""
+    names = {each.name for each in fields(Row)}
+    found = json.loads(path.read_text())["rows"]
+    return [Row(**{key: value for key, value in row.items() if key in names}) for row in found]
+
+
+def joined(kept: list[Row], rows: list[Row]) -> list[Row]:
+    """All rows, the new ones in place of those kept of the same mutants."""
+    new = {row.name: row for row in rows}
+    return [new.pop(row.name, row) for row in kept] + list(new.values())
+
+
 def write(out: Path, rows: list[Row], meta: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     document = {**meta, "rows": [{**asdict(r), "caught": r.caught, "ok": r.ok} for r in rows]}
@@ -309,7 +323,9 @@ def main() -> int:
     parser.add_argument("--no-compare", action="store_true")
     parser.add_argument("--no-matrix", action="store_true", help="the simpler tests only")
     parser.add_argument("--gpu", default=None, help="as in fp4tune probe; none tries it on a CPU")
+    parser.add_argument("--keep", type=Path, help="rows of an earlier run that this one lacks")
     arguments = parser.parse_args()
+    kept = read(arguments.keep) if arguments.keep else []
     start = time.monotonic()
     deadline = start + arguments.budget
     (target,) = devices.select(arguments.gpu)
@@ -367,7 +383,7 @@ def main() -> int:
                 trial.runner.close()
             row.compare = simple.get(mutant.name, {})
             rows.append(row)
-            write(arguments.out, rows, meta)
+            write(arguments.out, joined(kept, rows), meta)
             first = row.first or {}
             print(
                 f"{time.monotonic() - start:6.0f} s  {'ok' if row.ok else 'NO'}  {row.name}: "
@@ -379,7 +395,7 @@ def main() -> int:
             opened.exception()
             trial.runner.close()
     meta["seconds"] = round(time.monotonic() - start, 1)
-    write(arguments.out, rows, meta)
+    write(arguments.out, joined(kept, rows), meta)
     print("\n".join(table(rows, meta)))
     return 0 if rows and all(row.ok for row in rows) else 1
 
