@@ -343,7 +343,7 @@ class Layer:
     def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float | None]:
         """Prepare each item's first m for timing; the host microseconds of a call of each."""
         operands = self.cases(WIDTHS[0])[0].operands
-        copies = weight_copies(self.problem, cache_bytes)
+        copies = weight_copies(self.problem, cache_bytes, self.device.kind)
         self.progress(f"preparing {copies} copies of the weight")
         weights = [operands.weight.clone() for _ in range(copies)]
         with blame(self.backend):

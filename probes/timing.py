@@ -24,13 +24,14 @@ _SAMPLE_SECONDS = 3e-4
 """A sample spans at least this long, hundreds of times an event's resolution."""
 _WARM_SECONDS = 1e-3
 """A sample longer than this needs no run before it to bring clocks and caches back."""
-_MOST_COPIES = 16
+_MOST_COPIES = {"cuda": 16, "cpu": 4}
+"""By kind of device. A launch on a CPU takes milliseconds, most of it not for reading codes."""
 
 
-def weight_copies(problem: Problem, cache_bytes: int) -> int:
-    """How many copies of the weight make each launch find it cold, at most 16."""
+def weight_copies(problem: Problem, cache_bytes: int, kind: str = "cuda") -> int:
+    """How many copies of the weight make each launch find it cold, at most 16 (4 on a CPU)."""
     size = problem.n * problem.k // 2
-    return max(2, min(_MOST_COPIES, -(-COLD * cache_bytes // size)))
+    return max(2, min(_MOST_COPIES[kind], -(-COLD * cache_bytes // size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,8 @@ class Sampler:
         each()
         if self._on_cuda:
             torch.cuda.synchronize()
-        self.host_us = self._host(each)
+        # On a CPU the call is all there is.
+        self.host_us = self._host(each) if self._on_cuda else self._measure(1)
         if self._on_cuda:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -107,7 +109,7 @@ class Sampler:
                 each()
             self._each = graph.replay
             self._each()
-        once = self._measure(1) * self._launches * 1e-6
+        once = (self._measure(1) if self._on_cuda else self.host_us) * self._launches * 1e-6
         self._warm = once < _WARM_SECONDS
         self._replays = max(1, min(50, int(_SAMPLE_SECONDS / max(once, 1e-7)) + 1))
 
@@ -134,14 +136,13 @@ class Sampler:
         return 1e6 * (time.perf_counter() - begin) / (replays * self._launches)
 
     def _host(self, each: Callable[[], Any]) -> float:
-        """Median host microseconds of one call, enqueued eagerly; on a CPU the call itself."""
+        """Median host microseconds of one call, enqueued eagerly."""
         spans = []
         for _ in range(3):
             begin = time.perf_counter()
             each()
             spans.append(1e6 * (time.perf_counter() - begin) / self._launches)
-            if self._on_cuda:
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
         return sorted(spans)[1]
 
 

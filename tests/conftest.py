@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Several run at a time, each with processes of its own: threads that spin until there is work would
+# take the cores from the others. Read when torch is loaded, here and in every worker.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings
