@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from ..cache.ledger import Ledger
-from ..cache.rows import Candidate, Evidence, Verdict
+from ..cache.rows import BucketKey, Candidate, Evidence, Verdict
+from . import failures
 from .allowance import NOT_TRIED
 from .bounds import Bound, codes, kernel, pool
 from .buckets import MRange
@@ -44,11 +45,13 @@ def candidates(
     record: Recorder,
     ledger: Ledger,
     doubts: Mapping[str, Doubt],
+    earlier: Mapping[tuple[str, str, BucketKey], Sequence[Evidence]] | None = None,
 ) -> list[Candidate]:
     """A verdict for every tactic that was tried, and a candidate for each backend's best.
 
     `doubts` are of this run's controls: they say nothing of an entrant whose evidence is an earlier
-    run's.
+    run's. `earlier` are failures that earlier runs saw (see `failures`); of an entrant that is
+    known they are among its own evidence.
     """
     found = []
     tried = {
@@ -63,7 +66,11 @@ def candidates(
         mine = pooled.get(kernel(backend, tactic, bucket, digests), {})
         bounds = {regime: bound.json() for regime, bound in mine.items()}
         its = {} if entrant.known else doubts
-        judgement = judge(plan, facts, mine, its, entrant.reference_line)
+        before = [] if entrant.known else list((earlier or {}).get((backend, tactic, bucket), ()))
+        judgement = judge(plan, [*facts, *before], mine, its, entrant.reference_line)
+        if before and judgement.status == UNSAFE:
+            said = failures.reasons(before)
+            judgement = replace(judgement, reasons=(*judgement.reasons, *said))
         conditions = tuple(asdict(c) for c in judgement.conditions)
         ledger.add_verdict(
             Verdict(

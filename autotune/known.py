@@ -28,7 +28,7 @@ from .judging import judge
 from .levels import Level
 from .method import method
 from .record import AUDIT
-from .task import Plan
+from .task import Plan, device
 from .verdict import INCONCLUSIVE
 
 Entry = Mapping[str, Any]
@@ -214,11 +214,6 @@ class Memory:
             if layer.times:
                 times = self._ledger.timings(run=layer.times.run, backend=name, fingerprints=prints)
                 layer.timings += [row for row in times if row.bucket in wanted]
-
-
-def device(plan: Plan) -> dict[str, Any]:
-    """The device a row ``probed`` is of."""
-    return {"name": plan.target.name, "uuid": plan.target.uuid}
 
 
 def bucket(p: Problem, m: MRange | None = None) -> BucketKey:

@@ -17,7 +17,7 @@ from ..probes.host import free_memory
 from ..probes.problem import Problem
 from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
-from . import auditing, building, chains, controls, judging, known, resuming, spending
+from . import auditing, building, chains, controls, failures, judging, known, resuming, spending
 from .agreement import Agreement
 from .buckets import MRange, ranges
 from .building import environment_of, survey
@@ -162,7 +162,9 @@ def _probe(
         for module in modules:
             if module.verdict == auditing.FLAGGED:
                 record.audited(backend, module)
-    judged = judging.candidates(plan, tasks, record, ledger, doubts)
+    prints = {e.backend: e.fingerprint for e in report.environments}
+    before = failures.earlier(plan, ledger, prints, report.run)
+    judged = judging.candidates(plan, tasks, record, ledger, doubts, before)
     report.candidates, report.left = spending.unfinished(judged, cut)
     report.audits = [audit for modules in audits().values() for audit in modules]
     report.findings = record.findings

@@ -11,10 +11,10 @@ from ..cache.ledger import Ledger
 from ..cache.rows import Evidence, Probed
 from .buckets import MRange
 from .entrants import Entrant, Layer
-from .known import Entry, Recalled, bucket, device, winner_of
+from .known import Entry, Recalled, bucket, winner_of
 from .method import method
 from .record import Recorder
-from .task import Plan
+from .task import Plan, device
 
 
 def entry(
@@ -90,7 +90,7 @@ def probed(
         else:
             print_ = record.fingerprint(entrant.name)
             found[entrant.name] = entry(plan, layer, entrant, print_, record.run, since, doubts)
-    detail = {"samples": plan.level.samples, "entrants": found}
+    detail = {"samples": plan.level.samples, "again": plan.again, "entrants": found}
     return Probed(record.run, bucket(layer.problem), device(plan), method(), detail)
 
 

@@ -89,3 +89,8 @@ class Report:
     """Layers in which the time budget ended before all m ranges had a proven candidate."""
     spent: list[dict[str, object]] = field(default_factory=list)
     """Where the time of each layer went: see `clock`."""
+
+
+def device(plan: Plan) -> dict[str, Any]:
+    """The device a row ``probed`` is of."""
+    return {"name": plan.target.name, "uuid": plan.target.uuid}

@@ -195,8 +195,9 @@ class Probed:
     """A layer that a run brought to its end on one device: written when all of it is committed.
 
     `bucket` spans every m. `method` is the digest of the code that made the evidence; `detail` has
-    ``samples`` (of each time), and by backend under ``entrants`` how it was measured and which runs
-    hold its evidence. `autotune.known` writes and reads it.
+    ``samples`` (of each time), ``again`` (whether what was known did not count), and by backend
+    under ``entrants`` how it was measured and which runs hold its evidence. `autotune.known` writes
+    and reads it.
     """
 
     run: str

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune import resuming
+from fp4tune.autotune import failures, resuming
 from fp4tune.autotune.agreement import Agreement
 from fp4tune.autotune.allowance import NOT_TRIED, SLOWER
 from fp4tune.autotune.buckets import ranges
@@ -210,6 +210,34 @@ def test_the_last_measurement_counts(tmp_path):
     found = both.recall(names=("x", "y"))
     runs = {name: {row.run for row in found.evidence[name]} for name in ("x", "y")}
     assert runs == {"x": {alone.run}, "y": {both.run}} and found.times is None
+
+
+def earlier_failures(place, plan, print_=PRINT, run="new"):
+    with Ledger.open(place) as ledger:
+        return failures.earlier(plan, ledger, {"x": print_}, run)
+
+
+def test_a_failure_counts_until_all_is_measured_again(tmp_path):
+    first = Store(tmp_path, status="failed")
+    other = make_plan(seed=6, seed_given=True)
+    found = earlier_failures(tmp_path, other)
+    assert {key[:2] for key in found} == {("x", "default")}
+    assert {row.regime for rows in found.values() for row in rows} == {"streams"}
+    assert failures.reasons([r for rows in found.values() for r in rows]) == (
+        f"failed in run {first.run}",
+    )
+    assert not earlier_failures(tmp_path, other, "b" * 64)  # another environment
+    assert not earlier_failures(tmp_path, make_plan(target=replace(devices.cpu(), name="other")))
+    Store(tmp_path, plan=other)  # clean, by chance
+    assert earlier_failures(tmp_path, other) == found
+    assert not earlier_failures(tmp_path, make_plan(again=True))
+    Store(tmp_path, plan=make_plan(again=True))
+    assert not earlier_failures(tmp_path, other)
+
+
+def test_a_failure_seen_while_a_control_was_in_doubt_does_not_count(tmp_path):
+    Store(tmp_path, status="failed", doubts=["streams"])
+    assert not earlier_failures(tmp_path, make_plan(seed=6, seed_given=True))
 
 
 def test_a_fault_reported_since_has_it_measured_again_and_one_before_does_not(tmp_path):
