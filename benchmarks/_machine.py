@@ -29,16 +29,21 @@ PACKAGES = (
 )
 
 
-def machine() -> dict[str, Any]:
-    """Date, host and versions; the GPUs as NVML names them."""
-    from fp4tune.probes import devices
-
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages of a probe that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Date, host and versions; the GPUs as NVML names them."""
+    from fp4tune.probes import devices
+
     gpus, reason = devices.gpus()
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -46,7 +51,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.release()}",
         "gpus": [gpu.name for gpu in gpus] or reason,
-        "versions": found,
+        "versions": versions(),
     }
 
 

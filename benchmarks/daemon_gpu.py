@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _machine import machine
+
 from fp4tune.cache import gpulock
 from fp4tune.daemon import child as children
 
@@ -297,6 +299,7 @@ def main() -> None:
         '[idle]\nquiet_seconds = 1.5\n[http]\nlisten = "none"\n'
     )
     result: dict[str, Any] = {
+        "about": machine(),
         "gpu": nvml.nvmlDeviceGetName(handle),
         "driver": nvml.nvmlSystemGetDriverVersion(),
         "load": "bf16 products of 4096 x 4096 x 4096, 64 a batch",

@@ -27,6 +27,8 @@ from pathlib import Path
 from select import select
 from typing import Any
 
+from _machine import machine
+
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.runner import Patience, Runner
 from fp4tune.autotune.selftest import lacking
@@ -336,6 +338,7 @@ def main() -> int:
     if arguments.regime:
         regimes = [n for n in regimes if n in arguments.regime]
     meta: dict[str, Any] = {
+        "about": machine(),
         "device": target.name,
         "arch": target.device.arch,
         "problem": {"n": N, "k": K, "m": MS, "rows": ROWS},

@@ -12,29 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from importlib import metadata
 from math import exp, log
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "apache-tvm-ffi", "humming-kernels")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+from _machine import versions
 
 
 def fp4tune(*arguments: str, state: Path) -> tuple[int, str]:

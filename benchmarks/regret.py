@@ -25,8 +25,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from _machine import versions
 from _regret_report import report
-from probe_models import versions
 
 from fp4tune.autotune import plan as planning
 from fp4tune.autotune.buckets import MRange, bucket_of

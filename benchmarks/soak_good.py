@@ -19,6 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from _machine import machine
+
 from fp4tune.autotune.runner import Patience, Runner
 from fp4tune.probes import devices
 from fp4tune.probes.problem import Problem
@@ -164,6 +166,7 @@ def main() -> int:
     names = arguments.backend or list(BACKENDS)
     pairs = [(name, n, k) for n, k in SHAPES for name in names]
     share = arguments.seconds / len(pairs)
+    about = machine()
     rows: list[dict[str, Any]] = []
     start = time.monotonic()
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -191,6 +194,7 @@ def main() -> int:
             rows.append(row)
             total = sum(sum(r["launches"].values()) for r in rows)
             document = {
+                "about": about,
                 "device": target.name,
                 "seed": arguments.seed,
                 "rows_of_pools": ROWS,
