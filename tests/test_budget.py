@@ -161,7 +161,7 @@ def test_a_probe_without_a_budget_tries_what_was_left(ample, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     _, place = ample
     report = run(replace(make_plan(1.0), budget=None), place)
-    assert {c.verdict for c in report.candidates} == {"safe"}
+    assert not [(c.backend, c.bucket, c.reasons) for c in report.candidates if c.verdict != "safe"]
 
 
 def test_what_the_budget_does_not_reach_is_named_and_takes_nothing_away(ample, monkeypatch):

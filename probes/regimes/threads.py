@@ -11,8 +11,8 @@ import torch
 from ..backends import Backend
 from ..case import Call, Case, Launch
 from ..checks import Checker
-from ..outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome, repeat
-from .lanes import _lanes, run_threads
+from ..outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome
+from .lanes import _lanes, repeat_until, run_threads
 
 
 def threads(
@@ -41,7 +41,7 @@ def threads(
         gate[0] = min(1.5 * (time.perf_counter() - start), 0.05)
         checker.sweep()
 
-    seconds = repeat(once, budget, device)
+    seconds = repeat_until(once, overlapped, budget, device)
     proof = {"lanes": "threads", "rounds": len(overlapped), "overlapped": sum(overlapped)}
     missed = None if any(overlapped) else "no two threads were inside the backend at once"
     return outcome(checker, calls, cases, seconds, missed, proof)
