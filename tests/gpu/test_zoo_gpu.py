@@ -58,7 +58,8 @@ def test_each_regime_flags_its_bad_control_and_only_that(layer, regime):
 
 def peaceful(mutant: zoo.Mutant) -> bool:
     """Whether it is right alone, one launch after the other, on exact data."""
-    wrong = {"serial", "exact", "census"}
+    # One that the largest scales overflow does not hold exact sums of 24 bits either.
+    wrong = {"serial", "exact", "census", "max-scales"}
     return mutant.passes or not (wrong & {*mutant.caught_by} or mutant.many)
 
 
