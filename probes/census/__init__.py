@@ -7,7 +7,7 @@ said. `rules` has what makes a finding of it.
 
 from __future__ import annotations
 
-from .attach import attach, attached, census, detach
+from .attach import attach, attached, census, detach, leave
 from .kernels import CUPTI, NONE, PROFILER, UNKNOWN, Census, Kernel, Wait
 from .rules import PDL_WITHOUT_WAIT, SILENT_FALLBACK, findings
 
@@ -27,6 +27,7 @@ __all__ = [
     "census",
     "detach",
     "findings",
+    "leave",
 ]
 
 REGIME = "census"

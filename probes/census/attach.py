@@ -66,6 +66,17 @@ def detach() -> None:
             _process.shim.close()
 
 
+def leave() -> None:
+    """Detach, and end CUPTI, so that memory of the host that grows is not its own.
+
+    The device must be idle. `attach` and `census` work again afterwards.
+    """
+    with _one_at_a_time:
+        detach()
+        if _process.shim is not None:
+            _process.shim.finalize()
+
+
 def attached() -> bool:
     return _process.shim is not None and _process.shim.is_open
 

@@ -137,6 +137,7 @@ static CUptiResult (*p_unsubscribe)(CUpti_SubscriberHandle);
 static CUptiResult (*p_enable)(uint32_t, CUpti_SubscriberHandle, CUpti_CallbackDomain,
                                CUpti_CallbackId);
 static CUptiResult (*p_text)(CUptiResult, const char **);
+static CUptiResult (*p_finalize)(void);
 typedef CUresult (*ParamInfo)(void *, size_t, size_t *, size_t *);
 static ParamInfo p_function_param, p_kernel_param;
 
@@ -605,6 +606,7 @@ const char *census_open(const char *library, uint64_t most_bytes) {
     *(void **)&p_unsubscribe = dlsym(cupti, "cuptiUnsubscribe");
     *(void **)&p_enable = dlsym(cupti, "cuptiEnableCallback");
     *(void **)&p_text = dlsym(cupti, "cuptiGetResultString");
+    *(void **)&p_finalize = dlsym(cupti, "cuptiFinalize");
     launches = calloc(MOST_LAUNCHES, sizeof *launches);
     functions = calloc(MOST_FUNCTIONS, sizeof *functions);
     kernels = calloc(MOST_KERNELS, sizeof *kernels);
@@ -650,6 +652,13 @@ void census_close(void) {
   if (watching) census_watch(0);
   p_unsubscribe(subscriber);
   subscribed = 0;
+}
+
+// Ends CUPTI itself, which keeps some bytes of every launch for as long as it lives, subscribed to
+// or not. Records stay, and it may be opened again. Only while the device is idle.
+void census_finalize(void) {
+  census_close();
+  if (p_finalize) p_finalize();
 }
 
 int census_is_open(void) { return subscribed; }

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import census
 from ..backends import Backend
 from ..case import Call, Case, Launch, bind
 from ..checks import Checker, slot_bytes
@@ -70,7 +71,10 @@ def off_bucket(
     # The first of them makes the second call of each m, which may still settle something.
     errors, proof = _leaks(new, known[1:], len(first))
     if errors:
-        # An allocator's own records may grow for a while, and then they stop: looked at for longer.
+        # An allocator's own records may grow for a while, and then they stop: looked at for longer,
+        # and without what CUPTI keeps of each launch in a process that took a census.
+        _wait(device)
+        census.leave()
         later = []
         for _ in range(_PASSES):
             later.append(_walk(rng.sample(calls, len(calls)), device, checker))

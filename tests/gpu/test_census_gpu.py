@@ -125,6 +125,17 @@ def test_nothing_is_recorded_once_it_is_detached():
     assert not again.is_open
 
 
+def test_one_can_leave_cupti_and_take_a_census_again():
+    run = gemm("first", pdl=False)
+    first = [k.name for k in census.census(run).kernels]
+    torch.cuda.synchronize()
+    census.leave()
+    assert not census.attached()
+    for _ in range(5):
+        run()
+    assert [k.name for k in census.census(run).kernels] == first
+
+
 def test_torchs_profiler_sees_names_where_cupti_cannot_be_used(monkeypatch):
     attach = importlib.import_module("fp4tune.probes.census.attach")  # also a function's name
     run = gemm("first", pdl=False)

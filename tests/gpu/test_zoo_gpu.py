@@ -103,3 +103,13 @@ def test_who_waits_is_never_flagged(name, regime, device):
     layer = opened(mutant, device, n=1024, k=1024)
     found = part(layer, regime, Item((1, 16, 130), "default"), Budget(10, 10, 0.0))
     assert not found["bad"] and "error" not in found
+
+
+def test_what_cupti_keeps_of_launches_after_a_census_is_no_leak_of_the_backend(device):
+    (mutant,) = [m for m in MUTANTS if m.name == "zoo-bf16-sums"]
+    layer = opened(mutant, device, n=1088, k=1040)
+    items = [Item(ms, "default", 8) for ms in ((1,), (2, 16), (17, 64), (130, 160))]
+    layer.census(items)
+    for turn in range(2):
+        found = layer.regime("off-bucket", items, Budget(10, 100, 0.3), turn)
+        assert not any("error" in each or each["bad"] for each in found["items"])
