@@ -138,14 +138,20 @@ def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> l
             watching(wanted) as progress,
         ):
             report = probe(wanted, ledger, Path(place), progress)
+            unsafe = {v.backend for v in ledger.verdicts(run=report.run) if v.status == "unsafe"}
             for mutant in mine:
-                rows[mutant.name] = _row(mutant, report, ledger.evidence(backend=mutant.name))
+                evidence = ledger.evidence(backend=mutant.name)
+                rows[mutant.name] = _row(mutant, report, evidence, mutant.name in unsafe)
     return [rows[mutant.name] for mutant in mutants]
 
 
-def _row(mutant: Mutant, report: Report, evidence: Sequence[Evidence]) -> Row:
+def _row(mutant: Mutant, report: Report, evidence: Sequence[Evidence], unsafe: bool) -> Row:
+    """What was made of one mutant; `unsafe` says whether any of its tactics came out as that.
+
+    A candidate is a backend's best tactic, and one that is blamed is not: another may be right.
+    """
     candidates = [c for c in report.candidates if c.backend == mutant.name]
-    verdicts = {c.verdict for c in candidates}
+    verdicts = {c.verdict for c in candidates} | ({"unsafe"} if unsafe else set())
     conditions = {str(each["id"]) for c in candidates for each in c.conditions}
     mine = [f for f in report.findings if f.backend == mutant.name]
     found = [{"kind": f.kind, "regime": f.regime, "data": f.data} for f in mine]

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from fp4tune import cli, errors
 from fp4tune.autotune import plan as planning
 from fp4tune.autotune import selftest
+from fp4tune.autotune.probe import Report
 from fp4tune.autotune.selftest import FALSE_ALARM, MISSED, OK, UNDECIDED, judge
-from fp4tune.probes import zoo
+from fp4tune.cache.rows import BucketKey, Candidate, Finding
+from fp4tune.probes import devices, zoo
 from fp4tune.probes.backends import registry
 from fp4tune.probes.census import REGIME as CENSUS
 from fp4tune.probes.data import FAMILIES, families
@@ -197,6 +199,15 @@ LIMIT = {"block-scale-min"}
 )
 def test_judging(mutant, verdicts, conditions, found, expected, result):
     assert judge(mutant, verdicts, conditions, found, expected) == result
+
+
+@pytest.mark.parametrize("unsafe, result", [(True, OK), (False, MISSED)])
+def test_one_bad_tactic_is_caught_though_another_is_right_and_the_candidate(unsafe, result):
+    bucket = BucketKey("nvfp4", "bf16", "bf16", 1, 1, 1, 320, 272)
+    right = Candidate("sm90", "", "strict", bucket, BAD.name, "one", "plain", "safe")
+    blamed = Finding("r", "", BAD.name, "two", bucket, {}, "wrong", "streams", "exact", 1)
+    report = Report("r", 1, devices.cpu(), candidates=[right], findings=[blamed])
+    assert selftest._row(BAD, report, [], unsafe).result == result
 
 
 @pytest.mark.parametrize(
