@@ -161,7 +161,7 @@ def svg(rows: Sequence[dict[str, Any]], device: str) -> str:
         if any(name in r["speedup"] for r in rows):
             out.append(f'<rect x="{x}" y="24" width="10" height="10" fill="{COLOURS[name]}"/>')
             out.append(f'<text x="{x + 14}" y="33">over {about.split(" (")[0]}</text>')
-            x += 130
+            x += 160
 
     def at(value: float) -> float:
         return top + height * (high - value) / (high - low)
@@ -190,7 +190,7 @@ def svg(rows: Sequence[dict[str, Any]], device: str) -> str:
         for place, r in enumerate(mine):
             out.append(
                 f'<text x="{x0 + step * (place + 0.5):.1f}" y="{top + height + 14}" '
-                f'text-anchor="middle" font-size="8">{r["m"]}</text>'
+                f'text-anchor="middle" font-size="7">{r["m"]}</text>'
             )
         out.append(
             f'<text x="{x0 + width / 2}" y="{top + height + 30}" text-anchor="middle">'
