@@ -7,10 +7,12 @@ rollback publishes the old content under a new number.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import glob
 import json
 import os
 import secrets
+import shutil
 import sqlite3
 import time
 import zlib
@@ -114,10 +116,10 @@ def restore(state_dir: str | os.PathLike[str]) -> int | None:
         try:
             if snapshot.load(kept).generation != numbers[-1]:
                 return None
-            os.link(kept, temporary)
+            _copy(kept, temporary)
             _replace(temporary, target)
         except (Missing, Corrupt):
-            return None  # damaged in place, and so is its other name
+            return None  # damaged as well
         except OSError as error:
             raise translate(error, target) from error
         finally:
@@ -218,12 +220,7 @@ def _build(path: str, tables: dict[str, list[dict[str, Any]]], generation: int) 
     read = snapshot.load_pages(path)
     if snapshot.load(path).digest != digest or len(read.names) != len(bodies) - 1:
         raise Corrupt(path, "what was written is not what is read back")
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fchmod(fd, 0o444)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _finish(path)
     return digest
 
 
@@ -247,21 +244,45 @@ def _replace(temporary: str, target: str) -> None:
 
 
 def _keep(target: str, generation: int) -> None:
-    """Link the published file to a name of its own, and drop the oldest of those.
+    """Keep the published file under a name of its own, and drop the oldest of those.
 
     A rank that starts while a newer generation is published still finds the one its fellows have.
-    It is a convenience: where links cannot be made, such a rank says so and falls back.
+    It is a convenience: where no file can be made, such a rank says so and falls back.
     """
     place = os.path.dirname(target)
     name = state.generation_file(place, generation)
+    aside = os.path.join(place, f".{state.CHOICES}.{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):
-        if os.path.exists(name) and not os.path.samefile(name, target):
-            os.unlink(name)  # of a history that was lost, and whose numbers came again
-        os.link(target, name)
+        # One with other content is of a history that was lost, and whose numbers came again.
+        if not os.path.exists(name) or not filecmp.cmp(name, target, shallow=False):
+            _copy(target, aside)
+            os.replace(aside, name)
     kept = [number for number in state.generations(place) if number <= generation]
     for number in set(state.generations(place)) - set(kept[-LINKED:]):
         with contextlib.suppress(OSError):
             os.unlink(state.generation_file(place, number))
+
+
+def _copy(source: str, path: str) -> None:
+    """A durable copy of a published file, so that damage to one leaves the other; where there is no
+    room for it, a link."""
+    try:
+        shutil.copyfile(source, path)
+        _finish(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.link(source, path)
+
+
+def _finish(path: str) -> None:
+    """Make a new file readable to all, writable to nobody, and durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o444)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sweep(place: str) -> None:

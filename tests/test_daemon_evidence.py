@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,17 +191,36 @@ def test_an_environment_put_together_again_has_its_fingerprint(device, versions,
 # -- mending
 
 
-def test_a_choices_db_that_is_gone_or_damaged_is_published_again(tmp_path):
+def test_a_choices_db_that_is_gone_or_damaged_is_put_back_or_published_again(tmp_path):
     first = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
     target = tmp_path / state.CHOICES
-    for harm in (lambda: target.unlink(), lambda: os.truncate(target, 5000)):
-        if target.exists():
-            target.chmod(0o644)
+    kept = Path(state.generation_file(str(tmp_path), first))
+
+    def damage(path: Path) -> None:
+        path.chmod(0o644)
+        os.truncate(path, 5000)
+
+    harms = (target.unlink, partial(damage, target), lambda: (damage(target), damage(kept)))
+    for harm, generation in zip(harms, (first, first, first + 1), strict=True):
         harm()
         assert "gone or damaged" in mend(tmp_path)[0]
         assert chosen(tmp_path) == ("fast", "safe")
-    assert reader.open(tmp_path).generation == first + 1, "put back, then published again"
+        assert reader.open(tmp_path).generation == generation
     assert mend(tmp_path) == []
+
+
+def test_a_generation_is_kept_by_a_link_where_there_is_no_room_for_a_copy(tmp_path, monkeypatch):
+    def full(source, target):
+        Path(target).write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(publish.shutil, "copyfile", full)
+    number = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
+    kept = Path(state.generation_file(str(tmp_path), number))
+    assert kept.samefile(tmp_path / state.CHOICES)
+    (tmp_path / state.CHOICES).unlink()
+    assert publish.restore(tmp_path) == number and chosen(tmp_path) == ("fast", "safe")
+    assert not list(tmp_path.glob(f".{state.CHOICES}.*"))
 
 
 def test_a_damaged_ledger_is_moved_aside_and_nothing_is_lost(tmp_path):
@@ -218,7 +239,8 @@ def test_an_older_generation_is_published_under_a_higher_number(tmp_path):
     put(tmp_path, tmp_path / "site", ("fast", "1.0"))
     last = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
     (tmp_path / state.LEDGER).unlink()
-    os.truncate(state.generation_file(str(tmp_path), last), 5000)  # choices.db's other name
+    for path in (tmp_path / state.CHOICES, Path(state.generation_file(str(tmp_path), last))):
+        os.truncate(path, 5000)
     assert "the kept 1 is 3 now" in mend(tmp_path)[0]
     assert reader.open(tmp_path).choose(8, 4096, 2048).recorded_backend == "fast"
 
