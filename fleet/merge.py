@@ -81,7 +81,10 @@ def prepare(place: Place) -> None:
             check_store(place)
             return
         if place.isfile() or [n for n in place.names() if not n.startswith(".")]:
-            raise Refused(f"{place.url} is not a fleet store, and not empty")
+            if not place.isfile(STORE):
+                raise Refused(f"{place.url} is not a fleet store, and not empty")
+            check_store(place)  # another merge has made it since
+            return
         text = json.dumps({"format": "fp4tune-fleet-store", "schema": VERSION}) + "\n"
         place.write(text.encode(), STORE)
     except OSError as error:

@@ -25,7 +25,7 @@ pytest.importorskip("cryptography")
 
 from fp4tune.cache.ledger import Ledger  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
-from fp4tune.fleet import bundle, export, merge, report, schema, shard, signing  # noqa: E402
+from fp4tune.fleet import bundle, export, merge, places, report, schema, shard, signing  # noqa: E402
 from fp4tune.fleet.warehouse import Warehouse  # noqa: E402
 
 
@@ -314,6 +314,20 @@ def test_merges_at_the_same_time_lose_nothing_and_count_nothing_twice(pieces, tm
         list(pool.map(lambda part: merge.merge(part, str(tmp_path / "store")), parts))
     merge.merge(names, str(tmp_path / "plain"))
     assert contents(tmp_path / "store") == contents(tmp_path / "plain")
+
+
+def test_a_store_that_another_merge_made_meanwhile_is_added_to(pieces, tmp_path, monkeypatch):
+    store, names = tmp_path / "store", places.Place.names
+
+    def late(place, *folder):
+        monkeypatch.setattr(places.Place, "names", names)
+        merge.merge([str(pieces[0])], str(store))
+        return names(place, *folder)
+
+    monkeypatch.setattr(places.Place, "names", late)
+    merge.merge([str(p) for p in pieces], str(store))
+    merge.merge([str(p) for p in pieces], str(tmp_path / "plain"))
+    assert contents(store) == contents(tmp_path / "plain")
 
 
 def test_a_merge_that_died_leaves_nothing_half_done(pieces, tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -294,6 +296,50 @@ def test_a_leak_is_found(size, each_m):
 def test_a_cache_that_fills_up_is_no_leak():
     outcome = many(Leaks(4096, each_m=True))
     assert not outcome.errors and outcome.proof["new_m"] >= 30
+
+
+class KeepsHandles(rogues.Good):
+    """Opens a file, or starts a thread, in every call, `most` at most; `close` ends them all."""
+
+    def __init__(self, what, most):
+        super().__init__()
+        self.what, self.most = what, most
+        self.kept: list[Any] = []
+        self.over = threading.Event()
+
+    def run(self, state, a, out, tactic):
+        if len(self.kept) < self.most:
+            if self.what == "threads":
+                self.kept.append(threading.Thread(target=self.over.wait, daemon=True))
+                self.kept[-1].start()
+            else:
+                self.kept.append(os.open(os.devnull, os.O_RDONLY))
+        super().run(state, a, out, tactic)
+
+    def close(self):
+        self.over.set()
+        for each in self.kept:
+            each.join() if self.what == "threads" else os.close(each)
+
+
+@pytest.mark.parametrize("what", ["open files", "threads"])
+def test_files_and_threads_that_stay_of_each_call_are_a_leak(what):
+    backend = KeepsHandles(what, 5000)
+    try:
+        outcome = many(backend)
+    finally:
+        backend.close()
+    assert outcome.errors[0]["kind"] == "host leak"
+    assert what in outcome.errors[0]["message"] or "KiB" in outcome.errors[0]["message"]
+
+
+@pytest.mark.parametrize("what", ["open files", "threads"])
+def test_a_pool_of_them_is_none(what):
+    backend = KeepsHandles(what, 100)
+    try:
+        assert not many(backend).errors
+    finally:
+        backend.close()
 
 
 class PlansForEachM(rogues.Good):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ def off_bucket(
 
     After the largest m of each item has run, memory is read before and after every call. A *leak*
     is growth in each quarter of the calls, by more than `LEAK_PER_M` bytes for each new m, or
-    `LEAK_PER_CALL` for each call of a known one. On a GPU some calls are made behind a closed
+    `LEAK_PER_CALL` for each call of a known one, or an open file or thread that stays of more than
+    every second call. On a GPU some calls are made behind a closed
     gate: one that returns only when it opens has waited for the device (`host sync`, a grade).
     """
     device = device_of(cases)
@@ -136,17 +138,20 @@ class _Series:
     """For each call the seconds it took on the host, and live bytes before the first and after.
 
     ``kept`` is what was still there when the device had caught up: work that waits takes memory.
+    ``handles`` is how many more open files and threads there are after all calls than before.
     """
 
     ms: list[int]
     seconds: list[float]
     memory: dict[str, list[int]]
     kept: dict[str, int]
+    handles: dict[str, int]
 
 
 def _walk(calls: Sequence[Call], device: torch.device, checker: Checker) -> _Series:
     """Make every call, reading the counters of memory in between, and check what came out."""
     _wait(device)
+    before = open_handles()
     names = live_bytes(device).keys()
     memory: dict[str, list[int]] = {name: [0] * (len(calls) + 1) for name in names}
     seconds = [0.0] * len(calls)
@@ -161,7 +166,8 @@ def _walk(calls: Sequence[Call], device: torch.device, checker: Checker) -> _Ser
     checker.sweep()
     _wait(device)
     kept = {name: value - memory[name][0] for name, value in live_bytes(device).items()}
-    return _Series([call.launch.m for call in calls], seconds, memory, kept)
+    handles = {name: value - before[name] for name, value in open_handles().items()}
+    return _Series([call.launch.m for call in calls], seconds, memory, kept, handles)
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -199,6 +205,12 @@ def live_bytes(device: torch.device) -> dict[str, int]:
         free, total = torch.cuda.mem_get_info(device)
         found["device"] = total - free
     return found
+
+
+def open_handles() -> dict[str, int]:
+    """This process's open files and threads, where the system lists them."""
+    folders = {"open files": "/proc/self/fd", "threads": "/proc/self/task"}
+    return {name: len(os.listdir(at)) for name, at in folders.items() if os.path.isdir(at)}
 
 
 def grows(series: Sequence[int]) -> bool:
@@ -258,6 +270,13 @@ def _leaks(
         if calls and all(alone) and min(total, kept) > limit * calls:
             text = f"{total / calls / 1024:.1f} KiB stay of each of {calls} calls ({name})"
             found.append((total / calls, {"kind": kind, "message": text}))
+    calls = sum(len(each.ms) for each in steady)
+    for name in steady[0].handles if steady else ():
+        stay = sum(each.handles[name] for each in steady)
+        # One for every second call, all the way: a pool that fills comes to its end.
+        if all(each.handles[name] > len(each.ms) / 2 for each in steady):
+            text = f"{stay} {name} stay of {calls} calls"
+            found.append((float(stay), {"kind": "host leak", "message": text}))
     worst = max(found, key=lambda each: each[0], default=None)
     return (worst[1] if worst else {}), proof
 
