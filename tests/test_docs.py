@@ -362,6 +362,7 @@ def test_finding_kinds():
         "autotune/record.py",
         "probes/census/rules.py",
         "probes/regimes/off_bucket.py",
+        "probes/regimes/leaks.py",
     )
     seen = {
         describe(SlotReport(*counts, 1, guard, None, (), early))["kind"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.regimes._neighbour import GO, PAUSE
 from fp4tune.probes.regimes.huge import past
+from fp4tune.probes.regimes.leaks import grows
 from fp4tune.probes.regimes.neighbours import Neighbour
-from fp4tune.probes.regimes.off_bucket import grows
 from fp4tune.probes.session import Item, Layer
 from fp4tune.probes.zoo import good
 
@@ -291,6 +292,24 @@ def test_a_leak_is_found(size, each_m):
     outcome = many(Leaks(size, each_m))
     assert {error["kind"] for error in outcome.errors.values()} == {"host leak"}
     assert "KiB" in outcome.errors[0]["message"]
+
+
+class KeepsMaps(rogues.Good):
+    def __init__(self):
+        super().__init__()
+        self.kept: list[mmap.mmap] = []
+
+    def run(self, state, a, out, tactic):
+        self.kept.append(mmap.mmap(-1, 1 << 16))
+        super().run(state, a, out, tactic)
+
+
+def test_address_space_that_stays_of_each_call_is_a_leak():
+    backend = KeepsMaps()
+    outcome = many(backend)
+    for each in backend.kept:
+        each.close()
+    assert outcome.errors[0]["kind"] == "host leak" and "mapped" in outcome.errors[0]["message"]
 
 
 def test_a_cache_that_fills_up_is_no_leak():

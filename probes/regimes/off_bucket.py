@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -19,18 +16,12 @@ from ..backends import Backend
 from ..case import Call, Case, Launch, bind
 from ..checks import Checker, slot_bytes
 from ..outcome import CYCLES, Budget, Outcome, device_of, outcome
+from .leaks import Series, leaks, live_bytes, open_handles
 
 MOST = 48
 """Different m in one run."""
 _BYTES = 256 << 20
 """Memory for the outputs of m that were not asked for, at most."""
-LEAK_PER_M = 256 << 10
-"""Bytes that may stay for each m met the first time: a plan or a kernel, not a workspace."""
-LEAK_PER_CALL = 1 << 10
-"""Bytes that may stay of a call with an m that is known: none, but for counters' own noise."""
-_PIECE = 2 << 20
-"""Bytes that a driver gives out at once, at least."""
-_QUARTERS = 4
 _PASSES = 8
 PLAN_SECONDS = 0.005
 """A first call of an m that takes this much longer than the second prepares something for it."""
@@ -41,11 +32,9 @@ def off_bucket(
 ) -> Outcome:
     """Every m of every item's range that there is time for, each once, then all once more.
 
-    After the largest m of each item has run, memory is read before and after every call. A *leak*
-    is growth in each quarter of the calls, by more than `LEAK_PER_M` bytes for each new m, or
-    `LEAK_PER_CALL` for each call of a known one, or an open file or thread that stays of more than
-    every second call. On a GPU some calls are made behind a closed
-    gate: one that returns only when it opens has waited for the device (`host sync`, a grade).
+    After the largest m of each item has run, memory is read before and after every call; see
+    `leaks`. On a GPU some calls are made behind a closed gate: one that returns only when it opens
+    has waited for the device (`host sync`, a grade).
     """
     device = device_of(cases)
     rng = random.Random(len(launches))
@@ -64,14 +53,14 @@ def off_bucket(
     first = [call for call in calls if largest[call.launch.item] is not call]
     rng.shuffle(first)
     new = _walk(first, device, checker)
-    known: list[_Series] = []
+    known: list[Series] = []
     while len(known) < 2 or (
         len(known) < min(budget.most, _PASSES) and time.perf_counter() - start < budget.seconds
     ):
         known.append(_walk(rng.sample(calls, len(calls)), device, checker))
         budget.beat()
     # The first of them makes the second call of each m, which may still settle something.
-    errors, proof = _leaks(new, known[1:], len(first))
+    errors, proof = leaks(new, known[1:], len(first))
     if errors:
         # An allocator's own records may grow for a while, and then they stop: looked at for longer,
         # and without what CUPTI keeps of each launch in a process that took a census.
@@ -81,7 +70,7 @@ def off_bucket(
         for _ in range(_PASSES):
             later.append(_walk(rng.sample(calls, len(calls)), device, checker))
             budget.beat()
-        errors, proof = _leaks(new, later, len(first))
+        errors, proof = leaks(new, later, len(first))
     graded: list[dict[str, Any]] = []
     if first:
         graded += _plan_times(new, known[0], proof)
@@ -133,22 +122,7 @@ def _sample(numbers: range, most: int, rng: random.Random) -> list[int]:
     return rng.sample(numbers, min(most, len(numbers)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Series:
-    """For each call the seconds it took on the host, and live bytes before the first and after.
-
-    ``kept`` is what was still there when the device had caught up: work that waits takes memory.
-    ``handles`` is how many more open files and threads there are after all calls than before.
-    """
-
-    ms: list[int]
-    seconds: list[float]
-    memory: dict[str, list[int]]
-    kept: dict[str, int]
-    handles: dict[str, int]
-
-
-def _walk(calls: Sequence[Call], device: torch.device, checker: Checker) -> _Series:
+def _walk(calls: Sequence[Call], device: torch.device, checker: Checker) -> Series:
     """Make every call, reading the counters of memory in between, and check what came out."""
     _wait(device)
     before = open_handles()
@@ -167,121 +141,10 @@ def _walk(calls: Sequence[Call], device: torch.device, checker: Checker) -> _Ser
     _wait(device)
     kept = {name: value - memory[name][0] for name, value in live_bytes(device).items()}
     handles = {name: value - before[name] for name, value in open_handles().items()}
-    return _Series([call.launch.m for call in calls], seconds, memory, kept, handles)
+    return Series([call.launch.m for call in calls], seconds, memory, kept, handles)
 
 
-class _Mallinfo2(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd",
-            "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def _mallinfo() -> Any:
-    """glibc's own account of what `malloc` has given out (2.33 and newer), or None."""
-    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if function is not None:
-        function.restype = _Mallinfo2
-    return function
-
-
-def live_bytes(device: torch.device) -> dict[str, int]:
-    """Bytes in use now, by counters that other processes cannot move, but for `device`.
-
-    ``host`` is what `malloc` has given out and not got back; ``allocator`` torch's tensors on the
-    GPU; ``device`` all memory in use on it, modules and other libraries' included.
-    """
-    found: dict[str, int] = {}
-    function = _mallinfo()
-    if function is not None:
-        info = function()
-        found["host"] = info.uordblks + info.hblkhd
-    if device.type == "cuda":
-        found["allocator"] = torch.cuda.memory_allocated(device)
-        free, total = torch.cuda.mem_get_info(device)
-        found["device"] = total - free
-    return found
-
-
-def open_handles() -> dict[str, int]:
-    """This process's open files and threads, where the system lists them."""
-    folders = {"open files": "/proc/self/fd", "threads": "/proc/self/task"}
-    return {name: len(os.listdir(at)) for name, at in folders.items() if os.path.isdir(at)}
-
-
-def grows(series: Sequence[int]) -> bool:
-    """Whether the last value of each quarter is above the last of the quarter before."""
-    if len(series) <= 2 * _QUARTERS:
-        return False
-    step = (len(series) - 1) / _QUARTERS
-    ends = [series[round(step * quarter)] for quarter in range(_QUARTERS + 1)]
-    return all(later > earlier for earlier, later in zip(ends, ends[1:], strict=False))
-
-
-def stepwise(series: Sequence[int]) -> bool:
-    """Whether memory of the device was taken in many small steps, call by call, as a leak is.
-
-    A driver gives it out in pieces of 2 MiB. Another process that starts takes it in few large
-    ones.
-    """
-    steps = sum(later > earlier for earlier, later in zip(series, series[1:], strict=False))
-    pieces = (series[-1] - series[0]) / _PIECE
-    return steps >= min(len(series) - 1, pieces) / 2
-
-
-def slope(series: Sequence[int]) -> float:
-    """Theil and Sen's slope, in bytes a call: the median over all pairs."""
-    pairs = [
-        (series[j] - series[i]) / (j - i)
-        for i in range(len(series))
-        for j in range(i + 1, len(series))
-    ]
-    return median(pairs) if pairs else 0.0
-
-
-def _leaks(
-    new: _Series, steady: Sequence[_Series], distinct: int
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """The leak with the most bytes a call, as an error, and all slopes as evidence."""
-    found: list[tuple[float, dict[str, str]]] = []
-    proof: dict[str, Any] = {"new_m": distinct}
-    for name, series in new.memory.items():
-        kind = "host leak" if name == "host" else "device leak"
-        rate = slope(series)
-        proof[f"{name}_bytes_per_m"] = round(rate)
-        total = series[-1] - series[0]
-        limit = LEAK_PER_M * max(1, len(series) - 1)
-        ours = name != "device" or stepwise(series)
-        if grows(series) and min(total, new.kept[name]) > limit and ours:
-            text = f"{total / distinct / 1024:.0f} KiB stay for each of {distinct} new m ({name})"
-            found.append((total / distinct, {"kind": kind, "message": text}))
-        calls = sum(len(each.ms) for each in steady)
-        rate = min(slope(each.memory[name]) for each in steady)
-        proof[f"{name}_bytes_per_call"] = round(rate)
-        total = sum(each.memory[name][-1] - each.memory[name][0] for each in steady)
-        # Other processes may take memory on the device, in steps; ours alone moves the rest.
-        limit = LEAK_PER_CALL if name != "device" else LEAK_PER_M
-        alone = [grows(each.memory[name]) for each in steady]
-        kept = sum(each.kept[name] for each in steady)
-        if calls and all(alone) and min(total, kept) > limit * calls:
-            text = f"{total / calls / 1024:.1f} KiB stay of each of {calls} calls ({name})"
-            found.append((total / calls, {"kind": kind, "message": text}))
-    calls = sum(len(each.ms) for each in steady)
-    for name in steady[0].handles if steady else ():
-        stay = sum(each.handles[name] for each in steady)
-        # One for every second call, all the way: a pool that fills comes to its end.
-        if all(each.handles[name] > len(each.ms) / 2 for each in steady):
-            text = f"{stay} {name} stay of {calls} calls"
-            found.append((float(stay), {"kind": "host leak", "message": text}))
-    worst = max(found, key=lambda each: each[0], default=None)
-    return (worst[1] if worst else {}), proof
-
-
-def _plan_times(new: _Series, again: _Series, proof: dict[str, Any]) -> list[dict[str, Any]]:
+def _plan_times(new: Series, again: Series, proof: dict[str, Any]) -> list[dict[str, Any]]:
     """Host time of the first call of an m against that of its second."""
     later: dict[int, list[float]] = {}
     for m, seconds in zip(again.ms, again.seconds, strict=True):
