@@ -4,7 +4,7 @@ The last thing a probe writes of a layer is a row ``probed``: who took part, and
 measured. What such a row speaks of is complete, so a probe that was killed is taken up after the
 last layer that has one. A backend's evidence on a layer is used again where it was taken on the
 same device, in the same environment (`cache.fingerprint`), by the same code of fp4tune (`method`),
-at this level or a higher one, and left nothing open. Times are compared within one session only:
+at this level or a higher one, and left nothing open. Times are compared within one run only:
 they are used where every backend that takes part now took part then, and is known.
 """
 
