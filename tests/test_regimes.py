@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from itertools import count
 from math import inf
 
 import pytest
@@ -17,7 +18,7 @@ from fp4tune.probes.case import Launch, case
 from fp4tune.probes.data import exact
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
-from fp4tune.probes.regimes.lanes import ROUNDS, repeat_until
+from fp4tune.probes.regimes.lanes import ROUNDS, repeat_threads
 from fp4tune.probes.session import Item, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,13 +93,12 @@ def test_lanes_share_one_prepared_weight_and_run_in_threads_of_their_own():
 
 @pytest.mark.parametrize(("overlaps_in", "rounds"), [(1, 1), (7, 7), (inf, ROUNDS)])
 def test_threads_too_quick_to_overlap_are_sent_again_until_they_do(overlaps_in, rounds):
-    overlaps: list[bool] = []
-
-    def once() -> None:
-        overlaps.append(len(overlaps) + 1 >= overlaps_in)
-
-    repeat_until(once, overlaps, ONCE, torch.device("cpu"))
-    assert len(overlaps) == rounds and any(overlaps) == (rounds < ROUNDS)
+    numbers = count(1)
+    _, missed, proof = repeat_threads(
+        lambda: next(numbers) >= overlaps_in, ONCE, torch.device("cpu")
+    )
+    assert proof["rounds"] == rounds and proof["overlapped"] == (rounds < ROUNDS)
+    assert (missed is None) == (rounds < ROUNDS)
 
 
 def test_every_lane_is_checked_by_itself():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -31,15 +32,13 @@ def streams(
     calls = [call for lane in lanes for call in lane]
     checker = Checker([c.slot for c in calls])
     if device_of(cases).type == "cpu":
-        overlaps: list[bool] = []
 
-        def once() -> None:
-            overlaps.append(run_threads(lanes, lambda lane: nullcontext()))
+        def once() -> bool:
+            overlapped = run_threads(lanes, lambda lane: nullcontext())
             checker.sweep()
+            return overlapped
 
-        seconds = repeat_until(once, overlaps, budget, device_of(cases))
-        proof = {"lanes": "threads", "rounds": len(overlaps), "overlapped": sum(overlaps)}
-        missed = None if any(overlaps) else "no two threads were inside the backend at once"
+        seconds, missed, proof = repeat_threads(once, budget, device_of(cases))
         return outcome(checker, calls, cases, seconds, missed, proof)
 
     side = [torch.cuda.Stream() for _ in lanes]
@@ -127,16 +126,24 @@ def _fork_join(
         main.wait_event(stream.record_event())
 
 
-def repeat_until(
-    once: Callable[[], object], overlaps: Sequence[bool], budget: Budget, device: torch.device
-) -> float:
-    """`repeat`, and on until a round overlapped: on a busy host a short lane ends before the next
-    thread has begun. Gives up after `ROUNDS`; the seconds it took."""
+def repeat_threads(
+    once: Callable[[], bool], budget: Budget, device: torch.device
+) -> tuple[float, str | None, dict[str, Any]]:
+    """`repeat` rounds of threads, and on until one overlapped, `ROUNDS` at most: on a busy host a
+    short lane ends before the next thread has begun.
+
+    `once` says whether its round overlapped. Returns seconds, why the regime was not exercised
+    (None if it was), and the proof.
+    """
+    overlaps: list[bool] = []
     start = time.perf_counter()
-    repeat(once, budget, device)
+    repeat(lambda: overlaps.append(once()), budget, device)
     while not any(overlaps) and len(overlaps) < ROUNDS:
-        once()
-    return time.perf_counter() - start
+        overlaps.append(once())
+    seconds = time.perf_counter() - start
+    proof = {"lanes": "threads", "rounds": len(overlaps), "overlapped": sum(overlaps)}
+    missed = None if any(overlaps) else "no two threads were inside the backend at once"
+    return seconds, missed, proof
 
 
 def run_threads(

@@ -12,7 +12,7 @@ from ..backends import Backend
 from ..case import Call, Case, Launch
 from ..checks import Checker
 from ..outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome
-from .lanes import _lanes, repeat_until, run_threads
+from .lanes import _lanes, repeat_threads, run_threads
 
 
 def threads(
@@ -32,18 +32,16 @@ def threads(
     checker = Checker([call.slot for call in calls])
     side = [torch.cuda.Stream(device) for _ in lanes]
     gate = [0.01]
-    overlapped: list[bool] = []
 
-    def once() -> None:
+    def once() -> bool:
         torch.cuda._sleep(int(gate[0] * CYCLES))
         start = time.perf_counter()
-        overlapped.append(_launch(lanes, side, device))
+        overlapped = _launch(lanes, side, device)
         gate[0] = min(1.5 * (time.perf_counter() - start), 0.05)
         checker.sweep()
+        return overlapped
 
-    seconds = repeat_until(once, overlapped, budget, device)
-    proof = {"lanes": "threads", "rounds": len(overlapped), "overlapped": sum(overlapped)}
-    missed = None if any(overlapped) else "no two threads were inside the backend at once"
+    seconds, missed, proof = repeat_threads(once, budget, device)
     return outcome(checker, calls, cases, seconds, missed, proof)
 
 
