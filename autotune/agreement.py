@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
-from .buckets import MRange
+from .verdict.buckets import MRange
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..cache.rows import BucketKey
-from .buckets import MRange
+from .verdict.buckets import MRange
 
 ENOUGH = 2
 """Proven candidates of a bucket, after which the slower ones are left."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..probes.problem import Problem
-from ..probes.regimes.mlp_layers import second_shape
+from ..probes.regimes.mlp.layers import second_shape
 
 REGIME = "mlp-chain"
 ELSEWHERE = "no MLP that begins with this layer is among those probed; another layer's was run"

@@ -14,7 +14,7 @@ from typing import Any
 from ..cache import state
 from ..cache.errors import Missing, StateError
 from ..cache.snapshot import load
-from ..probes.devices import gpus
+from ..machine.devices import gpus
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 

@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cache.rows import BucketKey
-from ..probes.devices import Target
+from ..machine.devices import Target
 from ..probes.problem import Problem
 from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
-from ..probes.supervisor import WorkerFailed
-from . import chains, retest
+from ..probes.worker.supervisor import WorkerFailed
+from . import chains
 from .agreement import Agreement
 from .allowance import NOT_TRIED, Allowance
-from .buckets import MRange, ragged
-from .clock import Clock
+from .evidence.clock import Clock
+from .evidence.recorder import Recorder
 from .levels import Level
-from .record import Recorder
 from .runner import Runner
 from .soak import Purse
-from .verdict import EXACT
+from .stages import retest
+from .verdict.buckets import MRange, ragged
+from .verdict.rules import EXACT
 
 LARGE_M = 1024
 """Ranges above are run at their edges only: one launch there costs as much as dozens of small."""

@@ -12,14 +12,15 @@ from contextlib import suppress
 from functools import partial
 
 from ..probes.regimes import ALONE, REGIMES
-from ..probes.supervisor import WorkerFailed
-from . import census, spending
-from .buckets import MRange
+from ..probes.worker.supervisor import WorkerFailed
+from . import spending
 from .entrants import Entrant, Layer
-from .grading import check_families, grade, open_layer
-from .record import Recorder
-from .stressing import run_regime
-from .timing import time_side_by_side, tune
+from .evidence.recorder import Recorder
+from .stages import census
+from .stages.grade import check_families, grade, open_layer
+from .stages.stress import run_regime
+from .stages.timing import time_side_by_side, tune
+from .verdict.buckets import MRange
 
 __all__ = ["Entrant", "Layer", "probe_layer"]
 

@@ -1,155 +1,96 @@
-"""From what a person asked for to the problems and backends of a probe."""
+"""What a probe is asked for, and what it answers."""
 
 from __future__ import annotations
 
-import secrets
-import shutil
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..probes import shapes
-from ..probes.backends import registry
-from ..probes.devices import Target
+from ..cache.rows import Audit, Candidate, Choice, Environment, Finding, Timing
+from ..machine.devices import Target
 from ..probes.problem import Problem
-from .buckets import edge_of
-from .choose import FLOORS
-from .profiles import PROFILES
-
-DEFAULT_PRESET = {"cuda": "llama-3.1-8b", "cpu": "qwen3-0.6b"}
-DEFAULT_MAX_M = {"cuda": 4096, "cpu": 32}
-"""Enough for decode and chunked prefill on a GPU; on a CPU what takes a minute."""
-MOST_M = 65536
-"""A pool of more rows would not fit beside the weights of today's models."""
+from .choice.layouts import Comparison
+from .levels import Level
+from .runner import Patience
+from .verdict.bounds import DEFAULT_CONFIDENCE, Aim
+from .verdict.profiles import Profile
 
 
-def layers(
-    presets: Sequence[str],
-    model_config: Path | None,
-    given: Sequence[str],
-    tp: int,
-    device: str,
-) -> list[shapes.Layer]:
-    """The (n, k) to probe: all that was named, else the device's default preset; no pair twice.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to probe. `problems` have the largest m; one layer each."""
 
-    Raises ValueError, one sentence.
-    """
-    if tp < 1:
-        raise ValueError(f"--tp {tp}: tensor parallelism is at least 1")
-    found: list[shapes.Layer] = []
-    for name in presets:
-        found += shapes.preset(name, tp)
-    if model_config is not None:
-        found += shapes.from_config(model_config, tp)
-    found += [shapes.parse_shape(text) for text in given]
-    if not found:
-        found = shapes.preset(DEFAULT_PRESET[device], tp)
-    unique: dict[tuple[int, int], shapes.Layer] = {}
-    for layer in found:
-        unique.setdefault((layer.n, layer.k), layer)
-    return list(unique.values())
+    target: Target
+    backends: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    level: Level
+    profile: Profile
+    seed: int
+    python: str | None = None
+    hang_seconds: float | None = None
+    argv: tuple[str, ...] = ()
+    quantisers: tuple[str, ...] = ()
+    """Activation quantisers to probe on their own, where there are W4A4 problems."""
+    rate: float | None = None
+    """The failure rate to bound; None for the level's, which may have none."""
+    confidence: float = DEFAULT_CONFIDENCE
+    max_seconds: float = 3600.0
+    """Seconds that bounding failure rates may take, over all backends and layers."""
+    max_launches: int | None = None
+    """Launches of one kernel in one regime, to the same end."""
+    budget: float | None = None
+    """Seconds that the probe may take, from its start; None for what it needs. See `allowance`."""
+    again: bool = False
+    """Measure what is known, too."""
+    seed_given: bool = False
+    """The seed was asked for: what is known from another does not answer that."""
 
+    @property
+    def aim(self) -> Aim | None:
+        rate = self.level.rate if self.rate is None else self.rate
+        return None if rate is None else Aim(rate, self.confidence)
 
-def problems(
-    layers: Iterable[shapes.Layer],
-    formats: Sequence[str],
-    activations: Sequence[str],
-    out_dtype: str,
-    max_m: int,
-) -> tuple[Problem, ...]:
-    """One problem a layer, format and activation, at the upper edge of `max_m`'s bucket.
-
-    Raises ValueError, one sentence.
-    """
-    if not 1 <= max_m <= MOST_M:
-        raise ValueError(f"--max-m {max_m}: it must be from 1 to {MOST_M}")
-    return tuple(
-        Problem(format_, edge_of(max_m), layer.n, layer.k, activation, out_dtype)
-        for format_ in formats
-        for activation in activations
-        for layer in layers
-    )
+    @property
+    def patience(self) -> Patience:
+        # A CPU computes in seconds what a GPU does in milliseconds.
+        on_cpu = self.target.device.kind == "cpu"
+        run, regime = (120.0, 120.0) if on_cpu else (30.0, 6.0)
+        return Patience(self.hang_seconds or run, self.hang_seconds or regime)
 
 
-def backends(wanted: Sequence[str]) -> tuple[str, ...]:
-    """The backends to ask: those wanted, or every one known here.
+@dataclass(slots=True)
+class Report:
+    """What a probe found, in rows as they were stored."""
 
-    A name nobody knows raises ValueError; whether a known one loads is for its worker to say.
-    """
-    if not wanted:
-        return tuple(registry.names())
-    for name in wanted:
-        registry.known(name)
-    return tuple(dict.fromkeys(wanted))
-
-
-def seed(given: int | None) -> int:
-    """The seed given, or a fresh one; either is printed."""
-    if given is not None and given < 0:
-        raise ValueError(f"--seed {given}: a seed is not negative")
-    return secrets.randbits(32) if given is None else given
-
-
-def max_m(given: int | None, target: Target) -> int:
-    return DEFAULT_MAX_M[target.device.kind] if given is None else given
-
-
-def hang_seconds(given: float | None) -> float | None:
-    """The silence given, checked to be some; None for the device's default."""
-    if given is not None and not given > 0:
-        raise ValueError(f"--hang-seconds {given:g}: it must be more than 0")
-    return given
-
-
-def failure_rate(rate: float | None, confidence: float) -> float | None:
-    """The rate to bound, checked together with its confidence; None for the level's."""
-    if rate is not None and not 0 < rate < 1:
-        raise ValueError(f"--max-failure-rate {rate:g}: a rate is between 0 and 1")
-    if not 0 < confidence < 1:
-        raise ValueError(f"--confidence {confidence:g}: a confidence is between 0 and 1")
-    return rate
+    run: str
+    seed: int
+    target: Target
+    choices: list[Choice] = field(default_factory=list)
+    layers: list[Comparison] = field(default_factory=list)
+    """The weight layouts of every layer probed, and the one chosen."""
+    candidates: list[Candidate] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    """Backend to the reason it cannot run any of the problems here."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Backend to how it failed before any problem could be run: loading, building."""
+    build_seconds: dict[str, float] = field(default_factory=dict)
+    environments: list[Environment] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
+    """Of every module that a backend has for this GPU."""
+    build_wall_seconds: float = 0.0
+    """Loading and compiling all backends, at once: what a second probe mostly saves."""
+    seconds: float = 0.0
+    """All that came after."""
+    generation: int | None = None
+    known: list[dict[str, Any]] = field(default_factory=list)
+    """What of each layer came from earlier runs: see `resuming.row`."""
+    left: list[dict[str, object]] = field(default_factory=list)
+    """Layers in which the time budget ended before all m ranges had a proven candidate."""
+    spent: list[dict[str, object]] = field(default_factory=list)
+    """Where the time of each layer went: see `clock`."""
 
 
-def budget(seconds: float, launches: int | None) -> None:
-    """Check what may be spent on a failure rate. Raises ValueError, one sentence."""
-    if not seconds >= 0:
-        raise ValueError(f"--max-seconds {seconds:g}: it must not be negative")
-    if launches is not None and launches < 1:
-        raise ValueError(f"--max-launches {launches}: it must be at least 1")
-
-
-def time_budget(seconds: float | None) -> float | None:
-    """The seconds a probe may take, checked to be some; None for what it needs."""
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"--budget {seconds:g}: it must be more than 0")
-    return seconds
-
-
-def interpreter(python: str | None) -> str | None:
-    """The interpreter to run workers in, checked to be one; None for this one.
-
-    Raises ValueError, one sentence.
-    """
-    if python is None:
-        return None
-    found = shutil.which(python)
-    if found is None:
-        raise ValueError(f"--python {python!r}: there is no such program")
-    return found
-
-
-def prior(
-    state_dir: Path, target: Target, profile: str, problems: Sequence[Problem]
-) -> tuple[str, ...]:
-    """The backends to verify in place of all: those the fleet chose for these layers on this GPU
-    model, the engine's default, so that no choice is slower than that, and the floors. Empty, which
-    is all, where the fleet's choices do not cover the layers.
-    """
-    from ..fleet.adopt import prior_backends
-
-    layers = [(p.format, p.activation, p.out_dtype, p.n, p.k) for p in problems]
-    found = prior_backends(state_dir, target.device.arch, target.name, profile, layers)
-    known = [name for name in found if name in registry.names()]
-    if len(known) < len(found) or not known:
-        return ()
-    usual = PROFILES[profile].default(target.device.sm) if profile in PROFILES else None
-    return tuple(dict.fromkeys((*known, *([usual] if usual in registry.names() else ()), *FLOORS)))
+def device(plan: Plan) -> dict[str, Any]:
+    """The device a row ``probed`` is of."""
+    return {"name": plan.target.name, "uuid": plan.target.uuid}

@@ -13,24 +13,27 @@ from pathlib import Path
 from ..cache import state
 from ..cache.ledger import Ledger
 from ..cache.rows import Audit, BucketKey, Environment, Probed
-from ..probes.host import free_memory
+from ..machine.memory import free_memory
 from ..probes.problem import Problem
 from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
-from . import auditing, building, chains, controls, failures, judging, known, resuming, spending
+from . import chains, spending
 from .agreement import Agreement
-from .buckets import MRange, ranges
-from .building import environment_of, survey
+from .device_lock import turn
 from .entrants import Entrant, Layer
+from .evidence import failures
+from .evidence.method import method
+from .evidence.recorder import Recorder
 from .layer import probe_layer
-from .method import method
-from .quantising import probe_quantisers, time_quantisers
-from .record import Recorder
+from .plan import Plan, Report
 from .runner import Progress, Runner
 from .soak import Purse
-from .task import Plan, Report
-from .turn import turn
-from .verdict import Doubt
+from .stages import audit as auditing
+from .stages import build, conclude, controls, recall, resume
+from .stages.build import environment_of, survey
+from .stages.quantise import probe_quantisers, time_quantisers
+from .verdict.buckets import MRange, ranges
+from .verdict.rules import Doubt
 
 __all__ = ["Plan", "Report", "environment_of", "probe", "survey"]
 
@@ -87,10 +90,10 @@ def _probe(
     agreement: Agreement | None,
 ) -> None:
     record = Recorder(ledger, report.run, plan.seed)
-    memory = known.Memory(plan, ledger, state_dir)
+    memory = recall.Memory(plan, ledger, state_dir)
     progress("survey", "asking every backend what it supports")
     start = time.monotonic()
-    entered = building.enrol(plan, stack, report, progress)
+    entered = build.enrol(plan, stack, report, progress)
     able = entered.able
     controller = controls.runner_of(plan, progress)
     stack.callback(controller.close)
@@ -117,7 +120,7 @@ def _probe(
     taking = {p: [r.name for r in field_ if r in there] for p, field_ in able.items()}
     recalled = memory.recall(taking, prints, begins, agreement)
     needed = [r for r in unbuilt if any(recalled[p].times is None for p in entered.of(r))]
-    built = building.build(pool, entered, needed, ledger, report, progress, state_dir)
+    built = build.build(pool, entered, needed, ledger, report, progress, state_dir)
     there = [runner for runner in there if runner not in needed or runner in built]
     audits = _audits(plan, stack, there, ledger, progress)
     tasks = _tasks(plan, able, there, recalled, begins, agreement)
@@ -130,9 +133,9 @@ def _probe(
         progress("quantisers", "timing side by side")
         time_quantisers(environments, plan, record, progress)
     for layer, entrants in tasks:
-        resuming.into(record, recalled[layer.problem], entrants)
-        report.known.append(resuming.row(layer, entrants, recalled[layer.problem], ledger))
-    if said := resuming.sentence(report.known):
+        resume.into(record, recalled[layer.problem], entrants)
+        report.known.append(resume.row(layer, entrants, recalled[layer.problem], ledger))
+    if said := resume.sentence(report.known):
         progress("layers", said)
     at_once = pool if plan.target.device.kind == "cuda" else None
     budget = spending.allow(plan, record, doubts, start)
@@ -155,7 +158,7 @@ def _probe(
             cut.append(layer)
         else:
             mine = recalled[p].entries
-            ledger.add_probed(resuming.probed(plan, layer, entrants, mine, record, since, doubts))
+            ledger.add_probed(resume.probed(plan, layer, entrants, mine, record, since, doubts))
         report.spent += layer.clock.rows(p.n, p.k)
     # At the end, when all launches of a kernel are known, on whatever layer, and its machine code.
     for backend, modules in audits().items():
@@ -164,7 +167,7 @@ def _probe(
                 record.audited(backend, module)
     prints = {e.backend: e.fingerprint for e in report.environments}
     before = failures.earlier(plan, ledger, prints, report.run)
-    judged = judging.candidates(plan, tasks, record, ledger, doubts, before)
+    judged = conclude.candidates(plan, tasks, record, ledger, doubts, before)
     report.candidates, report.left = spending.unfinished(judged, cut)
     report.audits = [audit for modules in audits().values() for audit in modules]
     report.findings = record.findings
@@ -175,8 +178,8 @@ def _probe(
 def _ready(
     plan: Plan,
     pool: ThreadPoolExecutor,
-    entered: building.Field,
-    memory: known.Memory,
+    entered: build.Field,
+    memory: recall.Memory,
     ledger: Ledger,
     report: Report,
     progress: Progress,
@@ -188,15 +191,15 @@ def _ready(
     their environment is known, and all their layers may be, too.
     """
     maybe = [r for r in entered.runners if all(memory.of(p, r.name) for p in entered.of(r))]
-    started = building.start(pool, maybe, ledger, report)
+    started = build.start(pool, maybe, ledger, report)
     unbuilt = [runner for runner in started if not runner.hello["has_files"]]
     first = [r for r in entered.runners if r not in unbuilt and (r in started or r not in maybe)]
-    built = building.build(pool, entered, first, ledger, report, progress, state_dir)
+    built = build.build(pool, entered, first, ledger, report, progress, state_dir)
     return [r for r in entered.runners if r in built or r in unbuilt], unbuilt
 
 
 def _quantisers(
-    plan: Plan, ledger: Ledger, record: Recorder, memory: known.Memory, progress: Progress
+    plan: Plan, ledger: Ledger, record: Recorder, memory: recall.Memory, progress: Progress
 ) -> tuple[list[Environment], dict[str, str], dict[str, str]]:
     """Activation quantisers that are not known; see `quantising`."""
 
@@ -207,9 +210,9 @@ def _quantisers(
         return found is not None
 
     def done(name: str, print_: str, bucket: BucketKey, at: float) -> None:
-        how = {name: resuming.how(plan, print_, record.run, at)}
+        how = {name: resume.how(plan, print_, record.run, at)}
         detail = {"samples": 0, "entrants": how}
-        ledger.add_probed(Probed(record.run, bucket, known.device(plan), method(), detail))
+        ledger.add_probed(Probed(record.run, bucket, recall.device(plan), method(), detail))
 
     return probe_quantisers(
         plan.quantisers,
@@ -243,7 +246,7 @@ def _tasks(
     plan: Plan,
     able: Mapping[Problem, Sequence[Runner]],
     there: Sequence[Runner],
-    recalled: Mapping[Problem, known.Recalled],
+    recalled: Mapping[Problem, recall.Recalled],
     begins: Mapping[Problem, bool],
     agreement: Agreement | None,
 ) -> list[tuple[Layer, list[Entrant]]]:
@@ -263,7 +266,7 @@ def _tasks(
             entrant = Entrant(runner, asked[runner.name][problem], line, dead[runner.name])
             if runner.name in entries:
                 rows = recalled[problem].evidence[runner.name]
-                resuming.resume(entrant, entries[runner.name], rows)
+                resume.resume(entrant, entries[runner.name], rows)
             entrants.append(entrant)
         tasks.append((layer, entrants))
     purse = _purse(plan, [e for _, entrants in tasks for e in entrants])
@@ -271,7 +274,7 @@ def _tasks(
 
 
 def _tactics(
-    runner: Runner, layers: Mapping[Problem, known.Recalled]
+    runner: Runner, layers: Mapping[Problem, recall.Recalled]
 ) -> dict[Problem, dict[MRange, list[str]]]:
     """The backend's tactics for every layer it takes part in, by range of m.
 
@@ -285,7 +288,7 @@ def _tactics(
         if entry is None:
             pairs += [(problem, m) for m in ranges(problem.m)]
         else:
-            tried = known.tactics_of(entry)
+            tried = recall.tactics_of(entry)
             found[problem] = {m: tried[m] for m in ranges(problem.m)}
     answers = runner.tactics([problem.at(m.hi) for problem, m in pairs]) if pairs else []
     for (problem, m), names in zip(pairs, answers, strict=True):

@@ -18,16 +18,17 @@ from ..cache.errors import StateError
 from ..cache.ledger import Ledger
 from ..cache.rows import Finding
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
-from ..probes import bundle, tilemap
+from ..machine.devices import Target
+from ..probes import bundle
 from ..probes.backends import registry
-from ..probes.case import Launch
-from ..probes.devices import Target
+from ..probes.check import tilemap
+from ..probes.launch.case import Launch
 from ..probes.problem import Problem
-from ..probes.supervisor import WorkerFailed
-from . import tables
+from ..probes.worker.supervisor import WorkerFailed
+from ..report.terminal import tables
 from .probe import environment_of, survey
-from .retest import summary
 from .runner import Patience, Progress, Runner
+from .stages.retest import summary
 
 REPRODUCED, GONE, OTHERWISE, UNABLE = (
     "reproduced",

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..probes.devices import Target
+from ..machine.devices import Target
 from ..probes.problem import Problem
-from ..probes.supervisor import Worker, WorkerFailed
+from ..probes.worker.supervisor import Worker, WorkerFailed
 
 Progress = Callable[[str, str], None]
 """Called with a backend's name and what it is doing."""

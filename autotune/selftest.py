@@ -21,15 +21,15 @@ from rich.table import Table
 from ..cache.ledger import Ledger
 from ..cache.rows import Evidence
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE
+from ..machine.devices import Target
 from ..probes import zoo
-from ..probes.devices import Target
 from ..probes.problem import Device, Problem
 from ..probes.zoo import Mutant
+from ..report.terminal.tables import console
 from .levels import LEVELS
 from .probe import Plan, Report, probe
-from .profiles import PROFILES
 from .runner import Progress
-from .tables import console
+from .verdict.profiles import PROFILES
 
 OK, MISSED, FALSE_ALARM, UNDECIDED = "ok", "MISSED", "FALSE ALARM", "UNDECIDED"
 

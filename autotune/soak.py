@@ -9,7 +9,7 @@ from math import inf
 from threading import Lock
 
 from ..cache.rows import BucketKey, Evidence
-from .bounds import Aim, Bound, codes, kernel, pool
+from .verdict.bounds import Aim, Bound, codes, kernel, pool
 
 CHAIN = 1024
 """Launches of a turn, about: each on rows of its own as far as the pools have them."""

@@ -8,13 +8,13 @@ from typing import Any
 from ..cache.rows import BucketKey, Candidate
 from . import allowance
 from .allowance import OVER, SLOWER, Allowance
-from .bounds import Bound, codes, kernel, pool
-from .buckets import MRange
 from .entrants import Entrant, Layer, not_tried
-from .judging import judge
-from .record import Recorder
-from .task import Plan
-from .verdict import SAFE, Doubt
+from .evidence.recorder import Recorder
+from .plan import Plan
+from .stages.conclude import judge
+from .verdict.bounds import Bound, codes, kernel, pool
+from .verdict.buckets import MRange
+from .verdict.rules import SAFE, Doubt
 
 Run = Callable[[Mapping[str, Sequence[MRange]], Sequence[Entrant]], None]
 """Puts these entrants, by name with their m ranges, through the regimes."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cache import state
 from ..cache.ledger import Ledger
-from ..probes.devices import Target
+from ..machine.devices import Target
 from ..probes.problem import FORMATS, Problem
 from .probe import survey
 

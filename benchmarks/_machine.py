@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Date, host and versions; the GPUs as NVML names them."""
-    from fp4tune.probes import devices
+    from fp4tune.machine import devices
 
     gpus, reason = devices.gpus()
     return {

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-from fp4tune.cache import codedigest
+from fp4tune.machine import codedigest
 from fp4tune.probes import audit
 from fp4tune.probes.audit import judge, sources
 

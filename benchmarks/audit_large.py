@@ -22,7 +22,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from fp4tune.cache import codedigest, elf
+from fp4tune.machine import codedigest, elf
 from fp4tune.probes import audit
 from fp4tune.probes.audit import disassemble
 

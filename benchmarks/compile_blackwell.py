@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from fp4tune.probes.audit import disassemble
-from fp4tune.probes.backends import _triton_w4a16_tactics as tactics
 from fp4tune.probes.backends import cudnn_graph
-from fp4tune.probes.backends import triton_w4a16 as w4a16
+from fp4tune.probes.backends.triton_w4a16 import _tactics as tactics
+from fp4tune.probes.backends.triton_w4a16 import gemm as w4a16
 from fp4tune.probes.problem import Device, Problem
 
 SMS = (100, 103, 120)
@@ -42,7 +42,7 @@ def triton_kernel(problem: Problem, config: tactics.Config, sm: int) -> dict[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fp4tune.probes.backends import _triton_w4a16_kernels as kernels
+    from fp4tune.probes.backends.triton_w4a16 import _kernels as kernels
 
     mx, half = problem.format == "mxfp4", problem.out_dtype
     tma = config.kernel == "tma"

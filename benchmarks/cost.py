@@ -37,16 +37,16 @@ import torch
 
 from fp4tune.autotune import soak
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 from fp4tune.probes.backends import build, tactics
 from fp4tune.probes.backends.registry import load_one
-from fp4tune.probes.case import Call, Case, Launch, bind
-from fp4tune.probes.checks import Checker
-from fp4tune.probes.outcome import Budget, capture, device_of, repeat
+from fp4tune.probes.check.sweep import Checker
+from fp4tune.probes.launch.case import Call, Case, Launch, bind
+from fp4tune.probes.launch.outcome import Budget, capture, device_of, repeat
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.seeds import derive
-from fp4tune.probes.session import Item, Layer
+from fp4tune.probes.worker.session import Item, Layer
 
 BACKENDS = ("torch-bf16-resident", "triton-w4a16", "marlin")
 REFERENCE = "torch-bf16-resident"

@@ -27,9 +27,10 @@ from typing import Any
 import _machine as node
 
 from fp4tune.autotune.probe import survey
-from fp4tune.autotune.verdict import EXACT
+from fp4tune.autotune.verdict.rules import EXACT
 from fp4tune.cache.ledger import Ledger
-from fp4tune.probes import census, devices
+from fp4tune.machine import devices
+from fp4tune.probes import census
 from fp4tune.probes.backends import registry
 from fp4tune.probes.problem import Problem
 

@@ -23,10 +23,10 @@ import torch
 
 from fp4tune.probes.backends import tactics
 from fp4tune.probes.backends.registry import load_one
-from fp4tune.probes.case import Case, case, prepared_activation
+from fp4tune.probes.check.reference import tile_error, tile_limit
 from fp4tune.probes.data import draw
+from fp4tune.probes.launch.case import Case, case, prepared_activation
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.reference import tile_error, tile_limit
 
 MARK = "@@"
 """What the lines that count begin with; a backend may print, too."""

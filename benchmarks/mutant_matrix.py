@@ -32,11 +32,12 @@ from _machine import machine
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.runner import Patience, Runner
 from fp4tune.autotune.selftest import lacking
-from fp4tune.probes import devices, zoo
+from fp4tune.machine import devices
+from fp4tune.probes import zoo
 from fp4tune.probes.data import families
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.supervisor import WorkerFailed
+from fp4tune.probes.worker.supervisor import WorkerFailed
 from fp4tune.probes.zoo import Mutant
 
 N, K = 1088, 1040

@@ -28,26 +28,26 @@ from typing import Any
 from _machine import versions
 from _regret_report import report
 
-from fp4tune.autotune import plan as planning
-from fp4tune.autotune.buckets import MRange, bucket_of
-from fp4tune.autotune.choose import ranked
+from fp4tune.autotune import request as planning
+from fp4tune.autotune.choice.rank import ranked
 from fp4tune.autotune.entrants import Entrant, Layer
-from fp4tune.autotune.grading import grade, open_layer
-from fp4tune.autotune.intervals import mean_interval
+from fp4tune.autotune.evidence.recorder import Recorder
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import environment_of, survey
-from fp4tune.autotune.profiles import PROFILES
-from fp4tune.autotune.record import Recorder
 from fp4tune.autotune.runner import Patience, Runner
-from fp4tune.autotune.timing import open_timing, right_tactics, time_side_by_side, tune
+from fp4tune.autotune.stages.grade import grade, open_layer
+from fp4tune.autotune.stages.timing import open_timing, right_tactics, time_side_by_side, tune
+from fp4tune.autotune.verdict.buckets import MRange, bucket_of
+from fp4tune.autotune.verdict.intervals import mean_interval
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Candidate
-from fp4tune.probes import devices
+from fp4tune.machine import devices
+from fp4tune.machine.memory import free_memory
 from fp4tune.probes.backends import registry
 from fp4tune.probes.census import REGIME as CENSUS
-from fp4tune.probes.host import free_memory
 from fp4tune.probes.problem import Problem
-from fp4tune.probes.supervisor import WorkerFailed
+from fp4tune.probes.worker.supervisor import WorkerFailed
 
 LEVEL = LEVELS["standard"]
 M = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)

@@ -22,10 +22,10 @@ from typing import Any
 from _machine import machine
 
 from fp4tune.autotune.runner import Patience, Runner
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.supervisor import WorkerFailed
+from fp4tune.probes.worker.supervisor import WorkerFailed
 
 BACKENDS = (
     "zoo-own-buffer",

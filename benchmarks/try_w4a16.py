@@ -24,7 +24,7 @@ import torch
 
 from fp4tune.probes.backends import tactics
 from fp4tune.probes.backends.humming import Humming
-from fp4tune.probes.backends.marlin import Marlin
+from fp4tune.probes.backends.sglang_marlin.marlin import Marlin
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
 
 BACKENDS = {"marlin": Marlin, "humming": Humming}

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from fp4tune.probes.backends._triton_w4a16_tactics import Config, candidates, parse, shared_limit
-from fp4tune.probes.backends.triton_w4a16 import TritonW4A16, compile_for, pack
+from fp4tune.probes.backends.triton_w4a16._tactics import Config, candidates, parse, shared_limit
+from fp4tune.probes.backends.triton_w4a16.gemm import TritonW4A16, compile_for, pack
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -34,10 +34,10 @@ from typing import Any
 
 import _machine as node
 
-from fp4tune.autotune.choose import NOISE
+from fp4tune.autotune.choice.rank import NOISE
 from fp4tune.cache import state as places
 from fp4tune.cache.ledger import Ledger
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 
 MARK = "FP4TUNE_TWO_GPUS"
 """A variable that a probe of ours and all it starts inherit."""

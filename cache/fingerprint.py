@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..machine.codedigest import CodeDigest
+from ..machine.hardware import IDENTITY, hardware
 from . import state
 from .codec import canonical
-from .codedigest import CodeDigest
-from .hardware import IDENTITY, hardware
 from .rows import Environment, Stamp
 
 __all__ = ["content", "environment", "hardware", "of", "source", "stamp", "variables"]

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..autotune.renewal import withdrawn
+from ..autotune.publication.environment import withdrawn
 from ..cache import opening, quarantine, state
 from ..cache.errors import StateError
 

@@ -19,9 +19,9 @@ _FAILURES = ("crash", "hang", "poisoned", "error")
 def run(asked: dict[str, Any]) -> dict[str, Any]:
     from ..autotune.probe import survey
     from ..autotune.runner import Patience, Runner
-    from ..probes import devices
+    from ..machine import devices
     from ..probes.problem import Problem
-    from ..probes.supervisor import WorkerFailed
+    from ..probes.worker.supervisor import WorkerFailed
 
     candidate = asked["candidate"]
     bucket = candidate["bucket"]

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from ..probes.supervisor import marked
+from ..probes.worker.supervisor import marked
 
 MARK = "FP4TUNE_DAEMON_CHILD"
 _TAIL = 4000

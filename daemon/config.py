@@ -13,7 +13,7 @@ from typing import Any
 
 from ..cache import state
 from ..errors import Refused
-from ..probes import shapes
+from ..probes.models import shapes
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any
 
 from ..cache import gpulock
-from ..cache.hardware import hardware
+from ..machine.hardware import hardware
 from .config import Config
 
 LIST_SECONDS = 10.0

@@ -101,7 +101,7 @@ def main() -> None:
     answer: dict[str, object] = {"generation": 0, "published": False, "stale": [], "mended": []}
     try:
         answer["mended"] = mend(state_dir)
-        from ..autotune.settling import settle
+        from ..autotune.publication.revalidate import settle
 
         settled = settle(state_dir, asked["machine"], dict(os.environ))
         answer["generation"] = settled.stands.generation

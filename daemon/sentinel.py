@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..cache.hardware import hardware
+from ..machine.hardware import hardware
 
 WANTED = {
     "xid": "nvmlEventTypeXidCriticalError",

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..autotune import standing
-from ..autotune.renewal import withdrawn
+from ..autotune.publication import published as standing
+from ..autotune.publication.environment import withdrawn
 from ..cache import fingerprint, gpulock, publish, state
 from ..cache.errors import StateError
 from ..errors import Refused

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..autotune.renewal import withdrawn
+from ..autotune.publication.environment import withdrawn
 from ..cache.rows import Candidate
 from .config import Probe
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..autotune import standing
+from ..autotune.publication import published
 from ..cache import quarantine, state
 from ..errors import Refused
 from . import advise, promote, schema, signing
@@ -33,7 +33,7 @@ def adopt(
     """
     document = _read(source, trusted)
     where = state.directory(state_dir)
-    here = standing.usable(where)
+    here = published.usable(where)
     profiles = {c.profile for c in here.choices}
     spools = quarantine.spools(os.fspath(where))
     folder = spools[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..autotune import bounds
+from ..autotune.verdict import bounds
 from ..cache.errors import translate
 from ..errors import UNSAFE, Refused
 from . import promote, report, signing

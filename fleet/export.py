@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..autotune import standing
+from ..autotune.publication import published
 from ..cache import codec, state
 from ..cache.errors import Missing, StateError, translate
 from ..cache.ledger import Ledger
@@ -84,7 +84,7 @@ def rows_of(state_dir: Path) -> dict[str, list[dict[str, Any]]]:
         found["timing"] = [_columns("timing", row) for row in ledger.timings()]
         found["verdict"] = [_columns("verdict", row) for row in ledger.verdicts()]
     try:
-        choices = standing.load(state_dir).choices
+        choices = published.load(state_dir).choices
     except Missing:
         choices = ()
     found["choice"] = [_columns("choice", row) for row in choices]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..autotune import bounds
+from ..autotune.verdict import bounds
 from . import attribution, slow
 from .warehouse import Warehouse
 

@@ -22,14 +22,14 @@ from typing import Any, Protocol
 
 import torch
 
-from .data_blocks import normal_matrix
-from .data_random import hash_elements, hash_rows, stream_key
+from .data.blocks import normal_matrix
+from .data.generator import hash_elements, hash_rows, stream_key
 from .formats import GSF_NUMERATOR, decode_scale, encode_e2m1, quantise, unpack
+from .launch.timing import Sampler
 from .layouts import padded, unswizzle_8x4, unswizzle_128x4
 from .problem import DTYPES, FORMATS, Device, Format
-from .regimes.allocator import FreeMemory
+from .regimes.memory.allocator import FreeMemory
 from .seeds import derive
-from .timing import Sampler
 
 GROUP = "fp4tune.quantisers"
 """Entry points of packages that bring quantisers: each a callable that returns one."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fp4tune.cache import codedigest
 from fp4tune.cli import app
+from fp4tune.machine import codedigest
 from fp4tune.probes import audit
 from fp4tune.probes.audit import barrier, disassemble, judge, launch, ninja, sources
 from fp4tune.probes.audit.disassemble import ArchKernel, Code

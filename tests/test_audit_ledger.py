@@ -14,16 +14,17 @@ from test_audit import KERNELS, needs_nvcc
 from test_probe import make_plan
 from typer.testing import CliRunner
 
-from fp4tune.autotune import auditing, stored
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import probe
-from fp4tune.autotune.publication import publish
+from fp4tune.autotune.publication.publish import publish
+from fp4tune.autotune.stages import audit as auditing
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Audit
 from fp4tune.cli import app
-from fp4tune.probes import host
+from fp4tune.machine import memory
 from fp4tune.probes.audit import disassemble
+from fp4tune.report import documents
 
 EXAMPLE = Path(__file__).parent.parent / "docs/examples/plain.py"
 BACKEND = """
@@ -97,7 +98,7 @@ def test_a_module_that_fails_the_audit_is_unsafe_whatever_its_runs_showed(
     (said,) = {f.detail["message"] for f in mine(report.findings)}
     assert "never wait" in said
     assert {c.backend for c in report.choices} == {"torch-dequant"}
-    (row,) = stored.report_json(report)["audits"]
+    (row,) = documents.report_json(report)["audits"]
     assert row["verdict"] == "flagged"
 
 
@@ -120,7 +121,7 @@ def test_a_second_probe_does_not_disassemble_again(backend, libraries, tmp_path,
     for name, code in (("waits", 0), ("bare", 1)):
         arguments = ["audit", str(libraries[name]), "--state", str(tmp_path / "s")]
         assert runner.invoke(app, arguments).exit_code == code
-    assert stored.as_json(tmp_path / "s")["generation"] == second.generation
+    assert documents.as_json(tmp_path / "s")["generation"] == second.generation
     with Ledger.open(tmp_path / "s") as ledger:
         assert [a.verdict for a in ledger.audits()] == ["clean", "clean", "flagged"]
 
@@ -138,7 +139,7 @@ def test_an_audit_without_a_probe_takes_back_a_standing_choice(
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
     assert "taken back" in result.output
-    document = stored.as_json(place)
+    document = documents.as_json(place)
     assert document["generation"] == report.generation + 1
     ours = [c for c in document["candidates"] if c["backend"] == "example-with-code"]
     assert {c["verdict"] for c in ours} == {"unsafe"}
@@ -147,7 +148,7 @@ def test_an_audit_without_a_probe_takes_back_a_standing_choice(
     assert reader.open(place).choose(1, 320, 256, format="nvfp4").backend == "torch-dequant"
     # Once more changes nothing: no generation without a difference.
     assert "taken back" not in runner.invoke(app, arguments).output
-    assert stored.as_json(place)["generation"] == document["generation"]
+    assert documents.as_json(place)["generation"] == document["generation"]
 
 
 @needs_nvcc
@@ -216,16 +217,16 @@ def test_audits_are_stored_and_read_back(tmp_path):
 
 
 def test_free_memory_is_within_the_containers_limit(tmp_path, monkeypatch):
-    whole = host.free_memory()
+    whole = memory.free_memory()
     assert whole > 0
-    monkeypatch.setattr(host, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert host.free_memory() > 2000
+    assert memory.free_memory() > 2000
     (tmp_path / "memory.max").write_text("3000\n")
-    assert host.free_memory() == 2000
+    assert memory.free_memory() == 2000
     (tmp_path / "memory.max").write_text("500\n")
-    assert host.free_memory() == 0
+    assert memory.free_memory() == 0
 
 
 def test_the_list_of_backends_tells_how_each_failed(tmp_path):

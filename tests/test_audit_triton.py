@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4tune.cache import codedigest
+from fp4tune.machine import codedigest
 from fp4tune.probes import audit
 
 triton = pytest.importorskip("triton")

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes.backends import build, registry, tactics
-from fp4tune.probes.backends.compiled import TorchCompile
-from fp4tune.probes.backends.dequant import (
+from fp4tune.probes.backends.torch.compiled import TorchCompile
+from fp4tune.probes.backends.torch.dequant import (
     Decoder,
     Resident,
     scale_table,

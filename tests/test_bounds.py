@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.autotune import bounds, soak
-from fp4tune.autotune.bounds import EXACT, Aim, Bound
-from fp4tune.autotune.profiles import PROFILES
-from fp4tune.autotune.stats import failure_bound
-from fp4tune.autotune.verdict import INCONCLUSIVE, SAFE, decide
+from fp4tune.autotune import soak
+from fp4tune.autotune.verdict import bounds
+from fp4tune.autotune.verdict.bounds import EXACT, Aim, Bound
+from fp4tune.autotune.verdict.profiles import PROFILES
+from fp4tune.autotune.verdict.rules import INCONCLUSIVE, SAFE, decide
+from fp4tune.autotune.verdict.stats import failure_bound
 from fp4tune.cache.rows import BucketKey, Evidence
 
 confidences = st.floats(0.5, 0.999)

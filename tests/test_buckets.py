@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.buckets import (
+from fp4tune.autotune.verdict.buckets import (
     EDGES,
     Bucket,
     MRange,

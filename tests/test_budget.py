@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fp4tune import cli
-from fp4tune.autotune import plan as planning
+from fp4tune.autotune import request as planning
 from fp4tune.autotune.allowance import ENOUGH, OVER, SLOWER, Allowance, next_wave, order
-from fp4tune.autotune.bounds import Aim
-from fp4tune.autotune.buckets import MRange
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import Plan, probe
-from fp4tune.autotune.profiles import PROFILES
-from fp4tune.autotune.publication import publish
+from fp4tune.autotune.publication.publish import publish
 from fp4tune.autotune.soak import Purse
+from fp4tune.autotune.verdict.bounds import Aim
+from fp4tune.autotune.verdict.buckets import MRange
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 from fp4tune.probes.regimes import REGIMES
 
 HERE = Path(__file__).parent

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.profiles import PROFILES
-from fp4tune.autotune.verdict import decide
-from fp4tune.cache import codedigest, elf
+from fp4tune.autotune.verdict.profiles import PROFILES
+from fp4tune.autotune.verdict.rules import decide
 from fp4tune.cache.rows import BucketKey, Evidence
+from fp4tune.machine import codedigest, elf
 from fp4tune.probes import census
 from fp4tune.probes.census import Census, Kernel, Wait, code, kernels, rules, shim
 from fp4tune.probes.census.attach import kernel as value_of
@@ -548,9 +548,9 @@ def test_a_census_can_fail_a_verdict_and_never_makes_one(profile):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_a_layer_without_a_gpu_has_an_empty_census():
-    from fp4tune.probes.backends.dequant import torch_dequant
+    from fp4tune.probes.backends.torch.dequant import torch_dequant
     from fp4tune.probes.problem import Device, Problem
-    from fp4tune.probes.session import Item, Layer
+    from fp4tune.probes.worker.session import Item, Layer
 
     problem = Problem("nvfp4", 32, 64, 64)
     layer = Layer(torch_dequant(), Device("cpu"), problem, 1, 1 << 28, lambda _: None)

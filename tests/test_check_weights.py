@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fp4tune import cli
-from fp4tune.autotune import discharge, publication, standing
+from fp4tune.autotune import checkpoint_check
+from fp4tune.autotune.publication import publish, published
 from fp4tune.cache.rows import BucketKey, Candidate, Environment
-from fp4tune.probes import checkpoint, weights
 from fp4tune.probes.formats import decode_scale, quantise
+from fp4tune.probes.models import checkpoint, weights
 from fp4tune.probes.problem import FORMATS
 
 N, K = 32, 128
@@ -327,7 +328,7 @@ def chosen(tmp_path):
         launches=9, problems=9, conditions=(NEEDS, STREAM), fingerprint=ENVIRONMENT.fingerprint,
     )  # fmt: skip
     other = replace(marlin, backend="triton-w4a16", layout="packed", median_us=20.0, conditions=())
-    publication.republish(place, standing.usable(place), [marlin, other], [ENVIRONMENT])
+    publish.republish(place, published.usable(place), [marlin, other], [ENVIRONMENT])
     return place
 
 
@@ -347,7 +348,7 @@ def test_a_condition_is_discharged_for_the_checkpoint_that_was_checked_alone(tmp
     assert done.exit_code == 0
     found = {c["id"]: c["status"] for c in document["checkpoint"]["conditions"]}
     assert found["block-scale-min"] == "holds"
-    assert found["one-stream-per-layer"] == discharge.NOT_WEIGHTS
+    assert found["one-stream-per-layer"] == checkpoint_check.NOT_WEIGHTS
     assert document["checkpoint"]["status"] == "holds"
     plain = run("choose", 1, 4096, 4096, "--state", chosen)
     assert plain.exit_code == 0 and "holds in" not in plain.output

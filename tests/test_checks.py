@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.checks import (
+from fp4tune.probes.check.sweep import (
     GUARD,
     POISON,
     TILE,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.choose import FLOORS, NOISE, WORTH, by_bucket, choices
+from fp4tune.autotune.choice.rank import FLOORS, NOISE, WORTH, by_bucket, choices
 from fp4tune.cache.rows import VERDICTS, BucketKey, Candidate
 
 FLOOR = "torch-dequant"

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import stores
-from commands import call
 from typer.main import get_command
 
+from commands import call
 from fp4tune.cache import state
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cli import app

@@ -22,19 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes import layouts
-from fp4tune.probes.backends import (
-    _block_scaled,
-    cudnn_graph,
-    flashinfer,
-    flashinfer_w4a16,
-    registry,
-    torch_scaled_mm,
-    vllm_cutlass,
-)
-from fp4tune.probes.case import prepared_activation
+from fp4tune.probes.backends import _block_scaled, cudnn_graph, registry
+from fp4tune.probes.backends.flashinfer import mm_fp4
+from fp4tune.probes.backends.flashinfer import w4a16 as flashinfer_w4a16
+from fp4tune.probes.backends.torch import scaled_mm as torch_scaled_mm
+from fp4tune.probes.backends.vllm import cutlass
+from fp4tune.probes.check.reference import expect, right
 from fp4tune.probes.data import exact
+from fp4tune.probes.launch.case import prepared_activation
 from fp4tune.probes.problem import FORMATS, Fp4Tensor, Problem
-from fp4tune.probes.reference import expect, right
 
 FLASHINFER = registry.FLASHINFER
 W4A16 = registry.FLASHINFER_W4A16
@@ -63,14 +59,14 @@ def libraries(monkeypatch):
     """Every library is its emulator."""
     multiply = emulated_flashinfer.MmFp4()
     w4a16 = emulated_flashinfer.Prepared()
-    monkeypatch.setattr(flashinfer, "mm_fp4", lambda: multiply)
+    monkeypatch.setattr(mm_fp4, "mm_fp4", lambda: multiply)
     monkeypatch.setattr(flashinfer_w4a16, "functions", lambda: (w4a16.prepare, w4a16.mm))
     monkeypatch.setattr(cudnn_graph, "library", lambda: emulated_cudnn)
     monkeypatch.setattr(cudnn_graph, "_version", emulated_cudnn.backend_version)
     monkeypatch.setattr(torch_scaled_mm, "operator", lambda: scaled_mm.scaled_mm_out)
-    monkeypatch.setattr(vllm_cutlass, "operator", lambda name: vllm.cutlass_scaled_fp4_mm)
+    monkeypatch.setattr(cutlass, "operator", lambda name: vllm.cutlass_scaled_fp4_mm)
     # FlashInfer need not be installed: the shuffle it makes is in its documentation.
-    monkeypatch.setattr(flashinfer, "_shuffled_rows", documented_rows)
+    monkeypatch.setattr(mm_fp4, "_shuffled_rows", documented_rows)
     return multiply
 
 
@@ -150,13 +146,13 @@ def test_no_rows_are_no_work(name):
 @pytest.mark.parametrize("m", [1, 7, 8, 9, 128, 130])
 def test_trtllm_reads_8x4_scales(m):
     backend = registry.load_one("flashinfer-trtllm")
-    assert wrong(backend, problem(backend, m=m), flashinfer.SMALL) == 0
+    assert wrong(backend, problem(backend, m=m), mm_fp4.SMALL) == 0
 
 
 def test_only_trtllm_has_8x4_scales():
     backend = registry.load_one("flashinfer-cutlass")
     with pytest.raises(ValueError, match="8x4"):
-        wrong(backend, problem(backend), flashinfer.SMALL)
+        wrong(backend, problem(backend), mm_fp4.SMALL)
 
 
 @pytest.mark.parametrize("shapes_change", [True, False])
@@ -181,10 +177,10 @@ def test_pinned_tactics_go_to_the_runner_with_the_same_operands(monkeypatch):
         def choose_one(self, op, runners, config, inputs):
             return runners[0], -1
 
-    monkeypatch.setattr(flashinfer, "_workspace", lambda device: None)
+    monkeypatch.setattr(mm_fp4, "_workspace", lambda device: None)
     own = Tuner()
     asking = emulated_flashinfer.emulated(own)
-    monkeypatch.setattr(flashinfer, "mm_fp4", lambda: asking)
+    monkeypatch.setattr(mm_fp4, "mm_fp4", lambda: asking)
     getter = SimpleNamespace(AutoTuner=SimpleNamespace(get=lambda: own))
     monkeypatch.setitem(sys.modules, "flashinfer.autotuner", getter)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -227,7 +223,7 @@ def transposed_tiles(scales: torch.Tensor) -> torch.Tensor:
 
 
 def in_every_module(monkeypatch, name: str, replacement: Callable) -> None:
-    for module in (_block_scaled, flashinfer, flashinfer_w4a16):
+    for module in (_block_scaled, mm_fp4, flashinfer_w4a16):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, replacement)
 
@@ -321,14 +317,14 @@ def test_swapped_nibbles_of_the_activation_show(name, monkeypatch):
 
 
 def test_an_unshuffled_weight_shows(monkeypatch):
-    monkeypatch.setattr(flashinfer, "_shuffled_rows", lambda codes: torch.arange(codes.shape[0]))
+    monkeypatch.setattr(mm_fp4, "_shuffled_rows", lambda codes: torch.arange(codes.shape[0]))
     backend = registry.load_one("flashinfer-trtllm")
     assert shows(backend, problem(backend))
 
 
 def test_a_shuffle_the_wrong_way_round_shows(monkeypatch):
     monkeypatch.setattr(
-        flashinfer, "_shuffled_rows", lambda codes: torch.argsort(documented_rows(codes))
+        mm_fp4, "_shuffled_rows", lambda codes: torch.argsort(documented_rows(codes))
     )
     backend = registry.load_one("flashinfer-trtllm")
     assert shows(backend, problem(backend))
@@ -354,9 +350,9 @@ def test_8x4_scales_in_another_layout_show(layout, monkeypatch):
         padded = torch.nn.functional.pad(scales, (0, 0, 0, rows - scales.shape[0]))
         return layouts.swizzle(padded, layout)[: padded.numel()]
 
-    monkeypatch.setattr(flashinfer, "swizzle_8x4", mutated)
+    monkeypatch.setattr(mm_fp4, "swizzle_8x4", mutated)
     backend = registry.load_one("flashinfer-trtllm")
-    assert shows(backend, problem(backend, m=40), flashinfer.SMALL)
+    assert shows(backend, problem(backend, m=40), mm_fp4.SMALL)
 
 
 @pytest.mark.parametrize("name", FLASHINFER)

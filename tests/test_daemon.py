@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from fp4tune import cli
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.profiles import PROFILES
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import gpulock, quarantine, reader
 from fp4tune.cache.rows import BucketKey, Candidate
 from fp4tune.daemon import canary_run, gpus, work
@@ -33,7 +33,7 @@ from fp4tune.daemon.gpus import Device
 from fp4tune.daemon.notify import Notifier
 from fp4tune.daemon.probes import FINISHED, KILLED, SLOW, YIELDED, Attempt, Probes
 from fp4tune.errors import Refused
-from fp4tune.probes.supervisor import marked
+from fp4tune.probes.worker.supervisor import marked
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")

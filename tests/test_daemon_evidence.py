@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune import renewal, standing
-from fp4tune.autotune.settling import settle
+from fp4tune.autotune.publication import environment as renewal
+from fp4tune.autotune.publication import published
+from fp4tune.autotune.publication.revalidate import settle
 from fp4tune.cache import fingerprint, publish, reader, state
 from fp4tune.cache.errors import Busy, Missing
 from fp4tune.cache.ledger import Ledger
@@ -106,7 +107,7 @@ def test_a_wheel_that_is_rolled_back_brings_its_choice_back(tmp_path):
 def test_what_was_found_unsafe_later_does_not_come_back_as_safe(tmp_path):
     site = tmp_path / "site"
     put(tmp_path, site, ("fast", "1.0"), ("torch-dequant", "2.0"))
-    stands = standing.load(tmp_path)
+    stands = published.load(tmp_path)
     unsafe = [
         replace(c, verdict="unsafe", rank=None) if c.backend == "fast" else c
         for c in stands.candidates
@@ -119,7 +120,7 @@ def test_what_was_found_unsafe_later_does_not_come_back_as_safe(tmp_path):
     settle(tmp_path, MACHINE, {})
     install(site, "fast", "1.0")
     settle(tmp_path, MACHINE, {})
-    (fast,) = [c for c in standing.load(tmp_path).candidates if c.backend == "fast"]
+    (fast,) = [c for c in published.load(tmp_path).candidates if c.backend == "fast"]
     assert fast.verdict == "unsafe" and chosen(tmp_path) == ("torch-dequant", "safe")
 
 

@@ -13,7 +13,7 @@ import pytest
 from fp4tune.cache import gpulock
 from fp4tune.cache.errors import Busy
 from fp4tune.errors import NOT_ASSESSED
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 
 UUID = "GPU-0a1b"
 

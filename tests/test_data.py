@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes.data import FAMILIES, WIDTHS, draw, exact, families, window
-from fp4tune.probes.data_random import hash_elements, hash_rows, mix, normal, stream_key
+from fp4tune.probes.data.generator import hash_elements, hash_rows, mix, normal, stream_key
 from fp4tune.probes.formats import decode_scale, dequantise
 from fp4tune.probes.problem import Fp4Tensor, Problem
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes import tilemap
+from fp4tune.probes.check import tilemap
+from fp4tune.probes.check.diagnosis import Seen, diagnose
 from fp4tune.probes.data import FAMILIES
-from fp4tune.probes.diagnosis import Seen, diagnose
 from fp4tune.probes.regimes import REGIMES
 
 CALM = frozenset({"serial"})

@@ -20,22 +20,23 @@ import typer.main
 from typer.testing import CliRunner
 
 from fp4tune import __version__, cli, errors
+from fp4tune.autotune.evidence.recorder import FLAGGED
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.profiles import LEFT_OUT, PROFILES
-from fp4tune.autotune.record import FLAGGED
+from fp4tune.autotune.verdict.profiles import LEFT_OUT, PROFILES
 from fp4tune.cache import codec, rows, state
 from fp4tune.cache.decision import Decision
 from fp4tune.engines.applied import LEVELS as engine_levels
 from fp4tune.engines.emit import TARGETS
 from fp4tune.engines.names import NAMES
-from fp4tune.probes import backends, shapes
+from fp4tune.probes import backends
 from fp4tune.probes.backends import registry
 from fp4tune.probes.census import PDL_WITHOUT_WAIT, SILENT_FALLBACK
-from fp4tune.probes.checks import SlotReport
+from fp4tune.probes.check.sweep import SlotReport
 from fp4tune.probes.data import FAMILIES, WIDTHS
+from fp4tune.probes.launch.summary import describe
+from fp4tune.probes.models import shapes
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.summary import describe
-from fp4tune.probes.supervisor import MARK, WorkerFailed
+from fp4tune.probes.worker.supervisor import MARK, WorkerFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -356,13 +357,13 @@ def constants(*files: str) -> set[str]:
 def test_finding_kinds():
     said = set(named(text_of(DOCS / "verdicts.md"), "kind"))
     assert said <= constants(
-        "probes/session.py",
-        "probes/summary.py",
-        "probes/supervisor.py",
-        "autotune/record.py",
+        "probes/worker/session.py",
+        "probes/launch/summary.py",
+        "probes/worker/supervisor.py",
+        "autotune/evidence/recorder.py",
         "probes/census/rules.py",
-        "probes/regimes/off_bucket.py",
-        "probes/regimes/leaks.py",
+        "probes/regimes/plain/off_bucket.py",
+        "probes/regimes/memory/leaks.py",
     )
     seen = {
         describe(SlotReport(*counts, 1, guard, None, (), early))["kind"]

@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fp4tune import cli
-from fp4tune.autotune import explain as explaining
-from fp4tune.autotune import publication, standing
+from fp4tune.autotune.publication import publish, published
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Environment, Finding
 from fp4tune.errors import Refused
+from fp4tune.report.terminal import explain as explaining
 
 BUCKET = BucketKey("nvfp4", "bf16", "bf16", 1, 9, 16, 4096, 4096)
 ENVIRONMENT = Environment("e" * 64, "any", "sm90", {"distributions": {}, "code": "ab"})
@@ -52,9 +52,9 @@ MARLIN = candidate("marlin", 16.0)
 @pytest.fixture
 def put(tmp_path):
     def put(*candidates, meta=None):
-        empty = standing.usable(tmp_path)
+        empty = published.usable(tmp_path)
         empty = replace(empty, meta=meta or {})
-        publication.republish(tmp_path, empty, candidates, [ENVIRONMENT])
+        publish.republish(tmp_path, empty, candidates, [ENVIRONMENT])
         return tmp_path
 
     return put

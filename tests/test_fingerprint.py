@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import spawn
 
-from fp4tune.cache import codedigest, elf, fingerprint
-from fp4tune.cache.codedigest import CodeDigest
+from fp4tune.cache import fingerprint
+from fp4tune.machine import codedigest, elf
+from fp4tune.machine.codedigest import CodeDigest
 
 GPU = {
     "kind": "cuda",

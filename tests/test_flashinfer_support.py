@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import _flashinfer_support as support
-from fp4tune.probes.backends import flashinfer as provider
 from fp4tune.probes.backends import registry
+from fp4tune.probes.backends.flashinfer import _support as support
+from fp4tune.probes.backends.flashinfer import mm_fp4 as provider
 from fp4tune.probes.problem import MXFP4, NVFP4, Device, Fp4Tensor, Problem
 
 pytest.importorskip("flashinfer")

@@ -14,9 +14,10 @@ from pathlib import Path
 import fleets
 import pytest
 import stores
-from commands import call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from commands import call
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")

@@ -8,22 +8,23 @@ from pathlib import Path
 
 import fleets
 import pytest
-from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from commands import call
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
 pytest.importorskip("fsspec")
 pytest.importorskip("cryptography")
 
-from fp4tune.autotune import plan as planning  # noqa: E402
+from fp4tune.autotune import request as planning  # noqa: E402
 from fp4tune.cache import publish, quarantine, reader, rows, state  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import adopt, advise, attribution, export, merge, promote, slow  # noqa: E402
 from fp4tune.fleet import report as reporting  # noqa: E402
 from fp4tune.fleet.attribution import Device, attribute  # noqa: E402
-from fp4tune.probes.devices import Target  # noqa: E402
+from fp4tune.machine.devices import Target  # noqa: E402
 from fp4tune.probes.problem import Device as ProbedDevice  # noqa: E402
 from fp4tune.probes.problem import Problem  # noqa: E402
 

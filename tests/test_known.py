@@ -19,21 +19,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune import failures, resuming
 from fp4tune.autotune.agreement import Agreement
 from fp4tune.autotune.allowance import NOT_TRIED, SLOWER
-from fp4tune.autotune.buckets import ranges
 from fp4tune.autotune.entrants import Entrant, Layer
-from fp4tune.autotune.known import Memory, covers
+from fp4tune.autotune.evidence import failures
+from fp4tune.autotune.evidence.recorder import AUDIT, Recorder
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import Plan, Report, probe
-from fp4tune.autotune.profiles import PROFILES
-from fp4tune.autotune.publication import publish
-from fp4tune.autotune.record import AUDIT, Recorder
+from fp4tune.autotune.publication.publish import publish
+from fp4tune.autotune.stages import resume
+from fp4tune.autotune.stages.recall import Memory, covers
+from fp4tune.autotune.verdict.buckets import ranges
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import quarantine
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Audit, Environment
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
 
@@ -84,7 +85,7 @@ class Store:
                         record.status(*where, {}, 3, 2, 24)
                     record.timing(name, "default", layer.bucket(m), [1.0, 2.0, 3.0], None, {})
                 entrants.append(entrant)
-            row = resuming.probed(self.plan, layer, entrants, {}, record, time.time(), doubts)
+            row = resume.probed(self.plan, layer, entrants, {}, record, time.time(), doubts)
             ledger.add_probed(row)
             ledger.finish_run(self.run)
 
@@ -145,7 +146,7 @@ def test_what_answers_the_question_too_is_used(tmp_path, other):
 def test_another_environment_or_other_code_of_ours_is_measured(tmp_path, monkeypatch):
     store = Store(tmp_path)
     assert not store.recall(prints="b" * 64).entries
-    monkeypatch.setattr("fp4tune.autotune.known.method", lambda: "another")
+    monkeypatch.setattr("fp4tune.autotune.stages.recall.method", lambda: "another")
     assert not store.recall().entries
 
 
@@ -357,9 +358,9 @@ def test_the_second_probe_measures_nothing_and_says_the_same(probes):
     assert told(two) == told(one) and two.generation == one.generation
     assert [row["times"] for row in two.known] == [one.run, one.run]
     assert {b["run"] for row in two.known for b in row["known"]} == {one.run}
-    said = resuming.sentence(two.known)
+    said = resume.sentence(two.known)
     assert said.startswith(f"2 of 2 layers known from run {one.run} (2") and "measured 0" in said
-    assert not resuming.sentence(one.known)
+    assert not resume.sentence(one.known)
 
 
 def test_findings_and_times_survive(probes):
@@ -381,7 +382,7 @@ def test_a_backend_that_changed_is_measured_again_and_all_are_timed_beside_it(pr
     assert [row["measured"] for row in third.known] == [["wrong"], ["wrong"]]
     prints = [{c.fingerprint for c in r.candidates if c.backend == "wrong"} for r in (one, third)]
     assert prints[0] != prints[1]
-    said = resuming.sentence(third.known)
+    said = resume.sentence(third.known)
     assert said.startswith("0 of 2 layers known") and "timed only" in said
 
 

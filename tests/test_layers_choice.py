@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fp4tune import cli
-from fp4tune.autotune import layers, publication, standing, stored, traffic
-from fp4tune.autotune.choose import NOISE, choices
-from fp4tune.autotune.profiles import PROFILES
+from fp4tune.autotune.choice import layouts, traffic
+from fp4tune.autotune.choice.rank import NOISE, choices
+from fp4tune.autotune.publication import publish as publication
+from fp4tune.autotune.publication import published
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import publish, reader
 from fp4tune.cache.rows import BucketKey, Candidate, Environment
+from fp4tune.report import documents
 
 RANGES = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8))
 ENVIRONMENT = Environment("e" * 64, "any", "sm90", {"distributions": {}, "code": "ab"})
@@ -55,7 +58,7 @@ TWO = {
 
 @pytest.mark.parametrize(("weights", "layout"), [({1: 9, 8: 1}, "left"), ({1: 1, 8: 9}, "right")])
 def test_the_distribution_of_m_decides(weights, layout):
-    found = layers.compare(candidates(TWO), traffic.of("mine", weights))
+    found = layouts.compare(candidates(TWO), traffic.of("mine", weights))
     assert found.layout == layout
     assert found.covered == pytest.approx(1)
     assert found.layer_us == pytest.approx(0.9 * 10 + 0.1 * 100)
@@ -64,7 +67,7 @@ def test_the_distribution_of_m_decides(weights, layout):
 
 def test_a_layout_stands_with_the_best_safe_candidate_of_each_bucket():
     times = {**TWO, "also-left": ("left", {1: 50.0, 2: 50.0, 4: 20.0, 8: 20.0})}
-    found = layers.compare(candidates(times, early_1="unsafe"), traffic.of("t", {1: 1, 4: 1}))
+    found = layouts.compare(candidates(times, early_1="unsafe"), traffic.of("t", {1: 1, 4: 1}))
     (left,) = [fit for fit in found.fits if fit.layout == "left"]
     assert [(p.m_hi, p.backend, p.median_us) for p in left.parts] == [
         (1, "also-left", 50.0),
@@ -74,17 +77,17 @@ def test_a_layout_stands_with_the_best_safe_candidate_of_each_bucket():
 
 
 def test_a_layout_with_nothing_safe_at_some_m_does_not_compete_even_without_traffic_there():
-    found = layers.compare(candidates(TWO, early_8="unsafe"), traffic.of("t", {1: 1}))
+    found = layouts.compare(candidates(TWO, early_8="unsafe"), traffic.of("t", {1: 1}))
     assert found.layout == "right"
     (left,) = [fit for fit in found.fits if fit.layout == "left"]
     assert left.holes == ((5, 8),) and left.expected_us is None
 
 
 def test_an_m_beyond_what_was_probed_counts_for_nothing_and_is_told():
-    found = layers.compare(candidates(TWO), traffic.of("t", {1: 1, 4096: 3}))
+    found = layouts.compare(candidates(TWO), traffic.of("t", {1: 1, 4096: 3}))
     assert found.covered == pytest.approx(0.25)
     assert found.layer_us == pytest.approx(10)
-    nothing = layers.compare(candidates(TWO), traffic.of("t", {4096: 1}))
+    nothing = layouts.compare(candidates(TWO), traffic.of("t", {4096: 1}))
     assert nothing.layout is None and "no m of the traffic" in nothing.reason
 
 
@@ -95,20 +98,20 @@ def test_a_reference_line_is_no_layout():
         replace(c, verdict="inconclusive", reasons=why) if c.backend == "resident" else c
         for c in rows
     ]
-    found = layers.compare(rows, traffic.of("t", {1: 1}))
+    found = layouts.compare(rows, traffic.of("t", {1: 1}))
     assert "dense" not in {fit.layout for fit in found.fits}
 
 
 def test_within_the_noise_the_name_decides_and_what_stands_needs_3_per_cent():
     t = traffic.of("t", {1: 1})
     near = {"x": ("zeta", flat(100.0)), "y": ("alpha", flat(101.0))}
-    assert layers.compare(candidates(near), t).layout == "alpha"
-    assert layers.compare(candidates(near), t, stands="zeta").layout == "zeta"
+    assert layouts.compare(candidates(near), t).layout == "alpha"
+    assert layouts.compare(candidates(near), t, stands="zeta").layout == "zeta"
     better = {"x": ("zeta", flat(96.9)), "y": ("alpha", flat(100.0))}
-    assert layers.compare(candidates(better), t, stands="alpha").layout == "zeta"
+    assert layouts.compare(candidates(better), t, stands="alpha").layout == "zeta"
     kept = {"x": ("zeta", flat(97.1)), "y": ("alpha", flat(100.0))}
-    assert layers.compare(candidates(kept), t, stands="alpha").layout == "alpha"
-    gone = layers.compare(candidates(kept, y_2="unsafe"), t, stands="alpha")
+    assert layouts.compare(candidates(kept), t, stands="alpha").layout == "alpha"
+    gone = layouts.compare(candidates(kept, y_2="unsafe"), t, stands="alpha")
     assert gone.layout == "zeta"
 
 
@@ -120,9 +123,9 @@ times = st.fixed_dictionaries(
 @given(times, st.randoms(), st.sampled_from(["decode", "mixed"]))
 def test_every_rank_chooses_the_same_and_never_more_than_the_noise_slower(each, random, name):
     rows = candidates({b: (f"of-{b}", flat(us)) for b, us in each.items()})
-    found = layers.compare(rows, traffic.BUILTIN[name])
+    found = layouts.compare(rows, traffic.BUILTIN[name])
     random.shuffle(rows)
-    assert layers.compare(rows, traffic.BUILTIN[name]) == found
+    assert layouts.compare(rows, traffic.BUILTIN[name]) == found
     fastest = min(fit.expected_us for fit in found.fits)
     assert found.layer_us <= fastest * (1 + NOISE) * (1 + 1e-9)
     assert all(fit.lo_us <= fit.expected_us * (1 + 1e-9) for fit in found.fits)
@@ -130,28 +133,28 @@ def test_every_rank_chooses_the_same_and_never_more_than_the_noise_slower(each, 
 
 def compared(activation, us, profile="sglang", quantiser=None, **verdicts):
     rows = candidates({"one": ("only", flat(us))}, profile, activation, **verdicts)
-    return layers.compare(rows, traffic.of("t", {1: 1, 8: 1}), None, quantiser)
+    return layouts.compare(rows, traffic.of("t", {1: 1, 8: 1}), None, quantiser)
 
 
 def test_w4a4_is_not_compared_while_its_quantiser_has_no_time():
     wide, narrow = compared("bf16", 100.0), compared("fp4", 1.0)
     assert narrow.layout == "only" and narrow.layer_us is None
     assert narrow.row().expected_us is None
-    crossing = layers.across(wide, narrow, PROFILES["sglang"])
-    assert crossing.activation is None and layers.NO_QUANTISER in crossing.reason
+    crossing = layouts.across(wide, narrow, PROFILES["sglang"])
+    assert crossing.activation is None and layouts.NO_QUANTISER in crossing.reason
 
 
 def test_with_a_quantiser_time_the_faster_layer_wins_where_the_profile_crosses():
     wide = compared("bf16", 100.0)
     fast = compared("fp4", 50.0, quantiser={1: 10.0, 8: 20.0})
     assert fast.layer_us == pytest.approx(65)
-    assert layers.across(wide, fast, PROFILES["vllm"]).activation == "fp4"
+    assert layouts.across(wide, fast, PROFILES["vllm"]).activation == "fp4"
     slow = compared("fp4", 50.0, quantiser={1: 60.0, 8: 60.0})
-    assert layers.across(wide, slow, PROFILES["vllm"]).activation == "bf16"
-    strict = layers.across(wide, fast, PROFILES["strict"])
+    assert layouts.across(wide, slow, PROFILES["vllm"]).activation == "bf16"
+    strict = layouts.across(wide, fast, PROFILES["strict"])
     assert strict.activation is None and "accuracy" in strict.reason
     part = compared("fp4", 50.0, quantiser={1: 10.0})
-    assert layers.across(wide, part, PROFILES["vllm"]).activation is None
+    assert layouts.across(wide, part, PROFILES["vllm"]).activation is None
 
 
 # -- traffic
@@ -166,7 +169,7 @@ def test_shares_add_up_and_survive_the_store(weights):
     found = traffic.of("t", weights)
     assert sum(share for _, share in found.weights) == pytest.approx(1)
     document = json.loads(json.dumps(found.json()))
-    again = layers.traffics_of({"traffic": {"strict": document}})["strict"]
+    again = layouts.traffics_of({"traffic": {"strict": document}})["strict"]
     assert again.name == "t"
     assert dict(again.weights) == pytest.approx(dict(found.weights))
 
@@ -216,7 +219,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, says):
 def put(place, times=TWO, weights=None, **verdicts):
     """Publish as a probe does, under a traffic where one is given."""
     rows = candidates(times, **verdicts)
-    stands = standing.usable(place)
+    stands = published.usable(place)
     meta = {k: v for k, v in stands.meta.items() if k not in publish.RESERVED}
     if weights:
         meta["traffic"] = {"strict": traffic.of("mine", weights).json()}
@@ -270,7 +273,7 @@ def test_what_was_published_without_layouts_is_not_called_chosen(tmp_path):
     rows = candidates(TWO)
     chosen, placed = choices(rows, None)
     publish.publish(tmp_path, chosen, placed, [ENVIRONMENT])
-    document = stored.layer(tmp_path, 256, 512, "nvfp4", "bf16", "bf16")
+    document = documents.layer(tmp_path, 256, 512, "nvfp4", "bf16", "bf16")
     assert document["layout"] is None and "published" in document["reason"]
 
 

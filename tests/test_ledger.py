@@ -29,16 +29,7 @@ from fp4tune.cache.errors import (
     StateError,
 )
 from fp4tune.cache.ledger import Ledger
-from fp4tune.cache.rows import (
-    Build,
-    Environment,
-    Evidence,
-    Finding,
-    Layer,
-    Stamp,
-    Timing,
-    Verdict,
-)
+from fp4tune.cache.rows import Build, Environment, Evidence, Finding, Layer, Stamp, Timing, Verdict
 
 FILE = (Stamp("/x.so", 1, 2, 3),)
 

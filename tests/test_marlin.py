@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import _marlin_build as built
-from fp4tune.probes.backends.marlin import (
+from fp4tune.probes.backends.sglang_marlin import _build as built
+from fp4tune.probes.backends.sglang_marlin.marlin import (
     Marlin,
     padded_shape,
     permute_scales,

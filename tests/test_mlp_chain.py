@@ -8,17 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends.dequant import torch_dequant, torch_dequant_w4a4
-from fp4tune.probes.case import Launch, case
-from fp4tune.probes.checks import slot
+from fp4tune.probes.backends.torch.dequant import torch_dequant, torch_dequant_w4a4
+from fp4tune.probes.check.sweep import slot
 from fp4tune.probes.data import draw, exact
 from fp4tune.probes.formats import quantise
-from fp4tune.probes.outcome import Budget, NotApplicable
+from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.outcome import Budget, NotApplicable
 from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.regimes.mlp_judge import ByTiles, TileJudge
-from fp4tune.probes.regimes.mlp_layers import Arena, second_tactics, silu_on_cpu
-from fp4tune.probes.session import Item, Layer
+from fp4tune.probes.regimes.mlp.judge import ByTiles, TileJudge
+from fp4tune.probes.regimes.mlp.layers import Arena, second_tactics, silu_on_cpu
+from fp4tune.probes.worker.session import Item, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

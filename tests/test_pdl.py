@@ -8,22 +8,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.buckets import MRange
+from fp4tune.autotune.evidence.recorder import Recorder
 from fp4tune.autotune.layer import Layer
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.profiles import PROFILES
-from fp4tune.autotune.record import Recorder
-from fp4tune.autotune.verdict import EXACT, INCONCLUSIVE, SAFE, UNSAFE, decide
+from fp4tune.autotune.verdict.buckets import MRange
+from fp4tune.autotune.verdict.profiles import PROFILES
+from fp4tune.autotune.verdict.rules import EXACT, INCONCLUSIVE, SAFE, UNSAFE, decide
 from fp4tune.cache.ledger import Ledger
-from fp4tune.probes.case import Launch
-from fp4tune.probes.checks import SlotReport
+from fp4tune.machine.devices import cpu
+from fp4tune.probes.check.sweep import SlotReport
 from fp4tune.probes.data import FAMILIES
-from fp4tune.probes.devices import cpu
+from fp4tune.probes.launch.case import Launch
 from fp4tune.probes.problem import NVFP4, Fp4Tensor, Problem
-from fp4tune.probes.regimes import REGIMES, edges
-from fp4tune.probes.regimes.pdl import _exempt
-from fp4tune.probes.regimes.pdl_chain import arriving
-from fp4tune.probes.regimes.pdl_modes import NOTHING, ORDINARY, PDL, UNKNOWN, Mode, Seen, _classify
+from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.regimes.pdl import edges
+from fp4tune.probes.regimes.pdl.chain import arriving
+from fp4tune.probes.regimes.pdl.modes import NOTHING, ORDINARY, PDL, UNKNOWN, Mode, Seen, _classify
+from fp4tune.probes.regimes.pdl.pdl import _exempt
 
 RACES = ("pdl-raw", "pdl-war", "pdl-waw")
 CLEAN = SlotReport(0, 0, 0, 0, 0, None, ())

@@ -15,14 +15,14 @@ import pytest
 import rogues
 from stores import gone, spawn
 
-from fp4tune.autotune import plan as planning
+from fp4tune.autotune import request as planning
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import Plan, Report, probe, survey
-from fp4tune.autotune.profiles import PROFILES
-from fp4tune.autotune.publication import publish
+from fp4tune.autotune.publication.publish import publish
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 
 HERE = Path(__file__).parent
 N, K = 320, 256

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.protocol import Channel, Closed, Silent
+from fp4tune.probes.worker.protocol import Channel, Closed, Silent
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -10,10 +10,11 @@ import stores
 import torch
 from test_quantisers import CPU, Ours
 
-from fp4tune.autotune import layers, quantising
-from fp4tune.autotune.buckets import ranges
-from fp4tune.autotune.publication import quantiser_times
-from fp4tune.autotune.record import Recorder
+from fp4tune.autotune.choice import layouts
+from fp4tune.autotune.evidence.recorder import Recorder
+from fp4tune.autotune.publication.publish import quantiser_times
+from fp4tune.autotune.stages import quantise as quantising
+from fp4tune.autotune.verdict.buckets import ranges
 from fp4tune.cache.ledger import Ledger
 from fp4tune.probes import quantisers
 from fp4tune.probes.problem import Problem
@@ -75,13 +76,13 @@ def test_the_faster_of_two_is_what_a_layer_takes(tmp_path):
     target = SimpleNamespace(device=SimpleNamespace(arch="sm100"), name="B200")
     report = SimpleNamespace(target=target, timings=rows, findings=[])
     timed = quantiser_times([report], [])
-    found = layers._fastest(timed, KEY)
+    found = layouts._fastest(timed, KEY)
     assert found == {
         row.bucket.m_hi: row.median_us for row in rows if row.backend == "ours"
     } and set(found) == {1, 2}
-    assert layers._fastest(timed, (*KEY[:4], "bf16", *KEY[5:])) is None
-    assert layers._fastest(timed, (*KEY[:8], 128)) is None
-    assert layers.quantisers_of({"quantisers": timed}) == timed
+    assert layouts._fastest(timed, (*KEY[:4], "bf16", *KEY[5:])) is None
+    assert layouts._fastest(timed, (*KEY[:8], 128)) is None
+    assert layouts.quantisers_of({"quantisers": timed}) == timed
 
 
 def test_earlier_times_stay_until_they_are_measured_again_or_the_quantiser_is_wrong():
@@ -101,4 +102,4 @@ def test_earlier_times_stay_until_they_are_measured_again_or_the_quantiser_is_wr
 
 @pytest.mark.parametrize("stored", [None, 3, [3], [{"us": 1}], "x"])
 def test_what_another_version_stored_counts_for_nothing(stored):
-    assert layers.quantisers_of({"quantisers": stored}) == []
+    assert layouts.quantisers_of({"quantisers": stored}) == []

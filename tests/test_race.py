@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.autotune import steadiness
-from fp4tune.autotune.buckets import MRange
-from fp4tune.autotune.choose import NOISE
-from fp4tune.autotune.intervals import mean_interval, t_quantile
-from fp4tune.autotune.race import DOUBT, LEAST, PRECISE, QUICK, SETTLED, Race
-from fp4tune.autotune.stats import median
-from fp4tune.autotune.timing import AT_ONCE, fastest_tactic, run_races
+from fp4tune.autotune.choice.rank import NOISE
+from fp4tune.autotune.stages import clock_stability
+from fp4tune.autotune.stages.race import DOUBT, LEAST, PRECISE, QUICK, SETTLED, Race
+from fp4tune.autotune.stages.timing import AT_ONCE, fastest_tactic, run_races
+from fp4tune.autotune.verdict.buckets import MRange
+from fp4tune.autotune.verdict.intervals import mean_interval, t_quantile
+from fp4tune.autotune.verdict.stats import median
 
 NAMES = tuple("abcdef")
 seeds = st.integers(0, 2**32)
@@ -129,7 +129,7 @@ def test_at_the_cap_what_is_not_told_apart_is_an_open_question():
     race, _ = run([1.0, 1.01], noise=0.1, rounds=5)
     assert all(len(samples) == 5 for samples in race.samples.values())
     assert race.open_question and race.margin is not None and race.margin > NOISE
-    assert "with --level soak" in steadiness.undecided(5, race.margin)
+    assert "with --level soak" in clock_stability.undecided(5, race.margin)
 
 
 @given(fields, seeds)
@@ -245,7 +245,7 @@ BUSY = {"sm_mhz": 1980, "slowed": []}
 
 @pytest.mark.parametrize("seen", [[], [{}], [BUSY, BUSY], [BUSY, {"sm_mhz": 1965, "slowed": []}]])
 def test_a_steady_device_says_nothing(seen):
-    assert steadiness.unsteady(seen) is None
+    assert clock_stability.unsteady(seen) is None
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_steady_device_says_nothing(seen):
     ],
 )
 def test_an_unsteady_one_says_what_it_did_and_the_remedy(other, words):
-    said = steadiness.unsteady([BUSY, other])
+    said = clock_stability.unsteady([BUSY, other])
     assert said is not None and words in said and "nvidia-smi -lgc" in said and "\n" not in said
 
 
@@ -268,10 +268,10 @@ def test_a_device_is_looked_at_now_and_then_and_at_the_end():
         asked.append(1)
         return {**BUSY, "look": len(asked)}
 
-    watch = steadiness.Watch(ask)
+    watch = clock_stability.Watch(ask)
     for _ in range(50):
         watch.look()
     watch.look(now=True)
     assert len(asked) == 2
     assert watch.device["before"]["look"] == 1 and watch.device["after"]["look"] == 2
-    assert steadiness.Watch(dict).device == {}
+    assert clock_stability.Watch(dict).device == {}

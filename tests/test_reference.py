@@ -14,10 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.data import WIDTHS, Operands, draw, exact, families, window
-from fp4tune.probes.formats import dequantise
-from fp4tune.probes.problem import Fp4Tensor, Problem
-from fp4tune.probes.reference import (
+from fp4tune.probes.check.reference import (
     Expectation,
     alpha_of,
     expect,
@@ -27,7 +24,10 @@ from fp4tune.probes.reference import (
     tile_error,
     tile_limit,
 )
-from fp4tune.probes.reference_rounding import round_down, round_nearest, round_up
+from fp4tune.probes.check.rounding import round_down, round_nearest, round_up
+from fp4tune.probes.data import WIDTHS, Operands, draw, exact, families, window
+from fp4tune.probes.formats import dequantise
+from fp4tune.probes.problem import Fp4Tensor, Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

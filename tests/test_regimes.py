@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.case import Launch, case
 from fp4tune.probes.data import exact
+from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
-from fp4tune.probes.regimes.lanes import ROUNDS, repeat_threads
-from fp4tune.probes.session import Item, Layer
+from fp4tune.probes.regimes.concurrent.lanes import ROUNDS, repeat_threads
+from fp4tune.probes.worker.session import Item, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import fleets
 import pytest
 import stores
-from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.autotune.standing import Standing
+from commands import call
+from fp4tune.autotune.publication.published import Standing
 from fp4tune.cache import publish, quarantine
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Finding
 from fp4tune.fleet import bundle, merge, promote
-from fp4tune.probes import tilemap
-from fp4tune.report import changes, findings, markup, node, style, tiles
-from fp4tune.report import fleet as fleet_page
+from fp4tune.probes.check import tilemap
+from fp4tune.report.page import changes, findings, markup, node, style, tiles
+from fp4tune.report.page import fleet as fleet_page
 
 VOID = {"meta", "br"}
 HOSTILE = (

@@ -17,13 +17,14 @@ from fp4tune import cli
 from fp4tune.autotune import reproduce as again
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import Plan, probe
-from fp4tune.autotune.profiles import PROFILES
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Finding
 from fp4tune.errors import Refused
-from fp4tune.probes import devices, tilemap
+from fp4tune.machine import devices
 from fp4tune.probes.backends import registry
 from fp4tune.probes.bundle import HARNESS, closure, mode_of
+from fp4tune.probes.check import tilemap
 from fp4tune.probes.problem import Problem
 
 SWAPPED, SHARED, DIES = "zoo-rows-swapped", "zoo-shared-scratch", "zoo-segmentation-fault"
@@ -229,9 +230,9 @@ def _fields(finding: Finding) -> dict:
 )
 def test_a_description_that_fits_no_data_is_refused_by_the_worker(found, change):
     from fp4tune.probes import zoo
-    from fp4tune.probes.outcome import Budget
+    from fp4tune.probes.launch.outcome import Budget
     from fp4tune.probes.problem import Device
-    from fp4tune.probes.session import Layer
+    from fp4tune.probes.worker.session import Layer
 
     finding = first(found, SWAPPED)
     problem = Problem("nvfp4", finding.detail["rows"], N, K)

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from fp4tune.probes.backends.dequant import torch_dequant
-from fp4tune.probes.outcome import Budget
+from fp4tune.probes.backends.torch.dequant import torch_dequant
+from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.session import Item, Layer, next_width
+from fp4tune.probes.worker.session import Item, Layer, next_width
 
 
 class Crowded:

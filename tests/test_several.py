@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fp4tune.autotune import several
+from fp4tune.autotune import several_gpus
 from fp4tune.autotune.agreement import Agreement
-from fp4tune.autotune.buckets import MRange
+from fp4tune.autotune.verdict.buckets import MRange
 
 
 def plans(*labels: str) -> list:
@@ -33,9 +33,9 @@ def test_probes_run_at_once_and_each_tells_its_own_progress(monkeypatch):
         progress("layer", plan.target.label)
         return plan.target.label
 
-    monkeypatch.setattr(several, "probe", probe)
+    monkeypatch.setattr(several_gpus, "probe", probe)
     progress, said = heard(["gpu-0", "gpu-1"])
-    reports, failed = several.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
+    reports, failed = several_gpus.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
     assert (reports, failed) == (["gpu-0", "gpu-1"], {})
     assert sorted(said) == [("gpu-0", "layer", "gpu-0"), ("gpu-1", "layer", "gpu-1")]
 
@@ -46,9 +46,9 @@ def test_a_device_that_cannot_be_probed_does_not_stop_the_others(monkeypatch):
             raise RuntimeError("the driver is wedged")
         return plan.target.label
 
-    monkeypatch.setattr(several, "probe", probe)
+    monkeypatch.setattr(several_gpus, "probe", probe)
     progress, _ = heard(["gpu-0", "gpu-1"])
-    reports, failed = several.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
+    reports, failed = several_gpus.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
     assert reports == ["gpu-1"]
     assert str(failed["gpu-0"]) == "the driver is wedged"
 
@@ -57,10 +57,10 @@ def test_where_none_can_be_probed_the_first_reason_is_raised(monkeypatch):
     def probe(plan, ledger, state_dir, progress, agreement):
         raise RuntimeError(plan.target.label)
 
-    monkeypatch.setattr(several, "probe", probe)
+    monkeypatch.setattr(several_gpus, "probe", probe)
     progress, _ = heard(["gpu-0", "gpu-1"])
     with pytest.raises(RuntimeError, match="gpu-0"):
-        several.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
+        several_gpus.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
 
 
 def test_an_interrupt_ends_every_probe(monkeypatch):
@@ -76,11 +76,11 @@ def test_an_interrupt_ends_every_probe(monkeypatch):
     def interrupted(futures):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(several, "probe", probe)
-    monkeypatch.setattr(several, "wait", interrupted)
+    monkeypatch.setattr(several_gpus, "probe", probe)
+    monkeypatch.setattr(several_gpus, "wait", interrupted)
     progress = {label: lambda who, text: None for label in ("gpu-0", "gpu-1")}
     with pytest.raises(KeyboardInterrupt):
-        several.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
+        several_gpus.probe_all(plans("gpu-0", "gpu-1"), None, None, progress)
     assert sorted(ended) == ["gpu-0", "gpu-1"]
 
 

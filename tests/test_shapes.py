@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.shapes import (
+from fp4tune.probes.models.shapes import (
     PRESETS,
     Attention,
     Model,
@@ -17,7 +17,7 @@ from fp4tune.probes.shapes import (
     parse_shape,
     read_config,
 )
-from fp4tune.probes.shapes import preset as preset_layers
+from fp4tune.probes.models.shapes import preset as preset_layers
 
 
 def shapes(found):

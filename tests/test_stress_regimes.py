@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes import layouts
-from fp4tune.probes.case import Launch, case
 from fp4tune.probes.data import exact
+from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
-from fp4tune.probes.regimes._neighbour import GO, PAUSE
-from fp4tune.probes.regimes.huge import past
-from fp4tune.probes.regimes.leaks import grows
-from fp4tune.probes.regimes.neighbours import Neighbour
-from fp4tune.probes.session import Item, Layer
+from fp4tune.probes.regimes.concurrent._neighbour import GO, PAUSE
+from fp4tune.probes.regimes.concurrent.neighbours import Neighbour
+from fp4tune.probes.regimes.memory.leaks import grows
+from fp4tune.probes.regimes.plain.huge import past
+from fp4tune.probes.worker.session import Item, Layer
 from fp4tune.probes.zoo import good
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -478,7 +478,7 @@ def test_a_neighbour_works_when_told_and_ends_with_whoever_started_it():
     assert not one.alive
     code = (
         "import os\n"
-        "from fp4tune.probes.regimes.neighbours import Neighbour\n"
+        "from fp4tune.probes.regimes.concurrent.neighbours import Neighbour\n"
         "print(Neighbour('cpu').pid, flush=True)\n"
         "os._exit(0)"
     )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 from stores import gone
 
-from fp4tune.probes.supervisor import Worker, WorkerFailed
+from fp4tune.probes.worker.supervisor import Worker, WorkerFailed
 
 HEAD = """
 import json, os, signal, sys, time
@@ -143,7 +143,7 @@ def test_signs_of_life_keep_a_slow_worker_alive(worker):
 
 
 def test_a_worker_that_closes_its_channel_and_stays_is_a_crash(worker, monkeypatch):
-    monkeypatch.setattr("fp4tune.probes.supervisor._KILL_WAIT", 0.5)
+    monkeypatch.setattr("fp4tune.probes.worker.supervisor._KILL_WAIT", 0.5)
     with worker("read(); os.close(events); time.sleep(60)") as made:
         failed = failure(made)
         assert failed.kind == "crash" and not made.alive
@@ -183,7 +183,7 @@ time.sleep(0.2)
 )
 def test_no_child_is_left_however_it_ends(worker, tmp_path, ending, monkeypatch):
     """Neither a plain one nor a daemon's, which hold the channel open besides."""
-    monkeypatch.setattr("fp4tune.probes.supervisor._KILL_WAIT", 0.5)
+    monkeypatch.setattr("fp4tune.probes.worker.supervisor._KILL_WAIT", 0.5)
     start = time.monotonic()
     with worker(CHILD + ending) as made:
         if ending.startswith("say"):

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import cudnn_graph, registry, torch_scaled_mm, vllm_cutlass
-from fp4tune.probes.backends import flashinfer_w4a16 as w4a16
-from fp4tune.probes.backends.vllm_marlin import VllmMarlin
+from fp4tune.probes.backends import cudnn_graph, registry
+from fp4tune.probes.backends.flashinfer import w4a16
+from fp4tune.probes.backends.torch import scaled_mm
+from fp4tune.probes.backends.vllm import cutlass
+from fp4tune.probes.backends.vllm.marlin import VllmMarlin
 from fp4tune.probes.problem import Device, Problem
 
 SMS = [80, 86, 87, 89, 90, 100, 101, 103, 107, 110, 120, 121]
@@ -109,7 +111,7 @@ def test_torch_takes_what_we_say_it_takes(sm):
     """On meta tensors torch checks what it can without a device; the rest is from its sources."""
     backend = registry.load_one("torch-scaled-mm")
     reason = backend.unsupported(problem(backend), Device("cuda", sm))
-    if torch_scaled_mm.operator() is None:
+    if scaled_mm.operator() is None:
         assert "scaled matmul" in reason or sm < 100
     else:
         assert (reason is None) == (sm >= 100)
@@ -134,7 +136,7 @@ def test_cudnns_versions(version, sm, monkeypatch):
 
 
 def test_cudnns_sms_are_those_flashinfer_runs_it_on():
-    support = pytest.importorskip("fp4tune.probes.backends._flashinfer_support")
+    support = pytest.importorskip("fp4tune.probes.backends.flashinfer._support")
     pytest.importorskip("flashinfer")
     assert tuple(support.supported_sms("cudnn")) == cudnn_graph.SMS
 
@@ -149,8 +151,8 @@ def test_vllm_answers_for_its_build(sm, answer):
         return print
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_cutlass, "operator", operator)
-        backend = vllm_cutlass.VllmCutlass()
+        patch.setattr(cutlass, "operator", operator)
+        backend = cutlass.VllmCutlass()
         reason = backend.unsupported(problem(backend), Device("cuda", sm))
     if sm >= 100:
         assert asked == [sm] and (reason is None) == answer
@@ -159,8 +161,8 @@ def test_vllm_answers_for_its_build(sm, answer):
 
 
 def test_without_vllm_its_backends_say_so(monkeypatch):
-    monkeypatch.setattr(vllm_cutlass.importlib.util, "find_spec", lambda name: None)
-    vllm_cutlass.operator.cache_clear()
-    for backend in (vllm_cutlass.VllmCutlass(), VllmMarlin()):
+    monkeypatch.setattr(cutlass.importlib.util, "find_spec", lambda name: None)
+    cutlass.operator.cache_clear()
+    for backend in (cutlass.VllmCutlass(), VllmMarlin()):
         reason = backend.unsupported(problem(backend), Device("cuda", 120))
         assert reason == "vLLM is not installed"

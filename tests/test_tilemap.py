@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes import tilemap
-from fp4tune.probes.tilemap import TILE, TileMap
+from fp4tune.probes.check import tilemap
+from fp4tune.probes.check.tilemap import TILE, TileMap
 
 
 @st.composite

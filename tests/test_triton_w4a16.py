@@ -14,17 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends._triton_w4a16_tactics import (
+from fp4tune.probes.backends.triton_w4a16._tactics import (
     Config,
     candidates,
     parse,
     shared_limit,
     splits,
 )
-from fp4tune.probes.backends.triton_w4a16 import TritonW4A16, _constants, compile_for
+from fp4tune.probes.backends.triton_w4a16.gemm import TritonW4A16, _constants, compile_for
+from fp4tune.probes.check.reference import expect
 from fp4tune.probes.data import exact
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
-from fp4tune.probes.reference import expect
 
 SMS = (80, 86, 87, 89, 90, 100, 103, 107, 110, 120, 121)
 BACKEND = TritonW4A16()
@@ -202,7 +202,7 @@ def machine_code(config: Config, sm: int, mx: bool, bf16: bool):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fp4tune.probes.backends import _triton_w4a16_kernels as kernels
+    from fp4tune.probes.backends.triton_w4a16 import _kernels as kernels
 
     half = "bf16" if bf16 else "fp16"
     names = kernels.gemm.arg_names
@@ -375,7 +375,7 @@ def test_one_prepared_weight_serves_several_streams_and_threads(gpu) -> None:
 
 
 def compiled_kernels() -> int:
-    from fp4tune.probes.backends import _triton_w4a16_kernels as kernels
+    from fp4tune.probes.backends.triton_w4a16 import _kernels as kernels
 
     return sum(
         len(entry[0])

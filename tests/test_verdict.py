@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.profiles import LEFT_OUT, ONE_STREAM, PROFILES
-from fp4tune.autotune.stats import failure_bound, median, median_interval
-from fp4tune.autotune.verdict import EXACT, INCONCLUSIVE, SAFE, UNSAFE, decide
+from fp4tune.autotune.verdict.profiles import LEFT_OUT, ONE_STREAM, PROFILES
+from fp4tune.autotune.verdict.rules import EXACT, INCONCLUSIVE, SAFE, UNSAFE, decide
+from fp4tune.autotune.verdict.stats import failure_bound, median, median_interval
 from fp4tune.probes.data import FAMILIES
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.windows import Windows, offsets
+from fp4tune.probes.launch.windows import Windows, offsets
 
 
 @settings(deadline=None)

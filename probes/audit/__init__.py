@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...cache import codedigest
+from ...machine import codedigest
 from . import barrier, launch, sources
 from .disassemble import SECONDS, TOOL, Progress, examine, holds_code
 from .judge import CLEAN, FIRST_SM, FLAGGED, UNKNOWN, Barrier, Module, Report, decide, remedy

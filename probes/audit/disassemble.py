@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ...cache import codedigest, elf
-from ..host import free_memory
+from ...machine import codedigest, elf
+from ...machine.memory import free_memory
 from . import sass
 
 TOOL = "nvdisasm"

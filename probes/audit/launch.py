@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...cache import codedigest, elf
+from ...machine import codedigest, elf
 
 YES, NO, POSSIBLE, UNKNOWN = "yes", "no", "possible", "unknown"
 _EM_X86_64 = 62

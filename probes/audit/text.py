@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ...errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
-from ..devices import gpus
+from ...machine.devices import gpus
 from .disassemble import Progress
 from .judge import CLEAN, FLAGGED, Report
 

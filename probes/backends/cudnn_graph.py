@@ -23,7 +23,7 @@ from ..layouts import padded
 from ..problem import FORMATS, Device, Fp4Tensor, Problem
 from . import DEFAULT_TACTIC
 from ._block_scaled import Swizzled
-from .dequant import not_dense
+from .torch.dequant import not_dense
 
 SMS = (100, 103, 107, 110, 120, 121)
 LOWEST = {"fp4": 91300, "bf16": 92301}

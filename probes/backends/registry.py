@@ -49,20 +49,20 @@ FLASHINFER_W4A16 = (
 )
 
 BUILTIN: dict[str, str] = {
-    "torch-dequant": "dequant:torch_dequant",
-    "torch-dequant-w4a4": "dequant:torch_dequant_w4a4",
-    "torch-compile": "compiled:TorchCompile",
-    "torch-bf16-resident": "dequant:Resident",
-    "triton-w4a16": "triton_w4a16:TritonW4A16",
-    "marlin": "marlin:Marlin",
+    "torch-dequant": "torch.dequant:torch_dequant",
+    "torch-dequant-w4a4": "torch.dequant:torch_dequant_w4a4",
+    "torch-compile": "torch.compiled:TorchCompile",
+    "torch-bf16-resident": "torch.dequant:Resident",
+    "triton-w4a16": "triton_w4a16.gemm:TritonW4A16",
+    "marlin": "sglang_marlin.marlin:Marlin",
     "humming": "humming:Humming",
-    **{name: "flashinfer:backends" for name in FLASHINFER},
-    **{name: "flashinfer_w4a16:backends" for name in FLASHINFER_W4A16},
+    **{name: "flashinfer.mm_fp4:backends" for name in FLASHINFER},
+    **{name: "flashinfer.w4a16:backends" for name in FLASHINFER_W4A16},
     "cudnn-graph": "cudnn_graph:backends",
     "cudnn-graph-w4a16": "cudnn_graph:backends",
-    "torch-scaled-mm": "torch_scaled_mm:TorchScaledMm",
-    "vllm-cutlass": "vllm_cutlass:VllmCutlass",
-    "vllm-marlin": "vllm_marlin:VllmMarlin",
+    "torch-scaled-mm": "torch.scaled_mm:TorchScaledMm",
+    "vllm-cutlass": "vllm.cutlass:VllmCutlass",
+    "vllm-marlin": "vllm.marlin:VllmMarlin",
 }
 """Name to ``module:attribute`` in this package; the attribute is what an entry point may be."""
 
@@ -257,7 +257,7 @@ def load_one(name: str) -> Backend:
     if name.startswith("zoo-"):
         return _load_mutant(name)
     if name == "controls":
-        from ..controls import controls
+        from ..zoo.controls import controls
 
         return controls()
     plugins = _entry_points()
@@ -281,7 +281,10 @@ def origin(name: str) -> tuple[Path, str]:
         return here.parent / "zoo" / "__init__.py", make
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
-        source, file = f"fp4tune.probes.backends.{module}", here / f"{module}.py"
+        source, file = (
+            f"fp4tune.probes.backends.{module}",
+            here.joinpath(*module.split(".")).with_suffix(".py"),
+        )
     elif name in _entry_points():
         entry = _entry_points()[name]
         source, attribute, file = entry.module, entry.attr, here.parent / "problem.py"

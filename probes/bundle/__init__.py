@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from ..case import Launch
+from ..check.reference import Expectation, expect, tile_limit
 from ..data import draw, exact
-from ..data_operands import Operands
+from ..data.operands import Operands
+from ..launch.case import Launch
 from ..problem import FORMATS, Fp4Tensor, Problem
-from ..reference import Expectation, expect, tile_limit
 from .closure import NAME, PACKAGE, closure
 
 HARNESS = Path(__file__).with_name("harness.py")

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ...cache import codedigest, elf
+from ...machine import codedigest, elf
 from ..audit.disassemble import examine
 from .kernels import UNKNOWN, Wait
 from .shim import MOST_BYTES, RawBlob, RawFunction, RawLaunch

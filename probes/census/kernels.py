@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ...cache import codedigest
+from ...machine import codedigest
 
 CUPTI, PROFILER, NONE = "cupti", "profiler", "none"
 

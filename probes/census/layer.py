@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..case import BackendRaised, bind, blame, prepared_activation
 from ..data import WIDTHS
-from ..outcome import capture
+from ..launch.case import BackendRaised, bind, blame, prepared_activation
+from ..launch.outcome import capture
 from . import rules
 from .attach import census
 from .kernels import NONE, PROFILER, UNKNOWN, Census, Kernel, plain
 
 if TYPE_CHECKING:
-    from ..session import Item, Layer
+    from ..worker.session import Item, Layer
 
 _MOST_KERNELS = 24
 """Kernels of one tactic and bucket that evidence names in full."""

@@ -6,19 +6,19 @@ streams, on a CPU they are threads; a regime a device does not have is `not appl
 
 from __future__ import annotations
 
-from ..outcome import Budget, NotApplicable, Outcome, Regime
-from .calm import graph, serial, side_stream
-from .huge import huge
-from .lanes import LANES, graph_streams, streams
-from .memory import churn, regrow
-from .mlp import mlp_chain
-from .neighbours import neighbours, settled, start
-from .off_bucket import off_bucket
-from .padding import padding
-from .pdl import pdl_raw, pdl_war, pdl_waw
-from .rewrite import rewrite
-from .strided import strided
-from .threads import threads
+from ..launch.outcome import Budget, NotApplicable, Outcome, Regime
+from .concurrent.lanes import LANES, graph_streams, streams
+from .concurrent.neighbours import neighbours, settled, start
+from .concurrent.threads import threads
+from .memory.memory import churn, regrow
+from .memory.rewrite import rewrite
+from .mlp.mlp import mlp_chain
+from .pdl.pdl import pdl_raw, pdl_war, pdl_waw
+from .plain.calm import graph, serial, side_stream
+from .plain.huge import huge
+from .plain.off_bucket import off_bucket
+from .plain.padding import padding
+from .plain.strided import strided
 
 __all__ = [
     "ALONE",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..backends import Backend
-from ..backends.dequant import not_dense, torch_dequant
+from ..backends.torch.dequant import not_dense, torch_dequant
 from ..problem import NVFP4, Device, Fp4Tensor, Problem
 from .pdl import PdlGemm, launch
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..backends.dequant import scaled_mm
+from ..backends.torch.dequant import scaled_mm
 from ..layouts import swizzle_128x4, unswizzle_128x4
 from ..problem import Fp4Tensor, Problem
 from .floor import Right, decoded, partial_products

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp4tune.cache import codedigest
+from fp4tune.machine import codedigest
 from fp4tune.probes import audit
-from fp4tune.probes.case import Launch, case
 from fp4tune.probes.data import exact
-from fp4tune.probes.outcome import Budget
+from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.zoo.pdl import PdlGemm

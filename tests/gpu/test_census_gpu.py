@@ -7,12 +7,12 @@ import importlib
 import pytest
 import torch
 
-from fp4tune.cache import codedigest
+from fp4tune.machine import codedigest
 from fp4tune.probes import census, zoo
 from fp4tune.probes.census import shim
 from fp4tune.probes.data import exact
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.session import Item, Layer
+from fp4tune.probes.worker.session import Item, Layer
 from fp4tune.probes.zoo.pdl import PdlGemm, launch
 
 pytestmark = [

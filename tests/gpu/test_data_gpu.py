@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp4tune.probes.check.reference import expect, tile_error
 from fp4tune.probes.data import WIDTHS, Operands, draw, exact, families
 from fp4tune.probes.problem import Fp4Tensor, Problem
-from fp4tune.probes.reference import expect, tile_error
 
 pytestmark = [
     pytest.mark.gpu,

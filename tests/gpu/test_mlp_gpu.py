@@ -9,13 +9,14 @@ import torch
 
 from fp4tune.probes.backends import tactics
 from fp4tune.probes.backends.registry import load_one
-from fp4tune.probes.case import Launch, case
 from fp4tune.probes.data import exact
-from fp4tune.probes.outcome import Budget
+from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.regimes import REGIMES, mlp
-from fp4tune.probes.regimes.mlp_kernels import silu_with
-from fp4tune.probes.regimes.mlp_layers import silu_on_cpu
+from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.regimes.mlp import mlp
+from fp4tune.probes.regimes.mlp.kernels import silu_with
+from fp4tune.probes.regimes.mlp.layers import silu_on_cpu
 from fp4tune.probes.zoo.pdl import PdlGemm
 from fp4tune.probes.zoo.quantiser import QuantisingGemm
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fp4tune.probes import quantisers
-from fp4tune.probes.case import Launch, case
 from fp4tune.probes.data import exact
+from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget
-from fp4tune.probes.regimes.allocator import FreeMemory, changed, free_blocks, take
+from fp4tune.probes.regimes.memory.allocator import FreeMemory, changed, free_blocks, take
 from fp4tune.probes.zoo.floor import Right
 
 pytestmark = pytest.mark.gpu

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp4tune.autotune import controls as running
+from fp4tune.autotune.stages import controls as running
 from fp4tune.probes import zoo
 from fp4tune.probes.backends import registry
-from fp4tune.probes.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import Budget
-from fp4tune.probes.session import Item, Layer
+from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.zoo.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,1 @@
+"""From verdicts and times to choices. Pure: rows in, rows out."""

@@ -1,0 +1,71 @@
+"""Failures of earlier runs that still count: a run that was lucky does not undo them.
+
+A fault that shows once in a thousand launches is missed by most runs, so a backend that failed in
+an environment is unsafe in it, whatever a later run of other problems shows; until ``--again``
+measures all anew, or the environment changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ...cache.ledger import Ledger
+from ...cache.rows import BucketKey, Evidence
+from ..plan import Plan, device
+from .method import method
+
+Key = tuple[str, str, BucketKey]
+"""Backend, tactic and bucket."""
+
+
+def earlier(
+    plan: Plan, ledger: Ledger, fingerprints: Mapping[str, str], run: str
+) -> dict[Key, list[Evidence]]:
+    """Evidence with the status ``failed`` of runs before `run`, by what it is of.
+
+    It counts where the device, the backend's fingerprint (`fingerprints`, by backend) and the code
+    that took it are those of `plan`, its layer was probed to the end, and the controls of its
+    regime were right.
+    """
+    found: dict[Key, list[Evidence]] = {}
+    for (backend, where), (runs, doubts) in _runs(plan, ledger, run).items():
+        prints = [fingerprints[backend]] if backend in fingerprints else []
+        for each in runs if prints else ():
+            for row in ledger.evidence(run=each, backend=backend, fingerprints=prints):
+                if row.status == "failed" and row.regime not in doubts[each]:
+                    key = (backend, row.tactic, row.bucket)
+                    if _layer(row.bucket) == where:
+                        found.setdefault(key, []).append(row)
+    return found
+
+
+def reasons(rows: Sequence[Evidence]) -> tuple[str, ...]:
+    """In which runs these failures were."""
+    return tuple(f"failed in run {run}" for run in sorted({row.run for row in rows}))
+
+
+def _runs(
+    plan: Plan, ledger: Ledger, run: str
+) -> dict[tuple[str, tuple[object, ...]], tuple[list[str], dict[str, set[str]]]]:
+    """By backend and layer: the runs that count, and of each the regimes that were in doubt."""
+    found: dict[tuple[str, tuple[object, ...]], tuple[list[str], dict[str, set[str]]]] = {}
+    if plan.again:
+        return found
+    mine, now = device(plan), method()
+    for row in ledger.probed():
+        if row.method != now or row.device != mine:
+            continue
+        for name, known in row.detail["entrants"].items():
+            place = (name, _layer(row.bucket))
+            if row.detail.get("again"):
+                found.pop(place, None)
+            runs, doubts = found.setdefault(place, ([], {}))
+            for each in known["runs"]:
+                if each != run and each not in runs:
+                    runs.append(each)
+                doubts.setdefault(each, set()).update(known["doubts"])
+    return found
+
+
+def _layer(b: BucketKey) -> tuple[object, ...]:
+    return b.format, b.activation, b.out_dtype, b.groups, b.n, b.k

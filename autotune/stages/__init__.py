@@ -1,0 +1,1 @@
+"""The stages of a probe, one entry each; none imports another."""

@@ -1,0 +1,140 @@
+"""How a probe goes on where earlier ones ended: known entrants, and the row that makes them so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ...cache.ledger import Ledger
+from ...cache.rows import Evidence, Probed
+from ..entrants import Entrant, Layer
+from ..evidence.method import method
+from ..evidence.recorder import Recorder
+from ..plan import Plan, device
+from ..verdict.buckets import MRange
+from .recall import Entry, Recalled, bucket, winner_of
+
+
+def entry(
+    plan: Plan,
+    layer: Layer,
+    entrant: Entrant,
+    print_: str,
+    run: str,
+    at: float,
+    doubts: Iterable[str],
+) -> dict[str, Any]:
+    """How `entrant` was measured in this run, beginning `at` (seconds since 1970)."""
+    return {
+        **how(plan, print_, run, at, doubts),
+        "begins_mlp": layer.begins_mlp,
+        "tactics": [[m.lo, m.hi, list(names)] for m, names in entrant.tactics.items()],
+        "winner": [[m.lo, m.hi, tactic] for m, tactic in entrant.winner.items()],
+        "dead": dict(entrant.dead),
+        "reference_line": entrant.reference_line,
+    }
+
+
+def how(plan: Plan, print_: str, run: str, at: float, doubts: Iterable[str] = ()) -> dict[str, Any]:
+    """What decides whether evidence may serve another run."""
+    return {
+        "fingerprint": print_,
+        "runs": [run],
+        "at": at,
+        "seed": plan.seed,
+        "level": _plain(asdict(plan.level)),
+        "hang_seconds": plan.hang_seconds,
+        "doubts": sorted(doubts),
+    }
+
+
+def resume(entrant: Entrant, known: Entry, rows: Sequence[Evidence]) -> None:
+    """Bring an entrant to where its measurement had brought it."""
+    entrant.known = True
+    entrant.winner = {m: t for m, t in winner_of(known).items() if m in entrant.tactics}
+    entrant.dead.update(known["dead"])
+    for row in rows:
+        if row.width is not None:
+            m = MRange(row.bucket.m_lo, row.bucket.m_hi)
+            entrant.width[m, row.tactic] = max(row.width, entrant.width.get((m, row.tactic), 0))
+
+
+def into(record: Recorder, recalled: Recalled, entrants: Sequence[Entrant]) -> None:
+    """Make what is known of these entrants part of this run's record."""
+    names = {entrant.name for entrant in entrants if entrant.known}
+    rows = [row for name in recalled.evidence.keys() & names for row in recalled.evidence[name]]
+    record.recall(
+        sorted(rows, key=lambda row: row.id or 0),
+        [row for row in recalled.findings if row.backend in names],
+        [row for row in recalled.timings if row.backend in names],
+    )
+
+
+def probed(
+    plan: Plan,
+    layer: Layer,
+    entrants: Sequence[Entrant],
+    entries: Mapping[str, Entry],
+    record: Recorder,
+    since: float,
+    doubts: Iterable[str],
+) -> Probed:
+    """The row that says that a layer is done: all that came `since` is committed."""
+    found: dict[str, Entry] = {}
+    for entrant in entrants:
+        if entrant.known:
+            before = entries[entrant.name]
+            found[entrant.name] = {**before, "runs": [*before["runs"], record.run]}
+        else:
+            print_ = record.fingerprint(entrant.name)
+            found[entrant.name] = entry(plan, layer, entrant, print_, record.run, since, doubts)
+    detail = {"samples": plan.level.samples, "again": plan.again, "entrants": found}
+    return Probed(record.run, bucket(layer.problem), device(plan), method(), detail)
+
+
+def row(
+    layer: Layer, entrants: Sequence[Entrant], recalled: Recalled, ledger: Ledger
+) -> dict[str, Any]:
+    """What of a layer came from where, as a probe reports it.
+
+    ``known`` are backends with the ``run`` that measured them and when that began, ``measured`` the
+    others; ``times`` is the run whose times are used, None for this one.
+    """
+    p = layer.problem
+    started = {run.id: run.started for run in ledger.runs()} if recalled.entries else {}
+    first = {e.name: recalled.entries[e.name]["runs"][0] for e in entrants if e.known}
+    return {
+        **{name: getattr(p, name) for name in ("format", "activation", "out_dtype", "groups")},
+        "n": p.n,
+        "k": p.k,
+        "known": [
+            {"backend": name, "run": run, "at": started.get(run)} for name, run in first.items()
+        ],
+        "measured": [e.name for e in entrants if not e.known],
+        "times": recalled.times.run if recalled.times else None,
+    }
+
+
+def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much of a probe was known, in a line; empty where nothing was."""
+    if not any(row["known"] for row in rows):
+        return ""
+    whole = [row for row in rows if row["times"] is not None]
+    sources = {known["run"]: known["at"] for row in rows for known in row["known"]}
+    days = {run: time.strftime("%Y-%m-%d", time.gmtime(at or 0)) for run, at in sources.items()}
+    named = [f"{run} ({day})" for run, day in days.items()]
+    origin = f"run {named[0]}" if len(named) == 1 else f"runs {', '.join(named[:3])}"
+    if len(named) > 3:
+        origin += f" and {len(named) - 3} more"
+    text = f"{len(whole)} of {len(rows)} layers known from {origin}, "
+    text += f"measured {len(rows) - len(whole)}"
+    partly = sum(len(row["known"]) for row in rows if row["times"] is None)
+    if partly:
+        text += f" (where {partly} backends were known and timed only)"
+    return text
+
+
+def _plain(level: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in level.items()}

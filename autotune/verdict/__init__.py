@@ -1,0 +1,1 @@
+"""From evidence to verdicts. Pure: rows in, rows out."""

@@ -1,0 +1,173 @@
+"""From evidence to a verdict. Pure: the same evidence and profile always give the same verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...probes.census import REGIME as CENSUS
+from ...probes.data import FAMILIES, Condition
+from .bounds import EXACT, Aim, Bound, short
+from .profiles import LEFT_OUT, Profile
+
+__all__ = [
+    "EXACT",
+    "INCONCLUSIVE",
+    "SAFE",
+    "UNSAFE",
+    "UNSUPPORTED",
+    "Doubt",
+    "Judgement",
+    "decide",
+]
+
+SAFE, UNSAFE, INCONCLUSIVE, UNSUPPORTED = "safe", "unsafe", "inconclusive", "unsupported"
+
+
+class Fact(Protocol):
+    """What a verdict reads of one row of evidence."""
+
+    @property
+    def regime(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def launches(self) -> int: ...
+    @property
+    def problems(self) -> int: ...
+    @property
+    def width(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict with its grounds.
+
+    `launches` is the fewest checked launches of any regime passed, `problems` the fewest different
+    ones; regimes are never summed, since each bounds failures under its own conditions only.
+    """
+
+    status: str
+    conditions: tuple[Condition, ...] = ()
+    reasons: tuple[str, ...] = ()
+    width: int | None = None
+    launches: int = 0
+    problems: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why a regime proves nothing in this run: one of its controls did not come out as it should.
+
+    A pass is worth nothing then; with `spoils`, what right kernels are flagged for, nor is a
+    failure.
+    """
+
+    reason: str
+    spoils: bool = False
+
+
+def decide(
+    evidence: Iterable[Fact],
+    profile: Profile,
+    bounds: Mapping[str, Bound] | None = None,
+    aim: Aim | None = None,
+    left_out: Collection[str] = (),
+    doubts: Mapping[str, Doubt] | None = None,
+) -> Judgement:
+    """Judge one (backend, tactic, bucket) by all evidence there is for it.
+
+    With an `aim`, every required regime that passed must also bound the failure rate of the
+    compiled kernel that far: `bounds` are that kernel's, by regime. A required regime without
+    evidence that was `left_out` on purpose is a condition, and not an open question.
+    """
+    facts = list(evidence)
+    conditions: list[Condition] = []
+    unsafe: list[str] = []
+    open_: list[str] = []
+    width = max((f.width for f in facts if f.width is not None), default=None)
+
+    for fact in facts:
+        if fact.data != EXACT and fact.status == "failed":
+            condition = FAMILIES[fact.data].condition if fact.data in FAMILIES else None
+            if condition is None:
+                unsafe.append(f"{fact.data} data: failed")
+            elif _bounded(facts, fact.data):
+                conditions.append(condition)
+            else:
+                unsafe.append(f"{fact.data} data: failed, and no run bounds the fault")
+    _missing_families(facts, open_)
+
+    for regime in _regimes(facts, profile):
+        mine = [f for f in facts if f.regime == regime and f.data == EXACT]
+        statuses = {f.status for f in mine}
+        required = regime in profile.required
+        doubt = (doubts or {}).get(regime)
+        if doubt and statuses - {"not applicable"} and (doubt.spoils or "failed" not in statuses):
+            if not required and regime in profile.conditions:
+                conditions.append(profile.conditions[regime])
+            else:
+                open_.append(f"{regime}: control: {doubt.reason}")
+            continue
+        if not required and regime in profile.conditions:
+            # Not proven under these launch conditions, so the engine must not make them.
+            if statuses - {"passed", "not applicable"}:
+                conditions.append(profile.conditions[regime])
+        elif "failed" in statuses:
+            unsafe.append(f"{regime}: failed")
+        elif required and not statuses and regime in left_out:
+            conditions.append(LEFT_OUT)
+        elif required and statuses != {"passed"} and statuses != {"not applicable"}:
+            open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
+        elif required and aim and statuses == {"passed"}:
+            missed = short(regime, (bounds or {}).get(regime), aim)
+            if missed:
+                open_.append(missed)
+
+    launches, problems = _fewest(facts)
+    if not launches:
+        open_.append("no launch was checked")
+    status = SAFE
+    reasons: tuple[str, ...] = ()
+    if unsafe:
+        status, reasons = UNSAFE, tuple(unsafe)
+    elif open_ or width is None:
+        status, reasons = INCONCLUSIVE, tuple(open_) or ("never graded",)
+    return Judgement(status, _unique(conditions), reasons, width, launches, problems)
+
+
+def _fewest(facts: Sequence[Fact]) -> tuple[int, int]:
+    """Launches and different problems behind the regime that passed on the fewest of each."""
+    launches, problems = Counter[str](), Counter[str]()
+    for fact in facts:
+        # A census checks no launch: it can only fail a verdict.
+        if fact.status == "passed" and fact.data == EXACT and fact.regime != CENSUS:
+            launches[fact.regime] += fact.launches
+            problems[fact.regime] += fact.problems
+    return min(launches.values(), default=0), min(problems.values(), default=0)
+
+
+def _regimes(facts: Sequence[Fact], profile: Profile) -> list[str]:
+    seen = [f.regime for f in facts if f.data == EXACT]
+    return list(dict.fromkeys([*profile.required, *seen]))
+
+
+def _bounded(facts: Sequence[Fact], family: str) -> bool:
+    """Whether data just inside the condition was run and passed: else its edge is a guess."""
+    edge = FAMILIES[family].bounded_by
+    return any(f.data == edge and f.status == "passed" for f in facts)
+
+
+def _missing_families(facts: Sequence[Fact], missing: list[str]) -> None:
+    """Inexact data that ran without a result leaves the verdict open."""
+    for fact in facts:
+        if fact.data != EXACT and fact.status not in ("passed", "failed", "not applicable"):
+            missing.append(f"{fact.data} data: {fact.status}")
+
+
+def _unique(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    return tuple(dict.fromkeys(conditions))

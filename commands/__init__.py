@@ -1,0 +1,1 @@
+"""One file a command: options, call, print, exit code. Imported by `cli` alone."""

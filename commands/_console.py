@@ -1,0 +1,70 @@
+"""What every command shares: options for state and JSON, and how it ends where it cannot go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..cache.errors import StateError
+from ..errors import NOT_ASSESSED, Refused
+
+State = Annotated[
+    Path | None,
+    typer.Option(help="State directory; default FP4TUNE_STATE, else /var/lib/fp4tune, else XDG."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option(help="GPU index, 'all', or 'none' for the CPU. Default: GPU 0, else the CPU."),
+]
+Formats = Annotated[list[str] | None, typer.Option("--format", help="nvfp4 or mxfp4; repeatable.")]
+Engine = Annotated[
+    str | None, typer.Option(help="sglang or vllm: exit code 1 unless what it would run is safe.")
+]
+EngineArgs = Annotated[
+    str, typer.Option(help="That engine's arguments, as one string, to see what it would run.")
+]
+OutDtype = Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")]
+Sign = Annotated[Path | None, typer.Option(help="PEM file of an Ed25519 private key to sign with.")]
+Keys = Annotated[
+    Path | None, typer.Option(help="Trusted public keys: then nothing unsigned is taken.")
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Say whether these weights meet the conditions; see check-weights."),
+]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Bad input and an unusable state end in one sentence and exit code 2, without a traceback."""
+    try:
+        yield
+    except Refused as error:
+        typer.echo(f"fp4tune: {error}", err=True)
+        raise typer.Exit(error.code) from None
+    except StateError as error:
+        typer.echo(f"fp4tune: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except ValueError as error:
+        typer.echo(f"fp4tune: {error}", err=True)
+        raise typer.Exit(NOT_ASSESSED) from None
+    except KeyboardInterrupt:
+        typer.echo("fp4tune: interrupted; evidence so far is kept", err=True)
+        raise typer.Exit(NOT_ASSESSED) from None
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def named(table: dict[str, Any], name: str, what: str) -> Any:
+    """The entry of `table` called `name`. Raises Refused, naming those there are."""
+    if name not in table:
+        raise Refused(f"there is no {what} {name!r}; there are {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,37 @@
+"""The command ``fp4tune audit``: static inspection of machine code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._console import Json, State, one_sentence, print_json
+
+
+def audit(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Libraries, objects, cubins, folders, installs. Default: this one."),
+    ] = None,
+    arch: Annotated[
+        int | None, typer.Option(help="SM to audit for, e.g. 120. Default: the GPU here, else all.")
+    ] = None,
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Judge compiled FP4 GEMM modules by their machine code; needs no GPU."""
+    with one_sentence():
+        from ..autotune.stages import audit as kept
+        from ..probes import audit as auditing
+        from ..probes.audit import text
+
+        reports = auditing.audit(paths or (), text.arch(arch), text.progress())
+        for remark in kept.remember(reports, state):
+            typer.echo(f"fp4tune: {remark}", err=True)
+        if as_json:
+            print_json([report.json() for report in reports])
+        else:
+            typer.echo("\n".join(text.lines(reports)))
+        raise typer.Exit(text.exit_code(reports))

@@ -1,0 +1,41 @@
+"""The command ``fp4tune backends``: which backends there are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ._console import Gpu, Json, State, one_sentence, print_json
+
+
+def backends(
+    gpu: Gpu = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Backend name or FILE.py:NAME; repeatable. Default: all."),
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="Interpreter to ask in, e.g. the engine's.")
+    ] = None,
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """List every backend, what it supports on this device, and why not where it does not."""
+    with one_sentence():
+        from ..autotune import request as planning
+        from ..autotune import support
+        from ..machine import devices
+        from ..report.terminal import tables
+
+        (target, *_) = devices.select(gpu)
+        rows = support.rows(
+            target,
+            planning.backends(backend or ()),
+            planning.interpreter(python),
+            support.outcomes(target, state),
+        )
+        if as_json:
+            print_json({"device": target.name, "arch": target.device.arch, "backends": rows})
+        else:
+            tables.print_support(target, rows)

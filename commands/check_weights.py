@@ -1,0 +1,30 @@
+"""The command ``fp4tune check-weights``: a checkpoint held against the conditions of verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._console import Json, State, one_sentence, print_json
+
+
+def check_weights(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A folder of safetensors files, its index, or one file.")
+    ],
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Look whether a checkpoint's FP4 weights meet the conditions of verdicts; kept for it."""
+    with one_sentence():
+        from ..autotune import checkpoint_check
+        from ..cache.state import directory
+
+        record = checkpoint_check.check(checkpoint, directory(state))
+        if as_json:
+            print_json(record)
+        else:
+            typer.echo("\n".join(checkpoint_check.report(record)))
+        raise typer.Exit(checkpoint_check.exit_code(record))

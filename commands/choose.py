@@ -1,0 +1,73 @@
+"""The command ``fp4tune choose``: the stored choice for one problem."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import NOT_ASSESSED, SAFE, UNSAFE
+from . import _engine
+from ._console import (
+    Checkpoint,
+    Engine,
+    EngineArgs,
+    Json,
+    OutDtype,
+    State,
+    named,
+    one_sentence,
+    print_json,
+)
+
+
+def choose(
+    m: Annotated[int, typer.Argument(help="Rows of the activation: tokens in the batch.")],
+    n: Annotated[int, typer.Argument(help="Outputs of the layer, on one rank.")],
+    k: Annotated[int, typer.Argument(help="Inputs of the layer, on one rank.")],
+    format_: Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")] = "nvfp4",
+    activation: Annotated[str, typer.Option(help="bf16 (W4A16) or fp4 (W4A4).")] = "bf16",
+    out_dtype: OutDtype = "bf16",
+    profile: Annotated[
+        str | None, typer.Option(help="Whose choice, where several profiles were probed.")
+    ] = None,
+    layer: Annotated[
+        bool, typer.Option("--layer", help="Also the weight layout of (n, k), chosen over all m.")
+    ] = False,
+    checkpoint: Checkpoint = None,
+    engine: Engine = None,
+    engine_args: EngineArgs = "",
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Print the stored choice for one problem, as an engine would read it."""
+    with one_sentence():
+        from ..autotune.verdict.profiles import PROFILES
+        from ..report import documents
+
+        if profile is not None:
+            named(PROFILES, profile, "profile")
+        decision = documents.decision(state, m, n, k, format_, activation, out_dtype, profile)
+        verdict = _engine.assessed(engine, engine_args, state, profile=profile)
+        decision["engine"] = verdict
+        decision["layer"] = (
+            documents.layer(state, n, k, format_, activation, out_dtype, profile) if layer else None
+        )
+        decision["checkpoint"] = weights = (
+            documents.for_checkpoint(state, checkpoint, decision, profile) if checkpoint else None
+        )
+        if as_json:
+            print_json(decision)
+        else:
+            typer.echo(documents.decision_line(decision))
+            for line in documents.choice_lines(decision, layer):
+                typer.echo(line)
+            _engine.print_assessed([verdict])
+        if verdict is not None:
+            raise typer.Exit(_engine.exit_code([verdict]))
+        if decision["status"] == "safe":
+            raise typer.Exit(UNSAFE if weights and weights["status"] == "broken" else SAFE)
+        # Something was measured and nothing was safe, or nothing that still holds was measured.
+        known_bad = decision["status"] in ("unproven", "quarantined")
+        measured = known_bad and decision["recorded_backend"]
+        raise typer.Exit(UNSAFE if measured else NOT_ASSESSED)

@@ -1,0 +1,38 @@
+"""The command ``fp4tune facts``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import SAFE
+from ._console import Json, State, one_sentence
+
+
+def facts(
+    format_: Annotated[
+        str, typer.Option("--format", help="text, ansible, nfd or textfile.")
+    ] = "text",
+    out: Annotated[
+        Path | None, typer.Option(help="Put it into this file, by a rename, instead of stdout.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="One line; the exit code says what it is.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="Only this GPU model, by its name.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Only this profile's choices.")] = None,
+    expires: Annotated[float, typer.Option(help="Seconds that labels of nfd hold.")] = 3600.0,
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Sum up what engines are answered here, for inventories and health checks."""
+    with one_sentence():
+        from ..cache import facts as gathering
+        from ..cache import facts_text
+
+        found = gathering.gather(state, gpu, profile)
+        form = "json" if as_json else "line" if check else format_
+        facts_text.put(facts_text.render(found, form, expires), out)
+        raise typer.Exit(gathering.EXIT[found["status"]] if check else SAFE)

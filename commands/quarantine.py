@@ -1,0 +1,130 @@
+"""The commands ``fp4tune quarantine list``, ``add`` and ``lift``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import Refused
+from ._console import Json, State, one_sentence, print_json
+
+app = typer.Typer(
+    help="List, add and lift quarantines: backends that must not be chosen.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Format = Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")]
+
+
+@app.command("list")
+def list_(state: State = None, as_json: Json = False) -> None:
+    """Print what is quarantined, and where."""
+    with one_sentence():
+        from ..cache import quarantine as quarantines
+
+        found, ignored = quarantines.read(_spools(state))
+        if as_json:
+            print_json({"quarantines": [q.json() for q in found], "ignored": ignored})
+            return
+        for q in found:
+            typer.echo(f"{q.id}  {q.where()}  by {q.by}: {q.reason or 'no reason given'}")
+        if not found:
+            typer.echo("nothing is quarantined")
+        for sentence in ignored:
+            typer.echo(f"fp4tune: {sentence}", err=True)
+
+
+@app.command()
+def add(
+    backend: Annotated[str, typer.Argument(help="The backend that must not be chosen.")],
+    tactic: Annotated[str | None, typer.Option(help="One tactic of it. Default: all.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="On one layer only, as N,K. Default: everywhere.")
+    ] = None,
+    m: Annotated[int | None, typer.Option(help="In the bucket of this m only.")] = None,
+    format_: Format = "nvfp4",
+    activation: Annotated[str, typer.Option(help="bf16 (W4A16) or fp4 (W4A4).")] = "bf16",
+    out_dtype: Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")] = "bf16",
+    reason: Annotated[str, typer.Option(help="Why, for those who read it later.")] = "",
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Quarantine a backend, for every engine on this node that reads this state."""
+    with one_sentence():
+        from ..cache import quarantine as quarantines
+
+        if m is not None and layer is None:
+            raise Refused("--m says which bucket of a layer: say which layer, with --layer N,K")
+        n, k = _layer(layer) if layer else (0, 0)
+        rows = _published(state)
+        known = {row["backend"] for row in rows}
+        if backend not in known:
+            from ..probes.backends import registry
+
+            registry.known(backend)
+        prints = {row["fingerprint"] for row in rows if row["backend"] == backend}
+        entry = quarantines.make(
+            backend,
+            m or 0,
+            n,
+            k,
+            tactic=tactic,
+            scope="backend" if layer is None else "layer" if m is None else "bucket",
+            format=format_,
+            activation=activation,
+            out_dtype=out_dtype,
+            fingerprint=next(iter(prints)) if len(prints) == 1 else None,
+            reason=reason,
+            by="operator",
+        )
+        where = quarantines.write(entry, _spools(state)[-1])
+        if as_json:
+            print_json(entry.json())
+        else:
+            typer.echo(f"{entry.where()} is quarantined as {entry.id} ({where})")
+
+
+@app.command()
+def lift(
+    ids: Annotated[list[str], typer.Argument(help="As 'quarantine list' prints them.")],
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Lift quarantines: the backends may be chosen again."""
+    with one_sentence():
+        from ..cache import quarantine as quarantines
+
+        for identity in ids:
+            quarantines.lift(identity, _spools(state))
+        if as_json:
+            print_json({"lifted": ids})
+        else:
+            typer.echo(f"lifted {', '.join(ids)}")
+
+
+def _spools(state: Path | None) -> Sequence[str]:
+    from ..cache import quarantine as quarantines
+
+    return quarantines.spools(quarantines.state_dir(os.fspath(state) if state else None))
+
+
+def _published(state: Path | None) -> list[dict[str, Any]]:
+    from ..cache import reader
+    from ..cache.errors import Missing
+
+    try:
+        return reader.open(state).rows("candidate")
+    except Missing:
+        return []
+
+
+def _layer(text: str) -> tuple[int, int]:
+    from ..probes.models.shapes import parse_shape
+
+    shape = parse_shape(text)
+    return shape.n, shape.k

@@ -1,0 +1,33 @@
+"""The command ``fp4tune selftest``: what this prober catches here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ._console import Gpu, Json, one_sentence, print_json
+
+
+def selftest(
+    gpu: Gpu = None,
+    mutant: Annotated[
+        list[str] | None,
+        typer.Option(help="A mutant's name; repeatable. Default: all but those that need a soak."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Probe backends that fail on purpose: what does this prober catch here?"""
+    with one_sentence():
+        from ..autotune import selftest as testing
+        from ..machine import devices
+        from ..report.terminal.progress import watching
+
+        chosen = [(t, testing.choose(t.device, mutant or ())) for t in devices.select(gpu)]
+        results = [(t, testing.selftest(t, mutants, watching)) for t, mutants in chosen]
+        if as_json:
+            print_json([testing.document(target, rows) for target, rows in results])
+        else:
+            for target, rows in results:
+                testing.print_rows(target, rows)
+        raise typer.Exit(testing.exit_code(row for _, rows in results for row in rows))

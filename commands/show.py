@@ -1,0 +1,46 @@
+"""The command ``fp4tune show``: what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _engine
+from ._console import Checkpoint, Engine, EngineArgs, Json, State, one_sentence, print_json
+
+
+def show(
+    findings: Annotated[bool, typer.Option(help="List every finding.")] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Also write the wrong tiles of each, as SVG, to a folder.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    engine: Engine = None,
+    engine_args: EngineArgs = "",
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Print what is stored: choices, verdicts with conditions, findings, environment."""
+    with one_sentence():
+        from ..autotune import checkpoint_check
+        from ..report import documents
+        from ..report.terminal import tables
+
+        place = documents.place_of(state)
+        if pictures is not None:
+            from ..autotune import reproduce as drawing
+
+            drawing.pictures(documents.findings(place)[0], pictures)
+        verdict = _engine.assessed(engine, engine_args, place)
+        weights = None if checkpoint is None else checkpoint_check.find(checkpoint, place)
+        if as_json:
+            print_json({**documents.as_json(place), "checkpoint": weights, "engine": verdict})
+        else:
+            tables.print_stored(place, findings)
+            if weights is not None:
+                typer.echo("\n".join(checkpoint_check.report(weights)))
+            _engine.print_assessed([verdict])
+        if verdict is not None:
+            raise typer.Exit(_engine.exit_code([verdict]))

@@ -1,0 +1,1 @@
+"""The ground: what this node is. Devices, the driver, memory, machine code."""

@@ -1,0 +1,1 @@
+"""SGLang's Marlin kernels, built from its sources."""

@@ -1,0 +1,1 @@
+"""Backends on torch's own kernels: the floor, the compiled floor, cuBLASLt's scaled matmul."""

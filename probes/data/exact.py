@@ -1,0 +1,227 @@
+"""Exact problems: operands whose product is the same in any order of summation, to the last bit.
+
+Every value is an integer multiple of a unit, so every partial sum is one; and the largest
+``sum |a||b|`` over the outputs is at most ``2**width`` units. An accumulator with `width`
+significand bits therefore never rounds, and the output must be the correctly rounded one, bit for
+bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import dequantise, pack
+from ..problem import FORMATS, Format, Fp4Tensor, Problem
+from .generator import below, fill_rows, hash_elements, hash_rows, mix, stream_key
+from .operands import Operands
+from .plan import MAX_BINADES, Plan, Style, plan
+
+WIDTHS = (24, 18, 14, 11, 8)
+"""The accumulator widths that are graded, in bits, widest first."""
+
+_BOOSTS = (1.0, 1.0, 2.0, 0.5, 4.0, 0.25, 8.0, 0.125)
+"""Tried in turn: problems of a few elements may lie far from the plan's estimate."""
+_STEPS = 12
+_POSITIVE = 4
+"""One row in this many has no negative value: some sums then really reach ``sum |a||b|``."""
+_UNIT_RANGE = (-14, 15)
+"""Outputs are multiples of 2**-14 and at most 2**15: normal numbers in fp16 as in bf16."""
+_MAX_UNIT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    """Which elements are non-zero: one at random in each `stride` along k; or each with probability
+    `share`/65536, and at least one in any `cover` consecutive rows of each column.
+    """
+
+    stride: int = 0
+    share: int = 0
+    cover: int = 1
+
+    def __call__(self, bits: torch.Tensor, first: int, key: int) -> torch.Tensor:
+        rows, cols = bits.shape
+        k = torch.arange(cols, dtype=torch.int32, device=bits.device)
+        if self.stride:
+            groups = hash_elements(
+                rows, -(-cols // self.stride), mix(key + 1), bits.device, first
+            ) & (self.stride - 1)
+            return groups.repeat_interleave(self.stride, dim=1)[:, :cols] == k % self.stride
+        row = torch.arange(first, first + rows, dtype=torch.int32, device=bits.device)
+        offset = hash_rows(cols, mix(key + 2), bits.device) & (self.cover - 1)
+        forced = (row.unsqueeze(1) & (self.cover - 1)) == offset
+        return ((bits & 0xFFFF) < self.share) | forced
+
+
+def _negative(bits: torch.Tensor, first: int, key: int) -> torch.Tensor:
+    """Signs (bool): random, except in the rows that are all positive."""
+    rows = hash_rows(bits.shape[0], mix(key + 3), bits.device, first)
+    return (bits < 0) & ((rows & (_POSITIVE - 1)) != 0).unsqueeze(1)
+
+
+def _base(style: Style) -> int:
+    """Exponent of the smallest block scale."""
+    if style.kind == "ones":
+        return -2
+    return max(-6, -(style.binades // 2) - 1) if style.binades < MAX_BINADES else -6
+
+
+def _unit_exponent(style: Style) -> int:
+    """log2 of the unit of an FP4 operand's values, without global scale or shift."""
+    return 0 if style.kind == "ones" else _base(style) - 1 - 3 * style.mantissas
+
+
+def _fp4(
+    rows: int,
+    k: int,
+    fmt: Format,
+    style: Style,
+    mask: _Mask,
+    shift: int,
+    key: int,
+    device: torch.device | str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, k/2) and raw scales (rows, k/block); `shift` is added to scale exponents."""
+    span = 4 if style.kind == "ones" else style.binades + 1
+    # A scale of 2**s needs the code of 2**-s: 4, 2, 1 or a half, to make a one.
+    inverse = torch.tensor([6, 4, 2, 1], dtype=torch.uint8, device=device)
+
+    def blocks(first: int, count: int) -> torch.Tensor:
+        return hash_elements(count, k // fmt.block, mix(key + 4), device, first)
+
+    def scales(first: int, count: int) -> torch.Tensor:
+        bits = blocks(first, count)
+        exponent = below(bits, 0, 16, span) + _base(style) + shift
+        if fmt.scale == "e8m0":
+            return (exponent + 127).to(torch.uint8)
+        mantissa = below(bits, 16, 12, 8) if style.mantissas else torch.zeros_like(exponent)
+        return (((exponent + 7) << 3) | mantissa).to(torch.uint8)
+
+    def codes(first: int, count: int) -> torch.Tensor:
+        bits = hash_elements(count, k, key, device, first)
+        if style.kind == "ones":
+            index = below(blocks(first, count), 0, 16, span)
+            size = inverse[index.long()].repeat_interleave(fmt.block, dim=1)
+        else:
+            size = (below(bits, 16, 15, 7) + 1).to(torch.uint8)
+        size = size * mask(bits, first, key).to(torch.uint8)
+        return pack(size | (_negative(bits, first, key).to(torch.uint8) << 3))
+
+    packed = torch.empty(rows, k // 2, dtype=torch.uint8, device=device)
+    raw = torch.empty(rows, k // fmt.block, dtype=torch.uint8, device=device)
+    return fill_rows(packed, codes, k), fill_rows(raw, scales, k // fmt.block)
+
+
+def _integers(
+    rows: int, k: int, style: Style, mask: _Mask, exponent: int, key: int, problem: Problem, device
+) -> torch.Tensor:
+    """(rows, k) of the style's integers times 2**exponent under the mask, in its dtype."""
+
+    def draw(first: int, count: int) -> torch.Tensor:
+        bits = hash_elements(count, k, key, device, first)
+        size = below(bits, 16, 15, style.top + 1 - style.bottom) + style.bottom
+        size = size * mask(bits, first, key)
+        value = torch.where(_negative(bits, first, key), -size, size)
+        return (value.float() * 2.0**exponent).to(problem.dtype)
+
+    out = torch.empty(rows, k, dtype=problem.dtype, device=device)
+    return fill_rows(out, draw, k)
+
+
+def _scalar(exponent: int, device: torch.device | str) -> torch.Tensor:
+    return torch.tensor(2.0**exponent, dtype=torch.float32, device=device)
+
+
+def largest_sum(a: torch.Tensor | Fp4Tensor, weight: Fp4Tensor, chunk: int = 2048) -> float:
+    """max over outputs of ``sum_k |a||b|`` without global scales, in fp64, by `chunk` columns."""
+    left = (dequantise(a, torch.float64, False) if isinstance(a, Fp4Tensor) else a.double()).abs()
+    n = weight.codes.shape[0]
+    best = left.new_zeros(())
+    for first in range(0, n, chunk):
+        part = Fp4Tensor(
+            weight.format,
+            weight.codes[first : first + chunk],
+            weight.scales[first : first + chunk],
+            weight.global_scale,
+        )
+        right = dequantise(part, torch.float64, False).abs_()
+        best = torch.maximum(best, (left @ right.T).max())
+    return float(best)
+
+
+def exact(problem: Problem, width: int, seed: int, device: torch.device | str) -> Operands:
+    """Operands of an exact problem of `width` bits, the same bits on every device.
+
+    Guaranteed, because measured: the largest ``sum |a||b|`` over the outputs is in
+    ``(2**(width-1), 2**width]`` units. Any window of activation rows is exact, too. alpha is a
+    power of two; outputs are multiples of 2**-14 and at most 2**15, so bf16 and fp16 hold them
+    without overflow or subnormals. Each row of the activation has a non-zero in every 16 along k,
+    each k a non-zero weight in any few consecutive rows; a quarter of the rows are all positive.
+
+    `seed` also picks block scales (powers of two, or all mantissas), and which operand is richer.
+    Raises ValueError for a width not in `WIDTHS`, for groups, and for a shape too small for it.
+    """
+    if width not in WIDTHS:
+        raise ValueError(f"width {width} is not one of {', '.join(map(str, WIDTHS))}")
+    if problem.groups != 1:
+        raise ValueError("exact problems are drawn for one group")
+    for attempt, boost in enumerate(_BOOSTS):
+        key = stream_key(seed, f"exact/{width}/{attempt}")
+        found = _attempt(problem, width, plan(problem, width, seed, boost), key, device)
+        if found:
+            return Operands(*found, family="exact", width=width, seed=seed)
+    raise ValueError(
+        f"no exact problem of {width} bits with m={problem.m}, n={problem.n}, k={problem.k}"
+    )
+
+
+def _attempt(
+    problem: Problem, width: int, chosen: Plan, key: int, device: torch.device | str
+) -> tuple[torch.Tensor | Fp4Tensor, Fp4Tensor] | None:
+    """Draw by a plan and adjust the weights' density until the largest sum fits, or None."""
+    fmt, rows = FORMATS[problem.format], max(1, problem.m)
+    w4a4 = problem.activation == "fp4"
+    unit_a = _unit_exponent(chosen.a) if w4a4 else -(mix(key + 11) & 1)
+    unit = unit_a + _unit_exponent(chosen.b)
+    low, high = _UNIT_RANGE[0], min(_UNIT_RANGE[1] - width, _MAX_UNIT)
+    alpha = low + mix(key + 12) % (high - low + 1) - unit
+    # MXFP4 has no global scale: what would be alpha moves into the weight's block scales.
+    shift, alpha = (0, alpha) if fmt.has_global else (alpha, 0)
+    global_a = alpha // 2 if w4a4 else 0
+
+    thin = _Mask(stride=chosen.stride)
+    a: torch.Tensor | Fp4Tensor
+    if w4a4:
+        made = _fp4(rows, problem.k, fmt, chosen.a, thin, 0, mix(key + 20), device)
+        a = Fp4Tensor(fmt, *made, _scalar(global_a, device))
+    else:
+        a = _integers(rows, problem.k, chosen.a, thin, unit_a, mix(key + 20), problem, device)
+
+    cover = 16
+    while cover * chosen.density < 2 and cover < 1 << 15:
+        cover *= 2
+    limit = 2.0 ** (width + unit + shift)
+    share, known_low, known_high = chosen.density, 0.0, 1.0
+    for _ in range(_STEPS):
+        mask = _Mask(share=round(65536 * max(0.0, share - 1 / cover)), cover=cover)
+        made = _fp4(problem.n, problem.k, fmt, chosen.b, mask, shift, mix(key + 21), device)
+        weight = Fp4Tensor(fmt, *made, _scalar(alpha - global_a, device))
+        found = largest_sum(a, weight)
+        if limit / 2 < found <= limit:
+            return (_rows(a, problem.m), weight)
+        if (found <= limit and share >= 1) or known_high - known_low < 2.0**-16:
+            return None
+        # Larger shares keep every element of smaller ones: the sum is monotone in the share.
+        known_low, known_high = (share, known_high) if found <= limit else (known_low, share)
+        share = min(1.0, share * 0.8 * limit / found) if found else 1.0
+        if not known_low < share <= known_high:
+            share = (known_low + known_high) / 2
+    return None
+
+
+def _rows(a: torch.Tensor | Fp4Tensor, m: int) -> torch.Tensor | Fp4Tensor:
+    if isinstance(a, Fp4Tensor):
+        return Fp4Tensor(a.format, a.codes[:m], a.scales[:m], a.global_scale)
+    return a[:m]

@@ -1,0 +1,43 @@
+"""What is multiplied: the operands of a problem, and the conditions a family can stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..problem import Fp4Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The two operands of a problem, as drawn; ``out = global_scale * a @ weight.T``.
+
+    a       (m, k) tensor in the problem's 16-bit dtype (activation ``bf16``), or an `Fp4Tensor`
+    weight  `Fp4Tensor` (n, k)
+    family  the name of the family they were drawn from; ``exact`` for an exact problem
+    width   accumulator bits that make every order of summation exact; None for a family
+    """
+
+    a: torch.Tensor | Fp4Tensor
+    weight: Fp4Tensor
+    family: str
+    width: int | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What must hold of the weights for a verdict, where only a family that breaks it failed."""
+
+    id: str
+    text: str
+
+
+def window(operands: Operands, start: int, stop: int) -> Operands:
+    """The smaller problem of rows [start, stop) of the activation; views, nothing is copied."""
+    a = operands.a
+    if isinstance(a, Fp4Tensor):
+        cut = replace(a, codes=a.codes[start:stop], scales=a.scales[start:stop])
+        return replace(operands, a=cut)
+    return replace(operands, a=a[start:stop])

@@ -1,0 +1,1 @@
+"""What is launched and what came of it: cases, outcomes, timing."""

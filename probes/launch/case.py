@@ -1,0 +1,173 @@
+"""A weight prepared for one backend, a pool of activation rows, and the right answer to each row.
+
+Rows of a GEMM are independent, so any window of the pool is a problem of its own with its answer
+already known: the reference is computed once and serves every launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..backends import Backend
+from ..check.reference import Expectation, expect
+from ..check.sweep import Slot, Unchanged, slot, slot_bytes
+from ..data import Operands
+from ..problem import Fp4Tensor, Problem
+
+
+class BackendRaised(Exception):
+    """A backend raised: its doing, where an exception of our own code would be ours."""
+
+
+@contextmanager
+def blame(backend: Backend) -> Iterator[None]:
+    """Tell what a backend raises from what this program does.
+
+    RuntimeError passes: it is what torch and CUDA raise, also later, for what a backend enqueued.
+    """
+    try:
+        yield
+    except (RuntimeError, BackendRaised):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise BackendRaised(f"{type(error).__name__}: {first}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Operands with their answer, prepared for one backend. `problem.m` is the pool's rows."""
+
+    problem: Problem
+    operands: Operands
+    expectation: Expectation
+    state: Any
+    unchanged: Unchanged
+
+    def rows(self, offset: int, m: int) -> torch.Tensor | Fp4Tensor:
+        """The activation of the window of `m` rows from `offset`; a view."""
+        a = self.operands.a
+        if isinstance(a, Fp4Tensor):
+            return dataclasses.replace(
+                a, codes=a.codes[offset : offset + m], scales=a.scales[offset : offset + m]
+            )
+        return a[offset : offset + m]
+
+    def slot(self, offset: int, m: int) -> Slot:
+        """A poisoned place for the window's output, with what must appear there."""
+        window = slice(offset, offset + m)
+        return slot(self.expectation.lo[window], self.expectation.hi[window])
+
+
+def case(backend: Backend, problem: Problem, operands: Operands) -> Case:
+    """Compute the answer to `operands`, then let `backend` prepare the weight.
+
+    Inputs are remembered after `prepare`: what a backend does to its own copy there is its
+    business, what a launch changes is a finding.
+    """
+    expectation = expect(operands, problem)
+    with blame(backend):
+        state = backend.prepare(operands.weight, problem)
+    weight = operands.weight
+    inputs = [weight.codes, weight.scales, weight.global_scale, *tensors(operands.a)]
+    return Case(problem, operands, expectation, state, Unchanged(inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One call: which window of which case's pool, by which tactic, counted for which item."""
+
+    case: int
+    offset: int
+    m: int
+    tactic: str
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A launch with everything bound: `enqueue` puts it on the current stream."""
+
+    launch: Launch
+    activation: Any
+    slot: Slot
+    enqueue: Callable[[], None]
+
+
+def bind(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
+    """Allocate the launch's slot and bind its arguments, so that calling it is one call."""
+    chosen = cases[launch.case]
+    activation = prepared_activation(backend, chosen.rows(launch.offset, launch.m))
+    place = chosen.slot(launch.offset, launch.m)
+
+    def enqueue() -> None:
+        with blame(backend):
+            backend.run(chosen.state, activation, place.out, launch.tactic)
+
+    return Call(launch, activation, place, enqueue)
+
+
+def rebind(backend: Backend, cases: Sequence[Case], call: Call, activation: Any) -> Call:
+    """The same launch into the same slot, reading another activation."""
+    state = cases[call.launch.case].state
+
+    def enqueue() -> None:
+        with blame(backend):
+            backend.run(state, activation, call.slot.out, call.launch.tactic)
+
+    return Call(call.launch, activation, call.slot, enqueue)
+
+
+def prepared_activation(backend: Backend, a: torch.Tensor | Fp4Tensor) -> Any:
+    """The activation as `backend` takes it."""
+    prepare = getattr(backend, "prepare_activation", None)
+    if prepare is None or not isinstance(a, Fp4Tensor):
+        return a
+    with blame(backend):
+        return prepare(a)
+
+
+def batches(cases: Sequence[Case], launches: Sequence[Launch], limit: int) -> list[list[Launch]]:
+    """Split `launches`, in order, so that the slots of one batch fit in `limit` bytes."""
+    split: list[list[Launch]] = [[]]
+    used = 0
+    for launch in launches:
+        size = slot_bytes(launch.m, cases[launch.case].problem.n)
+        if split[-1] and used + size > limit:
+            split.append([])
+            used = 0
+        split[-1].append(launch)
+        used += size
+    return split if split[-1] else []
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with every tensor in it replaced; looks into tuples, lists, dicts, dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(v, change) for key, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return type(value)(**{name: map_tensors(v, change) for name, v in fields.items()})
+    return value
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in `value`, in the order `map_tensors` visits them."""
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, keep)
+    return found

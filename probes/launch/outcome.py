@@ -1,0 +1,157 @@
+"""What every regime is made of: how long to repeat, what was seen, and the steps they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..backends import Backend
+from ..check.sweep import POISON, Checker, SlotReport
+from .case import Call, Case, Launch
+
+CYCLES = 2_000_000_000
+"""Clock cycles that take about a second: for gates, where too long only costs time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long to repeat: at least `least` times, then until `seconds` or `most`.
+
+    `beat` is called whenever the device has caught up: a long regime is not a silent one.
+    """
+
+    least: int
+    most: int
+    seconds: float
+    beat: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a regime saw.
+
+    `not_exercised` is None when the conditions the regime stands for really held, else why not;
+    such an outcome is never a pass. `repeats` counts the checked launches behind each report;
+    `errors` holds what was raised instead, by item. `exempt` holds items that cannot have the
+    fault the regime looks for, with the reason: they are neither a pass nor a failure.
+    """
+
+    repeats: int
+    reports: tuple[tuple[Launch, SlotReport], ...]
+    changed_inputs: int
+    seconds: float
+    not_exercised: str | None = None
+    proof: dict[str, Any] = field(default_factory=dict)
+    errors: dict[int, dict[str, str]] = field(default_factory=dict)
+    exempt: dict[int, str] = field(default_factory=dict)
+    graded: tuple[dict[str, Any], ...] = ()
+    """Findings about every item that are no faults, each with its `kind` and a `message`."""
+
+
+Regime = Callable[[Backend, Sequence[Case], Sequence[Launch], Budget], Outcome]
+
+
+class NotApplicable(Exception):
+    """This device does not have what the regime is about; the message says what."""
+
+
+def device_of(cases: Sequence[Case]) -> torch.device:
+    return cases[0].operands.weight.codes.device
+
+
+def need_cuda(cases: Sequence[Case], what: str) -> None:
+    if device_of(cases).type != "cuda":
+        raise NotApplicable(f"a CPU has no {what}")
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with NaN where the type has one, with a conspicuous byte where not."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor.view(torch.int16).fill_(POISON)
+    elif tensor.is_floating_point():
+        tensor.fill_(float("nan"))
+    else:
+        tensor.fill_(0x7F)
+    return tensor
+
+
+def repeat(once: Callable[[], Any], budget: Budget, device: torch.device) -> float:
+    """Call `once` as often as the budget says, without waiting between; the seconds it took."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    start = time.perf_counter()
+    once()
+    wait()
+    each = max(time.perf_counter() - start, 1e-6)
+    repeats = max(budget.least, min(budget.most, int(budget.seconds / each))) - 1
+    done = 0
+    while done < repeats:
+        # In slices of about a second: a queue too deep turns enqueueing into waiting.
+        for _ in range(min(16, max(1, int(1 / each)), repeats - done)):
+            once()
+            done += 1
+        wait()
+        budget.beat()
+        if done + 1 >= budget.least and time.perf_counter() - start > budget.seconds:
+            break
+    return time.perf_counter() - start
+
+
+def outcome(
+    checker: Checker,
+    calls: Sequence[Call],
+    cases: Sequence[Case],
+    seconds: float,
+    missed: str | None = None,
+    proof: dict[str, Any] | None = None,
+) -> Outcome:
+    launches = [c.launch for c in calls]
+    return Outcome(
+        repeats=checker.sweeps,
+        reports=tuple(zip(launches, checker.reports(), strict=True)),
+        changed_inputs=sum(c.unchanged.changed() for c in cases),
+        seconds=seconds,
+        not_exercised=missed,
+        proof=proof or {},
+    )
+
+
+def together(parts: Sequence[Outcome]) -> Outcome:
+    """Several outcomes of one regime as one; `repeats` is the fewest behind any report."""
+    return Outcome(
+        repeats=min((part.repeats for part in parts if part.reports), default=0),
+        reports=tuple(report for part in parts for report in part.reports),
+        changed_inputs=max((part.changed_inputs for part in parts), default=0),
+        seconds=sum(part.seconds for part in parts),
+        not_exercised=next((p.not_exercised for p in parts if p.not_exercised), None),
+        proof={key: value for part in parts for key, value in part.proof.items()},
+        errors={item: error for part in parts for item, error in part.errors.items()},
+        exempt={item: why for part in parts for item, why in part.exempt.items()},
+        graded=tuple(found for part in parts for found in part.graded),
+    )
+
+
+def capture(
+    chain: Callable[[], None], warm: Callable[[], Any] | None = None
+) -> torch.cuda.CUDAGraph:
+    """Capture `chain`, after running it (or `warm`) once on the capturing stream.
+
+    First calls may load modules and allocate, which a capture forbids.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        (warm or chain)()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=stream):
+        chain()
+    return captured

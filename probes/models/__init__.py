@@ -1,0 +1,1 @@
+"""Models and checkpoints: the layers they bring, and whether their weights are sound."""

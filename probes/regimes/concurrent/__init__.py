@@ -1,0 +1,1 @@
+"""Several launches at once: streams, threads, other processes."""

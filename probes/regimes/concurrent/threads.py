@@ -1,0 +1,66 @@
+"""Several host threads on a GPU, each on a stream of its own, with the same prepared weight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ...backends import Backend
+from ...check.sweep import Checker
+from ...launch.case import Call, Case, Launch
+from ...launch.outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome
+from .lanes import _lanes, repeat_threads, run_threads
+
+
+def threads(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """Each lane of `streams` launched by a host thread of its own, all at once.
+
+    The streams open together, so that the lanes overlap on the device as well. What breaks here and
+    not in `streams` is state on the host: a plan, a workspace or a "current" handle kept between
+    two steps of a call.
+    """
+    device = device_of(cases)
+    if device.type != "cuda":
+        raise NotApplicable("a CPU has the threads already in the streams regime")
+    lanes = _lanes(backend, cases, launches)
+    calls = [call for lane in lanes for call in lane]
+    checker = Checker([call.slot for call in calls])
+    side = [torch.cuda.Stream(device) for _ in lanes]
+    gate = [0.01]
+
+    def once() -> bool:
+        torch.cuda._sleep(int(gate[0] * CYCLES))
+        start = time.perf_counter()
+        overlapped = _launch(lanes, side, device)
+        gate[0] = min(1.5 * (time.perf_counter() - start), 0.05)
+        checker.sweep()
+        return overlapped
+
+    seconds, missed, proof = repeat_threads(once, budget, device)
+    return outcome(checker, calls, cases, seconds, missed, proof)
+
+
+def _launch(
+    lanes: Sequence[Sequence[Call]], side: Sequence[torch.cuda.Stream], device: torch.device
+) -> bool:
+    """Run every lane in a thread, between two points of the current stream; whether any overlap."""
+    main = torch.cuda.current_stream(device)
+    fork = main.record_event()
+
+    @contextmanager
+    def inside(lane: int) -> Iterator[None]:
+        # A new thread has no current device or stream of its own yet.
+        with torch.cuda.device(device), torch.cuda.stream(side[lane]):
+            side[lane].wait_event(fork)
+            yield
+
+    try:
+        return run_threads(lanes, inside)
+    finally:
+        for stream in side:
+            main.wait_stream(stream)

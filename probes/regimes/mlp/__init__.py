@@ -1,0 +1,1 @@
+"""Chains of GEMMs as an MLP runs them."""

@@ -1,0 +1,1 @@
+"""Races under programmatic dependent launch, made to happen in every launch."""

@@ -1,0 +1,1 @@
+"""One launch after another: eagerly, in graphs, with padding, strides, many m, huge sizes."""

@@ -1,0 +1,107 @@
+"""NaN where nothing of the problem is: rows past m, rows an engine pads with, padding of scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ... import layouts
+from ...backends import Backend
+from ...check.sweep import Checker, Slot
+from ...launch.case import Call, Case, Launch, bind, prepared_activation, rebind, tensors
+from ...launch.outcome import Budget, Outcome, device_of, outcome, poison, repeat
+from ...problem import Format, Fp4Tensor
+
+LEAD, TRAIL = 16, 128
+"""Rows of NaN before and after an activation: the 128 of a scale layout's tile."""
+SCALE_NAN = {"e4m3": 0x7F, "e8m0": 0xFF}
+
+
+def padding(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """Every launch with poison around it, and once more with poison in its last rows.
+
+    *Around*: the activation lies between rows of NaN, and what pads scale layouts is NaN (0x7F in
+    e4m3, 0xFF in e8m0) instead of zero. *In*: as in a CUDA graph captured for more rows than there
+    are, the second half of the m rows is NaN, and only the first half of the output is asked for;
+    there, a sum or a largest value over all rows shows.
+    """
+    calls: list[Call] = []
+    nan_rows = scale_bytes = 0
+    for launch in launches:
+        around, found = _around(backend, cases, launch)
+        calls.append(around)
+        scale_bytes += found
+        if launch.m > 1:
+            calls.append(_inside(backend, cases, launch))
+            nan_rows += launch.m // 2
+    checker = Checker([call.slot for call in calls])
+
+    def once() -> None:
+        for call in calls:
+            call.enqueue()
+        checker.sweep()
+
+    seconds = repeat(once, budget, device_of(cases))
+    proof = {
+        "rows_around": (LEAD + TRAIL) * len(launches),
+        "rows_inside": nan_rows,
+        "scale_padding_bytes": scale_bytes,
+    }
+    return outcome(checker, calls, cases, seconds, None, proof)
+
+
+def _around(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Call, int]:
+    """The launch amid poison, and how many bytes of padding in the backend's layout are poison."""
+    case = cases[launch.case]
+    rows = case.rows(launch.offset, launch.m)
+    surrounded = _surrounded(rows)
+    plain = prepared_activation(backend, rows)
+    with layouts.padding(SCALE_NAN[case.operands.weight.format.scale]):
+        activation = prepared_activation(backend, surrounded)
+    differ = 0
+    for one, other in zip(tensors(plain), tensors(activation), strict=True):
+        if one.dtype == torch.uint8 and one.shape == other.shape:
+            differ += int((one != other).sum())
+    return rebind(backend, cases, bind(backend, cases, launch), activation), differ
+
+
+def _inside(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
+    """The launch with NaN in its second half, and only the first half of its output checked."""
+    real = launch.m - launch.m // 2
+    rows = _surrounded(cases[launch.case].rows(launch.offset, launch.m))
+    if isinstance(rows, Fp4Tensor):
+        rows.scales[real:].fill_(SCALE_NAN[rows.format.scale])
+    else:
+        poison(rows[real:])
+    bound = bind(backend, cases, launch)
+    call = rebind(backend, cases, bound, prepared_activation(backend, rows))
+    whole = bound.slot
+    size = real * whole.out.shape[1]
+    guard = (whole.guarded.numel() - whole.out.numel()) // 2
+    # Rows after the real ones hold what it may: no zone to guard on that side, so on neither.
+    inner = whole.guarded[guard : guard + size]
+    return replace(call, slot=Slot(whole.out[:real], whole.lo[:real], whole.hi[:real], inner))
+
+
+def _surrounded(rows: torch.Tensor | Fp4Tensor) -> torch.Tensor | Fp4Tensor:
+    """A copy of an activation in the middle of poison; a view of whole rows."""
+    if isinstance(rows, Fp4Tensor):
+        codes = _amid(rows.codes, None)
+        return replace(rows, codes=codes, scales=_amid(rows.scales, rows.format))
+    return _amid(rows, None)
+
+
+def _amid(rows: torch.Tensor, scales: Format | None) -> torch.Tensor:
+    m, columns = rows.shape
+    whole = torch.empty((LEAD + m + TRAIL, columns), dtype=rows.dtype, device=rows.device)
+    if scales:
+        whole.fill_(SCALE_NAN[scales.scale])
+    else:
+        poison(whole)
+    inner = whole[LEAD : LEAD + m]
+    inner.copy_(rows)
+    return inner

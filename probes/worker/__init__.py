@@ -1,0 +1,1 @@
+"""The process that runs one backend: its protocol, its supervisor, what it does."""

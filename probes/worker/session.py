@@ -1,0 +1,430 @@
+"""What a worker does with its backend on one layer: grade it, run families and regimes, time it.
+
+A *layer* is one (format, activation, dtype, n, k) with its items: an item is a tactic in an m
+range, with the m's to launch. Results are plain dictionaries, ready to be sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..backends import Backend
+from ..census import layer as counting
+from ..check.reference import alpha_of, expect, spread, tile_error, tile_limit
+from ..data import WIDTHS, draw, exact
+from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case
+from ..launch.summary import MOST_BAD, Result, launched, summarise
+from ..launch.timing import Timed, buffers, weight_copies
+from ..launch.windows import Windows, offsets
+from ..problem import Device, Problem
+from ..regimes import COPIES, REGIMES, Budget, NotApplicable, Outcome
+from ..seeds import derive
+from . import replay as replaying
+
+WEIGHTS = 2
+"""Different weights of a layer that a chain alternates between."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tactic in the m range (lo, hi], the m's to launch there, and the width it is held to."""
+
+    ms: tuple[int, ...]
+    tactic: str
+    width: int = 24
+
+
+class Layer:
+    """One weight shape under test. `problem.m` is the number of rows in the activation pools."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        device: Device,
+        problem: Problem,
+        seed: int,
+        memory: int,
+        progress: Progress,
+    ) -> None:
+        self.backend = backend
+        self.device = device
+        self.problem = problem
+        self.seed = seed
+        self.memory = memory
+        self.progress = progress
+        self._exact: dict[tuple[int, int], list[Case]] = {}
+        self._windows = Windows()
+        self._timed: list[Timed] = []
+        self._seen: counting.Seen = {}
+
+    def cases(self, width: int, pool: int = 0) -> list[Case]:
+        """The exact cases of this width, drawn and prepared on first use.
+
+        Pool 0 is kept. Of the others, each with weights and rows of its own, one is kept at a time.
+        """
+        if (width, pool) not in self._exact:
+            for old in [key for key in self._exact if key[1] not in (0, pool)]:
+                del self._exact[old]
+            drawn = []
+            for index in range(WEIGHTS):
+                tag = (width, index) if pool == 0 else (width, index, pool)
+                seed = derive(self.seed, self.problem, "exact", *tag)
+                self.progress(f"drawing exact data of width {width}")
+                drawn.append(self._draw("exact", width, seed))
+            self._exact[width, pool] = drawn
+        return self._exact[width, pool]
+
+    def _draw(self, data: str, width: int | None, seed: int) -> Case:
+        device = self.device.torch
+        if data == "exact":
+            operands = exact(self.problem, width or WIDTHS[0], seed, device)
+        else:
+            operands = draw(self.problem, data, seed, device)
+        return case(self.backend, self.problem, operands)
+
+    def case_of(self, data: str, width: int | None, seed: int, afresh: bool = False) -> Case:
+        """The case of this data and seed: one that is there, else drawn again."""
+        there = [] if afresh else [c for cases in self._exact.values() for c in cases]
+        for each in there:
+            found = each.operands
+            if (found.family, found.width, found.seed) == (data, width, seed):
+                return each
+        self.progress(f"drawing {data} data again")
+        return self._draw(data, width, seed)
+
+    def launches(
+        self, items: Sequence[Item], cases: int, tag: object, windows: int = 1
+    ) -> list[Launch]:
+        """Every m of every item on `windows` windows of rows drawn from the seed.
+
+        Those of one m share no row; fewer where the pool has no room for so many.
+        """
+        rng = random.Random(derive(self.seed, self.problem, "windows", tag))
+        found = []
+        for index, item in enumerate(items):
+            for m in item.ms:
+                first = rng.randint(0, self.problem.m - m)
+                for offset in offsets(self.problem.m, m, windows, first):
+                    found.append(Launch(rng.randrange(cases), offset, m, item.tactic, index))
+        return found
+
+    def _summaries(
+        self, regime: str, count: int, outcomes: Sequence[Outcome], cases: Sequence[Case]
+    ) -> list[Result]:
+        """`summarise` of items 0 to `count`, with the problems that are new in this regime."""
+        results = [summarise(index, outcomes, cases) for index in range(count)]
+        for outcome in outcomes:
+            for launch, report in outcome.reports:
+                key = regime, launch.tactic, launch.m, cases[launch.case].operands.seed
+                if self._windows.add(key, launch.offset, launch.m):
+                    results[launch.item]["problems"] += 1
+                    results[launch.item]["bad_problems"] += not report.clean
+        return results
+
+    def grade(self, items: Sequence[Item]) -> list[Result]:
+        """The width of each item: the largest whose exact problems come out bit for bit.
+
+        An item that misses bits at one width is tried at others only if its answers are close;
+        unwritten, non-finite or far-off values are failures at any width, not a lower grade.
+        """
+        results: list[Result] = [
+            {"launches": 0, "problems": 0, "width": None, "bad": []} for _ in items
+        ]
+        missed: dict[int, set[int]] = {index: set() for index in range(len(items))}
+        wanted = {index: WIDTHS[0] for index in missed}
+        while wanted:
+            width = max(wanted.values())
+            pending = [index for index, next_ in wanted.items() if next_ == width]
+            cases = self.cases(width)
+            launches = self.launches([items[i] for i in pending], len(cases), ("grade", width))
+            outcomes = self._run("serial", cases, launches, Budget(2, 2, 0.0))
+            summaries = self._summaries("serial", len(pending), outcomes, cases)
+            changed = sum(o.changed_inputs for o in outcomes)
+            for place, index in enumerate(pending):
+                summary, result = summaries[place], results[index]
+                result["launches"] += summary["launches"]
+                result.setdefault("example", summary.get("example"))
+                if changed:
+                    result["changed_inputs"] = changed
+                if "error" in summary:
+                    result.update(width=None, bad=[], error=summary["error"])
+                    del wanted[index]
+                    continue
+                if summary["bad"]:
+                    missed[index].add(width)
+                    far = self._far(cases, [x for x in launches if x.item == place])
+                    grave = any(b["kind"] != "wrong" for b in summary["bad"])
+                    if far or grave or width == WIDTHS[-1]:
+                        result.update(width=None, bad=summary["bad"], tile_error=far)
+                        del wanted[index]
+                        continue
+                else:
+                    result.update(width=width, problems=summary["problems"])
+                next_ = next_width(result["width"], missed[index])
+                if next_ is None:
+                    del wanted[index]
+                else:
+                    wanted[index] = next_
+        return results
+
+    def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
+        """The worst relative tile error where it exceeds the limit, else None."""
+        worst = max((self._tile_error(cases, launch) for launch in launches), default=0.0)
+        return worst if not worst <= tile_limit(self.problem.k) else None
+
+    def _tile_error(self, cases: Sequence[Case], launch: Launch) -> float:
+        if launch.m == 0:
+            return 0.0
+        call = bind(self.backend, cases, launch)
+        call.enqueue()
+        right = cases[launch.case].expectation.window(launch.offset, launch.offset + launch.m)
+        ref = right.lo.float() if right.ref is None else right.ref
+        error = tile_error(call.slot.out, ref)
+        if not bool((error <= tile_limit(self.problem.k)).all()):
+            chosen = cases[launch.case]
+            operands = replace(chosen.operands, a=chosen.rows(launch.offset, launch.m))
+            error = tile_error(call.slot.out, ref, spread(operands, self.problem))
+        return float("inf") if bool(error.isnan().any()) else float(error.max())
+
+    def family(self, name: str, items: Sequence[Item]) -> list[Result]:
+        """One data family, serially: every element where the width is 24, every tile else.
+
+        Rounding the global scale to bf16, or the sum before it is scaled, is a grade (`alpha`,
+        `roundings`), not a fault: an item that misses the bound is judged again for each.
+        """
+        seed = derive(self.seed, self.problem, "family", name)
+        self.progress(f"drawing {name} data")
+        drawn = case(self.backend, self.problem, draw(self.problem, name, seed, self.device.torch))
+        launches = self.launches(items, 1, name)
+        outcomes = self._run("serial", [drawn], launches, Budget(1, 1, 0.0))
+        results = self._summaries("serial", len(items), outcomes, [drawn])
+        missed = {
+            index
+            for index, result in enumerate(results)
+            if result["bad"] and all(bad["kind"] == "wrong" for bad in result["bad"])
+        }
+        narrow = {index for index in missed if items[index].width < WIDTHS[0]}
+        for index in narrow:
+            # A narrower accumulator may rightly miss the bound of each element.
+            results[index]["bad"] = self._bad_tiles(drawn, launches, index)
+            results[index]["bad_launches"] = len(results[index]["bad"])
+        left = missed - narrow
+        for grade, rounded in _rounded(drawn) if left else ():
+            again = [launch for launch in launches if launch.item in left]
+            outcomes = self._run("serial", [rounded], again, Budget(1, 1, 0.0))
+            for index in sorted(left):
+                judged = summarise(index, outcomes, [rounded])
+                if not judged["bad"] and "error" not in judged:
+                    results[index] = {**judged, **grade}
+                    left.discard(index)
+            if not left:
+                break
+        changed = drawn.unchanged.changed()
+        for result in results if changed else ():
+            result["changed_inputs"] = changed
+        return results
+
+    def _bad_tiles(self, chosen: Case, launches: Sequence[Launch], item: int) -> list[Result]:
+        found = []
+        for launch in launches:
+            if launch.item == item:
+                error = self._tile_error([chosen], launch)
+                if not error <= tile_limit(self.problem.k):
+                    described = {**launched(launch, [chosen]), "tile_error": error}
+                    found.append({**described, "kind": "wrong"})
+        return found[:MOST_BAD]
+
+    def regime(
+        self,
+        name: str,
+        items: Sequence[Item],
+        budget: Budget,
+        turn: int = 0,
+        windows: int = 1,
+    ) -> Result:
+        """Run one regime on exact data of each item's width; items of one width share a chain.
+
+        Each turn but the first draws weights and rows of its own, and `windows` of them for each m.
+        """
+        results: list[Result] = [{} for _ in items]
+        seconds = 0.0
+        proof: list[dict[str, Any]] = []
+        missed: list[str] = []
+        for width in sorted({item.width for item in items}, reverse=True):
+            chosen = [i for i, item in enumerate(items) if item.width == width]
+            cases = self.cases(width, turn)
+            mine = [items[i] for i in chosen]
+            launches = self.launches(mine, len(cases), (name, width, turn), windows)
+            random.Random(derive(self.seed, name, width, turn)).shuffle(launches)
+            outcomes = self._run(name, cases, launches, budget)
+            changed = sum(o.changed_inputs for o in outcomes)
+            summaries = self._summaries(name, len(chosen), outcomes, cases)
+            for place, index in enumerate(chosen):
+                results[index] = summaries[place]
+                if changed:
+                    results[index]["changed_inputs"] = changed
+                if graded := [found for o in outcomes for found in o.graded]:
+                    results[index]["graded"] = graded
+            seconds += sum(o.seconds for o in outcomes)
+            proof.extend(o.proof for o in outcomes if o.proof)
+            missed.extend(o.not_exercised for o in outcomes if o.not_exercised)
+        return {
+            "items": results,
+            "seconds": seconds,
+            "proof": proof,
+            "not_exercised": missed[0] if missed else None,
+        }
+
+    def replay(
+        self, name: str, bad: Mapping[str, Any], budget: Budget, look: bool = True
+    ) -> Result:
+        """`replay.replay` of one failure of this layer, in the regime `name`."""
+        return replaying.replay(self, name, bad, budget, look)
+
+    def misses_tiles(self, cases: Sequence[Case], launch: Launch) -> bool:
+        """Whether one launch misses the tile error that a narrow accumulator is allowed."""
+        return not self._tile_error(cases, launch) <= tile_limit(self.problem.k)
+
+    def run(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+    ) -> list[Outcome]:
+        """Run one regime on launches of one's own making; see `_run`."""
+        return self._run(name, cases, launches, budget)
+
+    def _run(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+    ) -> list[Outcome]:
+        """Run a regime in batches that fit in memory; where one raises, each item on its own."""
+        limit = self.memory // COPIES.get(name, 1)
+        split = batches(cases, launches, max(limit, 1))
+        seconds = budget.seconds / max(1, len(split))
+        share = Budget(budget.least, budget.most, seconds, lambda: self.progress(f"{name}: alive"))
+        outcomes: list[Outcome] = []
+        for batch in split:
+            self.progress(f"{name}: {len(batch)} launches")
+            try:
+                outcomes.append(REGIMES[name](self.backend, cases, batch, share))
+            except NotApplicable:
+                raise
+            except (RuntimeError, BackendRaised) as error:
+                _raise_if_poisoned(self.device, error)
+                alone = self._one_by_one(name, cases, batch, share)
+                if not any(o.errors for o in alone):
+                    # Raised together and never alone: the conditions of the regime are the cause.
+                    blamed = {"kind": "error", "message": sentence(error)}
+                    errors = {x.item: {**launched(x, cases), **blamed} for x in batch}
+                    alone.append(Outcome(0, (), 0, 0.0, errors=errors))
+                outcomes.extend(alone)
+        return outcomes
+
+    def _one_by_one(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+    ) -> list[Outcome]:
+        outcomes = []
+        for launch in launches:
+            self.progress(f"{name}: m={launch.m} alone")
+            try:
+                outcomes.append(REGIMES[name](self.backend, cases, [launch], Budget(1, 1, 0.0)))
+            except (RuntimeError, BackendRaised) as error:
+                _raise_if_poisoned(self.device, error)
+                kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
+                blamed = {"kind": kind, "message": sentence(error)}
+                errors = {launch.item: {**launched(launch, cases), **blamed}}
+                outcomes.append(Outcome(0, (), 0, 0.0, errors=errors))
+        return outcomes
+
+    def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float | None]:
+        """Prepare each item's first m for timing; the host microseconds of a call of each."""
+        operands = self.cases(WIDTHS[0])[0].operands
+        copies = weight_copies(self.problem, cache_bytes, self.device.kind)
+        self.progress(f"preparing {copies} copies of the weight")
+        weights = [operands.weight.clone() for _ in range(copies)]
+        with blame(self.backend):
+            states = [self.backend.prepare(weight, self.problem) for weight in weights]
+        shared = buffers(operands, self.problem)
+        self._timed = []
+        for item in items:
+            problem = self.problem.at(item.ms[0])
+            self.progress(f"timing m={problem.m}")
+            self._timed.append(Timed(self.backend, states, shared, problem, item.tactic))
+        return [timed.host_us for timed in self._timed]
+
+    def sample(self, indices: Sequence[int]) -> list[float]:
+        """One timing sample of each item, in microseconds per launch."""
+        return [self._timed[index].sample() for index in indices]
+
+    @property
+    def timed(self) -> Sequence[Timed]:
+        """What is being timed, in the order of `open_timing`'s items."""
+        return self._timed
+
+    def census(self, items: Sequence[Item]) -> list[Result]:
+        """Which kernels each graded item launches, and what is wrong with that."""
+        results, self._seen = counting.checked(self, items)
+        return results
+
+    def census_timed(self) -> list[list[Result]]:
+        """What is wrong with the kernels of each item that is being timed."""
+        return counting.timed(self, self._seen)
+
+    def close_timing(self) -> None:
+        self._timed = []
+        if self.device.kind == "cuda":
+            torch.cuda.empty_cache()
+
+
+def next_width(best: int | None, missed: set[int]) -> int | None:
+    """The width to try next: by halves between the best so far and those missed; None at the end.
+
+    What an accumulator of some bits gets right, one of more bits does, so it takes few tries.
+    """
+    open_ = [w for w in WIDTHS if (best or 0) < w < min(missed, default=WIDTHS[0] + 1)]
+    return open_[len(open_) // 2] if open_ and missed else None
+
+
+def _rounded(drawn: Case) -> Iterator[tuple[Result, Case]]:
+    """The same case for kernels that round once more than needed, and what to call that.
+
+    The sum is rounded to 16 bits and then multiplied with alpha, which is itself rounded to bf16
+    or not.
+    """
+    alpha = alpha_of(drawn.operands)
+    rounded = float(torch.tensor(alpha, dtype=torch.float64).to(torch.bfloat16))
+    if rounded != alpha:
+        yield {"alpha": "bf16"}, _expecting(drawn, rounded)
+    yield {"roundings": 2}, _expecting(drawn, alpha)
+
+
+def _expecting(drawn: Case, alpha: float) -> Case:
+    return replace(
+        drawn, expectation=expect(drawn.operands, drawn.problem, alpha=alpha, roundings=2)
+    )
+
+
+class Poisoned(Exception):
+    """The CUDA context is lost; the message is what lost it."""
+
+
+def _raise_if_poisoned(device: Device, error: Exception) -> None:
+    if device.kind != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device.torch).add_(1).item()
+    except Exception:
+        raise Poisoned(sentence(error)) from error
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of an exception, with its type."""
+    if isinstance(error, BackendRaised):
+        return str(error)[:300]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,0 +1,142 @@
+"""What changed between two generations: choices, verdicts, times and environments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...autotune.publication import published
+from ...autotune.publication.published import Standing
+from ...cache import state
+from ...cache.errors import StateError
+from ...cache.rows import Candidate, Choice
+from .numbers import positive
+
+Scoped = tuple[str, str, str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that is otherwise than before. `what` is ``choice``, ``verdict``, ``time`` or
+    ``environment``; `before` or `after` is empty for what came or went."""
+
+    what: str
+    where: str
+    before: str
+    after: str
+
+
+def previous(place: Path, generation: int) -> tuple[Standing | None, list[str]]:
+    """The newest kept generation below `generation` that can be read, and why others cannot."""
+    unread: list[str] = []
+    for number in reversed(state.generations(os.fspath(place))):
+        if number < generation:
+            try:
+                return published.load(place, number), unread
+            except StateError as error:
+                unread.append(f"generation {number} cannot be read: {error}")
+    return None, unread
+
+
+def between(old: Standing, new: Standing) -> list[Change]:
+    """Everything that differs, choices first. A time differs where the two intervals lie apart."""
+    return [
+        *_choices(old, new),
+        *_candidates(old, new),
+        *_environments(old, new),
+    ]
+
+
+def _choices(old: Standing, new: Standing) -> Iterable[Change]:
+    before, after = _keyed(old.choices), _keyed(new.choices)
+    for key in _all(before, after):
+        was, now = _said(before.get(key)), _said(after.get(key))
+        if was != now:
+            yield Change("choice", where(*key), was, now)
+
+
+def _candidates(old: Standing, new: Standing) -> Iterable[Change]:
+    before = {(*_key(c), c.backend): c for c in old.candidates}
+    for c in new.candidates:
+        was = before.get((*_key(c), c.backend))
+        if was is None:
+            continue
+        place = f"{c.backend}, {where(*_key(c))}"
+        if was.verdict != c.verdict:
+            yield Change("verdict", place, was.verdict, c.verdict)
+        if _apart(was, c):
+            yield Change("time", place, _time(was), _time(c))
+
+
+def _environments(old: Standing, new: Standing) -> Iterable[Change]:
+    before: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for e in old.environments:
+        before.setdefault((e.arch, e.backend), {})[e.fingerprint] = e.facts
+    for e in new.environments:
+        known = before.get((e.arch, e.backend), {})
+        if known and e.fingerprint not in known:
+            was, now = _differing(flat(list(known.values())[-1]), flat(e.facts))
+            yield Change("environment", f"{e.backend} on {e.arch}", was, now)
+
+
+def flat(facts: object, prefix: str = "") -> dict[str, str]:
+    """Nested facts as one level of dotted names."""
+    if not isinstance(facts, Mapping):
+        return {prefix: str(facts)}
+    found: dict[str, str] = {}
+    for name, value in facts.items():
+        found |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def _differing(was: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:
+    names = [name for name in _all(was, now) if was.get(name) != now.get(name)]
+
+    def said(facts: Mapping[str, str]) -> str:
+        return ", ".join(f"{name} {facts[name][:48]}" for name in names if name in facts)
+
+    return said(was), said(now)
+
+
+def _key(row: Choice | Candidate) -> Scoped:
+    return row.arch, row.gpu, row.profile, row.bucket
+
+
+def _keyed(rows: Iterable[Choice]) -> dict[Scoped, Choice]:
+    return {_key(row): row for row in rows}
+
+
+def _all(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
+    return list(dict.fromkeys([*after, *before]))
+
+
+def _said(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    if choice.status == "none":
+        return "none safe"
+    under = " under conditions" if choice.conditions else ""
+    return f"{choice.backend} {choice.tactic}{under}"
+
+
+def where(arch: str, gpu: str, profile: str, bucket: Any) -> str:
+    """A bucket in words."""
+    b = bucket
+    m = str(b.m_hi) if b.m_lo == b.m_hi else f"{b.m_lo}\u2013{b.m_hi}"
+    return f"m={m} n={b.n} k={b.k} {b.format} {b.activation}, {gpu}, {profile}"
+
+
+def _apart(a: Candidate, b: Candidate) -> bool:
+    a_low, a_high = positive(a.lo_us), positive(a.hi_us)
+    b_low, b_high = positive(b.lo_us), positive(b.hi_us)
+    if a_low is None or a_high is None or b_low is None or b_high is None:
+        return False
+    return a_high < b_low or b_high < a_low
+
+
+def _time(c: Candidate) -> str:
+    us = positive(c.median_us)
+    return f"{us:.2f} us" if us else "not timed"
