@@ -184,8 +184,8 @@ def test_the_tile_table_lists_every_tile_of_every_slot_in_order(shapes):
 INTERPRETED = """
 import random
 import torch
-from fp4tune.probes import checks
-from fp4tune.probes._sweep_triton import sweep
+from fp4tune.probes.check import sweep as checks
+from fp4tune.probes.check._sweep_triton import sweep
 
 VALUES = (float("nan"), float("inf"), 3.0, None)
 

@@ -11,7 +11,7 @@ from stores import spawn
 
 SELECT = """
 import json, os, sys
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 answers = []
 for visible, gpu in json.loads(sys.argv[1]):
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)

@@ -276,7 +276,7 @@ INTERPRETED = """
     import torch
     from fp4tune.probes.data import draw, exact
     from fp4tune.probes.problem import Problem
-    from fp4tune.probes.reference import expect, right
+    from fp4tune.probes.check.reference import expect, right
     import triton_gemm
 
     for seed, (m, n, k) in enumerate([(5, 96, 176), (17, 200, 256)]):

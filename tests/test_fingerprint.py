@@ -146,7 +146,7 @@ def nvml(tmp_path_factory):
 def test_a_gpu_is_found_by_index_or_uuid(nvml, which, visible, expected, monkeypatch):
     code = f"""
         import json
-        from fp4tune.cache.hardware import hardware
+        from fp4tune.machine.hardware import hardware
         print(json.dumps(hardware({which!r})))
     """
     monkeypatch.setenv("LD_LIBRARY_PATH", str(nvml))
@@ -169,7 +169,7 @@ def test_without_a_driver_the_facts_say_so():
     code = """
         import sys
         sys.modules["pynvml"] = None
-        from fp4tune.cache.hardware import hardware
+        from fp4tune.machine.hardware import hardware
         print(hardware(0)["nvml"])
     """
     worker = spawn(code, stdout=subprocess.PIPE, text=True)

@@ -144,7 +144,7 @@ import torch
 from fp4tune.probes.backends.triton_w4a16 import TritonW4A16
 from fp4tune.probes.data import exact
 from fp4tune.probes.problem import Problem
-from fp4tune.probes.reference import expect
+from fp4tune.probes.check.reference import expect
 from test_triton_w4a16 import every_value
 
 backend = TritonW4A16()
