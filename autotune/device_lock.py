@@ -1,4 +1,4 @@
-"""A probe's turn on its device: it has the GPU alone, and leaves when an engine comes."""
+"""The lock of a device: a probe has the GPU alone, and leaves when an engine comes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..machine.devices import Target
 
 
 @contextmanager
-def turn(target: Target, state_dir: Path) -> Iterator[None]:
+def device_lock(target: Target, state_dir: Path) -> Iterator[None]:
     """Hold the GPU's lock alone while the block runs; `leave` as soon as someone shares it.
 
     Raises Busy, at once, where an engine holds it.
@@ -24,7 +24,10 @@ def turn(target: Target, state_dir: Path) -> Iterator[None]:
     over = Event()
     with gpulock.Turn(place, f"{target.label} ({target.name})") as mine:
         watcher = Thread(
-            target=mine.watch, args=(over.wait, lambda: leave(target)), daemon=True, name="turn"
+            target=mine.watch,
+            args=(over.wait, lambda: leave(target)),
+            daemon=True,
+            name="device-lock",
         )
         watcher.start()
         try:

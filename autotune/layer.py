@@ -1,107 +1,128 @@
-"""One layer's probe: grade every tactic, time the survivors side by side, then try to break them.
-
-A layer is one (format, activation, dtype, n, k). Backends take part as *entrants*. Everything
-learnt goes to the recorder as it comes.
-"""
+"""What the stages of a probe work on: a layer, and the backends that take part in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import suppress
-from functools import partial
+import random
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..probes.regimes import ALONE, REGIMES
+from ..cache.rows import BucketKey, Under, Where
+from ..machine.devices import Target
+from ..probes.problem import Problem
+from ..probes.regimes import REGIMES
+from ..probes.seeds import derive
 from ..probes.worker.supervisor import WorkerFailed
-from . import spending
-from .entrants import Entrant, Layer
+from ..words import NOT_TRIED
+from . import chains
+from .agreement import Agreement
+from .budget import LaunchBudget, TimeBudget
+from .clock import Clock
 from .evidence.recorder import Recorder
-from .stages import census
-from .stages.grade import check_families, grade, open_layer
-from .stages.stress import run_regime
-from .stages.timing import time_side_by_side, tune
-from .verdict.buckets import MRange
+from .keys import bucket_key
+from .levels import Level
+from .runner import Runner
+from .verdict.buckets import MRange, ragged
 
-__all__ = ["Entrant", "Layer", "probe_layer"]
+LARGE_M = 1024
+"""Ranges above are run at their edges only: one launch there costs as much as dozens of small."""
+SPARE_ROWS = 64
+"""Rows of the pools beyond the largest m, so that even its launches can be on different rows."""
+
+Item = dict[str, Any]
+"""A tactic in an m range as a worker takes it: ``ms``, ``tactic``, ``width``."""
 
 
-def probe_layer(
-    layer: Layer,
-    entrants: Sequence[Entrant],
-    record: Recorder,
-    say: Callable[[str], None],
-    pool: Executor | None = None,
+@dataclass(slots=True, eq=False)
+class Entrant:
+    """A backend in a layer: its tactics by m range, and what has been learnt of them."""
+
+    runner: Runner
+    tactics: dict[MRange, list[str]]
+    reference_line: bool
+    dead: dict[str, str]
+    """Regimes in which the backend once took its worker down, and how; shared by all layers."""
+    width: dict[tuple[MRange, str], int] = field(default_factory=dict)
+    faulty: set[tuple[MRange, str]] = field(default_factory=set)
+    """Tactics that failed on data no condition excuses; they are beaten by any that did not."""
+    exempt: dict[tuple[str, MRange, str], str] = field(default_factory=dict)
+    """By regime, m range and tactic: why it cannot have the fault that is looked for."""
+    winner: dict[MRange, str] = field(default_factory=dict)
+    median_us: dict[MRange, float] = field(default_factory=dict)
+    known: bool = False
+    """Graded and tried in an earlier run: here it is timed at most."""
+
+    @property
+    def name(self) -> str:
+        return self.runner.name
+
+    def right_tactics(self, m: MRange) -> list[str]:
+        """Tactics without a fault; where each has one, those that could be graded at least."""
+        graded = [t for t in self.tactics[m] if (m, t) in self.width]
+        return [t for t in graded if (m, t) not in self.faulty] or graded
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedLayer:
+    """A layer of a probe, one (format, activation, dtype, n, k); `problem.m` is the largest m."""
+
+    target: Target
+    problem: Problem
+    ranges: tuple[MRange, ...]
+    level: Level
+    seed: int
+    memory: int
+    """Bytes of the device that one backend's data may take at a time."""
+    cache_bytes: int
+    """Of the last-level cache, that weights are rotated through while they are timed."""
+    clock: Clock = field(default_factory=Clock)
+    begins_mlp: bool = True
+    """Whether ``mlp-chain`` is run with this layer as its first."""
+    agreement: Agreement | None = None
+    """Shared with the probes of other GPUs; None where this is the only one."""
+    launches: LaunchBudget | None = None
+    """What may be spent on bounding failure rates; None where no rate was asked for."""
+    time: TimeBudget | None = None
+    """The time that the probe may take; None where it may take what it needs."""
+
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        """Those that the level runs."""
+        return tuple(name for name in REGIMES if name not in self.level.without)
+
+    def bucket(self, m: MRange) -> BucketKey:
+        return bucket_key(self.problem, m)
+
+    def where(self, entrant: Entrant, m: MRange, tactic: str) -> Where:
+        """What evidence of this tactic in this range is of."""
+        return Where(entrant.name, tactic, self.bucket(m))
+
+    def item(
+        self, m: MRange, tactic: str, width: int = 24, tag: object = "", edges: bool = False
+    ) -> Item:
+        """A tactic in an m range as the worker takes it, with ragged m's drawn from the seed, or
+        the range's edges only."""
+        rng = random.Random(derive(self.seed, self.problem, m, tag))
+        count = self.level.ragged if m.hi <= LARGE_M and not edges else 2
+        ms = ragged(m, count, rng)
+        if tag == chains.REGIME:
+            # Each costs two GEMMs and a reference of their own.
+            ms = [rng.choice(ms)]
+        return {"ms": ms, "tactic": tactic, "width": width}
+
+    def asked(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """What a worker was asked, with the layer that was open."""
+        rows = self.problem.m + SPARE_ROWS
+        return {"do": do, "seed": self.seed, "rows": rows, **arguments}
+
+
+def not_tried(where: Where, why: str, record: Recorder) -> None:
+    """A time budget left this one out: its verdict cannot be safe, and says `why`."""
+    record.status(where, Under(NOT_TRIED), "skipped", {"note": f"{NOT_TRIED}: {why}"})
+
+
+def died(
+    layer: ProbedLayer, entrant: Entrant, regime: str, failure: WorkerFailed, record: Recorder
 ) -> None:
-    """Grade, time and stress every entrant; evidence, findings and times go to `record`.
-
-    With `pool`, entrants are graded at once, and go through most regimes at once: on a GPU most of
-    that time is the host's, and a hang of one is waited for while others go on. Timing, and the
-    regimes that need it (`ALONE`), have the device to themselves.
-    """
-
-    spent = layer.clock.spent
-
-    def learn(entrant: Entrant) -> bool:
-        if entrant.known and not entrant.winner:
-            return False  # it never came so far as to be timed
-        with spent("open", entrant.name):
-            if not open_layer(layer, entrant, record):
-                return False
-        if entrant.known:
-            return True
-        with spent("grade", entrant.name):
-            grade(layer, entrant, record)
-        if not entrant.reference_line:
-            with spent("families", entrant.name):
-                check_families(layer, entrant, record)
-            with spent("census", entrant.name):
-                census.graded(layer, entrant, record)
-        return True
-
-    say("grading: exact, realistic and extreme data")
-    with spent("grading"):
-        graded = list(pool.map(learn, entrants) if pool else map(learn, entrants))
-    opened = [e for e, ok in zip(entrants, graded, strict=True) if ok]
-    for entrant in (e for e in opened if not e.known):
-        with spent("tactics", entrant.name):
-            tune(layer, entrant, record, say)
-    say("timing side by side")
-    with spent("timing"):
-        time_side_by_side(layer, [e for e in opened if e.winner], record)
-    tried = [e for e in opened if e.winner and not e.reference_line]
-    run = partial(_stress, layer, record=record, say=say, pool=pool)
-    if layer.allowance is None:
-        run({entrant.name: None for entrant in tried}, tried)
-    else:
-        spending.from_the_fastest(layer, layer.allowance, tried, run, record)
-    for entrant in opened:
-        # A worker that dies now has shown all it had; the next layer starts another.
-        with suppress(WorkerFailed):
-            entrant.runner.close_layer()
-
-
-def _stress(
-    layer: Layer,
-    part: Mapping[str, Collection[MRange] | None],
-    tried: Sequence[Entrant],
-    record: Recorder,
-    say: Callable[[str], None],
-    pool: Executor | None,
-) -> None:
-    """Every regime of the level, for the entrants in `part`, in these m ranges (None: in all)."""
-    spent = layer.clock.spent
-    mine = [entrant for entrant in tried if entrant.name in part and not entrant.known]
-
-    def stress(entrant: Entrant, regimes: Sequence[str]) -> None:
-        for regime in (name for name in regimes if name not in layer.level.without):
-            say(f"{regime}: {entrant.name}")
-            with spent(regime, entrant.name):
-                run_regime(layer, entrant, regime, record, part[entrant.name])
-
-    with spent("regimes, one at a time"):
-        for regime in (name for name in REGIMES if name in ALONE):
-            for entrant in mine:
-                stress(entrant, [regime])
-    together = partial(stress, regimes=[name for name in REGIMES if name not in ALONE])
-    with spent("regimes, side by side"):
-        list(pool.map(together, mine) if pool else map(together, mine))
+    """A worker that failed outside a verdict's regimes: it is told, and gets no time."""
+    for m, tactic in entrant.winner.items():
+        record.failure(layer.where(entrant, m, tactic), Under(regime), failure)

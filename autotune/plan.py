@@ -7,12 +7,21 @@ from typing import Any
 
 from ..cache.rows import Audit, Candidate, Choice, Environment, Finding, Timing
 from ..machine.devices import Target
+from ..probes.data import FAMILIES
 from ..probes.problem import Problem
 from .choice.layouts import Comparison
 from .levels import Level
 from .runner import Patience
-from .verdict.bounds import DEFAULT_CONFIDENCE, Aim
+from .verdict.bounds import Aim
 from .verdict.profiles import Profile
+from .verdict.rules import Excuse, Rules
+from .verdict.statistics import DEFAULT_CONFIDENCE
+
+EXCUSES = {
+    name: Excuse(family.condition, family.bounded_by)
+    for name, family in FAMILIES.items()
+    if family.condition is not None
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Plan:
     max_launches: int | None = None
     """Launches of one kernel in one regime, to the same end."""
     budget: float | None = None
-    """Seconds that the probe may take, from its start; None for what it needs. See `allowance`."""
+    """Seconds that the probe may take, from its start; None for what it needs. See `budget`."""
     again: bool = False
     """Measure what is known, too."""
     seed_given: bool = False
@@ -48,6 +57,16 @@ class Plan:
     def aim(self) -> Aim | None:
         rate = self.level.rate if self.rate is None else self.rate
         return None if rate is None else Aim(rate, self.confidence)
+
+    @property
+    def rules(self) -> Rules:
+        """What verdicts of this probe are decided by."""
+        return Rules(self.profile, self.aim, self.level.without, EXCUSES)
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """The device that rows of this probe are of."""
+        return {"name": self.target.name, "uuid": self.target.uuid}
 
     @property
     def patience(self) -> Patience:
@@ -84,13 +103,8 @@ class Report:
     """All that came after."""
     generation: int | None = None
     known: list[dict[str, Any]] = field(default_factory=list)
-    """What of each layer came from earlier runs: see `resuming.row`."""
+    """What of each layer came from earlier runs: see `recall.origin`."""
     left: list[dict[str, object]] = field(default_factory=list)
     """Layers in which the time budget ended before all m ranges had a proven candidate."""
     spent: list[dict[str, object]] = field(default_factory=list)
     """Where the time of each layer went: see `clock`."""
-
-
-def device(plan: Plan) -> dict[str, Any]:
-    """The device a row ``probed`` is of."""
-    return {"name": plan.target.name, "uuid": plan.target.uuid}

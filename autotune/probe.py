@@ -5,37 +5,46 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ..cache import state
 from ..cache.ledger import Ledger
-from ..cache.rows import Audit, BucketKey, Environment, Probed
+from ..cache.rows import Audit, Build, Where
 from ..machine.memory import free_memory
+from ..probes.audit import FLAGGED
 from ..probes.problem import Problem
 from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
-from . import chains, spending
+from ..probes.worker.supervisor import WorkerFailed
+from ..probes.zoo.controls import NAME as CONTROLS
+from . import chains
 from .agreement import Agreement
-from .device_lock import turn
-from .entrants import Entrant, Layer
-from .evidence import failures
-from .evidence.method import method
+from .budget import LaunchBudget, TimeBudget
+from .device_lock import device_lock
+from .evidence import earlier_failures
+from .evidence.environment import environment_of
+from .evidence.history import History, Kernels, Recalled, tactics_of
+from .evidence.probed import Done, probed
 from .evidence.recorder import Recorder
-from .layer import probe_layer
+from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
 from .runner import Progress, Runner
-from .soak import Purse
-from .stages import audit as auditing
-from .stages import build, conclude, controls, recall, resume
-from .stages.build import environment_of, survey
-from .stages.quantise import probe_quantisers, time_quantisers
+from .stages import recall
+from .stages.audit import Auditor
+from .stages.build import Built, build, start
+from .stages.conclude import Grounds, candidates, unfinished
+from .stages.controls import control
+from .stages.grade import grade
+from .stages.quantise import Quantised, quantise, time_quantisers
+from .stages.stress import stress
+from .stages.survey import Field, enrol
+from .stages.timing import time_layer
+from .verdict.bounds import Bound, codes, pool
 from .verdict.buckets import MRange, ranges
-from .verdict.rules import Doubt
-
-__all__ = ["Plan", "Report", "environment_of", "probe", "survey"]
+from .verdict.rules import SAFE, Doubt, judge
 
 _CPU_CACHE = 32 << 20
 """Last-level cache that weights are rotated through on a CPU, in bytes."""
@@ -55,23 +64,19 @@ def probe(
     Raises StateError where the state cannot be written, and Busy where another probe has the
     device.
     """
-    with ExitStack() as stack:
-        # Workers die with the thread that started them, so these threads outlive them all.
-        pool = stack.enter_context(ThreadPoolExecutor(max_workers=3 + len(plan.backends)))
-        device = plan.target.uuid or plan.target.label
-        lock = state.probe_lock(state_dir, device)
-        stack.enter_context(state.exclusive(lock, f"the probe of {plan.target.label}"))
-        stack.enter_context(turn(plan.target, state_dir))
+    target = plan.target
+    lock = state.probe_lock(state_dir, target.uuid or target.label)
+    with state.exclusive(lock, f"the probe of {target.label}"), device_lock(target, state_dir):
         run = ledger.start_run(
             seed=plan.seed,
             level=plan.level.name,
             profile=plan.profile.name,
-            device={"name": plan.target.name, "uuid": plan.target.uuid},
+            device=plan.device,
             argv=plan.argv,
         )
-        report = Report(run, plan.seed, plan.target)
         try:
-            _probe(plan, stack, pool, ledger, report, progress, state_dir, agreement)
+            with Probe(plan, ledger, state_dir, progress, agreement, run) as it:
+                report = it.run()
         except BaseException:
             ledger.finish_run(run, "failed")
             raise
@@ -79,207 +84,311 @@ def probe(
     return report
 
 
-def _probe(
-    plan: Plan,
-    stack: ExitStack,
-    pool: ThreadPoolExecutor,
-    ledger: Ledger,
-    report: Report,
-    progress: Progress,
-    state_dir: Path,
-    agreement: Agreement | None,
-) -> None:
-    record = Recorder(ledger, report.run, plan.seed)
-    memory = recall.Memory(plan, ledger, state_dir)
-    progress("survey", "asking every backend what it supports")
-    start = time.monotonic()
-    entered = build.enrol(plan, stack, report, progress)
-    able = entered.able
-    controller = controls.runner_of(plan, progress)
-    stack.callback(controller.close)
-
-    def control() -> Future[dict[str, Doubt]]:
-        return pool.submit(controls.of_probe, plan, controller, ledger, report.run, progress)
-
-    # Neither is timed, so both run while backends are compiled.
-    controlled = None if all(memory.of(problem) for problem in able) else control()
-    quantised = pool.submit(_quantisers, plan, ledger, record, memory, progress)
-    there, unbuilt = _ready(plan, pool, entered, memory, ledger, report, progress, state_dir)
-    for runner in there:
-        environment = environment_of(runner, plan.target)
-        report.environments.append(environment)
-        ledger.add_environment(environment)
-        record.knows(runner.name, environment.fingerprint)
-    environments, unsupported, broken = quantised.result()
-    report.environments += environments
-    report.unsupported.update(unsupported)
-    report.broken.update(broken)
-    with_chains = chains.REGIME not in plan.level.without
-    begins = {p: with_chains and p in chains.firsts(tuple(able)) for p in able}
-    prints = {runner.name: record.fingerprint(runner.name) for runner in there}
-    taking = {p: [r.name for r in field_ if r in there] for p, field_ in able.items()}
-    recalled = memory.recall(taking, prints, begins, agreement)
-    needed = [r for r in unbuilt if any(recalled[p].times is None for p in entered.of(r))]
-    built = build.build(pool, entered, needed, ledger, report, progress, state_dir)
-    there = [runner for runner in there if runner not in needed or runner in built]
-    audits = _audits(plan, stack, there, ledger, progress)
-    tasks = _tasks(plan, able, there, recalled, begins, agreement)
-    measured = any(not entrant.known for _, entrants in tasks for entrant in entrants)
-    if measured and controlled is None:
-        controlled = control()
-    doubts = controlled.result() if controlled else {}
-    report.build_wall_seconds = round(time.monotonic() - start, 1)
-    if environments and any(not e.known for _, entrants in tasks for e in entrants):
-        progress("quantisers", "timing side by side")
-        time_quantisers(environments, plan, record, progress)
-    for layer, entrants in tasks:
-        resume.into(record, recalled[layer.problem], entrants)
-        report.known.append(resume.row(layer, entrants, recalled[layer.problem], ledger))
-    if said := resume.sentence(report.known):
-        progress("layers", said)
-    at_once = pool if plan.target.device.kind == "cuda" else None
-    budget = spending.allow(plan, record, doubts, start)
-    tasks = [(replace(layer, allowance=budget), entrants) for layer, entrants in tasks]
-    for layer, _ in tasks:
-        if budget and layer.purse:
-            layer.purse.until = budget.end
-    cut: list[Layer] = []
-    for number, (layer, entrants) in enumerate(tasks, 1):
-        if recalled[layer.problem].times is not None:
-            continue
-        if budget and budget.over:
-            cut.append(layer)
-            continue
-        p = layer.problem
-        title = f"layer {number}/{len(tasks)} {p.format} n={p.n} k={p.k}"
-        since = time.time()
-        probe_layer(layer, entrants, record, partial(progress, title), at_once)
-        if budget and budget.over:
-            cut.append(layer)
-        else:
-            mine = recalled[p].entries
-            ledger.add_probed(resume.probed(plan, layer, entrants, mine, record, since, doubts))
-        report.spent += layer.clock.rows(p.n, p.k)
-    # At the end, when all launches of a kernel are known, on whatever layer, and its machine code.
-    for backend, modules in audits().items():
-        for module in modules:
-            if module.verdict == auditing.FLAGGED:
-                record.audited(backend, module)
-    prints = {e.backend: e.fingerprint for e in report.environments}
-    before = failures.earlier(plan, ledger, prints, report.run)
-    judged = conclude.candidates(plan, tasks, record, ledger, doubts, before)
-    report.candidates, report.left = spending.unfinished(judged, cut)
-    report.audits = [audit for modules in audits().values() for audit in modules]
-    report.findings = record.findings
-    report.timings = list(record.timings.values())
-    report.seconds = round(max(0.0, time.monotonic() - start - report.build_wall_seconds), 1)
+Layers = list[tuple[ProbedLayer, list[Entrant]]]
+Doubts = Mapping[str, Doubt]
 
 
-def _ready(
-    plan: Plan,
-    pool: ThreadPoolExecutor,
-    entered: build.Field,
-    memory: recall.Memory,
-    ledger: Ledger,
-    report: Report,
-    progress: Progress,
-    state_dir: Path,
-) -> tuple[list[Runner], list[Runner]]:
-    """Start every backend, and build those that cannot be told apart from others without.
+class Probe:
+    """One probe of one device, from survey to verdicts. `run` has its steps in order; each lives
+    in a stage and is given what it uses."""
 
-    Returns those that worked, and of them those that are not built: they have no compiled files, so
-    their environment is known, and all their layers may be, too.
-    """
-    maybe = [r for r in entered.runners if all(memory.of(p, r.name) for p in entered.of(r))]
-    started = build.start(pool, maybe, ledger, report)
-    unbuilt = [runner for runner in started if not runner.hello["has_files"]]
-    first = [r for r in entered.runners if r not in unbuilt and (r in started or r not in maybe)]
-    built = build.build(pool, entered, first, ledger, report, progress, state_dir)
-    return [r for r in entered.runners if r in built or r in unbuilt], unbuilt
+    def __init__(
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        state_dir: Path,
+        progress: Progress,
+        agreement: Agreement | None,
+        run: str,
+    ) -> None:
+        self.plan = plan
+        self.ledger = ledger
+        self.state_dir = state_dir
+        self.progress = progress
+        self.agreement = agreement
+        self.report = Report(run, plan.seed, plan.target)
+        self.record = Recorder(ledger, run, plan.seed)
+        self.history = History(plan, ledger, state_dir)
+        # Workers die with the thread that started them, so these threads outlive them all.
+        self._pool = ThreadPoolExecutor(max_workers=3 + len(plan.backends))
+        self._open = ExitStack()
+        self._open.enter_context(self._pool)
+        self._start = time.monotonic()
 
+    def __enter__(self) -> Probe:
+        return self
 
-def _quantisers(
-    plan: Plan, ledger: Ledger, record: Recorder, memory: recall.Memory, progress: Progress
-) -> tuple[list[Environment], dict[str, str], dict[str, str]]:
-    """Activation quantisers that are not known; see `quantising`."""
+    def __exit__(self, *raised: object) -> None:
+        self._open.close()
 
-    def there(name: str, print_: str, bucket: BucketKey) -> bool:
-        found = memory.quantised(bucket, name, print_)
-        if found is not None:
-            record.recall((), *found)
-        return found is not None
+    def run(self) -> Report:
+        """Every step. Raises StateError where the state cannot be written."""
+        taking = self._survey()
+        # Neither is timed, so both run while backends are compiled.
+        known = all(self.history.of(problem) for problem in taking.able)
+        controlled = None if known else self._control()
+        quantised = self._pool.submit(
+            quantise, self.plan, self.ledger, self.record, self.history, self.progress
+        )
+        there, unbuilt = self._ready(taking)
+        self._environments(there, quantised)
+        recalled = self._recall(taking, there)
+        needed = [r for r in unbuilt if any(recalled[p].times is None for p in taking.of(r))]
+        built = self._build(taking, needed)
+        there = [runner for runner in there if runner not in needed or runner in built]
+        audits = self._audit(there)
+        layers = self._layers(taking, there, recalled)
+        measured = any(not entrant.known for _, entrants in layers for entrant in entrants)
+        if measured and controlled is None:
+            controlled = self._control()
+        doubts = controlled.result() if controlled else {}
+        self.report.build_wall_seconds = round(time.monotonic() - self._start, 1)
+        if measured and quantised.result().environments:
+            self.progress("quantisers", "timing side by side")
+            time_quantisers(quantised.result().environments, self.plan, self.record, self.progress)
+        self._take_up(layers, recalled)
+        layers = self._budgeted(layers, doubts)
+        cut = self._measure(layers, recalled, doubts)
+        # At the end, when all launches of a kernel are known, and its machine code.
+        self._condemn(audits.result())
+        self._conclude(layers, cut, doubts)
+        spent = time.monotonic() - self._start - self.report.build_wall_seconds
+        self.report.seconds = round(max(0.0, spent), 1)
+        return self.report
 
-    def done(name: str, print_: str, bucket: BucketKey, at: float) -> None:
-        how = {name: resume.how(plan, print_, record.run, at)}
-        detail = {"samples": 0, "entrants": how}
-        ledger.add_probed(Probed(record.run, bucket, recall.device(plan), method(), detail))
+    def _survey(self) -> Field:
+        """Who takes part in what."""
+        self.progress("survey", "asking every backend what it supports")
+        taking = enrol(self.plan, self.progress)
+        for runner in taking.runners:
+            self._open.callback(runner.close)
+        self.report.unsupported.update(taking.unsupported)
+        self.report.broken.update(taking.broken)
+        return taking
 
-    return probe_quantisers(
-        plan.quantisers,
-        plan.target,
-        plan.problems,
-        plan.seed,
-        plan.python,
-        plan.patience,
-        ledger,
-        record,
-        progress,
-        environment_of,
-        there,
-        done,
-    )
+    def _control(self) -> Future[Doubts]:
+        """The controls of every regime that is run, in a worker of their own."""
+        plan = self.plan
+        # A hang is looked for among backends; this one has none, and may have to compile.
+        patience = replace(plan, hang_seconds=None).patience
+        runner = Runner(CONTROLS, plan.target, patience, plan.python, self.progress)
+        self._open.callback(runner.close)
+        regimes = [name for name in REGIMES if name not in plan.level.without]
+        return self._pool.submit(control, runner, regimes, plan.seed, self.ledger, self.report.run)
 
+    def _ready(self, taking: Field) -> tuple[list[Runner], list[Runner]]:
+        """Start every backend, and build those that cannot be told apart from others without.
 
-def _audits(
-    plan: Plan, stack: ExitStack, runners: Sequence[Runner], ledger: Ledger, progress: Progress
-) -> Callable[[], dict[str, list[Audit]]]:
-    """Start the audit of what these backends have compiled; the function waits for it."""
-    files = {runner.name: list(runner.ask("files")) for runner in runners}
-    auditor = auditing.Auditor(files, plan.target.device.sm, ledger, partial(progress, "audit"))
-    stack.callback(auditor.close)
-    if plan.target.device.kind == "cpu":
-        auditor.result()  # the cores it takes are those that would be timed
-    return auditor.result
+        Returns those that worked, and of them those that are not built: they have no compiled
+        files, so their environment is known, and all their layers may be, too.
+        """
+        history = self.history
+        maybe = [
+            runner
+            for runner in taking.runners
+            if all(history.of(problem, runner.name) for problem in taking.of(runner))
+        ]
+        started = self._worked(start(self._pool, maybe))
+        unbuilt = [runner for runner in started if not runner.hello["has_files"]]
+        first = [r for r in taking.runners if r not in unbuilt and (r in started or r not in maybe)]
+        built = self._build(taking, first)
+        return [r for r in taking.runners if r in built or r in unbuilt], unbuilt
 
+    def _build(self, taking: Field, runners: Sequence[Runner]) -> list[Runner]:
+        """Compile these for their layers, and for what comes behind these in a chain."""
+        wanted = {runner: [*taking.of(runner), *taking.also[runner]] for runner in runners}
+        return self._worked(build(self._pool, wanted, self.state_dir, self.progress))
 
-def _tasks(
-    plan: Plan,
-    able: Mapping[Problem, Sequence[Runner]],
-    there: Sequence[Runner],
-    recalled: Mapping[Problem, recall.Recalled],
-    begins: Mapping[Problem, bool],
-    agreement: Agreement | None,
-) -> list[tuple[Layer, list[Entrant]]]:
-    """Every layer with its entrants, those that are known brought to where they were."""
-    dead: dict[str, dict[str, str]] = {runner.name: {} for runner in there}
-    asked = {
-        runner.name: _tactics(runner, {p: recalled[p] for p in able if runner in able[p]})
-        for runner in there
-    }
-    tasks = []
-    for problem, field_ in able.items():
-        layer = _layer(plan, problem, there, agreement, begins[problem])
-        entries = recalled[problem].entries
-        entrants = []
-        for runner in (r for r in field_ if r in there):
-            line = bool(runner.hello.get("reference_line"))
-            entrant = Entrant(runner, asked[runner.name][problem], line, dead[runner.name])
-            if runner.name in entries:
-                rows = recalled[problem].evidence[runner.name]
-                resume.resume(entrant, entries[runner.name], rows)
-            entrants.append(entrant)
-        tasks.append((layer, entrants))
-    purse = _purse(plan, [e for _, entrants in tasks for e in entrants])
-    return [(replace(layer, purse=purse), entrants) for layer, entrants in tasks]
+    def _worked(self, built: Built) -> list[Runner]:
+        """Those that worked; all are told and stored."""
+        run = self.report.run
+        for name, seconds in built.seconds.items():
+            self.report.build_seconds[name] = seconds
+            self.ledger.add_build(Build(run, name, seconds))
+        for name, (doing, failure) in built.failed.items():
+            self.report.broken[name] = f"{failure.kind} while {doing}: {failure}"
+            detail = {"failed": failure.kind, "message": str(failure), "log": failure.log}
+            self.ledger.add_build(Build(run, name, 0.0, detail))
+        return built.runners
+
+    def _environments(self, there: Sequence[Runner], quantised: Future[Quantised]) -> None:
+        """The environments that evidence of this run holds for."""
+        for runner in there:
+            environment = environment_of(runner)
+            self.report.environments.append(environment)
+            self.ledger.add_environment(environment)
+            self.record.knows(runner.name, environment.fingerprint)
+        found = quantised.result()
+        self.report.environments += found.environments
+        self.report.unsupported.update(found.unsupported)
+        self.report.broken.update(found.broken)
+
+    def _begins(self, taking: Field) -> dict[Problem, bool]:
+        """Which layers ``mlp-chain`` is run with as its first."""
+        firsts = chains.firsts(tuple(taking.able))
+        with_chains = chains.REGIME not in self.plan.level.without
+        return {problem: with_chains and problem in firsts for problem in taking.able}
+
+    def _recall(self, taking: Field, there: Sequence[Runner]) -> dict[Problem, Recalled]:
+        """What of every layer need not be measured again."""
+        names = {p: [r.name for r in able if r in there] for p, able in taking.able.items()}
+        prints = {runner.name: self.record.fingerprint(runner.name) for runner in there}
+        return self.history.recall(names, prints, self._begins(taking), self.agreement)
+
+    def _audit(self, runners: Sequence[Runner]) -> Auditor:
+        """The audit of what these backends have compiled, begun beside everything else."""
+        files = {runner.name: list(runner.ask("files")) for runner in runners}
+        device = self.plan.target.device
+        auditor = Auditor(files, device.sm, self.ledger, partial(self.progress, "audit"))
+        self._open.callback(auditor.close)
+        if device.kind == "cpu":
+            auditor.result()  # the cores it takes are those that would be timed
+        return auditor
+
+    def _layers(
+        self,
+        taking: Field,
+        there: Sequence[Runner],
+        recalled: Mapping[Problem, Recalled],
+    ) -> Layers:
+        """Every layer with its entrants, those that are known brought to where they were."""
+        plan = self.plan
+        dead: dict[str, dict[str, str]] = {runner.name: {} for runner in there}
+        asked = {
+            runner: _tactics(runner, {p: recalled[p] for p in taking.of(runner)})
+            for runner in there
+        }
+        begins = self._begins(taking)
+        seen = there[0].hello["device"] if there else {}
+        memory = int(0.3 * seen.get("free", free_memory()) / max(1, len(there)))
+        layers = []
+        for problem, able in taking.able.items():
+            layer = ProbedLayer(
+                plan.target,
+                problem,
+                tuple(ranges(problem.m)),
+                plan.level,
+                derive(plan.seed, "layer", problem),
+                memory=memory,
+                cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
+                agreement=self.agreement,
+                begins_mlp=begins[problem],
+            )
+            entrants = []
+            for runner in (r for r in able if r in there):
+                line = bool(runner.hello.get("reference_line"))
+                entrant = Entrant(runner, asked[runner][problem], line, dead[runner.name])
+                known = recalled[problem].entries.get(runner.name)
+                if known is not None:
+                    recall.resume(entrant, known, recalled[problem].evidence[runner.name])
+                entrants.append(entrant)
+            layers.append((layer, entrants))
+        return layers
+
+    def _take_up(self, layers: Layers, recalled: Mapping[Problem, Recalled]) -> None:
+        """Make what is known part of this run, and say so."""
+        for layer, entrants in layers:
+            known = recalled[layer.problem]
+            recall.into(self.record, known, entrants)
+            self.report.known.append(recall.origin(layer, entrants, known, self.ledger))
+        if said := recall.sentence(self.report.known):
+            self.progress("layers", said)
+
+    def _budgeted(self, layers: Layers, doubts: Doubts) -> Layers:
+        """The layers with what may be spent on them.
+
+        Builds are part of the time and all end before the first layer begins: compilers take the
+        cores that launch what is timed, so only a layer's grading could overlap, and that needs
+        all its entrants.
+        """
+        plan = self.plan
+        limit = None
+        if plan.budget is not None:
+            limit = TimeBudget(plan.budget, self._is_proven(doubts), self._start)
+        spend = None
+        if plan.aim is not None:
+            tried = [e for _, es in layers for e in es if not (e.reference_line or e.known)]
+            regimes = tuple(name for name in plan.profile.required if name in REGIMES)
+            parts = len(tried) * len(regimes)
+            spend = LaunchBudget(plan.aim, plan.max_seconds, plan.max_launches, parts, regimes)
+            if limit is not None:
+                spend.until = limit.end
+        return [(replace(layer, time=limit, launches=spend), es) for layer, es in layers]
+
+    def _is_proven(self, doubts: Doubts) -> Callable[[Where], bool]:
+        """Whether the verdict of a tactic in a bucket, as far as known, is safe."""
+        plan, record = self.plan, self.record
+        last: list[tuple[int, Kernels]] = []
+
+        def proven(where: Where) -> bool:
+            bounds: Mapping[str, Bound] = {}
+            if plan.aim is not None:
+                count = len(record.exact)
+                if not last or last[0][0] != count:
+                    kernels = Kernels(codes(record.exact), pool(record.exact, plan.confidence))
+                    last[:] = [(count, kernels)]
+                bounds = last[0][1].bounds(where)
+            return judge(record.facts(where), plan.rules, bounds, doubts).status == SAFE
+
+        return proven
+
+    def _measure(
+        self, layers: Layers, recalled: Mapping[Problem, Recalled], doubts: Doubts
+    ) -> list[ProbedLayer]:
+        """Grade, time and stress every layer that is not known; those that a budget cut short."""
+        pool = self._pool if self.plan.target.device.kind == "cuda" else None
+        cut: list[ProbedLayer] = []
+        for number, (layer, entrants) in enumerate(layers, 1):
+            known = recalled[layer.problem]
+            if known.times is not None:
+                continue
+            if layer.time and layer.time.over:
+                cut.append(layer)
+                continue
+            p, since = layer.problem, time.time()
+            say = partial(self.progress, f"layer {number}/{len(layers)} {p.format} n={p.n} k={p.k}")
+            opened = grade(layer, entrants, self.record, say, pool)
+            time_layer(layer, opened, self.record, say)
+            stress(layer, opened, self.record, say, pool)
+            for entrant in opened:
+                # A worker that dies now has shown all it had; the next layer starts another.
+                with suppress(WorkerFailed):
+                    entrant.runner.close_layer()
+            if layer.time and layer.time.over:
+                cut.append(layer)
+            else:
+                done = Done(since, doubts, known.entries)
+                self.ledger.add_probed(probed(self.plan, layer, entrants, self.record, done))
+            self.report.spent += layer.clock.rows(p.n, p.k)
+        return cut
+
+    def _condemn(self, audits: Mapping[str, Sequence[Audit]]) -> None:
+        """Whatever ran of a flagged module is not safe."""
+        for backend, modules in audits.items():
+            self.report.audits += modules
+            for module in modules:
+                if module.verdict == FLAGGED:
+                    self.record.audited(backend, module)
+
+    def _conclude(self, layers: Layers, cut: Sequence[ProbedLayer], doubts: Doubts) -> None:
+        """Verdicts, candidates, and what is left open."""
+        plan, report = self.plan, self.report
+        prints = {e.backend: e.fingerprint for e in report.environments}
+        before = earlier_failures.earlier(plan, self.ledger, prints, report.run)
+        grounds = Grounds(plan.target, plan.rules, plan.confidence, doubts, before)
+        judged = candidates(layers, self.record, self.ledger, grounds)
+        report.candidates, report.left = unfinished(judged, cut)
+        report.findings = self.record.findings
+        report.timings = list(self.record.timings.values())
 
 
 def _tactics(
-    runner: Runner, layers: Mapping[Problem, recall.Recalled]
+    runner: Runner, layers: Mapping[Problem, Recalled]
 ) -> dict[Problem, dict[MRange, list[str]]]:
     """The backend's tactics for every layer it takes part in, by range of m.
 
     Asked once, and before any layer: a worker that died in one must not be waited for before the
-    next begins.
+    next begins. Raises WorkerFailed.
     """
     found: dict[Problem, dict[MRange, list[str]]] = {}
     pairs = []
@@ -288,40 +397,9 @@ def _tactics(
         if entry is None:
             pairs += [(problem, m) for m in ranges(problem.m)]
         else:
-            tried = recall.tactics_of(entry)
+            tried = tactics_of(entry)
             found[problem] = {m: tried[m] for m in ranges(problem.m)}
     answers = runner.tactics([problem.at(m.hi) for problem, m in pairs]) if pairs else []
     for (problem, m), names in zip(pairs, answers, strict=True):
         found.setdefault(problem, {})[m] = names
     return found
-
-
-def _purse(plan: Plan, entrants: Sequence[Entrant]) -> Purse | None:
-    """What may be spent on the aim; `entrants` are those of every layer, one after the other."""
-    if plan.aim is None:
-        return None
-    tried = [e for e in entrants if not (e.reference_line or e.known)]
-    regimes = tuple(name for name in plan.profile.required if name in REGIMES)
-    parts = len(tried) * len(regimes)
-    return Purse(plan.aim, plan.max_seconds, plan.max_launches, parts, regimes)
-
-
-def _layer(
-    plan: Plan,
-    problem: Problem,
-    runners: Sequence[Runner],
-    agreement: Agreement | None,
-    begins_mlp: bool,
-) -> Layer:
-    seen = runners[0].hello["device"] if runners else {}
-    return Layer(
-        plan.target,
-        problem,
-        tuple(ranges(problem.m)),
-        plan.level,
-        derive(plan.seed, "layer", problem),
-        memory=int(0.3 * seen.get("free", free_memory()) / max(1, len(runners))),
-        cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
-        agreement=agreement,
-        begins_mlp=begins_mlp,
-    )

@@ -26,9 +26,10 @@ from ..probes.launch.case import Launch
 from ..probes.problem import Problem
 from ..probes.worker.supervisor import WorkerFailed
 from ..report.terminal import tables
-from .probe import environment_of, survey
+from .evidence.environment import environment_of
+from .retest import summary
 from .runner import Patience, Progress, Runner
-from .stages.retest import summary
+from .stages.survey import survey
 
 REPRODUCED, GONE, OTHERWISE, UNABLE = (
     "reproduced",
@@ -126,7 +127,7 @@ def reproduce(
     result = Result(finding, UNABLE)
     try:
         runner.build([problem.at(finding.bucket.m_hi), problem], 2)
-        fingerprint = environment_of(runner, target).fingerprint
+        fingerprint = environment_of(runner).fingerprint
         result.same_environment = fingerprint == finding.fingerprint
         call = runner.ask("call", spec=spec) if path else None
         _replay(result, runner, problem, times)

@@ -27,7 +27,8 @@ from ..probes.problem import Device, Problem
 from ..probes.zoo import Mutant
 from ..report.terminal.tables import console
 from .levels import LEVELS
-from .probe import Plan, Report, probe
+from .plan import Plan, Report
+from .probe import probe
 from .runner import Progress
 from .verdict.profiles import PROFILES
 

@@ -9,7 +9,8 @@ from threading import Event, Lock
 
 from ..cache.ledger import Ledger
 from .agreement import Agreement
-from .probe import Plan, Report, probe
+from .plan import Plan, Report
+from .probe import probe
 from .runner import Progress
 
 

@@ -11,7 +11,7 @@ from ..cache import state
 from ..cache.ledger import Ledger
 from ..machine.devices import Target
 from ..probes.problem import FORMATS, Problem
-from .probe import survey
+from .stages.survey import survey
 
 TYPICAL = (16, 4096, 4096)
 """m, n and k: multiples of every tile and alignment in use, so that device and format decide."""

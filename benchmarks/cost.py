@@ -35,7 +35,7 @@ from typing import Any
 import _machine as node
 import torch
 
-from fp4tune.autotune import soak
+from fp4tune.autotune import budget as budgets
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.machine import devices
 from fp4tune.probes.backends import build, tactics
@@ -97,7 +97,7 @@ class Bench:
 
     @property
     def windows(self) -> int:
-        return soak.windows(1)
+        return budgets.windows(1)
 
     def launches(self, cases: int, name: str) -> list[Launch]:
         """A turn's launches, as `Layer.regime` makes them."""
@@ -216,7 +216,7 @@ class Bench:
         under, busy = _under(inside, tested), _under(inside, None)
         once = _under(found, None) - busy
         factor = LEVELS["soak"].seconds * 1e9 / max(1, last - first)
-        fresh = regime(Budget(soak.REPEATS, soak.REPEATS, 0.0), 1)
+        fresh = regime(Budget(budgets.REPEATS, budgets.REPEATS, 0.0), 1)
         spent: dict[str, int] = defaultdict(int)
         for name, start, end in inside:
             spent[name] += end - start

@@ -26,13 +26,13 @@ from typing import Any
 
 import _machine as node
 
-from fp4tune.autotune.probe import survey
-from fp4tune.autotune.verdict.rules import EXACT
+from fp4tune.autotune.stages.survey import survey
 from fp4tune.cache.ledger import Ledger
 from fp4tune.machine import devices
 from fp4tune.probes import census
 from fp4tune.probes.backends import registry
 from fp4tune.probes.problem import Problem
+from fp4tune.words import EXACT
 
 SHAPES = ("6144,4096", "4096,12288")
 """Llama 3.1 8B's qkv projection and Qwen3 8B's down projection, on one GPU."""

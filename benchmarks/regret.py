@@ -30,24 +30,25 @@ from _regret_report import report
 
 from fp4tune.autotune import request as planning
 from fp4tune.autotune.choice.rank import ranked
-from fp4tune.autotune.entrants import Entrant, Layer
+from fp4tune.autotune.evidence.environment import environment_of
 from fp4tune.autotune.evidence.recorder import Recorder
+from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.probe import environment_of, survey
 from fp4tune.autotune.runner import Patience, Runner
-from fp4tune.autotune.stages.grade import grade, open_layer
-from fp4tune.autotune.stages.timing import open_timing, right_tactics, time_side_by_side, tune
+from fp4tune.autotune.stages.grade import grade
+from fp4tune.autotune.stages.survey import survey
+from fp4tune.autotune.stages.timing import open_timing, time_layer
 from fp4tune.autotune.verdict.buckets import MRange, bucket_of
-from fp4tune.autotune.verdict.intervals import mean_interval
 from fp4tune.autotune.verdict.profiles import PROFILES
+from fp4tune.autotune.verdict.statistics import mean_interval
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Candidate
 from fp4tune.machine import devices
 from fp4tune.machine.memory import free_memory
 from fp4tune.probes.backends import registry
-from fp4tune.probes.census import REGIME as CENSUS
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.worker.supervisor import WorkerFailed
+from fp4tune.words import CENSUS
 
 LEVEL = LEVELS["standard"]
 M = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
@@ -92,13 +93,13 @@ class Bench:
                 self.runners.pop(name).close()
         return time.monotonic() - start
 
-    def layer(self, problem: Problem, ranges: Sequence[MRange], seed: int) -> Layer:
+    def layer(self, problem: Problem, ranges: Sequence[MRange], seed: int) -> ProbedLayer:
         seen = next(iter(self.runners.values())).hello["device"]
         memory = int(0.3 * seen.get("free", free_memory()) / len(self.runners))
         cache = int(seen.get("l2_bytes", 32 << 20))
-        return Layer(self.target, problem, tuple(ranges), LEVEL, seed, memory, cache)
+        return ProbedLayer(self.target, problem, tuple(ranges), LEVEL, seed, memory, cache)
 
-    def entrants(self, layer: Layer) -> list[Entrant]:
+    def entrants(self, layer: ProbedLayer) -> list[Entrant]:
         found = []
         problems = [layer.problem.at(m.hi) for m in layer.ranges]
         for runner in self.runners.values():
@@ -110,12 +111,11 @@ class Bench:
         return found
 
 
-def race(layer: Layer, entrants: Sequence[Entrant], record: Recorder) -> dict[MRange, Key]:
+def race(layer: ProbedLayer, entrants: Sequence[Entrant], record: Recorder) -> dict[MRange, Key]:
     """One race: what it would choose in each range, all that is right being safe."""
     for each in entrants:
         each.winner, each.median_us = {}, {}
-        tune(layer, each, record, lambda text: None)
-    time_side_by_side(layer, [e for e in entrants if e.winner], record)
+    time_layer(layer, entrants, record, lambda text: None)
     chosen = {}
     for m in layer.ranges:
         able = [e for e in entrants if m in e.median_us and not e.reference_line]
@@ -127,19 +127,21 @@ def race(layer: Layer, entrants: Sequence[Entrant], record: Recorder) -> dict[MR
     return chosen
 
 
-def candidate(layer: Layer, e: Entrant, m: MRange) -> Candidate:
+def candidate(layer: ProbedLayer, e: Entrant, m: MRange) -> Candidate:
     target = layer.target
     head = (target.device.arch, target.name, "strict", layer.bucket(m), e.name, e.winner[m])
     return Candidate(*head, e.runner.hello["layout"], "safe", median_us=e.median_us[m])
 
 
-def oracle(layer: Layer, entrants: Sequence[Entrant], until: float) -> dict[Key, dict[str, Any]]:
+def oracle(
+    layer: ProbedLayer, entrants: Sequence[Entrant], until: float
+) -> dict[Key, dict[str, Any]]:
     """Every candidate's time: the geometric mean of its samples, and how well it is known. After
     `until` (of `time.monotonic`) no more is taken than the fewest samples."""
     by_name = {e.name: e for e in entrants}
     places: dict[Key, int] = {}
     for e in entrants:
-        pairs = [(m, t) for m in layer.ranges for t in right_tactics(e, m)]
+        pairs = [(m, t) for m in layer.ranges for t in e.right_tactics(m)]
         if pairs:
             open_timing(layer, e, pairs)
         places.update({(m, e.name, t): index for index, (m, t) in enumerate(pairs)})
@@ -193,9 +195,8 @@ def one_layer(
     """Grade, one race, the oracle, then more races while there is time; `keep` after each."""
     layer = bench.layer(problem, ranges, arguments.seed)
     entrants = bench.entrants(layer)
-    entered = [e for e in entrants if open_layer(layer, e, record)]
-    list(pool.map(lambda e: grade(layer, e, record), entered))
-    entered = [e for e in entered if e.width]
+    graded = grade(layer, entrants, record, lambda text: None, pool)
+    entered = [e for e in graded if e.width]
     repeats: list[dict[MRange, Key]] = []
     seconds: list[float] = []
     truth: dict[Key, dict[str, Any]] = {}
@@ -295,7 +296,7 @@ def main() -> int:
                 )  # fmt: skip
                 record = Recorder(ledger, run, arguments.seed)
                 for name, runner in bench.runners.items():
-                    environment = environment_of(runner, target)
+                    environment = environment_of(runner)
                     ledger.add_environment(environment)
                     record.knows(name, environment.fingerprint)
                 done: list[dict[str, Any]] = []

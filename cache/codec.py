@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -23,6 +24,17 @@ T = TypeVar("T")
 def canonical(value: Any) -> str:
     """JSON with one spelling per value: sorted keys, no spaces, ASCII, no NaN or infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that it has no spelling for (NaN, infinity) as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value
 
 
 @functools.cache

@@ -297,11 +297,11 @@ def _check(
     choices: Sequence[Choice], candidates: Sequence[Candidate], environments: list[Environment]
 ) -> None:
     known = {e.fingerprint for e in environments}
-    judged = {(_scope(c), c.bucket, c.backend, c.tactic): c for c in candidates}
+    judged = {(c.scope, c.bucket, c.backend, c.tactic): c for c in candidates}
     highest: dict[Any, Choice] = {}
     for choice in sorted(choices, key=lambda c: c.bucket.m_lo):
         bucket = choice.bucket
-        shape = (_scope(choice), *(getattr(bucket, f) for f in codec.BUCKET if f[:2] != "m_"))
+        shape = (choice.scope, *(getattr(bucket, f) for f in codec.BUCKET if f[:2] != "m_"))
         before = highest.get(shape)
         if before and bucket.m_lo <= before.bucket.m_hi:
             raise ValueError(f"two choices for m={bucket.m_lo}, n={bucket.n}, k={bucket.k}")
@@ -310,14 +310,10 @@ def _check(
             continue
         if choice.fingerprint not in known:
             raise ValueError(f"{choice.backend} is called safe without a known environment")
-        candidate = judged.get((_scope(choice), bucket, choice.backend, choice.tactic))
+        candidate = judged.get((choice.scope, bucket, choice.backend, choice.tactic))
         if candidate is None or candidate.verdict != "safe":
             raise ValueError(f"{choice.backend} {choice.tactic} is chosen as safe, not judged safe")
 
 
-def _scope(row: Choice | Candidate) -> tuple[str, str, str]:
-    return row.arch, row.gpu, row.profile
-
-
-def _without(row: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != name}
+def _without(row: dict[str, Any], column: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != column}

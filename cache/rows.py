@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..words import EXACT
+
 Json = Any
 """Whatever `json` writes and reads back equal: str, int, finite float, bool, None, list, dict."""
 
@@ -41,6 +43,76 @@ class BucketKey:
     def __post_init__(self) -> None:
         if not 0 <= self.m_lo <= self.m_hi:
             raise ValueError(f"m from {self.m_lo} to {self.m_hi} is not a range of m >= 0")
+
+    @property
+    def layer(self) -> LayerKey:
+        """The layer whose bucket this is."""
+        return LayerKey(self.format, self.activation, self.out_dtype, self.groups, self.n, self.k)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKey:
+    """A layer as evidence knows it: every bucket of one (n, k) in one format."""
+
+    format: str
+    activation: str
+    out_dtype: str
+    groups: int
+    n: int
+    k: int
+
+    def bucket(self, m_lo: int, m_hi: int) -> BucketKey:
+        """The bucket of m_lo <= m <= m_hi."""
+        return BucketKey(
+            self.format, self.activation, self.out_dtype, self.groups, m_lo, m_hi, self.n, self.k
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What evidence is of: one tactic of a backend in one bucket."""
+
+    backend: str
+    tactic: str
+    bucket: BucketKey
+
+
+@dataclass(frozen=True, slots=True)
+class Under:
+    """What a launch was made under: its regime, and the data it was given."""
+
+    regime: str
+    data: str = EXACT
+
+
+class _OfTactic:
+    """A row that is of one tactic of a backend in one bucket."""
+
+    __slots__ = ()
+    backend: str
+    tactic: str
+    bucket: BucketKey
+
+    @property
+    def where(self) -> Where:
+        return Where(self.backend, self.tactic, self.bucket)
+
+
+Scope = tuple[str, str, str]
+"""Architecture, GPU model, profile: what choices are made for."""
+
+
+class _OfScope:
+    """A row that holds for one GPU model under one profile."""
+
+    __slots__ = ()
+    arch: str
+    gpu: str
+    profile: str
+
+    @property
+    def scope(self) -> Scope:
+        return self.arch, self.gpu, self.profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +157,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(_OfTactic):
     """What one regime showed of one (backend, tactic, bucket).
 
     `launches` were checked, on `problems` different problems: repeats of one problem are one trial
@@ -113,7 +185,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(_OfTactic):
     """A check that failed, with what is needed to see it again.
 
     `problem` is the problem's fields (its m, n and k may lie off the bucket's); `condition` is
@@ -138,7 +210,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(_OfTactic):
     """Time per call in microseconds: the median and an interval around it, and the host's part."""
 
     run: str
@@ -157,7 +229,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(_OfTactic):
     """What was decided of one (backend, tactic, bucket) under a profile, and why."""
 
     run: str
@@ -236,7 +308,7 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(_OfScope):
     """The backend for one bucket on one GPU model under one profile.
 
     `status`: ``safe`` was proven; ``floor``: nothing faster was, so the floor; ``none``: not even
@@ -265,7 +337,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(_OfTactic, _OfScope):
     """One that competed for a bucket. `rank` orders those that may be chosen, 0 first; None: never.
 
     Inside one layout the reader takes the lowest rank, so an engine that fixed a layout when its
@@ -296,9 +368,14 @@ class Candidate:
     def __post_init__(self) -> None:
         _one_of(self.verdict, VERDICTS, "verdict")
 
+    @property
+    def place(self) -> tuple[Scope, BucketKey, str]:
+        """Where it competes, and as whom: a newer candidate of the same place replaces it."""
+        return self.scope, self.bucket, self.backend
+
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(_OfScope):
     """The weight layout for one (n, k), chosen once for all m: what weights are prepared as.
 
     `expected_us` is the time per call over the profile's distribution of m.

@@ -23,7 +23,7 @@ def audit(
 ) -> None:
     """Judge compiled FP4 GEMM modules by their machine code; needs no GPU."""
     with one_sentence():
-        from ..autotune.stages import audit as kept
+        from ..autotune.publication import audited as kept
         from ..probes import audit as auditing
         from ..probes.audit import text
 

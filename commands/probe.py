@@ -96,7 +96,7 @@ def probe(
         from ..autotune import request as planning
         from ..autotune.choice import traffic as distributions
         from ..autotune.levels import LEVELS
-        from ..autotune.probe import Plan
+        from ..autotune.plan import Plan
         from ..autotune.verdict.profiles import PROFILES, installed
         from ..cache.ledger import Ledger
         from ..cache.state import directory

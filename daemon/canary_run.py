@@ -17,8 +17,8 @@ _FAILURES = ("crash", "hang", "poisoned", "error")
 
 
 def run(asked: dict[str, Any]) -> dict[str, Any]:
-    from ..autotune.probe import survey
     from ..autotune.runner import Patience, Runner
+    from ..autotune.stages.survey import survey
     from ..machine import devices
     from ..probes.problem import Problem
     from ..probes.worker.supervisor import WorkerFailed

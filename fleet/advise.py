@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..autotune.verdict import bounds
+from ..autotune.verdict import statistics
 from ..cache.errors import translate
 from ..errors import UNSAFE, Refused
 from . import promote, report, signing
@@ -93,7 +93,7 @@ def _advisory(warehouse: Warehouse, build: dict[str, Any]) -> dict[str, Any]:
     kinds = warehouse.rows(_KINDS, build["arch"], build["gpu"], *where[1:])
     seen = build["seen"]
     worst = max(seen, key=lambda s: s["nodes_failing"])
-    share, _ = bounds.interval(worst["gpus_failing"], worst["gpus"])
+    share, _ = statistics.interval(worst["gpus_failing"], worst["gpus"])
     name = "/".join(str(build[n]) for n in report.COHORT)
     kind = max(kinds, key=lambda k: k["findings"], default=None)
     return {

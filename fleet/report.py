@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..autotune.verdict import bounds
+from ..autotune.verdict import bounds, statistics
 from . import attribution, slow
 from .warehouse import Warehouse
 
@@ -123,7 +123,7 @@ def cohorts(warehouse: Warehouse, confidence: float) -> list[dict[str, Any]]:
     for row in warehouse.rows(_LEVELS):
         key = tuple(row[name] for name in COHORT)
         cohort = out.setdefault(key, {**{n: row[n] for n in COHORT}, "evidence": []})
-        low, high = bounds.interval(row["nodes_failing"], row["nodes"], confidence)
+        low, high = statistics.interval(row["nodes_failing"], row["nodes"], confidence)
         clean = row["clean_least_launches"]
         cohort["evidence"].append(
             {

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
-from ..autotune.probe import Report
+from ..autotune.plan import Report
 from ..autotune.publication import published as standing
-from ..autotune.verdict.stats import failure_bound
+from ..autotune.verdict.statistics import failure_bound
 from ..cache import reader, state
 from ..cache.errors import Missing, StateError
 from ..cache.ledger import Ledger

@@ -7,14 +7,16 @@ from math import comb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verdicts import decide
 
-from fp4tune.autotune import soak
-from fp4tune.autotune.verdict import bounds
-from fp4tune.autotune.verdict.bounds import EXACT, Aim, Bound
+from fp4tune.autotune import budget
+from fp4tune.autotune.verdict import bounds, statistics
+from fp4tune.autotune.verdict.bounds import Aim, Bound
 from fp4tune.autotune.verdict.profiles import PROFILES
-from fp4tune.autotune.verdict.rules import INCONCLUSIVE, SAFE, decide
-from fp4tune.autotune.verdict.stats import failure_bound
-from fp4tune.cache.rows import BucketKey, Evidence
+from fp4tune.autotune.verdict.rules import INCONCLUSIVE, SAFE
+from fp4tune.autotune.verdict.statistics import failure_bound
+from fp4tune.cache.rows import BucketKey, Evidence, Where
+from fp4tune.words import EXACT
 
 confidences = st.floats(0.5, 0.999)
 
@@ -27,17 +29,17 @@ def at_most(failures: int, trials: int, rate: float) -> float:
 @settings(deadline=None)
 @given(st.integers(1, 10_000_000), confidences)
 def test_without_a_failure_it_is_the_closed_form(trials, confidence):
-    assert bounds.upper(0, trials, confidence) == pytest.approx(
+    assert statistics.upper(0, trials, confidence) == pytest.approx(
         1 - (1 - confidence) ** (1 / trials), rel=1e-6
     )
-    assert bounds.upper(0, trials, 0.95) == pytest.approx(failure_bound(trials), rel=1e-6)
+    assert statistics.upper(0, trials, 0.95) == pytest.approx(failure_bound(trials), rel=1e-6)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 200), st.data(), confidences)
 def test_a_larger_rate_would_have_shown_more_failures(trials, data, confidence):
     failures = data.draw(st.integers(0, trials - 1))
-    rate = bounds.upper(failures, trials, confidence)
+    rate = statistics.upper(failures, trials, confidence)
     assert at_most(failures, trials, rate) == pytest.approx(1 - confidence, rel=1e-6)
 
 
@@ -45,9 +47,9 @@ def test_a_larger_rate_would_have_shown_more_failures(trials, data, confidence):
 @given(st.integers(0, 300), st.integers(1, 300), confidences)
 def test_it_grows_with_failures_and_shrinks_with_trials(failures, more, confidence):
     trials = failures + more
-    rate = bounds.upper(failures, trials, confidence)
-    assert rate < bounds.upper(failures + 1, trials, confidence) or failures + 1 > trials
-    assert bounds.upper(failures, trials + 1, confidence) < rate
+    rate = statistics.upper(failures, trials, confidence)
+    assert rate < statistics.upper(failures + 1, trials, confidence) or failures + 1 > trials
+    assert statistics.upper(failures, trials + 1, confidence) < rate
 
 
 @settings(deadline=None)
@@ -57,7 +59,7 @@ def test_it_covers_the_true_rate_as_often_as_it_says(trials, rate, confidence):
     covered = sum(
         comb(trials, k) * rate**k * (1 - rate) ** (trials - k)
         for k in range(trials + 1)
-        if bounds.upper(k, trials, confidence) >= rate
+        if statistics.upper(k, trials, confidence) >= rate
     )
     assert covered >= confidence - 1e-9
 
@@ -67,23 +69,16 @@ def test_it_covers_the_true_rate_as_often_as_it_says(trials, rate, confidence):
     [(2, 20, 0.012349, 0.316983), (0, 10, 0.0, 0.308497), (10, 10, 0.691503, 1.0)],
 )
 def test_known_intervals(failures, trials, low, high):
-    found = bounds.interval(failures, trials)
+    found = statistics.interval(failures, trials)
     assert found == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
-
-
-@pytest.mark.parametrize(
-    "x, a, b, value", [(0.5, 2, 3, 0.6875), (0.25, 1, 1, 0.25), (0.1, 5, 1, 1e-5)]
-)
-def test_known_incomplete_betas(x, a, b, value):
-    assert bounds.incomplete_beta(x, a, b) == pytest.approx(value, rel=1e-12)
 
 
 @settings(deadline=None)
 @given(st.floats(1e-6, 0.5), confidences)
 def test_needed_is_the_fewest_trials_that_reach_a_rate(rate, confidence):
-    trials = bounds.needed(rate, confidence)
-    assert bounds.upper(0, trials, confidence) <= rate
-    assert trials == 1 or bounds.upper(0, trials - 1, confidence) > rate * (1 - 1e-9)
+    trials = statistics.needed(rate, confidence)
+    assert statistics.upper(0, trials, confidence) <= rate
+    assert trials == 1 or statistics.upper(0, trials - 1, confidence) > rate * (1 - 1e-9)
 
 
 def test_the_default_rate_takes_thirty_thousand_problems():
@@ -93,9 +88,9 @@ def test_the_default_rate_takes_thirty_thousand_problems():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: bounds.upper(3, 2),
-        lambda: bounds.upper(-1, 2),
-        lambda: bounds.upper(0, 2, 1.0),
+        lambda: statistics.upper(3, 2),
+        lambda: statistics.upper(-1, 2),
+        lambda: statistics.upper(0, 2, 1.0),
         lambda: Aim(0.0),
         lambda: Aim(1.5),
         lambda: Aim(0.1, 0.0),
@@ -127,12 +122,12 @@ def test_buckets_of_one_kernel_are_pooled_and_regimes_never():
         "serial": (80, 20),
         "streams": (40, 10),
     }
-    assert found[KERNEL]["serial"].upper == bounds.upper(0, 20)
+    assert found[KERNEL]["serial"].upper == statistics.upper(0, 20)
 
 
 def test_trials_are_problems_and_not_launches():
     few = bounds.pool([row(launches=1_000_000, problems=3)])[KERNEL]["serial"]
-    assert few.upper == bounds.upper(0, 3)
+    assert few.upper == statistics.upper(0, 3)
 
 
 def test_only_exact_problems_that_passed_or_failed_count():
@@ -153,7 +148,7 @@ def test_another_tactic_or_other_machine_code_is_another_kernel():
 def test_failures_are_failing_problems(detail, failures):
     (found,) = bounds.pool([row(), row(2, status="failed", detail=detail)]).values()
     assert found["serial"].failures == failures
-    assert found["serial"].upper == bounds.upper(failures, 20)
+    assert found["serial"].upper == statistics.upper(failures, 20)
 
 
 def test_a_crash_without_a_count_is_a_failure_of_one_problem():
@@ -164,7 +159,7 @@ def test_a_crash_without_a_count_is_a_failure_of_one_problem():
 @settings(deadline=None)
 @given(st.integers(1, 10_000_000), st.integers(0, 3))
 def test_what_is_stored_is_never_smaller_than_what_was_found(problems, failures):
-    rate = bounds.upper(min(failures, problems), problems)
+    rate = statistics.upper(min(failures, problems), problems)
     stored = Bound("serial", problems, problems, failures, rate, 0.95).json()["upper"]
     assert rate <= stored <= min(1.0, rate * (1 + 1e-4))
 
@@ -193,20 +188,20 @@ def test_a_verdict_that_reached_the_rate_is_safe():
 
 
 def test_a_purse_is_shared_out_evenly_and_leftovers_are_passed_on():
-    purse = soak.Purse(Aim(0.1), 90.0, parts=3)
-    assert purse.share() == 30
+    purse = budget.LaunchBudget(Aim(0.1), 90.0, parts=3)
+    assert purse.part() == 30
     purse.spend(10)
-    assert purse.share() == 40
+    assert purse.part() == 40
     purse.spend(40)
-    assert purse.share() == 40
+    assert purse.part() == 40
 
 
 def test_launches_end_where_the_rate_is_reached_or_the_budget_is():
-    purse = soak.Purse(Aim(0.1), 90.0, launches=100)
+    purse = budget.LaunchBudget(Aim(0.1), 90.0, launches=100)
     bucket = row().bucket
 
     def lacks(*rows):
-        return soak.lacking(purse, rows, "backend", [("t", bucket)], "serial")[0]
+        return budget.lacking(purse, rows, [Where("backend", "t", bucket)], "serial")[0]
 
     assert lacks()
     assert lacks(row(problems=10))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from fp4tune.autotune.verdict.buckets import (
     EDGES,
-    Bucket,
     MRange,
     bucket_of,
     edge_of,
@@ -19,7 +18,6 @@ from fp4tune.autotune.verdict.buckets import (
     ranges,
     representative,
 )
-from fp4tune.probes.problem import DTYPES, FORMATS, Problem
 
 ms = st.integers(0, 2**20)
 
@@ -71,19 +69,3 @@ def test_ragged_ms_are_different_inside_and_include_both_edges(m, count, seed):
     size = bucket.hi - bucket.lo + 1
     assert len(found) == min(size, max(count, min(size, 2)))
     assert found == ragged(bucket, count, random.Random(seed))
-
-
-@given(
-    m=st.integers(0, 5000),
-    format_name=st.sampled_from(list(FORMATS)),
-    activation=st.sampled_from(["bf16", "fp4"]),
-    out_dtype=st.sampled_from(list(DTYPES)),
-)
-def test_a_problem_comes_back_from_its_bucket(m, format_name, activation, out_dtype):
-    problem = Problem(format_name, m, 256, 128, activation, out_dtype)
-    bucket = Bucket.of(problem)
-    assert bucket.problem(m) == problem
-    assert bucket.m == bucket_of(m)
-    assert Bucket.of(bucket.problem(bucket.m_hi)) == bucket
-    with pytest.raises(ValueError, match="not in the bucket"):
-        bucket.problem(bucket.m_hi + 1)

@@ -15,11 +15,19 @@ from typer.testing import CliRunner
 
 from fp4tune import cli
 from fp4tune.autotune import request as planning
-from fp4tune.autotune.allowance import ENOUGH, OVER, SLOWER, Allowance, next_wave, order
+from fp4tune.autotune.budget import (
+    ENOUGH,
+    OVER,
+    SLOWER,
+    LaunchBudget,
+    TimeBudget,
+    next_wave,
+    order,
+)
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.probe import Plan, probe
+from fp4tune.autotune.plan import Plan
+from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.soak import Purse
 from fp4tune.autotune.verdict.bounds import Aim
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.autotune.verdict.profiles import PROFILES
@@ -73,18 +81,18 @@ def test_the_order_is_that_of_time_then_of_names_and_untimed_ones_are_last():
 
 def test_an_allowance_is_counted_from_the_start_of_the_probe():
     begun = time.monotonic() - 5
-    assert 4 < Allowance(10, lambda *_: True, begun).left < 6
-    over = Allowance(3, lambda *_: True, begun)
+    assert 4 < TimeBudget(10, lambda *_: True, begun).left < 6
+    over = TimeBudget(3, lambda *_: True, begun)
     assert over.over and over.left == 0
 
 
 def test_a_purse_ends_with_the_budget():
-    purse = Purse(Aim(1e-4), 1000.0, parts=2)
-    assert purse.until == inf and purse.share() == pytest.approx(500, rel=0.01)
+    purse = LaunchBudget(Aim(1e-4), 1000.0, parts=2)
+    assert purse.until == inf and purse.part() == pytest.approx(500, rel=0.01)
     purse.until = time.monotonic() + 10
-    assert purse.share() < 11
+    assert purse.part() < 11
     purse.until = time.monotonic() - 1
-    assert purse.share() == 0
+    assert purse.part() == 0
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from verdicts import decide
 
 from fp4tune.autotune.verdict.profiles import PROFILES
-from fp4tune.autotune.verdict.rules import decide
 from fp4tune.cache.rows import BucketKey, Evidence
 from fp4tune.machine import codedigest, elf
 from fp4tune.probes import census
@@ -23,6 +23,7 @@ from fp4tune.probes.census import Census, Kernel, Wait, code, kernels, rules, sh
 from fp4tune.probes.census.attach import kernel as value_of
 from fp4tune.probes.census.rules import Ran
 from fp4tune.probes.census.shim import CannotSee, RawBlob, RawFunction, RawLaunch, Shim
+from fp4tune.words import CENSUS
 
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
 
@@ -539,11 +540,11 @@ def evidence(regime: str, status: str, launches: int = 0) -> Evidence:
 def test_a_census_can_fail_a_verdict_and_never_makes_one(profile):
     good = [evidence(regime, "passed", 5) for regime in profile.required]
     for status in ("passed", "not applicable", "skipped"):
-        judged = decide([*good, evidence(census.REGIME, status)], profile)
+        judged = decide([*good, evidence(CENSUS, status)], profile)
         assert (judged.status, judged.launches) == ("safe", 5)
-    judged = decide([*good, evidence(census.REGIME, "failed")], profile)
+    judged = decide([*good, evidence(CENSUS, "failed")], profile)
     assert judged.status == "unsafe" and "census: failed" in judged.reasons
-    assert decide([evidence(census.REGIME, "passed")], profile).status != "safe"
+    assert decide([evidence(CENSUS, "passed")], profile).status != "safe"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from verdicts import decide
 
 from fp4tune.autotune.stages import controls as running
 from fp4tune.autotune.verdict.profiles import PROFILES, Profile
-from fp4tune.autotune.verdict.rules import EXACT, Doubt, decide
+from fp4tune.autotune.verdict.rules import Doubt
 from fp4tune.probes.backends import registry
 from fp4tune.probes.problem import Device
 from fp4tune.probes.regimes import REGIMES, Budget
 from fp4tune.probes.worker.session import Item, Layer
 from fp4tune.probes.zoo.controls import CONTROLS, GOOD, INTERNAL, MS, NAME, NONE_NEEDED, PROBLEM
+from fp4tune.words import EXACT
 
 BUDGET = Budget(3, 20, 0.1)
 CPU = Device("cpu")

@@ -98,7 +98,7 @@ def test_names_of_lock_files_stay_in_their_directory(tmp_path):
 PROBING = """
 import sys, time
 from pathlib import Path
-from fp4tune.autotune.device_lock import turn
+from fp4tune.autotune.device_lock import device_lock as turn
 from fp4tune.machine import devices
 with turn(devices.cpu(), Path(sys.argv[1])):
     print("probing", flush=True)

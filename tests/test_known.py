@@ -20,23 +20,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4tune.autotune.agreement import Agreement
-from fp4tune.autotune.allowance import NOT_TRIED, SLOWER
-from fp4tune.autotune.entrants import Entrant, Layer
-from fp4tune.autotune.evidence import failures
-from fp4tune.autotune.evidence.recorder import AUDIT, Recorder
+from fp4tune.autotune.budget import SLOWER
+from fp4tune.autotune.evidence import earlier_failures as failures
+from fp4tune.autotune.evidence.history import History, covers
+from fp4tune.autotune.evidence.probed import Done, probed
+from fp4tune.autotune.evidence.recorder import Recorder, Tally
+from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.probe import Plan, Report, probe
+from fp4tune.autotune.plan import Plan, Report
+from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.stages import resume
-from fp4tune.autotune.stages.recall import Memory, covers
+from fp4tune.autotune.stages import recall
 from fp4tune.autotune.verdict.buckets import ranges
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import quarantine
 from fp4tune.cache.ledger import Ledger
-from fp4tune.cache.rows import Audit, Environment
+from fp4tune.cache.rows import Audit, Environment, Under
 from fp4tune.machine import devices
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
+from fp4tune.words import AUDIT, NOT_TRIED
 
 QUICK = LEVELS["quick"]
 SHAPES = ((128, 256), (192, 256))
@@ -68,7 +71,9 @@ class Store:
         self.plan = plan or make_plan()
         (self.problem, *_) = self.plan.problems
         m_ranges = ranges(self.problem.m)
-        layer = Layer(self.plan.target, self.problem, tuple(m_ranges), self.plan.level, 1, 1, 1)
+        layer = ProbedLayer(
+            self.plan.target, self.problem, tuple(m_ranges), self.plan.level, 1, 1, 1
+        )
         entrants = []
         with Ledger.open(place) as ledger:
             self.run = ledger.start_run(seed=1, level="quick", profile="strict", device={})
@@ -81,18 +86,18 @@ class Store:
                     entrant.tactics[m], entrant.winner[m] = ["default", "other"], "default"
                     for regime in (r for r in REGIMES if r not in self.plan.level.without):
                         mine = status if regime == "streams" else "passed"
-                        where = (name, "default", layer.bucket(m), regime, "exact", mine)
-                        record.status(*where, {}, 3, 2, 24)
-                    record.timing(name, "default", layer.bucket(m), [1.0, 2.0, 3.0], None, {})
+                        where = layer.where(entrant, m, "default")
+                        record.status(where, Under(regime), mine, {}, Tally(3, 2, 24))
+                    record.timing(where, [1.0, 2.0, 3.0], None, {})
                 entrants.append(entrant)
-            row = resume.probed(self.plan, layer, entrants, {}, record, time.time(), doubts)
+            row = probed(self.plan, layer, entrants, record, Done(time.time(), doubts))
             ledger.add_probed(row)
             ledger.finish_run(self.run)
 
     def recall(self, plan=None, names=("x",), prints=PRINT, begins=False, agreement=None):
         plan = plan or self.plan
         with Ledger.open(self.place) as ledger:
-            memory = Memory(plan, ledger, self.place)
+            memory = History(plan, ledger, self.place)
             named = {name: prints for name in names}
             found = memory.recall(
                 {self.problem: list(names)}, named, {self.problem: begins}, agreement
@@ -146,7 +151,7 @@ def test_what_answers_the_question_too_is_used(tmp_path, other):
 def test_another_environment_or_other_code_of_ours_is_measured(tmp_path, monkeypatch):
     store = Store(tmp_path)
     assert not store.recall(prints="b" * 64).entries
-    monkeypatch.setattr("fp4tune.autotune.stages.recall.method", lambda: "another")
+    monkeypatch.setattr("fp4tune.autotune.evidence.history.method", lambda: "another")
     assert not store.recall().entries
 
 
@@ -358,9 +363,9 @@ def test_the_second_probe_measures_nothing_and_says_the_same(probes):
     assert told(two) == told(one) and two.generation == one.generation
     assert [row["times"] for row in two.known] == [one.run, one.run]
     assert {b["run"] for row in two.known for b in row["known"]} == {one.run}
-    said = resume.sentence(two.known)
+    said = recall.sentence(two.known)
     assert said.startswith(f"2 of 2 layers known from run {one.run} (2") and "measured 0" in said
-    assert not resume.sentence(one.known)
+    assert not recall.sentence(one.known)
 
 
 def test_findings_and_times_survive(probes):
@@ -382,7 +387,7 @@ def test_a_backend_that_changed_is_measured_again_and_all_are_timed_beside_it(pr
     assert [row["measured"] for row in third.known] == [["wrong"], ["wrong"]]
     prints = [{c.fingerprint for c in r.candidates if c.backend == "wrong"} for r in (one, third)]
     assert prints[0] != prints[1]
-    said = resume.sentence(third.known)
+    said = recall.sentence(third.known)
     assert said.startswith("0 of 2 layers known") and "timed only" in said
 
 

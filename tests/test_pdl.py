@@ -7,14 +7,16 @@ import stores
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from verdicts import decide
 
 from fp4tune.autotune.evidence.recorder import Recorder
-from fp4tune.autotune.layer import Layer
+from fp4tune.autotune.layer import ProbedLayer
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.autotune.verdict.profiles import PROFILES
-from fp4tune.autotune.verdict.rules import EXACT, INCONCLUSIVE, SAFE, UNSAFE, decide
+from fp4tune.autotune.verdict.rules import INCONCLUSIVE, SAFE, UNSAFE
 from fp4tune.cache.ledger import Ledger
+from fp4tune.cache.rows import Under, Where
 from fp4tune.machine.devices import cpu
 from fp4tune.probes.check.sweep import SlotReport
 from fp4tune.probes.data import FAMILIES
@@ -25,6 +27,7 @@ from fp4tune.probes.regimes.pdl import edges
 from fp4tune.probes.regimes.pdl.chain import arriving
 from fp4tune.probes.regimes.pdl.modes import NOTHING, ORDINARY, PDL, UNKNOWN, Mode, Seen, _classify
 from fp4tune.probes.regimes.pdl.pdl import _exempt
+from fp4tune.words import EXACT
 
 RACES = ("pdl-raw", "pdl-war", "pdl-waw")
 CLEAN = SlotReport(0, 0, 0, 0, 0, None, ())
@@ -81,7 +84,8 @@ def recorded(tmp_path, **result) -> tuple[str, str]:
         record = Recorder(ledger, stores.start(ledger), 7)
         record.knows("marlin", stores.ENVIRONMENT.fingerprint)
         whole = {"launches": 0, "problems": 0, "bad": [], **result}
-        record.result("marlin", "default", stores.BUCKET, "pdl-raw", EXACT, whole, 24)
+        where = Where("marlin", "default", stores.BUCKET)
+        record.result(where, Under("pdl-raw"), whole, 24)
         (fact,) = record.exact
         return fact.status, fact.detail.get("note", "")
 
@@ -174,7 +178,7 @@ def test_what_arrives_late_is_everything_but_scalars():
 
 @pytest.mark.parametrize("level", ["quick", "standard"])
 def test_costly_regimes_run_each_range_at_its_edges(level):
-    layer = Layer(
+    layer = ProbedLayer(
         cpu(), Problem("nvfp4", 64, 64, 64), (), LEVELS[level], seed=3, memory=0, cache_bytes=0
     )
     for m in (MRange(0, 0), MRange(2, 2), MRange(33, 64)):

@@ -17,8 +17,10 @@ from stores import gone, spawn
 
 from fp4tune.autotune import request as planning
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.probe import Plan, Report, probe, survey
+from fp4tune.autotune.plan import Plan, Report
+from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
+from fp4tune.autotune.stages.survey import survey
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger

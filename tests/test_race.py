@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp4tune.autotune import clock_stability
 from fp4tune.autotune.choice.rank import NOISE
-from fp4tune.autotune.stages import clock_stability
-from fp4tune.autotune.stages.race import DOUBT, LEAST, PRECISE, QUICK, SETTLED, Race
-from fp4tune.autotune.stages.timing import AT_ONCE, fastest_tactic, run_races
+from fp4tune.autotune.race import AT_ONCE, DOUBT, LEAST, PRECISE, QUICK, SETTLED, Race, run_races
+from fp4tune.autotune.stages.timing import fastest_tactic
 from fp4tune.autotune.verdict.buckets import MRange
-from fp4tune.autotune.verdict.intervals import mean_interval, t_quantile
-from fp4tune.autotune.verdict.stats import median
+from fp4tune.autotune.verdict.statistics import mean_interval, median, t_quantile
 
 NAMES = tuple("abcdef")
 seeds = st.integers(0, 2**32)

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from fp4tune import cli
 from fp4tune.autotune import reproduce as again
 from fp4tune.autotune.levels import LEVELS
-from fp4tune.autotune.probe import Plan, probe
+from fp4tune.autotune.plan import Plan
+from fp4tune.autotune.probe import probe
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Finding

@@ -8,11 +8,13 @@ from math import comb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from verdicts import decide
 
 from fp4tune.autotune.verdict.profiles import LEFT_OUT, ONE_STREAM, PROFILES
-from fp4tune.autotune.verdict.rules import EXACT, INCONCLUSIVE, SAFE, UNSAFE, decide
-from fp4tune.autotune.verdict.stats import failure_bound, median, median_interval
+from fp4tune.autotune.verdict.rules import INCONCLUSIVE, SAFE, UNSAFE
+from fp4tune.autotune.verdict.statistics import failure_bound, median, median_interval
 from fp4tune.probes.data import FAMILIES
+from fp4tune.words import EXACT
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,18 +12,18 @@ from typer.testing import CliRunner
 from fp4tune import cli, errors
 from fp4tune.autotune import request as planning
 from fp4tune.autotune import selftest
-from fp4tune.autotune.probe import Report
+from fp4tune.autotune.plan import Report
 from fp4tune.autotune.selftest import FALSE_ALARM, MISSED, OK, UNDECIDED, judge
 from fp4tune.cache.rows import BucketKey, Candidate, Finding
 from fp4tune.machine import devices
 from fp4tune.probes import zoo
 from fp4tune.probes.backends import registry
-from fp4tune.probes.census import REGIME as CENSUS
 from fp4tune.probes.data import FAMILIES, families
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.worker.session import Item, Layer
 from fp4tune.probes.zoo.floor import Right
+from fp4tune.words import CENSUS
 
 CPU = zoo.mutants("cpu")
 EVERY = tuple(dict.fromkeys([*CPU, *zoo.mutants("cuda")]))

@@ -1,29 +1,38 @@
-"""Turns what workers report into rows of the ledger, and keeps the facts that verdicts need."""
+"""What workers report as rows of the ledger, and the facts that verdicts need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from math import isfinite
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ...cache.codec import plain
 from ...cache.ledger import Ledger
-from ...cache.rows import Audit, BucketKey, Evidence, Finding, Timing
-from ...probes.census import REGIME as CENSUS
+from ...cache.rows import Audit, Evidence, Finding, Timing, Under, Where
 from ...probes.check import diagnosis
 from ...probes.data import FAMILIES
 from ...probes.worker.supervisor import WorkerFailed
-from ..verdict.bounds import EXACT
-from ..verdict.stats import median, median_interval
+from ...words import AUDIT, CENSUS, EXACT
+from ..verdict.statistics import median, median_interval
 
-AUDIT = "audit"
-"""Stands where a regime does in what was found without a launch, in machine code."""
 FLAGGED = "flagged"
-"""The kind of such a finding."""
+"""The kind of a finding that an audit made."""
 _COLUMNS = ("kind", "m", "seed", "data", "launch")
 """What of a failure has a column of its own."""
-Key = tuple[str, str, BucketKey]
-"""Backend, tactic, bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What stands behind a row of evidence: checked launches, different problems among them, the
+    width of accumulator they were drawn for in bits, and wall seconds."""
+
+    launches: int = 0
+    problems: int = 0
+    width: int | None = None
+    seconds: float = 0.0
+
+
+NOTHING = Tally()
 
 
 class Recorder:
@@ -34,12 +43,12 @@ class Recorder:
         self.run = run
         self._seed = seed
         self._fingerprints: dict[str, str] = {}
-        self._facts: dict[Key, list[Evidence]] = {}
-        self.timings: dict[Key, Timing] = {}
+        self._facts: dict[Where, list[Evidence]] = {}
+        self.timings: dict[Where, Timing] = {}
         self.findings: list[Finding] = []
         self.exact: list[Evidence] = []
         """All evidence on exact problems: what failure rates are bounded by."""
-        self._audited: dict[tuple[Key, str], tuple[list[Evidence], list[Finding]]] = {}
+        self._audited: dict[tuple[Where, str], tuple[list[Evidence], list[Finding]]] = {}
         """By place and module: what earlier runs kept of a flagged module."""
 
     def knows(self, backend: str, fingerprint: str) -> None:
@@ -49,12 +58,12 @@ class Recorder:
     def fingerprint(self, backend: str) -> str:
         return self._fingerprints[backend]
 
-    def facts(self, key: Key) -> tuple[Evidence, ...]:
+    def facts(self, where: Where) -> tuple[Evidence, ...]:
         """The evidence of one tactic in one bucket so far."""
-        return tuple(self._facts.get(key, ()))
+        return tuple(self._facts.get(where, ()))
 
-    def take_facts(self) -> dict[Key, list[Evidence]]:
-        """The evidence since the last call, by what it is about."""
+    def take_facts(self) -> dict[Where, list[Evidence]]:
+        """The evidence since the last call, by what it is of."""
         facts, self._facts = self._facts, {}
         return facts
 
@@ -66,67 +75,55 @@ class Recorder:
         What an audit said is kept aside, until `audited` says it again.
         """
         for row in rows:
-            key = row.backend, row.tactic, row.bucket
             if row.regime == AUDIT:
-                self._kept(key, row.detail)[0].append(row)
+                self._kept(row.where, row.detail)[0].append(row)
                 continue
             if row.data == EXACT:
                 self.exact.append(row)
-            self._facts.setdefault(key, []).append(row)
+            self._facts.setdefault(row.where, []).append(row)
         for found in findings:
             if found.regime == AUDIT:
-                key = found.backend, found.tactic, found.bucket
-                self._kept(key, found.detail)[1].append(found)
+                self._kept(found.where, found.detail)[1].append(found)
             else:
                 self.findings.append(found)
         for timing in timings:
-            self.timings[timing.backend, timing.tactic, timing.bucket] = timing
+            self.timings[timing.where] = timing
 
-    def _kept(self, key: Key, detail: Mapping[str, Any]) -> tuple[list[Evidence], list[Finding]]:
-        return self._audited.setdefault((key, str(detail.get("module"))), ([], []))
+    def _kept(
+        self, where: Where, detail: Mapping[str, Any]
+    ) -> tuple[list[Evidence], list[Finding]]:
+        return self._audited.setdefault((where, str(detail.get("module"))), ([], []))
 
     def status(
         self,
-        backend: str,
-        tactic: str,
-        bucket: BucketKey,
-        regime: str,
-        data: str,
+        where: Where,
+        under: Under,
         status: str,
         detail: Mapping[str, Any] | None = None,
-        launches: int = 0,
-        problems: int = 0,
-        width: int | None = None,
-        seconds: float = 0.0,
+        tally: Tally = NOTHING,
     ) -> None:
         """One row of evidence."""
         row = Evidence(
             run=self.run,
-            fingerprint=self._fingerprints[backend],
-            backend=backend,
-            tactic=tactic,
-            bucket=bucket,
-            regime=regime,
-            data=data,
+            fingerprint=self._fingerprints[where.backend],
+            backend=where.backend,
+            tactic=where.tactic,
+            bucket=where.bucket,
+            regime=under.regime,
+            data=under.data,
             status=status,
-            launches=launches,
-            problems=problems,
-            width=width,
-            seconds=seconds,
-            detail=_plain(dict(detail or {})),
+            detail=plain(dict(detail or {})),
+            **asdict(tally),
         )
         self._ledger.add_evidence(row)
-        if data == EXACT:
+        if row.data == EXACT:
             self.exact.append(row)
-        self._facts.setdefault((backend, tactic, bucket), []).append(row)
+        self._facts.setdefault(where, []).append(row)
 
     def result(
         self,
-        backend: str,
-        tactic: str,
-        bucket: BucketKey,
-        regime: str,
-        data: str,
+        where: Where,
+        under: Under,
         result: Mapping[str, Any],
         width: int | None,
         seconds: float = 0.0,
@@ -141,21 +138,21 @@ class Recorder:
                 detail[key] = result[key]
         for graded in result.get("graded", ()):
             detail.setdefault("graded", []).append(graded)
-            self._found(backend, tactic, bucket, regime, data, graded)
+            self._found(where, under, graded)
         status = "passed"
         error = result.get("error")
         if error and error["kind"] == "out of memory":
             status, detail["note"] = "skipped", error["message"]
         elif error:
             status = "failed"
-            self._found(backend, tactic, bucket, regime, data, {"kind": "error", **error})
+            self._found(where, under, {"kind": "error", **error})
         elif result["bad"]:
             status = "failed"
             detail["bad_launches"] = result.get("bad_launches")
             for bad in result["bad"]:
                 if result.get("changed_inputs"):
                     bad = {**bad, "inputs_changed": result["changed_inputs"]}
-                self._found(backend, tactic, bucket, regime, data, bad)
+                self._found(where, under, bad)
         elif result.get("exempt") and not result["launches"]:
             status, detail["note"] = "not applicable", result["exempt"]
         elif result.get("not_exercised"):
@@ -164,29 +161,15 @@ class Recorder:
             status = "failed"
             known = result.get("modified") or result.get("example") or {}
             kind = {**known, "kind": "input modified", "tensors": result["changed_inputs"]}
-            self._found(backend, tactic, bucket, regime, data, kind)
-        self.status(
-            backend,
-            tactic,
-            bucket,
-            regime,
-            data,
-            status,
-            detail,
-            result["launches"],
-            result["problems"],
-            width,
-            seconds,
-        )
+            self._found(where, under, kind)
+        tally = Tally(result["launches"], result["problems"], width, seconds)
+        self.status(where, under, status, detail, tally)
         return status
 
     def failure(
         self,
-        backend: str,
-        tactic: str,
-        bucket: BucketKey,
-        regime: str,
-        data: str,
+        where: Where,
+        under: Under,
         failure: WorkerFailed,
         asked: Mapping[str, Any] | None = None,
     ) -> None:
@@ -196,7 +179,7 @@ class Recorder:
         """
         if failure.kind in ("not applicable", "out of memory", "internal"):
             status = "not applicable" if failure.kind == "not applicable" else "skipped"
-            self.status(backend, tactic, bucket, regime, data, status, {"note": str(failure)})
+            self.status(where, under, status, {"note": str(failure)})
             return
         bad: dict[str, Any] = {
             "kind": failure.kind,
@@ -206,17 +189,16 @@ class Recorder:
         }
         if asked:
             bad["asked"] = dict(asked)
-        self._found(backend, tactic, bucket, regime, data, bad)
-        self.status(backend, tactic, bucket, regime, data, "failed", {"note": str(failure)})
+        self._found(where, under, bad)
+        self.status(where, under, "failed", {"note": str(failure)})
 
-    def census(
-        self, backend: str, tactic: str, bucket: BucketKey, result: Mapping[str, Any]
-    ) -> None:
+    def census(self, where: Where, result: Mapping[str, Any]) -> None:
         """What really ran: ``bad`` is a finding each, ``detail`` the kernels, ``seen`` if any."""
+        under = Under(CENSUS)
         for bad in result["bad"]:
-            self._found(backend, tactic, bucket, CENSUS, EXACT, bad)
+            self._found(where, under, bad)
         status = "failed" if result["bad"] else "passed" if result["seen"] else "not applicable"
-        self.status(backend, tactic, bucket, CENSUS, EXACT, status, result["detail"])
+        self.status(where, under, status, result["detail"])
 
     def audited(self, backend: str, audit: Audit) -> None:
         """A module of `backend` is flagged: whatever ran since `take_facts` is not safe."""
@@ -229,23 +211,21 @@ class Recorder:
             "evidence": list(audit.evidence),
             "remedy": audit.remedy,
         }
-        for key in [key for key in self._facts if key[0] == backend]:
-            _, tactic, bucket = key
-            rows, findings = self._audited.get((key, str(audit.module)), ([], []))
+        under = Under(AUDIT)
+        for where in [where for where in self._facts if where.backend == backend]:
+            rows, findings = self._audited.get((where, str(audit.module)), ([], []))
             if rows:
-                self._facts[key] += rows
+                self._facts[where] += rows
                 self.exact += rows
                 self.findings += findings
                 continue
-            self._found(backend, tactic, bucket, AUDIT, EXACT, flagged)
+            self._found(where, under, flagged)
             detail = {"module": audit.module, "note": flagged["message"]}
-            self.status(backend, tactic, bucket, AUDIT, EXACT, "failed", detail)
+            self.status(where, under, "failed", detail)
 
     def timing(
         self,
-        backend: str,
-        tactic: str,
-        bucket: BucketKey,
+        where: Where,
         samples: Sequence[float],
         host_us: float | None,
         device: Mapping[str, Any],
@@ -254,80 +234,52 @@ class Recorder:
         low, high = median_interval(samples)
         row = Timing(
             run=self.run,
-            fingerprint=self._fingerprints[backend],
-            backend=backend,
-            tactic=tactic,
-            bucket=bucket,
+            fingerprint=self._fingerprints[where.backend],
+            backend=where.backend,
+            tactic=where.tactic,
+            bucket=where.bucket,
             median_us=median(samples),
             lo_us=low,
             hi_us=high,
             samples=len(samples),
             host_us=host_us,
-            detail=_plain(dict(device)),
+            detail=plain(dict(device)),
         )
         self._ledger.add_timing(row)
-        self.timings[backend, tactic, bucket] = row
+        self.timings[where] = row
 
-    def _found(
-        self,
-        backend: str,
-        tactic: str,
-        bucket: BucketKey,
-        regime: str,
-        data: str,
-        bad: Mapping[str, Any],
-    ) -> None:
-        condition = FAMILIES[data].condition if data in FAMILIES else None
-        problem = {
-            key: getattr(bucket, key)
-            for key in ("format", "activation", "out_dtype", "groups", "n", "k")
-        }
+    def _found(self, where: Where, under: Under, bad: Mapping[str, Any]) -> None:
+        condition = FAMILIES[under.data].condition if under.data in FAMILIES else None
+        bucket = where.bucket
         m = int(bad.get("m", bucket.m_hi))
         launch = bad.get("launch")
-        said = diagnosis.diagnose(
-            diagnosis.seen(
-                bad,
-                regime,
-                str(bad.get("data", data)),
-                (m, bucket.n, bucket.k),
-                *self._judged(backend, tactic, bucket),
-            )
-        )
+        data = str(bad.get("data", under.data))
+        shape = (m, bucket.n, bucket.k)
+        seen = diagnosis.seen(bad, under.regime, data, shape, *self._judged(where))
         row = Finding(
             run=self.run,
-            fingerprint=self._fingerprints[backend],
-            backend=backend,
-            tactic=tactic,
+            fingerprint=self._fingerprints[where.backend],
+            backend=where.backend,
+            tactic=where.tactic,
             bucket=bucket,
-            problem={**problem, "m": m},
+            problem={**asdict(bucket.layer), "m": m},
             kind=str(bad["kind"]),
-            regime=regime,
-            data=str(bad.get("data", data)),
+            regime=under.regime,
+            data=data,
             seed=int(bad.get("seed", self._seed)),
             launch=int(launch) if launch else None,
             condition=asdict(condition) if condition else None,
-            detail=_plain(
-                {**{k: v for k, v in bad.items() if k not in _COLUMNS}, "diagnosis": said}
+            detail=plain(
+                {
+                    **{k: v for k, v in bad.items() if k not in _COLUMNS},
+                    "diagnosis": diagnosis.diagnose(seen),
+                }
             ),
         )
         self.findings.append(replace(row, id=self._ledger.add_finding(row)))
 
-    def _judged(
-        self, backend: str, tactic: str, bucket: BucketKey
-    ) -> tuple[frozenset[str], frozenset[str]]:
+    def _judged(self, where: Where) -> tuple[frozenset[str], frozenset[str]]:
         """Regimes in which this tactic passed and failed in this bucket so far."""
-        facts = self._facts.get((backend, tactic, bucket), ())
-        exact = [f for f in facts if f.data == EXACT]
+        exact = [f for f in self._facts.get(where, ()) if f.data == EXACT]
         failed = frozenset(f.regime for f in exact if f.status == "failed")
         return frozenset(f.regime for f in exact if f.status == "passed") - failed, failed
-
-
-def _plain(value: Any) -> Any:
-    """`value` with numbers that JSON has no spelling for (NaN, infinity) as text."""
-    if isinstance(value, float) and not isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return value

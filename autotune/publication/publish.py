@@ -13,10 +13,10 @@ from ...cache.rows import VERDICTS, Audit, Candidate, Choice, Environment
 from ..choice import layouts
 from ..choice.rank import choices
 from ..choice.traffic import Traffic
-from ..probe import Report
-from ..stages import audit as auditing
+from ..plan import Report
 from ..verdict.profiles import PROFILES
 from . import published
+from .condemn import condemned
 
 _WORST_LAST = ("safe", "inconclusive", "unsafe", "unsupported")
 assert set(_WORST_LAST) == set(VERDICTS)
@@ -39,7 +39,7 @@ def publish(
         stands = published.usable(state_dir)
         everyone, known = published.join(stands, new, environments)
         audits = [audit for report in reports for audit in report.audits]
-        chosen, placed = _chosen(auditing.condemned(everyone, known, audits), stands.choices)
+        chosen, placed = _chosen(condemned(everyone, known, audits), stands.choices)
         unsupported = {name: why for report in reports for name, why in report.unsupported.items()}
         meta: dict[str, Any] = {
             "runs": [report.run for report in reports],
@@ -61,10 +61,10 @@ def publish(
         if not generation or _said(now) != _said(stands):
             generation = publishing.publish(state_dir, chosen, placed, known, meta, rows)
     for report in reports:
-        probed = {(c.arch, c.gpu, c.profile, c.bucket) for c in report.candidates}
+        probed = {(c.scope, c.bucket) for c in report.candidates}
         report.generation = generation
-        report.choices = [c for c in chosen if (c.arch, c.gpu, c.profile, c.bucket) in probed]
-        report.candidates = [c for c in placed if (c.arch, c.gpu, c.profile, c.bucket) in probed]
+        report.choices = [c for c in chosen if (c.scope, c.bucket) in probed]
+        report.candidates = [c for c in placed if (c.scope, c.bucket) in probed]
         mine = {layouts.key_of(c) for c in report.candidates}
         report.layers = [each for each in compared if each.key in mine]
 
@@ -91,7 +91,7 @@ def publish_audits(audits: Sequence[Audit], state_dir: Path) -> int | None:
     """
     with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
         stands = published.usable(state_dir)
-        candidates = auditing.condemned(stands.candidates, stands.environments, audits)
+        candidates = condemned(stands.candidates, stands.environments, audits)
         if candidates == list(stands.candidates):
             return None
         return republish(state_dir, stands, candidates, stands.environments)
@@ -153,7 +153,7 @@ def _chosen(
     for scope, group in published.by_scope(candidates).items():
         arch, _, name = scope
         profile = PROFILES.get(name, PROFILES["strict"])
-        mine = [c for c in stood if (c.arch, c.gpu, c.profile) == scope]
+        mine = [c for c in stood if c.scope == scope]
         new_choices, new_placed = choices(group, profile.default(_sm(arch)), mine)
         chosen += new_choices
         placed += new_placed
@@ -167,7 +167,7 @@ def on_every_gpu(candidates: Sequence[Candidate]) -> list[Candidate]:
     """
     merged: dict[tuple[object, ...], Candidate] = {}
     for c in candidates:
-        place = (c.arch, c.gpu, c.profile, c.bucket, c.backend)
+        place = c.place
         other = merged.get(place)
         merged[place] = c if other is None else _worse(other, c)
     return list(merged.values())

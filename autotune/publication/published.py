@@ -74,13 +74,13 @@ def join(
     A standing candidate stays where the probe did not measure its (bucket, backend) again, unless
     the probe saw its backend in another environment than the candidate's: then it is stale.
     """
-    measured = {_place(c) for c in candidates}
+    measured = {c.place for c in candidates}
     current = {(e.arch, e.backend): e.fingerprint for e in environments}
     devices = {(c.arch, c.gpu) for c in candidates}
     kept = [
         c
         for c in standing.candidates
-        if _place(c) not in measured
+        if c.place not in measured
         and (
             (c.arch, c.gpu) not in devices
             or current.get((c.arch, c.backend), c.fingerprint) == c.fingerprint
@@ -92,15 +92,9 @@ def join(
     return everyone, [e for print_, e in known.items() if print_ in wanted]
 
 
-def _place(candidate: Candidate) -> tuple[object, ...]:
-    c = candidate
-    return c.arch, c.gpu, c.profile, c.bucket, c.backend
-
-
 def by_scope(candidates: Iterable[Candidate]) -> dict[tuple[str, str, str], list[Candidate]]:
     """Candidates by (arch, gpu, profile): choices are made within one."""
     scopes: dict[tuple[str, str, str], list[Candidate]] = {}
     for candidate in candidates:
-        key = (candidate.arch, candidate.gpu, candidate.profile)
-        scopes.setdefault(key, []).append(candidate)
+        scopes.setdefault(candidate.scope, []).append(candidate)
     return scopes

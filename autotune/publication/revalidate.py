@@ -76,11 +76,6 @@ def settle(state_dir: Path, machine: Machine, environ: Mapping[str, str]) -> Set
         return Settled(generation, published.load(state_dir), stale)
 
 
-def _place(candidate: Candidate) -> tuple[object, ...]:
-    c = candidate
-    return c.arch, c.gpu, c.profile, c.bucket, c.backend
-
-
 @dataclass
 class _Past:
     """Earlier publications, read from the ledger when they are first needed."""
@@ -91,7 +86,7 @@ class _Past:
 
     def holding(self, candidate: Candidate) -> tuple[Candidate, Environment] | None:
         """The last one of this place that was published and whose environment is here now."""
-        return self._holding.get(_place(candidate))
+        return self._holding.get(candidate.place)
 
     @cached_property
     def _holding(self) -> dict[tuple[object, ...], tuple[Candidate, Environment]]:
@@ -101,7 +96,7 @@ class _Past:
         for candidates, environments in self._generations():
             for candidate in candidates:
                 environment = environments.get(candidate.fingerprint or "")
-                place = _place(candidate)
+                place = candidate.place
                 if environment is None or place in found or withdrawn(candidate):
                     continue
                 if (place, environment.fingerprint) in spent:

@@ -3,113 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 from ...cache.ledger import Ledger
-from ...cache.rows import BucketKey, Candidate, Evidence, Verdict
-from ..allowance import NOT_TRIED
-from ..entrants import Entrant, Layer
-from ..evidence import failures
+from ...cache.rows import BucketKey, Candidate, Evidence, Verdict, Where
+from ...machine.devices import Target
+from ..evidence import earlier_failures
 from ..evidence.recorder import Recorder
-from ..plan import Plan
-from ..verdict.bounds import Bound, codes, kernel, pool
+from ..layer import Entrant, ProbedLayer
+from ..verdict.bounds import codes, kernel, pool
 from ..verdict.buckets import MRange
-from ..verdict.rules import INCONCLUSIVE, UNSAFE, Doubt, Judgement, decide
+from ..verdict.rules import SAFE, UNSAFE, Doubt, Judgement, Rules, judge
+
+Layers = Sequence[tuple[ProbedLayer, Sequence[Entrant]]]
 
 
-def judge(
-    plan: Plan,
-    facts: Sequence[Evidence],
-    bounds: Mapping[str, Bound],
-    doubts: Mapping[str, Doubt],
-    reference_line: bool = False,
-) -> Judgement:
-    """The verdict of one tactic in one bucket; a reference line is measured and never judged.
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """What verdicts rest on beside this run's evidence.
 
-    What a time budget left out is inconclusive for that reason, unless it is known to be unsafe.
+    `doubts` are of this run's controls: they say nothing of an entrant whose evidence is an earlier
+    run's. `earlier` are failures that earlier runs saw; of an entrant that is known they are among
+    its own evidence.
     """
-    tried = [f for f in facts if f.regime != NOT_TRIED]
-    found = decide(tried, plan.profile, bounds, plan.aim, plan.level.without, doubts)
-    if not reference_line:
-        why = tuple({str(f.detail["note"]): None for f in facts if f.regime == NOT_TRIED})
-        if not why or found.status == UNSAFE:
-            return found
-        return replace(found, status=INCONCLUSIVE, conditions=(), reasons=why)
-    reasons = ("a reference line, never chosen",)
-    return replace(found, status="inconclusive", conditions=(), reasons=reasons)
+
+    target: Target
+    rules: Rules
+    confidence: float
+    doubts: Mapping[str, Doubt]
+    earlier: Mapping[Where, Sequence[Evidence]]
 
 
 def candidates(
-    plan: Plan,
-    done: Sequence[tuple[Layer, Sequence[Entrant]]],
-    record: Recorder,
-    ledger: Ledger,
-    doubts: Mapping[str, Doubt],
-    earlier: Mapping[tuple[str, str, BucketKey], Sequence[Evidence]] | None = None,
+    layers: Layers, record: Recorder, ledger: Ledger, grounds: Grounds
 ) -> list[Candidate]:
-    """A verdict for every tactic that was tried, and a candidate for each backend's best.
-
-    `doubts` are of this run's controls: they say nothing of an entrant whose evidence is an earlier
-    run's. `earlier` are failures that earlier runs saw (see `failures`); of an entrant that is
-    known they are among its own evidence.
-    """
+    """A verdict for every tactic that was tried, and a candidate for each backend's best."""
     found = []
     tried = {
         (entrant.name, layer.bucket(m)): entrant
-        for layer, entrants in done
+        for layer, entrants in layers
         for entrant in entrants
         for m in layer.ranges
     }
-    digests, pooled = codes(record.exact), pool(record.exact, plan.confidence)
-    for (backend, tactic, bucket), facts in record.take_facts().items():
-        entrant = tried[backend, bucket]
-        mine = pooled.get(kernel(backend, tactic, bucket, digests), {})
-        bounds = {regime: bound.json() for regime, bound in mine.items()}
-        its = {} if entrant.known else doubts
-        before = [] if entrant.known else list((earlier or {}).get((backend, tactic, bucket), ()))
-        judgement = judge(plan, [*facts, *before], mine, its, entrant.reference_line)
-        if before and judgement.status == UNSAFE:
-            said = failures.reasons(before)
-            judgement = replace(judgement, reasons=(*judgement.reasons, *said))
-        conditions = tuple(asdict(c) for c in judgement.conditions)
-        ledger.add_verdict(
-            Verdict(
-                run=record.run,
-                fingerprint=record.fingerprint(backend),
-                backend=backend,
-                tactic=tactic,
-                bucket=bucket,
-                profile=plan.profile.name,
-                status=judgement.status,
-                conditions=conditions,
-                reasons=judgement.reasons,
-                bounds=bounds,
-            )
+    digests, pooled = codes(record.exact), pool(record.exact, grounds.confidence)
+    for where, facts in record.take_facts().items():
+        entrant = tried[where.backend, where.bucket]
+        bounds = pooled.get(kernel(where, digests), {})
+        doubts = {} if entrant.known else grounds.doubts
+        before = [] if entrant.known else list(grounds.earlier.get(where, ()))
+        judged = judge([*facts, *before], grounds.rules, bounds, doubts, entrant.reference_line)
+        if before and judged.status == UNSAFE:
+            said = earlier_failures.reasons(before)
+            judged = replace(judged, reasons=(*judged.reasons, *said))
+        verdict = Verdict(
+            run=record.run,
+            fingerprint=record.fingerprint(where.backend),
+            backend=where.backend,
+            tactic=where.tactic,
+            bucket=where.bucket,
+            profile=grounds.rules.profile.name,
+            status=judged.status,
+            conditions=tuple(asdict(c) for c in judged.conditions),
+            reasons=judged.reasons,
+            bounds={regime: bound.json() for regime, bound in bounds.items()},
         )
-        m = MRange(bucket.m_lo, bucket.m_hi)
-        if tactic != entrant.winner.get(m, entrant.tactics[m][0]):
-            continue
-        timing = record.timings.get((backend, tactic, bucket))
-        found.append(
-            Candidate(
-                arch=plan.target.device.arch,
-                gpu=plan.target.name,
-                profile=plan.profile.name,
-                bucket=bucket,
-                backend=backend,
-                tactic=tactic,
-                layout=entrant.runner.hello["layout"],
-                verdict=judgement.status,
-                median_us=timing.median_us if timing else None,
-                lo_us=timing.lo_us if timing else None,
-                hi_us=timing.hi_us if timing else None,
-                launches=judgement.launches,
-                problems=judgement.problems,
-                width=judgement.width,
-                conditions=conditions,
-                reasons=judgement.reasons,
-                fingerprint=record.fingerprint(backend),
-                bounds=bounds,
-            )
-        )
+        ledger.add_verdict(verdict)
+        m = MRange(where.bucket.m_lo, where.bucket.m_hi)
+        if where.tactic == entrant.winner.get(m, entrant.tactics[m][0]):
+            layout = entrant.runner.hello["layout"]
+            found.append(_candidate(verdict, judged, layout, grounds.target, record))
     return found
+
+
+def _candidate(
+    verdict: Verdict, judged: Judgement, layout: str, target: Target, record: Recorder
+) -> Candidate:
+    timing = record.timings.get(verdict.where)
+    return Candidate(
+        arch=target.device.arch,
+        gpu=target.name,
+        profile=verdict.profile,
+        bucket=verdict.bucket,
+        backend=verdict.backend,
+        tactic=verdict.tactic,
+        layout=layout,
+        verdict=verdict.status,
+        median_us=timing.median_us if timing else None,
+        lo_us=timing.lo_us if timing else None,
+        hi_us=timing.hi_us if timing else None,
+        launches=judged.launches,
+        problems=judged.problems,
+        width=judged.width,
+        conditions=verdict.conditions,
+        reasons=verdict.reasons,
+        fingerprint=verdict.fingerprint,
+        bounds=verdict.bounds,
+    )
+
+
+def unfinished(
+    candidates: Sequence[Candidate], cut: Sequence[ProbedLayer]
+) -> tuple[list[Candidate], list[dict[str, object]]]:
+    """Candidates to publish where the budget ended in the layers `cut`, or before them; and what is
+    left of these: their m ranges without a proven candidate. Nothing is published of such a range,
+    so that what stood there before goes on standing.
+    """
+    safe = {c.bucket for c in candidates if c.verdict == SAFE}
+    timed = {c.bucket for c in candidates if c.verdict == SAFE and c.median_us is not None}
+    open_: set[BucketKey] = set()
+    for layer in cut:
+        real = [layer.bucket(m) for m in layer.ranges if m.hi]
+        open_.update(bucket for bucket in real if bucket not in timed)
+        # An empty batch goes with the smallest real range.
+        empty = [layer.bucket(m) for m in layer.ranges if not m.hi]
+        open_.update(b for b in empty if b not in safe or (real and real[0] in open_))
+    left: list[dict[str, object]] = []
+    for layer in cut:
+        p = layer.problem
+        ranges = [[m.lo, m.hi] for m in layer.ranges if layer.bucket(m) in open_]
+        if ranges:
+            named = {key: getattr(p, key) for key in ("format", "activation", "out_dtype")}
+            left.append({**named, "n": p.n, "k": p.k, "m": ranges})
+    return [c for c in candidates if c.bucket not in open_], left

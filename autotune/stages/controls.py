@@ -12,15 +12,16 @@ from dataclasses import replace
 from typing import Any
 
 from ...cache.ledger import Ledger
-from ...cache.rows import BucketKey, Evidence
-from ...probes.regimes import REGIMES
+from ...cache.rows import Evidence
 from ...probes.seeds import derive
 from ...probes.worker.supervisor import WorkerFailed
 from ...probes.zoo.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
+from ...words import EXACT
+from ..evidence.environment import environment_of
+from ..keys import layer_key
 from ..plan import Plan
 from ..runner import Progress, Runner
-from ..verdict.rules import EXACT, Doubt
-from .build import environment_of
+from ..verdict.rules import Doubt
 
 BUDGET = {"least": 3, "most": 20, "seconds": 0.05}
 TRIES = 3
@@ -37,15 +38,15 @@ def runner_of(plan: Plan, progress: Progress) -> Runner:
     return Runner(NAME, plan.target, usual, plan.python, progress)
 
 
-def of_probe(
-    plan: Plan, runner: Runner, ledger: Ledger, run_id: str, progress: Progress
+def control(
+    runner: Runner, regimes: Sequence[str], seed: int, ledger: Ledger, run_id: str
 ) -> dict[str, Doubt]:
-    """Run the controls of every regime that this probe runs; the regimes that are in doubt."""
-    progress("controls", "does each regime flag what is wrong, and only that?")
-    regimes = [name for name in REGIMES if name not in plan.level.without]
+    """Run the controls of these regimes in `runner`, and close it; the regimes in doubt."""
+    tell = runner.progress
+    tell("controls", "does each regime flag what is wrong, and only that?")
     try:
-        start(runner, derive(plan.seed, NAME))
-        environment = environment_of(runner, plan.target)
+        start(runner, derive(seed, NAME))
+        environment = environment_of(runner)
     except WorkerFailed as failure:
         doubt = Doubt(f"the controls did not start: {failure.kind} ({failure})")
         return {name: doubt for name in regimes if name in CONTROLS}
@@ -53,7 +54,7 @@ def of_probe(
     found = run(runner, regimes, ledger, run_id, environment.fingerprint)
     runner.close()
     for regime, doubt in found.items():
-        progress("controls", f"{regime} is in doubt: {doubt.reason}")
+        tell("controls", f"{regime} is in doubt: {doubt.reason}")
     return found
 
 
@@ -69,26 +70,44 @@ def run(
 ) -> dict[str, Doubt]:
     """Every control of `regimes`, with what was seen as evidence; the regimes that are in doubt."""
     doubts: dict[str, Doubt] = {}
-    for regime in regimes:
-        if regime not in CONTROLS:
-            continue
-        control = CONTROLS[regime]
+
+    def record(regime: str, tactic: str, part: Mapping[str, Any], expected: bool) -> str:
+        """Store what came of one control; what the regime flagged it for."""
+        seen = _flagged(part)
+        as_expected = bool(seen) == expected
+        detail = {"seen": seen, "as_expected": as_expected}
+        ledger.add_evidence(
+            Evidence(
+                run=run_id,
+                fingerprint=fingerprint,
+                backend=NAME,
+                tactic=tactic,
+                bucket=layer_key(PROBLEM).bucket(min(MS), max(MS)),
+                regime=regime,
+                data=EXACT,
+                status="failed" if seen else "not exercised" if part["not_exercised"] else "passed",
+                launches=part["launches"],
+                problems=part["problems"],
+                width=24,
+                seconds=part["seconds"],
+                detail=detail,
+            )
+        )
+        return seen
+
+    for regime in (name for name in regimes if name in CONTROLS):
+        bad_control = CONTROLS[regime]
         try:
-            right = _once(runner, regime, GOOD)
-            seen = _flagged(right)
-            _record(ledger, run_id, fingerprint, regime, GOOD, right, seen, not seen)
-            if seen:
+            if seen := record(regime, GOOD, _once(runner, regime, GOOD), False):
                 doubts[regime] = Doubt(f"a right kernel was flagged ({seen})", spoils=True)
                 continue
             for _ in range(TRIES):
-                bad = _once(runner, regime, control.tactic)
-                seen = _flagged(bad)
-                if seen:
+                bad = _once(runner, regime, bad_control.tactic)
+                if _flagged(bad):
                     break
-            _record(ledger, run_id, fingerprint, regime, control.tactic, bad, seen, bool(seen))
-            if not seen:
+            if not record(regime, bad_control.tactic, bad, True):
                 why = bad.get("not_exercised") or _raised(bad)
-                text = f"a kernel that {control.about} was not flagged"
+                text = f"a kernel that {bad_control.about} was not flagged"
                 doubts[regime] = Doubt(f"{text}: {why}" if why else text)
         except WorkerFailed as failure:
             if failure.kind == "not applicable":
@@ -116,35 +135,3 @@ def _flagged(part: Mapping[str, Any]) -> str:
 
 def _raised(part: Mapping[str, Any]) -> str:
     return str(part.get("error", {}).get("message", ""))
-
-
-def _record(
-    ledger: Ledger,
-    run_id: str,
-    fingerprint: str,
-    regime: str,
-    tactic: str,
-    part: Mapping[str, Any],
-    seen: str,
-    as_expected: bool,
-) -> None:
-    p = PROBLEM
-    ledger.add_evidence(
-        Evidence(
-            run=run_id,
-            fingerprint=fingerprint,
-            backend=NAME,
-            tactic=tactic,
-            bucket=BucketKey(
-                p.format, p.activation, p.out_dtype, p.groups, min(MS), max(MS), p.n, p.k
-            ),
-            regime=regime,
-            data=EXACT,
-            status="failed" if seen else "not exercised" if part["not_exercised"] else "passed",
-            launches=part["launches"],
-            problems=part["problems"],
-            width=24,
-            seconds=part["seconds"],
-            detail={"seen": seen, "as_expected": as_expected},
-        )
-    )

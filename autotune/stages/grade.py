@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 
+from ...cache.rows import Under
 from ...probes.data import families
 from ...probes.regimes.mlp.layers import second_shape
 from ...probes.worker.supervisor import WorkerFailed
-from ..entrants import SPARE_ROWS, Entrant, Layer, asked, failed, try_again
+from .. import census
 from ..evidence.recorder import Recorder
+from ..layer import SPARE_ROWS, Entrant, ProbedLayer
+from ..retest import try_again
 from ..verdict.buckets import MRange
-from ..verdict.rules import EXACT
 
 MOST_SPLITS = 5
 """How often a crash while grading is narrowed down by halves before the rest is given up."""
+SERIAL = Under("serial")
+
+Pair = tuple[MRange, str]
+"""An m range, and a tactic in it."""
 
 
-def open_layer(layer: Layer, entrant: Entrant, record: Recorder) -> bool:
+def grade(
+    layer: ProbedLayer,
+    entrants: Sequence[Entrant],
+    record: Recorder,
+    say: Callable[[str], None],
+    pool: Executor | None = None,
+) -> list[Entrant]:
+    """Open the layer in every entrant's worker and grade those that are not known; those that
+    could open it.
+
+    With `pool`, entrants are graded at once: on a GPU most of that time is the host's.
+    """
+    spent = layer.clock.spent
+
+    def learn(entrant: Entrant) -> bool:
+        if entrant.known and not entrant.winner:
+            return False  # it never came so far as to be timed
+        with spent("open", entrant.name):
+            if not _open(layer, entrant, record):
+                return False
+        if entrant.known:
+            return True
+        with spent("grade", entrant.name):
+            _exact(layer, entrant, record)
+        if not entrant.reference_line:
+            with spent("families", entrant.name):
+                _families(layer, entrant, record)
+            with spent("census", entrant.name):
+                census.graded(layer, entrant, record)
+        return True
+
+    say("grading: exact, realistic and extreme data")
+    with spent("grading"):
+        graded = list(pool.map(learn, entrants) if pool else map(learn, entrants))
+    return [entrant for entrant, ok in zip(entrants, graded, strict=True) if ok]
+
+
+def _open(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> bool:
     """Have the entrant's worker open the layer; whether it could."""
     try:
         pool = layer.problem.at(layer.problem.m + SPARE_ROWS)
@@ -24,18 +68,17 @@ def open_layer(layer: Layer, entrant: Entrant, record: Recorder) -> bool:
         regimes = () if entrant.reference_line else tuple(layer.regimes)
         entrant.runner.open(pool, layer.seed, layer.memory, behind, regimes)
     except WorkerFailed as failure:
-        for m in entrant.tactics:
-            failed(layer, entrant, m, entrant.tactics[m][0], "serial", EXACT, failure, record)
+        for m, tactics in entrant.tactics.items():
+            record.failure(layer.where(entrant, m, tactics[0]), SERIAL, failure)
         return False
     return True
 
 
-def grade(layer: Layer, entrant: Entrant, record: Recorder) -> None:
+def _exact(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
     """Serial launches of exact problems for every tactic; the width of those that are right."""
-    pairs = [(m, tactic) for m, tactics in entrant.tactics.items() for tactic in tactics]
     splits = [MOST_SPLITS]
 
-    def halve(part: Sequence[tuple[MRange, str]]) -> None:
+    def halve(part: Sequence[Pair]) -> None:
         items = [layer.item(m, tactic, tag="grade") for m, tactic in part]
         try:
             results = entrant.runner.ask("grade", items=items)
@@ -46,38 +89,38 @@ def grade(layer: Layer, entrant: Entrant, record: Recorder) -> None:
                 halve(part[:half])
                 halve(part[half:])
                 return
-            question = asked(layer, "grade", items=items)
+            question = layer.asked("grade", items=items)
             for m, tactic in part:
-                failed(layer, entrant, m, tactic, "serial", EXACT, failure, record, question)
+                record.failure(layer.where(entrant, m, tactic), SERIAL, failure, question)
             return
-        try_again(layer, entrant, part, "serial", EXACT, results, record)
-        for (m, tactic), result in zip(part, results, strict=True):
+        places = [layer.where(entrant, m, tactic) for m, tactic in part]
+        try_again(entrant, places, SERIAL, results, record)
+        for pair, where, result in zip(part, places, results, strict=True):
             width = result["width"]
             if width is not None:
-                entrant.width[m, tactic] = width
-            record.result(entrant.name, tactic, layer.bucket(m), "serial", EXACT, result, width)
+                entrant.width[pair] = width
+            record.result(where, SERIAL, result, width)
 
-    halve(pairs)
+    halve([(m, tactic) for m, tactics in entrant.tactics.items() for tactic in tactics])
 
 
-def check_families(layer: Layer, entrant: Entrant, record: Recorder) -> None:
+def _families(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
     """Realistic and extreme data, in the serial regime, for every tactic that was graded."""
     pairs = list(entrant.width)
+    places = [layer.where(entrant, m, tactic) for m, tactic in pairs]
     for family in families(layer.problem) if pairs else ():
-        name = family.name
-        items = [layer.item(m, t, entrant.width[m, t], name) for m, t in pairs]
+        under = Under("serial", family.name)
+        items = [layer.item(m, t, entrant.width[m, t], family.name) for m, t in pairs]
         try:
-            results = entrant.runner.ask("family", name=name, items=items)
+            results = entrant.runner.ask("family", name=family.name, items=items)
         except WorkerFailed as failure:
-            question = asked(layer, "family", name=name, items=items)
-            for m, tactic in pairs:
-                failed(layer, entrant, m, tactic, "serial", name, failure, record, question)
+            question = layer.asked("family", name=family.name, items=items)
+            for where in places:
+                record.failure(where, under, failure, question)
             entrant.faulty.update(pairs)
             continue
-        try_again(layer, entrant, pairs, "serial", name, results, record)
-        for pair, item, result in zip(pairs, items, results, strict=True):
-            status = record.result(
-                entrant.name, pair[1], layer.bucket(pair[0]), "serial", name, result, item["width"]
-            )
+        try_again(entrant, places, under, results, record)
+        for pair, where, result in zip(pairs, places, results, strict=True):
+            status = record.result(where, under, result, entrant.width[pair])
             if status == "failed" and family.condition is None:
                 entrant.faulty.add(pair)

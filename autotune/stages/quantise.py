@@ -7,88 +7,84 @@ W4A4 backends that an engine feeds with it would fail.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...cache.ledger import Ledger
-from ...cache.rows import BucketKey, Environment
-from ...machine.devices import Target
+from ...cache.rows import BucketKey, Environment, Under, Where
 from ...probes import quantisers
 from ...probes.problem import Problem
 from ...probes.worker.supervisor import WorkerFailed
+from ..evidence.environment import environment_of
+from ..evidence.history import History
+from ..evidence.probed import probed_quantiser
 from ..evidence.recorder import Recorder
 from ..plan import Plan
-from ..runner import Patience, Progress, Runner
+from ..race import Race, run_races
+from ..runner import Progress, Runner
 from ..verdict.buckets import ranges, representative
-from .race import Race
-from .timing import run_races
 
 REGIME = "quantiser"
 TACTIC = "default"
 
 
-def probe_quantisers(
-    names: Sequence[str],
-    target: Target,
-    problems: Sequence[Problem],
-    seed: int,
-    python: str | None,
-    patience: Patience,
-    ledger: Ledger,
-    record: Recorder,
-    progress: Progress,
-    environment_of: Callable[[Runner, Target], Environment],
-    known: Callable[[str, str, BucketKey], bool] = lambda name, print_, bucket: False,
-    done: Callable[[str, str, BucketKey, float], None] = lambda name, print_, bucket, at: None,
-) -> tuple[list[Environment], dict[str, str], dict[str, str]]:
-    """Probe quantisers for every (format, dtype, k) of the W4A4 `problems`.
+@dataclass(slots=True)
+class Quantised:
+    """What came of probing quantisers: environments met, and by name why one cannot run here, or
+    how it broke."""
 
-    Returns the environments met, and by name why a quantiser cannot run here, or how it broke.
-    `known` says whether one, by name, fingerprint and bucket, need not be probed; `done` is told of
-    each that was, and since when.
-    """
-    met: list[Environment] = []
-    unsupported: dict[str, str] = {}
-    broken: dict[str, str] = {}
-    for name in names:
+    environments: list[Environment] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def quantise(
+    plan: Plan, ledger: Ledger, record: Recorder, history: History, progress: Progress
+) -> Quantised:
+    """Probe the plan's quantisers for every (format, dtype, k) of its W4A4 problems, those that
+    `history` does not know."""
+    found = Quantised()
+    for name in plan.quantisers:
         quantiser = quantisers.find(name)
         if quantiser is None:
             continue
-        mine = [p for p in problems if (p.activation, p.format) == ("fp4", quantiser.format)]
+        mine = [p for p in plan.problems if (p.activation, p.format) == ("fp4", quantiser.format)]
         unique = {(p.out_dtype, p.k): p for p in mine}
         if not unique:
             continue
         # A CPU needs no process to say no; elsewhere the engine's interpreter is asked.
-        why = quantiser.unsupported(target.device) if target.device.kind == "cpu" else None
+        device = plan.target.device
+        why = quantiser.unsupported(device) if device.kind == "cpu" else None
         if why:
-            unsupported[name] = why
+            found.unsupported[name] = why
             continue
-        with ExitStack() as stack:
-            runner = Runner(name, target, patience, python, progress)
-            stack.callback(runner.close)
+        with closing(Runner(name, plan.target, plan.patience, plan.python, progress)) as runner:
             try:
                 runner.start()
                 why = runner.ask("quantiser_unsupported")
                 if why:
-                    unsupported[name] = why
+                    found.unsupported[name] = why
                     continue
-                found = environment_of(runner, target)
+                environment = environment_of(runner)
             except WorkerFailed as failure:
-                broken[name] = f"{failure.kind}: {failure}"
+                found.broken[name] = f"{failure.kind}: {failure}"
                 continue
-            met.append(found)
-            ledger.add_environment(found)
-            record.knows(name, found.fingerprint)
+            found.environments.append(environment)
+            ledger.add_environment(environment)
+            record.knows(name, environment.fingerprint)
             for problem in unique.values():
-                place = name, found.fingerprint, bucket_of(problem)
-                if not known(*place):
-                    at = time.time()
-                    _one(runner, problem, seed, record, patience)
-                    done(*place, at)
+                bucket = bucket_of(problem)
+                known = history.quantised(bucket, name, environment.fingerprint)
+                if known is not None:
+                    record.recall((), *known)
+                    continue
+                since = time.time()
+                _one(runner, problem, plan.seed, record)
+                ledger.add_probed(probed_quantiser(plan, name, bucket, record, since))
     record.take_facts()  # they are evidence, and no bucket's verdict rests on them
-    return met, unsupported, broken
+    return found
 
 
 def time_quantisers(
@@ -148,7 +144,7 @@ def _time(
     for m, race in races.items():
         bucket = replace(bucket_of(problem), m_lo=m.lo, m_hi=m.hi)
         for name in race.samples:
-            record.timing(name, TACTIC, bucket, race.levelled(name), None, {})
+            record.timing(Where(name, TACTIC, bucket), race.levelled(name), None, {})
     for runner in opened.values():
         with suppress(WorkerFailed):
             runner.ask("close")
@@ -160,15 +156,15 @@ def bucket_of(problem: Problem) -> BucketKey:
     return BucketKey(problem.format, "fp4", problem.out_dtype, 1, 1, most, 0, problem.k)
 
 
-def _one(runner: Runner, problem: Problem, seed: int, record: Recorder, patience: Patience) -> None:
-    bucket = bucket_of(problem)
+def _one(runner: Runner, problem: Problem, seed: int, record: Recorder) -> None:
+    where = Where(runner.name, TACTIC, bucket_of(problem))
     try:
         # The first call may compile for minutes.
         results: list[dict[str, Any]] = runner.ask(
-            "quantise", patience.build, dtype=problem.out_dtype, k=problem.k, seed=seed
+            "quantise", runner.patience.build, dtype=problem.out_dtype, k=problem.k, seed=seed
         )
     except WorkerFailed as failure:
-        record.failure(runner.name, TACTIC, bucket, REGIME, "realistic", failure)
+        record.failure(where, Under(REGIME, "realistic"), failure)
         return
     for result in results:
-        record.result(runner.name, TACTIC, bucket, REGIME, result["data"], result, None)
+        record.result(where, Under(REGIME, result["data"]), result, None)

@@ -2,65 +2,180 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
-from ...probes.regimes import COSTLY, HARDER, SAME_START
+from ...cache.rows import Under, Where
+from ...probes.regimes import ALONE, COSTLY, HARDER, SAME_START
 from ...probes.worker.supervisor import WorkerFailed
-from .. import chains
-from ..allowance import OVER
-from ..entrants import Entrant, Item, Layer, asked, failed, not_tried, try_again
+from .. import budget, chains
+from ..budget import OVER, REPEATS, SLOWER, lacking, windows
 from ..evidence.recorder import Recorder
-from ..soak import REPEATS, Purse, lacking, open_share, windows
+from ..layer import Entrant, Item, ProbedLayer, not_tried
+from ..retest import try_again
 from ..verdict.buckets import MRange
-from ..verdict.rules import EXACT
+
+Part = Mapping[str, Collection[MRange] | None]
+"""Who goes through the regimes, by name, and in which m ranges; None for all."""
 
 
-def _winners(
-    layer: Layer, entrant: Entrant, tag: str, only: Collection[MRange] | None
-) -> list[tuple[MRange, str, Item]]:
-    edges = tag.split(" ")[0] in COSTLY and layer.purse is None
-    return [
-        (m, tactic, layer.item(m, tactic, entrant.width[m, tactic], tag, edges))
-        for m, tactic in entrant.winner.items()
-        if only is None or m in only
-    ]
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A bucket's winner in one turn of a regime."""
+
+    m: MRange
+    where: Where
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One launch of a regime's chain: which turn it is, how often it is repeated, and on how many
+    windows of rows for each m."""
+
+    number: int
+    budget: dict[str, Any]
+    windows: int = 1
+
+
+def stress(
+    layer: ProbedLayer,
+    entrants: Sequence[Entrant],
+    record: Recorder,
+    say: Callable[[str], None],
+    pool: Executor | None = None,
+) -> None:
+    """Every regime of the level, for the winners of these entrants; the fastest first where time is
+    limited.
+
+    With `pool`, entrants go through most regimes at once: on a GPU most of that time is the host's,
+    and a hang of one is waited for while others go on. The regimes in `ALONE` have the device to
+    themselves.
+    """
+    tried = [e for e in entrants if e.winner and not e.reference_line]
+
+    def run(part: Part) -> None:
+        mine = [e for e in tried if e.name in part and not e.known]
+        for step, alone in (("regimes, one at a time", True), ("regimes, side by side", False)):
+            names = [n for n in layer.regimes if (n in ALONE) == alone]
+            with layer.clock.spent(step):
+                if alone:
+                    for name in names:
+                        for entrant in mine:
+                            _regimes(layer, entrant, [name], part[entrant.name], record, say)
+                    continue
+
+                def together(entrant: Entrant, names: Sequence[str] = names) -> None:
+                    _regimes(layer, entrant, names, part[entrant.name], record, say)
+
+                list(pool.map(together, mine) if pool else map(together, mine))
+
+    if layer.time is None:
+        run({entrant.name: None for entrant in tried})
+    else:
+        _from_the_fastest(layer, layer.time, tried, run, record)
+
+
+def _regimes(
+    layer: ProbedLayer,
+    entrant: Entrant,
+    names: Sequence[str],
+    only: Collection[MRange] | None,
+    record: Recorder,
+    say: Callable[[str], None],
+) -> None:
+    for name in names:
+        say(f"{name}: {entrant.name}")
+        with layer.clock.spent(name, entrant.name):
+            run_regime(layer, entrant, name, record, only)
+
+
+def _from_the_fastest(
+    layer: ProbedLayer,
+    limit: budget.TimeBudget,
+    tried: Sequence[Entrant],
+    run: Callable[[Part], None],
+    record: Recorder,
+) -> None:
+    """Run waves until two candidates of every m range are proven; the rest is told `not tried`.
+
+    Ends with the time, too: what was not tried then says so.
+    """
+    by_name = {entrant.name: entrant for entrant in tried}
+    times = {entrant.name: entrant.median_us for entrant in tried}
+    orders = {
+        m: [name for name in budget.order(times, m) if m in by_name[name].winner]
+        for m in layer.ranges
+    }
+    if layer.agreement:
+        scope = (layer.target.name, layer.problem)
+        orders = {m: layer.agreement.order(scope, m, own) for m, own in orders.items()}
+    done: dict[MRange, list[str]] = {m: [] for m in layer.ranges}
+
+    def where(name: str, m: MRange) -> Where:
+        return layer.where(by_name[name], m, by_name[name].winner[m])
+
+    def proven(name: str, m: MRange) -> bool:
+        return limit.proven(where(name, m))
+
+    while not limit.over and (wave := budget.next_wave(orders, done, proven)):
+        run(wave)
+        for name, ranges in wave.items():
+            for m in ranges:
+                done[m].append(name)
+    for m, names in orders.items():
+        enough = sum(proven(name, m) for name in done[m]) >= budget.ENOUGH
+        for name in names:
+            if name not in done[m] and not by_name[name].known:
+                not_tried(where(name, m), SLOWER if enough else OVER, record)
 
 
 def run_regime(
-    layer: Layer,
+    layer: ProbedLayer,
     entrant: Entrant,
     name: str,
     record: Recorder,
     only: Collection[MRange] | None = None,
 ) -> None:
     """One regime over a chain of every bucket's winner, or of those in `only`."""
-    won = _winners(layer, entrant, name, only)
-    if layer.allowance and layer.allowance.over:
-        for m, tactic, _ in won:
-            not_tried(layer, entrant, m, tactic, OVER, record)
+    won = list(_winners(layer, entrant, name, only))
+    if layer.time and layer.time.over:
+        for each in won:
+            not_tried(each.where, OVER, record)
         return
+    bounded = layer.launches if layer.launches and name in layer.launches.regimes else None
     left = _needless(layer, entrant, name, won)
     if left is not None:
         status, reasons = left
-        for (m, tactic, _), why in zip(won, reasons, strict=True):
-            note = {"note": why}
-            record.status(entrant.name, tactic, layer.bucket(m), name, EXACT, status, note)
-        if layer.purse and name in layer.purse.regimes:
-            layer.purse.share()
+        for each, why in zip(won, reasons, strict=True):
+            record.status(each.where, Under(name), status, {"note": why})
+        if bounded:
+            bounded.part()
         return
     level = layer.level
-    budget = {"least": level.least, "most": level.most, "seconds": level.seconds}
-    passed = _turn(layer, entrant, name, won, budget, record)
-    if layer.purse and name in layer.purse.regimes:
-        if passed:
-            _soak(layer, entrant, name, layer.purse, record, only)
-        else:
-            layer.purse.share()  # for those that come after
+    first = _Turn(0, {"least": level.least, "most": level.most, "seconds": level.seconds})
+    passed = _run(layer, entrant, name, won, first, record)
+    if bounded and passed:
+        _until_bounded(layer, entrant, name, bounded, record, only)
+    elif bounded:
+        bounded.part()  # for those that come after
+
+
+def _winners(
+    layer: ProbedLayer, entrant: Entrant, tag: str, only: Collection[MRange] | None
+) -> Iterator[_Tried]:
+    edges = tag.split(" ")[0] in COSTLY and layer.launches is None
+    for m, tactic in entrant.winner.items():
+        if only is None or m in only:
+            item = layer.item(m, tactic, entrant.width[m, tactic], tag, edges)
+            yield _Tried(m, layer.where(entrant, m, tactic), item)
 
 
 def _needless(
-    layer: Layer, entrant: Entrant, name: str, won: Sequence[tuple[MRange, str, Item]]
+    layer: ProbedLayer, entrant: Entrant, name: str, won: Sequence[_Tried]
 ) -> tuple[str, list[str]] | None:
     """Where the regime need not be run: the status to record, and the reason for each item."""
     for deadly in (name, HARDER.get(name)):
@@ -71,89 +186,81 @@ def _needless(
         return "not applicable", [chains.ELSEWHERE] * len(won)
     same = SAME_START.get(name)
     if same is not None and won:
-        reasons = [entrant.exempt.get((same, m, tactic)) for m, tactic, _ in won]
+        reasons = [entrant.exempt.get((same, each.m, each.where.tactic)) for each in won]
         if all(reasons):
             return "not applicable", [str(why) for why in reasons]
     return None
 
 
-def _soak(
-    layer: Layer,
+def _until_bounded(
+    layer: ProbedLayer,
     entrant: Entrant,
     name: str,
-    purse: Purse,
+    spend: budget.LaunchBudget,
     record: Recorder,
     only: Collection[MRange] | None,
 ) -> None:
     """More turns of a regime, on fresh problems, until every kernel's failure rate is bounded.
 
-    A kernel that failed is left: no number of launches makes it good. Ends with the purse's share.
+    A kernel that failed is left: no number of launches makes it good. Ends with its part of the
+    budget.
     """
-    share = open_share(purse)
-    turn = 0
-    budget = {"least": REPEATS, "most": REPEATS, "seconds": 0.0}
-    while not share.empty:
-        turn += 1
-        won = _winners(layer, entrant, f"{name} {turn}", only)
-        buckets = [(tactic, layer.bucket(m)) for m, tactic, _ in won]
-        short = lacking(purse, record.exact, entrant.name, buckets, name)
+    start, seconds = time.monotonic(), spend.part()
+    number = 0
+    while time.monotonic() - start < seconds:
+        number += 1
+        won = list(_winners(layer, entrant, f"{name} {number}", only))
+        short = lacking(spend, record.exact, [each.where for each in won], name)
         won = [each for each, more in zip(won, short, strict=True) if more]
         if not won:
             break
-        count = windows(sum(len(item["ms"]) for _, _, item in won))
-        if not _turn(layer, entrant, name, won, budget, record, turn, count):
+        count = windows(sum(len(each.item["ms"]) for each in won))
+        turn = _Turn(number, {"least": REPEATS, "most": REPEATS, "seconds": 0.0}, count)
+        if not _run(layer, entrant, name, won, turn, record):
             break
-    share.close()
+    spend.spend(time.monotonic() - start)
 
 
-def _turn(
-    layer: Layer,
+def _run(
+    layer: ProbedLayer,
     entrant: Entrant,
     name: str,
-    won: Sequence[tuple[MRange, str, Item]],
-    budget: dict[str, Any],
+    won: Sequence[_Tried],
+    turn: _Turn,
     record: Recorder,
-    turn: int = 0,
-    count: int = 1,
 ) -> bool:
     """One chain of these items in one regime; whether another may follow: all of it passed."""
     patience = entrant.runner.patience
     # A chain's second GEMM may load code that nothing before it did.
     silence = patience.run if name == chains.REGIME else patience.regime
-    items = [i for _, _, i in won]
+    under = Under(name)
+    asked = {
+        "name": name,
+        "items": [each.item for each in won],
+        "budget": turn.budget,
+        "turn": turn.number,
+    }
     try:
-        result = entrant.runner.ask(
-            "regime", silence, name=name, items=items, budget=budget, turn=turn, windows=count
-        )
+        result = entrant.runner.ask("regime", silence, windows=turn.windows, **asked)
     except WorkerFailed as failure:
         if failure.fatal:
             entrant.dead[name] = f"{failure.kind} ({failure})"
-        question = asked(layer, "regime", name=name, items=items, budget=budget, turn=turn)
-        for m, tactic, _ in won:
-            failed(layer, entrant, m, tactic, name, EXACT, failure, record, question)
+        for each in won:
+            record.failure(each.where, under, failure, layer.asked("regime", **asked))
         return False
-    pairs = [(m, tactic) for m, tactic, _ in won]
-    try_again(layer, entrant, pairs, name, EXACT, result["items"], record)
+    try_again(entrant, [each.where for each in won], under, result["items"], record)
     passed = True
-    broken = [m for (m, _, _), part in zip(won, result["items"], strict=True) if part["bad"]]
-    for (m, tactic, item), part in zip(won, result["items"], strict=True):
+    broken = [each.m for each, part in zip(won, result["items"], strict=True) if part["bad"]]
+    seconds = result["seconds"] / max(1, len(won))
+    for each, part in zip(won, result["items"], strict=True):
         if broken and not part["bad"] and name != "serial":
             # They ran interleaved: what corrupted one launch may have spared another by chance.
             why = {"note": f"m={broken[0]} failed in the same chain"}
-            record.status(entrant.name, tactic, layer.bucket(m), name, EXACT, "skipped", why)
+            record.status(each.where, under, "skipped", why)
             continue
         part = {**part, **{key: result[key] for key in ("proof", "not_exercised")}}
-        status = record.result(
-            entrant.name,
-            tactic,
-            layer.bucket(m),
-            name,
-            EXACT,
-            part,
-            item["width"],
-            result["seconds"] / max(1, len(won)),
-        )
+        status = record.result(each.where, under, part, each.item["width"], seconds)
         passed = passed and status == "passed"
         if status == "not applicable" and part.get("exempt"):
-            entrant.exempt[name, m, tactic] = part["exempt"]
+            entrant.exempt[name, each.m, each.where.tactic] = part["exempt"]
     return passed

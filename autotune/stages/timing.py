@@ -1,87 +1,48 @@
-"""Timing a layer: a race among the tactics of each backend, then one among the backends.
-
-Workers are asked for several samples in one message. Of the m ranges that are still open `AT_ONCE`
-are sampled together: each worker in turn samples all its candidates there, and every second round
-goes backwards, so that candidates of one bucket are milliseconds apart and none is always behind
-the same one.
-"""
+"""Timing a layer: a race among the tactics of each backend, then one among the backends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from ...machine.health import health
 from ...probes.worker.supervisor import WorkerFailed
+from .. import census
 from ..choice.rank import NOISE
-from ..entrants import Entrant, Layer, died
+from ..clock_stability import Watch, undecided, unsteady
 from ..evidence.recorder import Recorder
+from ..layer import Entrant, ProbedLayer, died
+from ..race import LEAST, Race, run_races
 from ..verdict.buckets import MRange, representative
-from ..verdict.stats import median
-from . import census
-from .clock_stability import Watch, undecided, unsteady
-from .race import LEAST, Race
+from ..verdict.statistics import median
 
 TACTIC_NOISE = NOISE / 2
 """Tactics within half a percent of their backend's fastest count as equal, and the first in the
 backend's own order is taken."""
-AT_ONCE = 4
-
-Place = tuple[str, int]
-"""A worker's name, and the index of what it times."""
-Ask = Callable[[str, list[int]], list[float] | None]
-"""Microseconds of one sample of each index, from the worker of that name; None if it is lost."""
 
 
-def run_races(
-    races: Mapping[MRange, Race],
-    places: Mapping[tuple[MRange, str], Place],
-    ask: Ask,
-    each_round: Callable[[], None] = lambda: None,
+def time_layer(
+    layer: ProbedLayer,
+    entrants: Sequence[Entrant],
+    record: Recorder,
+    say: Callable[[str], None],
 ) -> None:
-    """Run all `races` to their end. `places` is where a range's candidate is sampled."""
-    turn = 0
-    while running := [m for m, race in races.items() if not race.over]:
-        step = -1 if turn % 2 else 1
-        for start in range(0, len(running), AT_ONCE):
-            group = running[::step][start : start + AT_ONCE]
-            _one_round({m: races[m] for m in group}, races, places, ask, step)
-        each_round()
-        turn += 1
+    """Find every entrant's fastest right tactic of each m range, then race the entrants."""
+    spent = layer.clock.spent
+    for entrant in (e for e in entrants if not e.known):
+        with spent("tactics", entrant.name):
+            _tune(layer, entrant, record, say)
+    say("timing side by side")
+    with spent("timing"):
+        time_side_by_side(layer, [e for e in entrants if e.winner], record)
 
 
-def _one_round(
-    group: Mapping[MRange, Race],
-    races: Mapping[MRange, Race],
-    places: Mapping[tuple[MRange, str], Place],
-    ask: Ask,
-    step: int,
+def _tune(
+    layer: ProbedLayer, entrant: Entrant, record: Recorder, say: Callable[[str], None]
 ) -> None:
-    taken: dict[MRange, dict[str, float]] = {m: {} for m in group}
-    wanted: dict[str, list[tuple[MRange, str, int]]] = {}
-    for m, race in group.items():
-        for name in race.alive[::step]:
-            worker, index = places[m, name]
-            wanted.setdefault(worker, []).append((m, name, index))
-    for worker in sorted(wanted)[::step]:
-        mine = wanted[worker]
-        found = ask(worker, [index for _, _, index in mine])
-        if found is None:
-            for (m, name), (other, _) in places.items():
-                if other == worker:
-                    races[m].drop(name)
-            continue
-        for (m, name, _), us in zip(mine, found, strict=True):
-            taken[m][name] = us
-    for m, race in group.items():
-        if race.alive:
-            race.add(taken[m])
-
-
-def tune(layer: Layer, entrant: Entrant, record: Recorder, say: Callable[[str], None]) -> None:
     """Pick each m range's fastest tactic among those that came out right."""
-    alive = {m: right_tactics(entrant, m) for m in entrant.tactics}
+    alive = {m: entrant.right_tactics(m) for m in entrant.tactics}
     pairs = [(m, t) for m, ts in alive.items() if len(ts) > 1 and m.hi > 0 for t in ts]
     races = {
         # The winner is measured again, so nobody needs an interval of his own here.
@@ -119,12 +80,6 @@ def fastest_tactic(race: Race, tactics: Sequence[str]) -> str:
     return next(t for t in tactics if t in times and times[t] <= best * (1 + race.band))
 
 
-def right_tactics(entrant: Entrant, m: MRange) -> list[str]:
-    """Tactics without a fault; where each has one, those that could be graded at least."""
-    graded = [t for t in entrant.tactics[m] if (m, t) in entrant.width]
-    return [t for t in graded if (m, t) not in entrant.faulty] or graded
-
-
 def _zero_and_first(ranges: Iterable[MRange]) -> tuple[MRange | None, MRange | None]:
     ordered = sorted(ranges)
     zero = next((m for m in ordered if m.hi == 0), None)
@@ -133,7 +88,7 @@ def _zero_and_first(ranges: Iterable[MRange]) -> tuple[MRange | None, MRange | N
 
 
 def open_timing(
-    layer: Layer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]]
+    layer: ProbedLayer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]]
 ) -> list[float | None]:
     """Have the worker prepare these; the host microseconds of a call of each."""
     items = [{"ms": [representative(m)], "tactic": tactic} for m, tactic in pairs]
@@ -143,7 +98,7 @@ def open_timing(
     return found
 
 
-def time_side_by_side(layer: Layer, entrants: Sequence[Entrant], record: Recorder) -> None:
+def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: Recorder) -> None:
     """Race every entrant's winners against those of the others, in each m range."""
     host: dict[tuple[MRange, str], float | None] = {}
     pairs: dict[str, list[tuple[MRange, str]]] = {}
@@ -184,7 +139,10 @@ def time_side_by_side(layer: Layer, entrants: Sequence[Entrant], record: Recorde
     watch.look(now=True)
     for name, mine in pairs.items():
         for m, tactic in mine:
-            _record(layer, by_name[name], m, tactic, races[m], host[m, name], watch, record)
+            taken = races[m].levelled(name)
+            by_name[name].median_us[m] = median(taken)
+            where = layer.where(by_name[name], m, tactic)
+            record.timing(where, taken, host[m, name], _circumstances(races[m], name, watch))
         try:
             if not by_name[name].reference_line:
                 census.timed(layer, by_name[name], mine, record)
@@ -193,22 +151,12 @@ def time_side_by_side(layer: Layer, entrants: Sequence[Entrant], record: Recorde
             died(layer, by_name[name], "timing", failure, record)
 
 
-def _record(
-    layer: Layer,
-    entrant: Entrant,
-    m: MRange,
-    tactic: str,
-    race: Race,
-    host_us: float | None,
-    watch: Watch,
-    record: Recorder,
-) -> None:
-    taken = race.levelled(entrant.name)
-    entrant.median_us[m] = median(taken)
+def _circumstances(race: Race, name: str, watch: Watch) -> dict[str, Any]:
+    """What the device did while `name` was timed, and what its time should not rest on."""
     detail: dict[str, Any] = dict(watch.device)
     notes = [unsteady(watch.seen)]
-    if race.open_question and race.margin is not None and entrant.name in race.alive:
-        notes.append(undecided(len(taken), race.margin))
+    if race.open_question and race.margin is not None and name in race.alive:
+        notes.append(undecided(len(race.levelled(name)), race.margin))
     if said := [note for note in notes if note]:
         detail["note"] = "; ".join(said)
-    record.timing(entrant.name, tactic, layer.bucket(m), taken, host_us, detail)
+    return detail

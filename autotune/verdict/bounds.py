@@ -11,17 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil, exp, expm1, inf, lgamma, log, log1p, log10
+from math import ceil, inf, log10
 from typing import Any
 
-from ...cache.rows import BucketKey, Evidence
-from ...probes.regimes import REGIMES
-
-EXACT = "exact"
-"""The data name of exact problems, in every regime."""
-DEFAULT_CONFIDENCE = 0.95
-_STEPS = 200
-_TINY = 1e-300
+from ...cache.rows import Evidence, Where
+from ...words import EXACT, UNCHECKED
+from .statistics import DEFAULT_CONFIDENCE, confident, needed, upper
 
 Kernel = tuple[str, ...]
 """Backend, tactic, format, activation, output dtype, and the code digest where one is known."""
@@ -68,126 +63,27 @@ class Bound:
         return {**values, "upper": rounded, "confidence": self.confidence}
 
 
-def confident(confidence: float) -> float:
-    """`confidence`, checked to be in (0, 1). Raises ValueError."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"a confidence of {confidence:g} is not between 0 and 1")
-    return confidence
-
-
-def upper(failures: int, trials: int, confidence: float = DEFAULT_CONFIDENCE) -> float:
-    """One-sided upper Clopper-Pearson bound of a rate: the largest p that is not refuted.
-
-    The p at which `failures` or fewer in `trials` have probability ``1 - confidence``:
-    ``1 - (1 - confidence)**(1 / trials)`` without a failure, else the `confidence` quantile of
-    Beta(failures + 1, trials - failures). 1 without a trial. (Clopper and Pearson, Biometrika 26,
-    1934.) Raises ValueError for counts that cannot be.
-    """
-    _check(failures, trials)
-    confident(confidence)
-    if failures == trials:
-        return 1.0
-    if failures == 0:
-        return -expm1(log1p(-confidence) / trials)
-    return _beta_quantile(confidence, failures + 1, trials - failures)
-
-
-def interval(
-    failures: int, trials: int, confidence: float = DEFAULT_CONFIDENCE
-) -> tuple[float, float]:
-    """The two-sided Clopper-Pearson interval of a rate, with half the doubt on either side."""
-    half = (1 + confident(confidence)) / 2
-    high = upper(failures, trials, half)
-    low = 1 - upper(trials - failures, trials, half) if failures else 0.0
-    return low, high
-
-
-def needed(rate: float, confidence: float = DEFAULT_CONFIDENCE) -> int:
-    """Fewest trials without a failure whose upper bound is at most `rate`."""
-    trials = max(1, ceil(log1p(-confidence) / log1p(-rate)))
-    while upper(0, trials, confidence) > rate:
-        trials += 1
-    return trials
-
-
-def _check(failures: int, trials: int) -> None:
-    if not 0 <= failures <= trials:
-        raise ValueError(f"{failures} failures in {trials} trials cannot be")
-
-
-def incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), for a, b > 0 and x in [0, 1].
-
-    By the continued fraction 8.17.22 of the NIST Digital Library of Mathematical Functions,
-    evaluated by Lentz's method, on the side where it converges fast.
-    """
-    if x <= 0:
-        return 0.0
-    if x >= 1:
-        return 1.0
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - incomplete_beta(1 - x, b, a)
-    front = exp(a * log(x) + b * log1p(-x) + lgamma(a + b) - lgamma(a) - lgamma(b))
-    c, d = 1.0, 1.0 - (a + b) * x / (a + 1)
-    d = 1.0 / (d if abs(d) > _TINY else _TINY)
-    fraction = d
-    for m in range(1, 10_000):
-        step = 0.0
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            c = 1.0 + numerator / c
-            d = 1.0 + numerator * d
-            c, d = (v if abs(v) > _TINY else _TINY for v in (c, d))
-            d = 1.0 / d
-            step = c * d
-            fraction *= step
-        if abs(step - 1.0) < 1e-15:
-            break
-    return front * fraction / a
-
-
-def _beta_quantile(probability: float, a: float, b: float) -> float:
-    """The x with I_x(a, b) = probability, by bisection; the upper end, so never too small."""
-    low, high = 0.0, 1.0
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if incomplete_beta(middle, a, b) < probability:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def codes(rows: Iterable[Evidence]) -> dict[tuple[str, str, BucketKey], str]:
-    """(backend, tactic, bucket) -> digest of the machine code that ran there.
+def codes(rows: Iterable[Evidence]) -> dict[Where, str]:
+    """The digest of the machine code that ran, by what it ran for.
 
     From evidence whose ``detail["code"]`` says so; where different digests ran, all of them.
     """
-    found: dict[tuple[str, str, BucketKey], dict[str, None]] = {}
+    found: dict[Where, dict[str, None]] = {}
     for row in rows:
         if row.detail.get("code"):
-            place = row.backend, row.tactic, row.bucket
-            found.setdefault(place, {})[str(row.detail["code"])] = None
-    return {place: " ".join(sorted(digests)) for place, digests in found.items()}
+            found.setdefault(row.where, {})[str(row.detail["code"])] = None
+    return {where: " ".join(sorted(digests)) for where, digests in found.items()}
 
 
-def kernel(
-    backend: str,
-    tactic: str,
-    bucket: BucketKey,
-    known: Mapping[tuple[str, str, BucketKey], str],
-) -> Kernel:
+def kernel(where: Where, known: Mapping[Where, str]) -> Kernel:
     """The compiled kernel that serves a bucket, as far as it is known.
 
     Its code digest tells kernels apart where there is one (`codes`); else the backend and the
     tactic do, with what no kernel is shared across: format and dtypes.
     """
-    parts = (backend, tactic, bucket.format, bucket.activation, bucket.out_dtype)
-    code = known.get((backend, tactic, bucket))
+    bucket = where.bucket
+    parts = (where.backend, where.tactic, bucket.format, bucket.activation, bucket.out_dtype)
+    code = known.get(where)
     return (*parts, code) if code else parts
 
 
@@ -204,15 +100,15 @@ def pool(
     for row in rows:
         if row.data != EXACT or row.status not in ("passed", "failed"):
             continue
-        if row.regime not in REGIMES:
-            continue  # a census or an audit launches nothing to be checked
+        if row.regime in UNCHECKED:
+            continue
         launches, problems, failures = row.launches, row.problems, 0
         if row.status == "failed":
             failures = max(1, int(row.detail.get("bad_problems") or 0))
             launches, problems = max(launches, failures), max(problems, failures)
         if not problems:
             continue
-        key = kernel(row.backend, row.tactic, row.bucket, known)
+        key = kernel(row.where, known)
         found = counts.setdefault(key, {}).setdefault(row.regime, [0, 0, 0])
         for place, value in enumerate((launches, problems, failures)):
             found[place] += value

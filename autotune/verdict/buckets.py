@@ -11,8 +11,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...probes.problem import Problem
-
 MAX_M = 65536
 """The largest m asked about unless told otherwise: a long prefill chunk."""
 
@@ -87,42 +85,3 @@ def ragged(bucket: MRange, count: int, rng: random.Random) -> list[int]:
     found = sorted(chosen)
     rng.shuffle(found)
     return found
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Bucket:
-    """A class of problems that share one choice: m_lo <= m <= m_hi of one (n, k)."""
-
-    format: str
-    activation: str
-    out_dtype: str
-    groups: int
-    m_lo: int
-    m_hi: int
-    n: int
-    k: int
-
-    @classmethod
-    def of(cls, problem: Problem) -> Bucket:
-        """The bucket a problem falls into."""
-        m = bucket_of(problem.m)
-        return cls(
-            problem.format,
-            problem.activation,
-            problem.out_dtype,
-            problem.groups,
-            m.lo,
-            m.hi,
-            problem.n,
-            problem.k,
-        )
-
-    @property
-    def m(self) -> MRange:
-        return MRange(self.m_lo, self.m_hi)
-
-    def problem(self, m: int) -> Problem:
-        """The bucket's problem at m. Raises ValueError for an m outside it."""
-        if m not in self.m:
-            raise ValueError(f"m={m} is not in the bucket {self.m}")
-        return Problem(self.format, m, self.n, self.k, self.activation, self.out_dtype, self.groups)

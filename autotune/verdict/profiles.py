@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...probes.data import Condition
+from ...words import Condition
 
 ONE_STREAM = Condition(
     "one-stream-per-layer", "a layer's weight is never used on two streams at once"

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from ...probes.census import REGIME as CENSUS
-from ...probes.data import FAMILIES, Condition
-from .bounds import EXACT, Aim, Bound, short
+from ...words import CENSUS, EXACT, NOT_TRIED, Condition
+from .bounds import Aim, Bound, short
 from .profiles import LEFT_OUT, Profile
 
 __all__ = [
-    "EXACT",
     "INCONCLUSIVE",
     "SAFE",
     "UNSAFE",
     "UNSUPPORTED",
     "Doubt",
+    "Excuse",
     "Judgement",
+    "Rules",
     "decide",
+    "judge",
 ]
 
 SAFE, UNSAFE, INCONCLUSIVE, UNSUPPORTED = "safe", "unsafe", "inconclusive", "unsupported"
@@ -41,6 +42,8 @@ class Fact(Protocol):
     def problems(self) -> int: ...
     @property
     def width(self) -> int | None: ...
+    @property
+    def detail(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +74,62 @@ class Doubt:
     spoils: bool = False
 
 
-def decide(
-    evidence: Iterable[Fact],
-    profile: Profile,
-    bounds: Mapping[str, Bound] | None = None,
-    aim: Aim | None = None,
-    left_out: Collection[str] = (),
-    doubts: Mapping[str, Doubt] | None = None,
-) -> Judgement:
-    """Judge one (backend, tactic, bucket) by all evidence there is for it.
+@dataclass(frozen=True, slots=True)
+class Excuse:
+    """The condition under which a family of data may fail, where `bounded_by`, the family just
+    inside that condition, passes."""
+
+    condition: Condition
+    bounded_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What verdicts are decided by.
 
     With an `aim`, every required regime that passed must also bound the failure rate of the
-    compiled kernel that far: `bounds` are that kernel's, by regime. A required regime without
-    evidence that was `left_out` on purpose is a condition, and not an open question.
+    compiled kernel that far. A required regime without evidence that was `left_out` on purpose is
+    a condition, and not an open question. `excuses` are by family of data.
     """
-    facts = list(evidence)
+
+    profile: Profile
+    aim: Aim | None = None
+    left_out: Collection[str] = ()
+    excuses: Mapping[str, Excuse] = field(default_factory=dict)
+
+
+def judge(
+    evidence: Sequence[Fact],
+    rules: Rules,
+    bounds: Mapping[str, Bound] | None = None,
+    doubts: Mapping[str, Doubt] | None = None,
+    reference_line: bool = False,
+) -> Judgement:
+    """The verdict of one tactic in one bucket; a reference line is measured and never judged.
+
+    What a time budget left out is inconclusive for that reason, unless it is known to be unsafe.
+    """
+    tried = [fact for fact in evidence if fact.regime != NOT_TRIED]
+    found = decide(tried, rules, bounds, doubts)
+    if reference_line:
+        reasons: tuple[str, ...] = ("a reference line, never chosen",)
+    else:
+        left_out = (fact for fact in evidence if fact.regime == NOT_TRIED)
+        reasons = tuple({str(fact.detail["note"]): None for fact in left_out})
+        if not reasons or found.status == UNSAFE:
+            return found
+    return replace(found, status=INCONCLUSIVE, conditions=(), reasons=reasons)
+
+
+def decide(
+    evidence: Iterable[Fact],
+    rules: Rules,
+    bounds: Mapping[str, Bound] | None = None,
+    doubts: Mapping[str, Doubt] | None = None,
+) -> Judgement:
+    """Judge one (backend, tactic, bucket) by all evidence there is for it; `bounds` are its
+    kernel's, by regime, and `doubts` those of this run's controls."""
+    facts, profile = list(evidence), rules.profile
     conditions: list[Condition] = []
     unsafe: list[str] = []
     open_: list[str] = []
@@ -93,11 +137,11 @@ def decide(
 
     for fact in facts:
         if fact.data != EXACT and fact.status == "failed":
-            condition = FAMILIES[fact.data].condition if fact.data in FAMILIES else None
-            if condition is None:
+            excuse = rules.excuses.get(fact.data)
+            if excuse is None:
                 unsafe.append(f"{fact.data} data: failed")
-            elif _bounded(facts, fact.data):
-                conditions.append(condition)
+            elif _bounded(facts, excuse):
+                conditions.append(excuse.condition)
             else:
                 unsafe.append(f"{fact.data} data: failed, and no run bounds the fault")
     _missing_families(facts, open_)
@@ -119,12 +163,12 @@ def decide(
                 conditions.append(profile.conditions[regime])
         elif "failed" in statuses:
             unsafe.append(f"{regime}: failed")
-        elif required and not statuses and regime in left_out:
+        elif required and not statuses and regime in rules.left_out:
             conditions.append(LEFT_OUT)
         elif required and statuses != {"passed"} and statuses != {"not applicable"}:
             open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
-        elif required and aim and statuses == {"passed"}:
-            missed = short(regime, (bounds or {}).get(regime), aim)
+        elif required and rules.aim and statuses == {"passed"}:
+            missed = short(regime, (bounds or {}).get(regime), rules.aim)
             if missed:
                 open_.append(missed)
 
@@ -156,10 +200,9 @@ def _regimes(facts: Sequence[Fact], profile: Profile) -> list[str]:
     return list(dict.fromkeys([*profile.required, *seen]))
 
 
-def _bounded(facts: Sequence[Fact], family: str) -> bool:
+def _bounded(facts: Sequence[Fact], excuse: Excuse) -> bool:
     """Whether data just inside the condition was run and passed: else its edge is a guess."""
-    edge = FAMILIES[family].bounded_by
-    return any(f.data == edge and f.status == "passed" for f in facts)
+    return any(f.data == excuse.bounded_by and f.status == "passed" for f in facts)
 
 
 def _missing_families(facts: Sequence[Fact], missing: list[str]) -> None:

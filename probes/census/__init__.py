@@ -16,7 +16,6 @@ __all__ = [
     "NONE",
     "PDL_WITHOUT_WAIT",
     "PROFILER",
-    "REGIME",
     "SILENT_FALLBACK",
     "UNKNOWN",
     "Census",
@@ -29,7 +28,3 @@ __all__ = [
     "findings",
     "leave",
 ]
-
-REGIME = "census"
-"""The word its evidence is stored under. No profile requires it: it may fail, and never pass for
-launches that were checked."""

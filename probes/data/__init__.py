@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from .exact import WIDTHS, exact, largest_sum
 from .families import FAMILIES, Family, draw, families
-from .operands import Condition, Operands, window
+from .operands import Operands, window
 
 __all__ = [
     "FAMILIES",
     "WIDTHS",
-    "Condition",
     "Family",
     "Operands",
     "draw",

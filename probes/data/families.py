@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...words import Condition
 from ..formats import quantise
 from ..problem import FORMATS, Fp4Tensor, Problem
 from .blocks import normal_matrix, random_fp4, uniform_bytes
 from .generator import below, hash_elements, hash_rows, stream_key
-from .operands import Condition, Operands
+from .operands import Operands
 
 Device = torch.device | str
 _WEIGHT_STD = 0.02

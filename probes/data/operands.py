@@ -1,4 +1,4 @@
-"""What is multiplied: the operands of a problem, and the conditions a family can stand for."""
+"""What is multiplied: the operands of a problem."""
 
 from __future__ import annotations
 
@@ -24,14 +24,6 @@ class Operands:
     family: str
     width: int | None
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """What must hold of the weights for a verdict, where only a family that breaks it failed."""
-
-    id: str
-    text: str
 
 
 def window(operands: Operands, start: int, stop: int) -> Operands:

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import FAMILIES, Condition
+from ...words import Condition
+from ..data import FAMILIES
 from .checkpoint import Checkpoint, Entry, numbers, pieces
 
 HOLDS, BROKEN, NOT_ASSESSED = "holds", "broken", "not assessed"

@@ -90,7 +90,7 @@ def _order(key: Sequence[Any]) -> tuple[Any, ...]:
 def by_scope(rows: Iterable[Common]) -> dict[tuple[str, str, str], list[Common]]:
     found: dict[tuple[str, str, str], list[Common]] = {}
     for row in rows:
-        key = row.row.arch, row.row.gpu, row.row.profile
+        key = row.row.scope
         found.setdefault(key, []).append(row)
     return found
 

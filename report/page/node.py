@@ -44,10 +44,10 @@ def render(
     """The page of what was read already."""
     scopes = published.by_scope(now.candidates)
     for c in now.choices:
-        scopes.setdefault((c.arch, c.gpu, c.profile), [])
+        scopes.setdefault(c.scope, [])
     maps, times, verdicts, bounds = [], [], [], []
     for scope, candidates in scopes.items():
-        mine = [c for c in now.choices if (c.arch, c.gpu, c.profile) == scope]
+        mine = [c for c in now.choices if c.scope == scope]
         known = heatmap.names(mine, candidates)
         title = el("h3", sections.scope_title(*scope))
         maps.append(title + sections.choices(mine, candidates, known))

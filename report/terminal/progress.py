@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ...autotune.probe import Plan
+from ...autotune.plan import Plan
 from ...autotune.runner import Progress
 
 

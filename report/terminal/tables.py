@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...autotune.doctor import Line
-from ...autotune.probe import Report
+from ...autotune.evidence import audits
+from ...autotune.plan import Report
 from ...autotune.publication import published
-from ...autotune.stages import audit, resume
-from ...autotune.verdict.stats import failure_bound
+from ...autotune.stages import recall
+from ...autotune.verdict.statistics import failure_bound
 from ...cache.rows import BucketKey, Candidate, Choice, Finding, Timing
 from ...machine.devices import Target
 from ...probes.check import tilemap
@@ -43,12 +44,12 @@ def print_report(report: Report) -> None:
         print_backends(out, report.candidates, report.build_seconds)
         print_bounds(out, report.choices)
         print_findings(out, report.findings)
-    _print_reasons(out, "Audit", audit.remarks(report.audits))
+    _print_reasons(out, "Audit", audits.remarks(report.audits))
     _print_unsteady(out, report.timings)
     _print_left(out, report.left)
     _print_reasons(out, "Did not load or build", report.broken)
     _print_reasons(out, "Cannot run here", report.unsupported)
-    said = resume.sentence(report.known)
+    said = recall.sentence(report.known)
     if said:
         out.print(f"\n{said}")
     if report.generation is not None:
@@ -308,7 +309,7 @@ def print_stored(place: Path, every_finding: bool) -> None:
     scopes = published.by_scope(stored.candidates)
     for (arch, gpu, profile), candidates in scopes.items():
         out.print(f"\n[bold]{escape(gpu)}[/] ({arch}), profile {profile}")
-        mine = [c for c in stored.choices if (c.arch, c.gpu, c.profile) == (arch, gpu, profile)]
+        mine = [c for c in stored.choices if c.scope == (arch, gpu, profile)]
         print_choices(out, mine, candidates)
         print_backends(out, candidates)
         print_bounds(out, mine)

@@ -10,32 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...cache.ledger import Ledger
-from ...cache.rows import BucketKey, Evidence
-from ..plan import Plan, device
+from ...cache.rows import Evidence, LayerKey, Where
+from ..plan import Plan
 from .method import method
-
-Key = tuple[str, str, BucketKey]
-"""Backend, tactic and bucket."""
 
 
 def earlier(
     plan: Plan, ledger: Ledger, fingerprints: Mapping[str, str], run: str
-) -> dict[Key, list[Evidence]]:
+) -> dict[Where, list[Evidence]]:
     """Evidence with the status ``failed`` of runs before `run`, by what it is of.
 
     It counts where the device, the backend's fingerprint (`fingerprints`, by backend) and the code
     that took it are those of `plan`, its layer was probed to the end, and the controls of its
     regime were right.
     """
-    found: dict[Key, list[Evidence]] = {}
-    for (backend, where), (runs, doubts) in _runs(plan, ledger, run).items():
+    found: dict[Where, list[Evidence]] = {}
+    for (backend, layer), (runs, doubts) in _runs(plan, ledger, run).items():
         prints = [fingerprints[backend]] if backend in fingerprints else []
         for each in runs if prints else ():
             for row in ledger.evidence(run=each, backend=backend, fingerprints=prints):
-                if row.status == "failed" and row.regime not in doubts[each]:
-                    key = (backend, row.tactic, row.bucket)
-                    if _layer(row.bucket) == where:
-                        found.setdefault(key, []).append(row)
+                counts = row.status == "failed" and row.regime not in doubts[each]
+                if counts and row.bucket.layer == layer:
+                    found.setdefault(row.where, []).append(row)
     return found
 
 
@@ -46,17 +42,17 @@ def reasons(rows: Sequence[Evidence]) -> tuple[str, ...]:
 
 def _runs(
     plan: Plan, ledger: Ledger, run: str
-) -> dict[tuple[str, tuple[object, ...]], tuple[list[str], dict[str, set[str]]]]:
+) -> dict[tuple[str, LayerKey], tuple[list[str], dict[str, set[str]]]]:
     """By backend and layer: the runs that count, and of each the regimes that were in doubt."""
-    found: dict[tuple[str, tuple[object, ...]], tuple[list[str], dict[str, set[str]]]] = {}
+    found: dict[tuple[str, LayerKey], tuple[list[str], dict[str, set[str]]]] = {}
     if plan.again:
         return found
-    mine, now = device(plan), method()
+    mine, now = plan.device, method()
     for row in ledger.probed():
         if row.method != now or row.device != mine:
             continue
         for name, known in row.detail["entrants"].items():
-            place = (name, _layer(row.bucket))
+            place = (name, row.bucket.layer)
             if row.detail.get("again"):
                 found.pop(place, None)
             runs, doubts = found.setdefault(place, ([], {}))
@@ -65,7 +61,3 @@ def _runs(
                     runs.append(each)
                 doubts.setdefault(each, set()).update(known["doubts"])
     return found
-
-
-def _layer(b: BucketKey) -> tuple[object, ...]:
-    return b.format, b.activation, b.out_dtype, b.groups, b.n, b.k

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...probes.worker.supervisor import WorkerFailed
-from ..runner import Runner
-from ..verdict.bounds import interval
+from ..cache.rows import Under, Where
+from ..probes.worker.supervisor import WorkerFailed
+from .evidence.recorder import Recorder
+from .layer import Entrant
+from .runner import Runner
+from .verdict.statistics import interval
 
 LAUNCHES = {"least": 3, "most": 32, "seconds": 0.5}
 """How often a failure is tried again: a chain of 16 launches, for about half a second."""
@@ -17,6 +20,7 @@ MOST_LOOKS = 8
 STEADY, INTERMITTENT, GONE = "steady", "intermittent", "not seen again"
 
 Result = dict[str, Any]
+"""What a worker reported of one item."""
 
 
 def kind(launches: int, failures: int) -> str:
@@ -66,6 +70,24 @@ def retest(
             bad["retest"] = summary(again["launches"], again["failures"])
         if again.get("alone"):
             bad["alone"] = again["alone"]
+
+
+def try_again(
+    entrant: Entrant,
+    places: Sequence[Where],
+    under: Under,
+    results: Sequence[Result],
+    record: Recorder,
+) -> None:
+    """Try the failures among `results`, one for each of `places`, again; a worker lost over it is
+    a finding of its own."""
+
+    def lost(failure: WorkerFailed) -> None:
+        entrant.dead.setdefault(under.regime, f"{failure.kind} ({failure})")
+        first = next(where for where, r in zip(places, results, strict=True) if failed(r))
+        record.failure(first, under, failure)
+
+    retest(entrant.runner, under.regime, results, lost)
 
 
 def failed(result: Result) -> bool:

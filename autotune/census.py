@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from ...probes.census import REGIME
-from ...probes.worker.supervisor import WorkerFailed
-from ..verdict.buckets import MRange
-from ..verdict.rules import EXACT
-
-if TYPE_CHECKING:
-    from ..entrants import Entrant, Layer
-    from ..evidence.recorder import Recorder
+from ..cache.rows import Under
+from ..probes.worker.supervisor import WorkerFailed
+from ..words import CENSUS
+from .evidence.recorder import Recorder
+from .layer import Entrant, ProbedLayer
+from .verdict.buckets import MRange
 
 
-def graded(layer: Layer, entrant: Entrant, record: Recorder) -> None:
+def graded(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
     """The census of every graded tactic in every bucket. What it blames is beaten by any other.
 
     That a census does not finish says nothing of the backend, which the regimes try anyway: it is
@@ -34,28 +31,28 @@ def graded(layer: Layer, entrant: Entrant, record: Recorder) -> None:
         except WorkerFailed as failure:
             why = f"the census did not finish: {failure.kind} ({failure})"
             if failure.fatal:
-                entrant.dead[REGIME] = f"{failure.kind} ({failure})"
+                entrant.dead[CENSUS] = f"{failure.kind} ({failure})"
         else:
             for (m, tactic), result in zip(pairs, results, strict=True):
-                record.census(entrant.name, tactic, layer.bucket(m), result)
+                record.census(layer.where(entrant, m, tactic), result)
                 if result["bad"]:
                     entrant.faulty.add((m, tactic))
             return
     status = "not applicable" if layer.target.device.kind == "cpu" else "skipped"
     for m, tactic in pairs:
-        record.status(entrant.name, tactic, layer.bucket(m), REGIME, EXACT, status, {"note": why})
+        record.status(layer.where(entrant, m, tactic), Under(CENSUS), status, {"note": why})
 
 
-def _cannot(layer: Layer, entrant: Entrant) -> str | None:
+def _cannot(layer: ProbedLayer, entrant: Entrant) -> str | None:
     if layer.target.device.kind == "cpu":
         return "a CPU launches no kernels"
-    if REGIME in entrant.dead:
-        return f"not taken again: {entrant.dead[REGIME]} on an earlier layer"
+    if CENSUS in entrant.dead:
+        return f"not taken again: {entrant.dead[CENSUS]} on an earlier layer"
     return None
 
 
 def timed(
-    layer: Layer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]], record: Recorder
+    layer: ProbedLayer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]], record: Recorder
 ) -> None:
     """What is being timed must have been checked: called when the last sample was taken."""
     if _cannot(layer, entrant) is not None:
@@ -65,10 +62,10 @@ def timed(
         found = entrant.runner.ask("census_timed", silence)
     except WorkerFailed as failure:
         if failure.fatal:
-            entrant.dead[REGIME] = f"{failure.kind} ({failure})"
+            entrant.dead[CENSUS] = f"{failure.kind} ({failure})"
         return
     for (m, tactic), bad in zip(pairs, found, strict=True):
         if bad:
             entrant.faulty.add((m, tactic))
             result = {"bad": bad, "seen": True, "detail": {"timed": True}}
-            record.census(entrant.name, tactic, layer.bucket(m), result)
+            record.census(layer.where(entrant, m, tactic), result)

@@ -3,25 +3,29 @@
 Successive elimination by paired measurements. In each round every candidate that is left is
 sampled once, one after the other, so that drift of clocks and temperature hits all of a round
 alike; what is judged is the logarithm of the ratio of two samples of one round, in which it
-cancels. A candidate is out once a Student t interval (`intervals.mean_interval`) of that logarithm
+cancels. A candidate is out once a Student t interval (`statistics.mean_interval`) of that logarithm
 against the present leader lies beyond the noise band. Rounds and rivals share the doubt
 (Bonferroni: a candidate is looked at after each round, and may lose to each of the others). So
 where these logarithms are normal, a bucket's fastest is lost with a probability of at most `DOUBT`;
 tails heavier than that widen the intervals. The scheme is successive elimination (Even-Dar, Mannor
 and Mansour, Journal of Machine Learning Research 7, 2006), with intervals from measured variances.
 
-Pure: the same samples always give the same outcome.
+A race is pure: the same samples always give the same outcome. `run_races` takes the samples.
+Workers are asked for several in one message. Of the m ranges that are still open `AT_ONCE` are
+sampled together: each worker in turn samples all its candidates there, and every second round goes
+backwards, so that candidates of one bucket are milliseconds apart and none is always behind the
+same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p
 
-from ..choice.rank import NOISE
-from ..verdict.intervals import mean_interval
-from ..verdict.stats import median
+from .choice.rank import NOISE
+from .verdict.buckets import MRange
+from .verdict.statistics import mean_interval, median
 
 DOUBT = 0.05
 """How probable it may be that a bucket's fastest candidate is dropped."""
@@ -33,6 +37,7 @@ disturbs one sample by half of itself does not do so twice, and to one candidate
 QUICK = 2
 SETTLED = 6
 """Rounds that those who stay in get at least: the fewest with an interval of the median at 95 %."""
+AT_ONCE = 4
 PRECISE = 0.005
 """A half-width of the ratio that decides: further samples would show differences that do not
 matter."""
@@ -146,3 +151,54 @@ def _logs(samples: Sequence[float]) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+Place = tuple[str, int]
+"""A worker's name, and the index of what it times."""
+Ask = Callable[[str, list[int]], list[float] | None]
+"""Microseconds of one sample of each index, from the worker of that name; None if it is lost."""
+
+
+def run_races(
+    races: Mapping[MRange, Race],
+    places: Mapping[tuple[MRange, str], Place],
+    ask: Ask,
+    each_round: Callable[[], None] = lambda: None,
+) -> None:
+    """Run all `races` to their end. `places` is where a range's candidate is sampled."""
+    turn = 0
+    while running := [m for m, race in races.items() if not race.over]:
+        step = -1 if turn % 2 else 1
+        for start in range(0, len(running), AT_ONCE):
+            group = running[::step][start : start + AT_ONCE]
+            _one_round({m: races[m] for m in group}, races, places, ask, step)
+        each_round()
+        turn += 1
+
+
+def _one_round(
+    group: Mapping[MRange, Race],
+    races: Mapping[MRange, Race],
+    places: Mapping[tuple[MRange, str], Place],
+    ask: Ask,
+    step: int,
+) -> None:
+    taken: dict[MRange, dict[str, float]] = {m: {} for m in group}
+    wanted: dict[str, list[tuple[MRange, str, int]]] = {}
+    for m, race in group.items():
+        for name in race.alive[::step]:
+            worker, index = places[m, name]
+            wanted.setdefault(worker, []).append((m, name, index))
+    for worker in sorted(wanted)[::step]:
+        mine = wanted[worker]
+        found = ask(worker, [index for _, _, index in mine])
+        if found is None:
+            for (m, name), (other, _) in places.items():
+                if other == worker:
+                    races[m].drop(name)
+            continue
+        for (m, name, _), us in zip(mine, found, strict=True):
+            taken[m][name] = us
+    for m, race in group.items():
+        if race.alive:
+            race.add(taken[m])

@@ -1,0 +1,41 @@
+"""The environment that a backend's evidence holds for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...cache import fingerprint
+from ...cache.rows import Environment
+from ...machine import codedigest
+from ..runner import Runner
+
+
+def environment_of(runner: Runner) -> Environment:
+    """The fingerprint of what this backend's evidence depends on, as its worker sees it.
+
+    Raises WorkerFailed.
+    """
+    hello, target = runner.hello, runner.target
+    files = [Path(name) for name in runner.ask("files")]
+    found = fingerprint.environment(
+        device_info={**_constant(hello["device"]), **fingerprint.hardware(target.uuid)},
+        backend=runner.name,
+        arch=target.device.arch,
+        distributions={**hello["versions"], "python": hello["python"]},
+        files=files,
+        variables=dict(os.environ),
+        code=codedigest.combined(files),
+        extra=fingerprint.source(hello["source"]),
+    )
+    # A reader cannot ask for versions, but it can see that a distribution was replaced.
+    installed = tuple(fingerprint.stamp(path) for path in (*hello["metadata"], *hello["source"]))
+    return replace(found, stamps=found.stamps + installed)
+
+
+def _constant(device: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays the same from one probe to the next; free memory does not."""
+    return {key: value for key, value in device.items() if key != "free"}

@@ -1,0 +1,262 @@
+"""What earlier runs brought to an end, and which of it need not be measured again.
+
+The last thing a probe writes of a layer is a row ``probed``: who took part, and how it was
+measured. What such a row speaks of is complete, so a probe that was killed is taken up after the
+last layer that has one. A backend's evidence on a layer is used again where it was taken on the
+same device, in the same environment (`cache.fingerprint`), by the same code of fp4tune (`method`),
+at this level or a higher one, and left nothing open. Times are compared within one run only:
+they are used where every backend that takes part now took part then, and is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...cache import quarantine
+from ...cache.ledger import Ledger
+from ...cache.rows import BucketKey, Evidence, Finding, LayerKey, Probed, Timing, Where
+from ...probes.problem import Problem
+from ...words import AUDIT, NOT_TRIED
+from ..agreement import Agreement
+from ..budget import SLOWER
+from ..keys import bucket_key, layer_key
+from ..levels import Level
+from ..plan import Plan
+from ..verdict.bounds import Bound, Kernel, codes, kernel, pool
+from ..verdict.buckets import MRange, ranges
+from ..verdict.rules import INCONCLUSIVE, judge
+from .method import method
+
+Entry = Mapping[str, Any]
+"""How a backend was measured on a layer, as `stages.recall` makes it."""
+_SETTLED, _LEFT, _OPEN = "settled", "left out by a time budget", "open"
+_ASIDE = ("name", "rate")
+"""Of a level, what says nothing about how thorough its evidence is; rates are judged by bounds."""
+
+
+@dataclass(slots=True)
+class Recalled:
+    """What is known of a layer. `entries` are by backend; where `times` is None those that take
+    part must be timed side by side, known or not."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    times: Probed | None = None
+    evidence: dict[str, list[Evidence]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+
+    def forget(self, name: str) -> None:
+        """This backend must be measured, so that all must be timed."""
+        del self.entries[name], self.evidence[name]
+        self.times = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Compiled kernels as far as evidence knows them, and what it bounds of each."""
+
+    digests: Mapping[Where, str]
+    pooled: Mapping[Kernel, Mapping[str, Bound]]
+
+    def bounds(self, where: Where) -> Mapping[str, Bound]:
+        """By regime, of the kernel that serves a tactic in a bucket."""
+        return self.pooled.get(kernel(where, self.digests), {})
+
+
+class History:
+    """The rows ``probed`` of one device, as one probe may use them."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, state_dir: Path) -> None:
+        self._plan = plan
+        self._ledger = ledger
+        self._quarantines, _ = quarantine.read(quarantine.spools(str(state_dir)))
+        self._rows: dict[LayerKey, list[Probed]] = {}
+        self._evidence = lru_cache(maxsize=None)(self._read_evidence)
+        if not plan.again:
+            mine = plan.device
+            for row in reversed(ledger.probed()):
+                if row.method == method() and row.device == mine:
+                    self._rows.setdefault(row.bucket.layer, []).append(row)
+
+    def of(self, problem: Problem, backend: str | None = None) -> bool:
+        """Whether anything may be known of a layer, or of a backend there."""
+        rows = self._rows.get(layer_key(problem), ())
+        return any(backend is None or backend in row.detail["entrants"] for row in rows)
+
+    def recall(
+        self,
+        taking: Mapping[Problem, Sequence[str]],
+        fingerprints: Mapping[str, str],
+        begins: Mapping[Problem, bool],
+        agreement: Agreement | None = None,
+    ) -> dict[Problem, Recalled]:
+        """What need not be measured again. `taking` are the backends that take part, `fingerprints`
+        theirs, `begins` whether ``mlp-chain`` is run with that layer as its first."""
+        found = {p: self._entries(p, names, fingerprints, begins[p]) for p, names in taking.items()}
+        for problem, layer in found.items():
+            for name, known in layer.entries.items():
+                layer.evidence[name] = self._rows_of(problem, name, known)
+        exact = [row for each in found.values() for rows in each.evidence.values() for row in rows]
+        kernels = Kernels(codes(exact), pool(exact, self._plan.confidence))
+        for problem, layer in found.items():
+            left = set()
+            for name, known in list(layer.entries.items()):
+                state = self._state(problem, name, known, layer.evidence[name], kernels)
+                if state == _OPEN or not _agreed(agreement, self._plan, problem, name, known):
+                    layer.forget(name)
+                elif state == _LEFT:
+                    left.add(name)
+            # Whether they are still beaten is known only where nothing is measured beside them.
+            for name in left & layer.entries.keys() if layer.times is None else ():
+                layer.forget(name)
+            self._rest(problem, layer)
+        return found
+
+    def quantised(
+        self, where: BucketKey, name: str, print_: str
+    ) -> tuple[list[Finding], list[Timing]] | None:
+        """What was found of an activation quantiser, and its times, the last ones last; None where
+        it must be probed."""
+        for row in self._rows.get(where.layer, ()):
+            known = row.detail["entrants"].get(name)
+            if known is not None and self._fits(known, print_):
+                (run,) = known["runs"]
+                here = {r.id for r in self._ledger.runs() if r.device == self._plan.device}
+                times = self._ledger.timings(backend=name, fingerprints=[print_])
+                alike = [t for t in times if t.bucket.layer == where.layer]
+                mine = [t for t in alike if t.run in here]
+                return self._ledger.findings(run=run, backend=name, bucket=where), mine
+        return None
+
+    def _entries(
+        self, problem: Problem, names: Sequence[str], prints: Mapping[str, str], begins: bool
+    ) -> Recalled:
+        rows = self._rows.get(layer_key(problem), ())
+        found = Recalled()
+        for row in rows:
+            able = {
+                name: known
+                for name, known in row.detail["entrants"].items()
+                if name in names and self._usable(problem, name, known, prints[name], begins)
+            }
+            enough = row.detail["samples"] >= self._plan.level.samples
+            # Of each backend the last measurement counts, whoever it was timed beside.
+            if names and enough and len(able) == len(names) and not found.entries:
+                return Recalled(able, row)
+            for name, known in able.items():
+                found.entries.setdefault(name, known)
+        return found
+
+    def _usable(self, problem: Problem, name: str, known: Entry, print_: str, begins: bool) -> bool:
+        without = self._plan.level.without
+        chained = known["begins_mlp"] or not begins or "mlp-chain" in without
+        there = {MRange(lo, hi) for lo, hi, _ in known["tactics"]}
+        if not (chained and self._fits(known, print_) and there.issuperset(ranges(problem.m))):
+            return False
+        at_all = bucket_key(problem)
+        for m, tactic in winner_of(known).items():
+            place = asdict(at_all) | {"m_lo": m.lo, "m_hi": m.hi}
+            mine = {**place, "backend": name, "tactic": tactic, "fingerprint": print_}
+            if any(q.at > known["at"] and q.covers(mine) for q in self._quarantines):
+                return False
+        return True
+
+    def _fits(self, known: Entry, print_: str) -> bool:
+        plan = self._plan
+        return (
+            known["fingerprint"] == print_
+            and covers(known["level"], plan.level)
+            and known["hang_seconds"] == plan.hang_seconds
+            and (not plan.seed_given or known["seed"] == plan.seed)
+            and not set(known["doubts"]) - set(plan.level.without)
+        )
+
+    def _rows_of(self, problem: Problem, name: str, known: Entry) -> list[Evidence]:
+        wanted = {bucket_key(problem, m) for m in ranges(problem.m)}
+        rows = (r for run in known["runs"] for r in self._evidence(run, name, known["fingerprint"]))
+        return [row for row in rows if row.bucket in wanted]
+
+    def _read_evidence(self, run: str, name: str, print_: str) -> list[Evidence]:
+        return self._ledger.evidence(run=run, backend=name, fingerprints=[print_])
+
+    def _state(
+        self,
+        problem: Problem,
+        name: str,
+        known: Entry,
+        rows: Sequence[Evidence],
+        kernels: Kernels,
+    ) -> str:
+        """Whether this evidence comes to a verdict: what it leaves open is tried again.
+
+        Except for one that took its worker down, which is left at what that leaves open, and for
+        those that a time budget left out since two faster ones are proven.
+        """
+        state = _SETTLED
+        if known["reference_line"] or known["dead"]:
+            return _SETTLED if rows else _OPEN
+        for m in ranges(problem.m):
+            where = bucket_key(problem, m)
+            tactic = winner_of(known).get(m) or tactics_of(known)[m][0]
+            facts = [
+                r for r in rows if (r.tactic, r.bucket) == (tactic, where) and r.regime != AUDIT
+            ]
+            bounds = kernels.bounds(Where(name, tactic, where))
+            if judge(facts, self._plan.rules, bounds).status != INCONCLUSIVE:
+                continue
+            notes = [str(r.detail.get("note")) for r in facts if r.regime == NOT_TRIED]
+            if self._plan.budget is None or not notes or not all(SLOWER in n for n in notes):
+                return _OPEN
+            state = _LEFT
+        return state
+
+    def _rest(self, problem: Problem, layer: Recalled) -> None:
+        """The findings of what is known, and its times where they hold."""
+        wanted = {bucket_key(problem, m) for m in ranges(problem.m)}
+        for name, known in layer.entries.items():
+            prints = [known["fingerprint"]]
+            for run in known["runs"]:
+                mine = self._ledger.findings(run=run, backend=name, fingerprints=prints)
+                layer.findings += [row for row in mine if row.bucket in wanted]
+            if layer.times:
+                times = self._ledger.timings(run=layer.times.run, backend=name, fingerprints=prints)
+                layer.timings += [row for row in times if row.bucket in wanted]
+
+
+def covers(had: Mapping[str, Any], wanted: Level) -> bool:
+    """Whether evidence of a level, stored as a dictionary, is as thorough as `wanted` asks for."""
+    for each in fields(Level):
+        if each.name in _ASIDE:
+            continue
+        there, here = had.get(each.name), getattr(wanted, each.name)
+        if isinstance(here, tuple):
+            if there is None or not set(there) <= set(here):
+                return False
+        elif there is None or there < here:
+            return False
+    return True
+
+
+def _agreed(
+    agreement: Agreement | None, plan: Plan, problem: Problem, name: str, known: Entry
+) -> bool:
+    """Whether the tactics that are known are those of the other GPUs of this probe."""
+    if agreement is None or known["reference_line"]:
+        return True
+    own = {m: tactic for m, tactic in winner_of(known).items() if m in ranges(problem.m)}
+    scope = (plan.target.name, problem, name)
+    return agreement.settle(scope, own, tactics_of(known)) == own
+
+
+def winner_of(known: Entry) -> dict[MRange, str]:
+    """The tactic that was taken in each range; none where the backend never came so far."""
+    return {MRange(lo, hi): tactic for lo, hi, tactic in known["winner"]}
+
+
+def tactics_of(known: Entry) -> dict[MRange, list[str]]:
+    """The tactics that were tried in each range."""
+    return {MRange(lo, hi): list(names) for lo, hi, names in known["tactics"]}

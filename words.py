@@ -1,0 +1,25 @@
+"""Words that every room uses: standard library only, and nothing of this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXACT = "exact"
+"""The data name of exact problems, in every regime."""
+CENSUS = "census"
+"""Stands where a regime does in what a census saw. No profile requires it: it may fail, and never
+pass for launches that were checked."""
+AUDIT = "audit"
+"""Stands where a regime does in what was found without a launch, in machine code."""
+NOT_TRIED = "not tried"
+"""Stands where a regime does in the row that says that a time budget left a candidate out."""
+UNCHECKED = (CENSUS, AUDIT, NOT_TRIED)
+"""What stands in place of a regime and checks no launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What must hold of the weights or of the engine for a verdict to apply."""
+
+    id: str
+    text: str
