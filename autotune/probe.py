@@ -24,13 +24,13 @@ from . import chains
 from .agreement import Agreement
 from .budget import LaunchBudget, TimeBudget
 from .device_lock import device_lock
+from .environment import environment_of
 from .evidence import earlier_failures
-from .evidence.environment import environment_of
-from .evidence.history import History, Kernels, Recalled, tactics_of
-from .evidence.probed import Done, probed
 from .evidence.recorder import Recorder
+from .history import History, Kernels, Recalled, tactics_of
 from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
+from .probed import Done, probed
 from .runner import Progress, Runner
 from .stages import recall
 from .stages.audit import Auditor

@@ -26,7 +26,7 @@ from ..probes.launch.case import Launch
 from ..probes.problem import Problem
 from ..probes.worker.supervisor import WorkerFailed
 from ..report.terminal import tables
-from .evidence.environment import environment_of
+from .environment import environment_of
 from .retest import summary
 from .runner import Patience, Progress, Runner
 from .stages.survey import survey

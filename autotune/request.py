@@ -137,19 +137,13 @@ def interpreter(python: str | None) -> str | None:
     return found
 
 
-def prior(
-    state_dir: Path, target: Target, profile: str, problems: Sequence[Problem]
-) -> tuple[str, ...]:
-    """The backends to verify in place of all: those the fleet chose for these layers on this GPU
-    model, the engine's default, so that no choice is slower than that, and the floors. Empty, which
-    is all, where the fleet's choices do not cover the layers.
+def prior(found: Sequence[str], profile: str, sm: int | None) -> tuple[str, ...]:
+    """The backends to verify in place of all: those `found`, which the fleet chose, the engine's
+    default, so that no choice is slower than that, and the floors. Empty, which is all, where the
+    fleet's choices do not cover the layers.
     """
-    from ..fleet.adopt import prior_backends
-
-    layers = [(p.format, p.activation, p.out_dtype, p.n, p.k) for p in problems]
-    found = prior_backends(state_dir, target.device.arch, target.name, profile, layers)
     known = [name for name in found if name in registry.names()]
     if len(known) < len(found) or not known:
         return ()
-    usual = PROFILES[profile].default(target.device.sm) if profile in PROFILES else None
+    usual = PROFILES[profile].default(sm) if profile in PROFILES else None
     return tuple(dict.fromkeys((*known, *([usual] if usual in registry.names() else ()), *FLOORS)))

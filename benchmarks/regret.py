@@ -30,7 +30,7 @@ from _regret_report import report
 
 from fp4tune.autotune import request as planning
 from fp4tune.autotune.choice.rank import ranked
-from fp4tune.autotune.evidence.environment import environment_of
+from fp4tune.autotune.environment import environment_of
 from fp4tune.autotune.evidence.recorder import Recorder
 from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.levels import LEVELS

@@ -100,6 +100,7 @@ def probe(
         from ..autotune.verdict.profiles import PROFILES, installed
         from ..cache.ledger import Ledger
         from ..cache.state import directory
+        from ..fleet import adopt
         from ..machine import devices
         from ..probes import quantisers
 
@@ -125,7 +126,14 @@ def probe(
             )
             wanted = tuple(backend or ())
             if prior and not backend:
-                wanted = planning.prior(state_dir, target, chosen_profile.name, problems)
+                fleets = adopt.prior_backends(
+                    state_dir,
+                    target.device.arch,
+                    target.name,
+                    chosen_profile.name,
+                    [(p.format, p.activation, p.out_dtype, p.n, p.k) for p in problems],
+                )
+                wanted = planning.prior(fleets, chosen_profile.name, target.device.sm)
             plans.append(
                 Plan(
                     target=target,

@@ -24,9 +24,6 @@ from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import adopt, advise, attribution, export, merge, promote, slow  # noqa: E402
 from fp4tune.fleet import report as reporting  # noqa: E402
 from fp4tune.fleet.attribution import Device, attribute  # noqa: E402
-from fp4tune.machine.devices import Target  # noqa: E402
-from fp4tune.probes.problem import Device as ProbedDevice  # noqa: E402
-from fp4tune.probes.problem import Problem  # noqa: E402
 
 
 def failing(*counts: tuple[int, int], per_node: int = 1) -> list[Device]:
@@ -378,9 +375,9 @@ def test_probe_with_a_prior_runs_the_fleet_s_choice_and_the_floors(tmp_path):
     choice = {"arch": "cpu", "gpu": "here", "profile": "strict", "backend": "torch-compile"}
     choice |= {"format": "nvfp4", "activation": "bf16", "out_dtype": "bf16", "n": 64, "k": 64}
     (tmp_path / adopt.PRIOR).write_text(json.dumps({"choices": [choice]}))
-    target = Target(ProbedDevice("cpu"), "here")
-    problems = [Problem("nvfp4", 4, 64, 64, a, "bf16") for a in ("bf16", "fp4")]
-    found = planning.prior(tmp_path, target, "strict", problems)
+    layers = [("nvfp4", a, "bf16", 64, 64) for a in ("bf16", "fp4")]
+    ask = (tmp_path, "cpu", "here", "strict", layers)
+    found = planning.prior(adopt.prior_backends(*ask), "strict", None)
     assert found == ("torch-compile", "torch-dequant", "torch-dequant-w4a4")
     (tmp_path / adopt.PRIOR).write_text('{"choices": [{"backend": "evil"}]}')
-    assert planning.prior(tmp_path, target, "strict", problems) == ()
+    assert planning.prior(adopt.prior_backends(*ask), "strict", None) == ()

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from fp4tune.autotune.agreement import Agreement
 from fp4tune.autotune.budget import SLOWER
 from fp4tune.autotune.evidence import earlier_failures as failures
-from fp4tune.autotune.evidence.history import History, covers
-from fp4tune.autotune.evidence.probed import Done, probed
 from fp4tune.autotune.evidence.recorder import Recorder, Tally
+from fp4tune.autotune.history import History, covers
 from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan, Report
 from fp4tune.autotune.probe import probe
+from fp4tune.autotune.probed import Done, probed
 from fp4tune.autotune.publication.publish import publish
 from fp4tune.autotune.stages import recall
 from fp4tune.autotune.verdict.buckets import ranges
@@ -94,6 +94,12 @@ class Store:
             ledger.add_probed(row)
             ledger.finish_run(self.run)
 
+    def known(self):
+        """How each backend was measured, as the row that says so has it."""
+        with Ledger.open(self.place) as ledger:
+            (row,) = ledger.probed()
+        return row.detail["entrants"]
+
     def recall(self, plan=None, names=("x",), prints=PRINT, begins=False, agreement=None):
         plan = plan or self.plan
         with Ledger.open(self.place) as ledger:
@@ -151,7 +157,7 @@ def test_what_answers_the_question_too_is_used(tmp_path, other):
 def test_another_environment_or_other_code_of_ours_is_measured(tmp_path, monkeypatch):
     store = Store(tmp_path)
     assert not store.recall(prints="b" * 64).entries
-    monkeypatch.setattr("fp4tune.autotune.evidence.history.method", lambda: "another")
+    monkeypatch.setattr("fp4tune.autotune.history.method_of", lambda name: "another")
     assert not store.recall().entries
 
 
@@ -223,11 +229,11 @@ def earlier_failures(place, plan, print_=PRINT, run="new"):
         return failures.earlier(plan, ledger, {"x": print_}, run)
 
 
-def test_a_failure_counts_until_all_is_measured_again(tmp_path):
+def test_a_failure_counts_until_all_is_measured_again(tmp_path, monkeypatch):
     first = Store(tmp_path, status="failed")
     other = make_plan(seed=6, seed_given=True)
     found = earlier_failures(tmp_path, other)
-    assert {key[:2] for key in found} == {("x", "default")}
+    assert {(key.backend, key.tactic) for key in found} == {("x", "default")}
     assert {row.regime for rows in found.values() for row in rows} == {"streams"}
     assert failures.reasons([r for rows in found.values() for r in rows]) == (
         f"failed in run {first.run}",
@@ -237,6 +243,13 @@ def test_a_failure_counts_until_all_is_measured_again(tmp_path):
     Store(tmp_path, plan=other)  # clean, by chance
     assert earlier_failures(tmp_path, other) == found
     assert not earlier_failures(tmp_path, make_plan(again=True))
+    # Code of ours that changes leaves a failure standing, unless that code was found wrong.
+    monkeypatch.setattr("fp4tune.autotune.probed.method_of", lambda name: "another")
+    assert earlier_failures(tmp_path, other) == found
+    used = next(iter(first.known().values()))["method"]
+    monkeypatch.setattr(failures, "REVOKED", {used: "its reference was wrong"})
+    assert not earlier_failures(tmp_path, other)
+    monkeypatch.setattr(failures, "REVOKED", {})
     Store(tmp_path, plan=make_plan(again=True))
     assert not earlier_failures(tmp_path, other)
 

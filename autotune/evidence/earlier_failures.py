@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from ...cache.ledger import Ledger
 from ...cache.rows import Evidence, LayerKey, Where
 from ..plan import Plan
-from .method import method
+from .method import REVOKED
 
 
 def earlier(
@@ -20,9 +20,9 @@ def earlier(
 ) -> dict[Where, list[Evidence]]:
     """Evidence with the status ``failed`` of runs before `run`, by what it is of.
 
-    It counts where the device, the backend's fingerprint (`fingerprints`, by backend) and the code
-    that took it are those of `plan`, its layer was probed to the end, and the controls of its
-    regime were right.
+    It counts where the device and the backend's fingerprint (`fingerprints`, by backend) are those
+    of `plan`, its layer was probed to the end, and the controls of its regime were right; whatever
+    has changed in the code that took it, unless that is `REVOKED`.
     """
     found: dict[Where, list[Evidence]] = {}
     for (backend, layer), (runs, doubts) in _runs(plan, ledger, run).items():
@@ -47,11 +47,13 @@ def _runs(
     found: dict[tuple[str, LayerKey], tuple[list[str], dict[str, set[str]]]] = {}
     if plan.again:
         return found
-    mine, now = plan.device, method()
+    mine = plan.device
     for row in ledger.probed():
-        if row.method != now or row.device != mine:
+        if row.device != mine:
             continue
         for name, known in row.detail["entrants"].items():
+            if REVOKED.keys() & {row.method, known.get("method")}:
+                continue
             place = (name, row.bucket.layer)
             if row.detail.get("again"):
                 found.pop(place, None)

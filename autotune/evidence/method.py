@@ -1,27 +1,98 @@
-"""Which code made the evidence: a digest of the modules of fp4tune that run and record a probe."""
+"""Which code made the evidence: a digest of the modules that measure and check."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from ... import __version__
+from ...probes.backends import registry
+from ...probes.bundle.closure import PACKAGE, closure
 
-_ROOT = Path(__file__).resolve().parents[2]
-_PARTS = ("autotune", "probes")
-"""Everything in these: too much rather than too little, since too much costs a probe only."""
+MEASURES = (
+    "autotune/census.py",
+    "autotune/chains.py",
+    "autotune/evidence/recorder.py",
+    "autotune/layer.py",
+    "autotune/race.py",
+    "autotune/retest.py",
+    "autotune/stages/controls.py",
+    "autotune/stages/grade.py",
+    "autotune/stages/quantise.py",
+    "autotune/stages/stress.py",
+    "autotune/stages/timing.py",
+    "autotune/verdict/buckets.py",
+    "probes/backends/__init__.py",
+    "probes/census",
+    "probes/check",
+    "probes/data",
+    "probes/formats.py",
+    "probes/launch",
+    "probes/layouts.py",
+    "probes/problem.py",
+    "probes/quantisers.py",
+    "probes/regimes",
+    "probes/seeds.py",
+    "probes/worker",
+)
+"""What decides which launches are made, how they are checked and timed, and what is recorded of
+them. Verdicts and choices are made anew from evidence, so what makes them is no part of it; neither
+is what plans, prints, publishes, or another backend."""
+
+REVOKED: Mapping[str, str] = {}
+"""Methods whose failures no longer count, each with the reason: a check that was wrong. A failure
+found by any other method counts on, whatever has changed here since."""
 
 
 @lru_cache(maxsize=1)
 def method() -> str:
-    """SHA-256 (hex) over fp4tune's version and the source of what measures and judges here.
+    """SHA-256 (hex) over the syntax of what measures here, without comments and docstrings."""
+    return digest(PACKAGE, _modules(PACKAGE))
 
-    Backends that fp4tune brings are part of it; those from elsewhere are part of their environment.
+
+@lru_cache(maxsize=256)
+def method_of(backend: str) -> str:
+    """`method`, with the modules of this package that the backend called `backend` is made of.
+
+    One from elsewhere is part of its environment (`cache.fingerprint`), and adds nothing here.
     """
-    sha = hashlib.sha256(f"{__version__}\n".encode())
-    for part in _PARTS:
-        for path in sorted((_ROOT / part).rglob("*.py")):
-            sha.update(f"{path.relative_to(_ROOT)}\0".encode())
-            sha.update(hashlib.sha256(path.read_bytes()).digest())
+    try:
+        made_by, _ = registry.origin(backend)
+    except ValueError:
+        return method()
+    measuring = set(_modules(PACKAGE))
+    own = [m for m in closure([made_by]) if m not in measuring]
+    return hashlib.sha256(f"{method()}\n{digest(PACKAGE, own)}".encode()).hexdigest()
+
+
+def digest(root: Path, modules: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the syntax trees of `modules`, without docstrings, by their places below
+    `root`."""
+    sha = hashlib.sha256()
+    for path in sorted(modules):
+        sha.update(f"{path.relative_to(root)}\0{_syntax(path.read_text('utf-8'))}\0".encode())
     return sha.hexdigest()
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    for part in MEASURES:
+        place = root / part
+        yield from place.rglob("*.py") if place.is_dir() else (place,)
+
+
+def _syntax(source: str) -> str:
+    """The syntax tree of `source` in one spelling; strings that stand alone are docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            body[:] = [each for each in body if not _is_text(each)] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def _is_text(statement: ast.AST) -> bool:
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
+        return False
+    return isinstance(statement.value.value, str)

@@ -17,7 +17,7 @@ from ...probes.seeds import derive
 from ...probes.worker.supervisor import WorkerFailed
 from ...probes.zoo.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
 from ...words import EXACT
-from ..evidence.environment import environment_of
+from ..environment import environment_of
 from ..keys import layer_key
 from ..plan import Plan
 from ..runner import Progress, Runner

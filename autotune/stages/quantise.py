@@ -17,11 +17,11 @@ from ...cache.rows import BucketKey, Environment, Under, Where
 from ...probes import quantisers
 from ...probes.problem import Problem
 from ...probes.worker.supervisor import WorkerFailed
-from ..evidence.environment import environment_of
-from ..evidence.history import History
-from ..evidence.probed import probed_quantiser
+from ..environment import environment_of
 from ..evidence.recorder import Recorder
+from ..history import History
 from ..plan import Plan
+from ..probed import probed_quantiser
 from ..race import Race, run_races
 from ..runner import Progress, Runner
 from ..verdict.buckets import ranges, representative

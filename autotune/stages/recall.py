@@ -8,8 +8,8 @@ from typing import Any
 
 from ...cache.ledger import Ledger
 from ...cache.rows import Evidence
-from ..evidence.history import Entry, Recalled, winner_of
 from ..evidence.recorder import Recorder
+from ..history import Entry, Recalled, winner_of
 from ..layer import Entrant, ProbedLayer
 from ..verdict.buckets import MRange
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...cache import fingerprint
-from ...cache.rows import Environment
-from ...machine import codedigest
-from ..runner import Runner
+from ..cache import fingerprint
+from ..cache.rows import Environment
+from ..machine import codedigest
+from .runner import Runner
 
 
 def environment_of(runner: Runner) -> Environment:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...cache.rows import BucketKey, Probed
-from ..keys import bucket_key
-from ..layer import Entrant, ProbedLayer
-from ..plan import Plan
+from ..cache.rows import BucketKey, Probed
+from .evidence.method import method, method_of
+from .evidence.recorder import Recorder
 from .history import Entry
-from .method import method
-from .recorder import Recorder
+from .keys import bucket_key
+from .layer import Entrant, ProbedLayer
+from .plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def probed(
             before = (done.before or {})[entrant.name]
             found[entrant.name] = {**before, "runs": [*before["runs"], record.run]}
         else:
-            how = _how(plan, record.fingerprint(entrant.name), record.run, done)
+            how = _how(plan, entrant.name, record, done)
             found[entrant.name] = {**how, **_measured(layer, entrant)}
     detail = {"samples": plan.level.samples, "again": plan.again, "entrants": found}
     return Probed(record.run, bucket_key(layer.problem), plan.device, method(), detail)
@@ -45,7 +45,7 @@ def probed_quantiser(
     plan: Plan, name: str, bucket: BucketKey, record: Recorder, since: float
 ) -> Probed:
     """The row that says that an activation quantiser is done."""
-    how = {name: _how(plan, record.fingerprint(name), record.run, Done(since))}
+    how = {name: _how(plan, name, record, Done(since))}
     detail = {"samples": 0, "entrants": how}
     return Probed(record.run, bucket, plan.device, method(), detail)
 
@@ -60,12 +60,13 @@ def _measured(layer: ProbedLayer, entrant: Entrant) -> dict[str, Any]:
     }
 
 
-def _how(plan: Plan, print_: str, run: str, done: Done) -> dict[str, Any]:
+def _how(plan: Plan, backend: str, record: Recorder, done: Done) -> dict[str, Any]:
     """What decides whether evidence may serve another run."""
     level = asdict(plan.level)
     return {
-        "fingerprint": print_,
-        "runs": [run],
+        "fingerprint": record.fingerprint(backend),
+        "method": method_of(backend),
+        "runs": [record.run],
         "at": done.since,
         "seed": plan.seed,
         "level": {k: list(v) if isinstance(v, tuple) else v for k, v in level.items()},

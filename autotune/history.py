@@ -16,20 +16,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...cache import quarantine
-from ...cache.ledger import Ledger
-from ...cache.rows import BucketKey, Evidence, Finding, LayerKey, Probed, Timing, Where
-from ...probes.problem import Problem
-from ...words import AUDIT, NOT_TRIED
-from ..agreement import Agreement
-from ..budget import SLOWER
-from ..keys import bucket_key, layer_key
-from ..levels import Level
-from ..plan import Plan
-from ..verdict.bounds import Bound, Kernel, codes, kernel, pool
-from ..verdict.buckets import MRange, ranges
-from ..verdict.rules import INCONCLUSIVE, judge
-from .method import method
+from ..cache import quarantine
+from ..cache.ledger import Ledger
+from ..cache.rows import BucketKey, Evidence, Finding, LayerKey, Probed, Timing, Where
+from ..probes.problem import Problem
+from ..words import AUDIT, NOT_TRIED
+from .agreement import Agreement
+from .budget import SLOWER
+from .evidence.method import method_of
+from .keys import bucket_key, layer_key
+from .levels import Level
+from .plan import Plan
+from .verdict.bounds import Bound, Kernel, codes, kernel, pool
+from .verdict.buckets import MRange, ranges
+from .verdict.rules import INCONCLUSIVE, judge
 
 Entry = Mapping[str, Any]
 """How a backend was measured on a layer, as `stages.recall` makes it."""
@@ -79,7 +79,7 @@ class History:
         if not plan.again:
             mine = plan.device
             for row in reversed(ledger.probed()):
-                if row.method == method() and row.device == mine:
+                if row.device == mine:
                     self._rows.setdefault(row.bucket.layer, []).append(row)
 
     def of(self, problem: Problem, backend: str | None = None) -> bool:
@@ -123,7 +123,7 @@ class History:
         it must be probed."""
         for row in self._rows.get(where.layer, ()):
             known = row.detail["entrants"].get(name)
-            if known is not None and self._fits(known, print_):
+            if known is not None and self._fits(name, known, print_):
                 (run,) = known["runs"]
                 here = {r.id for r in self._ledger.runs() if r.device == self._plan.device}
                 times = self._ledger.timings(backend=name, fingerprints=[print_])
@@ -155,7 +155,9 @@ class History:
         without = self._plan.level.without
         chained = known["begins_mlp"] or not begins or "mlp-chain" in without
         there = {MRange(lo, hi) for lo, hi, _ in known["tactics"]}
-        if not (chained and self._fits(known, print_) and there.issuperset(ranges(problem.m))):
+        if not (
+            chained and self._fits(name, known, print_) and there.issuperset(ranges(problem.m))
+        ):
             return False
         at_all = bucket_key(problem)
         for m, tactic in winner_of(known).items():
@@ -165,10 +167,11 @@ class History:
                 return False
         return True
 
-    def _fits(self, known: Entry, print_: str) -> bool:
+    def _fits(self, name: str, known: Entry, print_: str) -> bool:
         plan = self._plan
         return (
             known["fingerprint"] == print_
+            and known.get("method") == method_of(name)
             and covers(known["level"], plan.level)
             and known["hang_seconds"] == plan.hang_seconds
             and (not plan.seed_given or known["seed"] == plan.seed)

@@ -1,0 +1,67 @@
+"""Evidence outlives a comment: what changes the method that made it, and what does not."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from fp4tune.autotune.evidence import method as methods
+from fp4tune.probes.bundle.closure import PACKAGE
+
+INSIDE = ("probes/check/reference.py", "probes/regimes/pdl/pdl.py", "autotune/stages/grade.py")
+OUTSIDE = ("report/terminal/tables.py", "commands/probe.py", "autotune/choice/rank.py")
+ADDED = {
+    "comment": ("# a remark\n", False),
+    "docstring": ('"""Another word."""\n', False),
+    "blank lines": ("\n\n\n", False),
+    "print": ("print('x')\n", True),
+    "code": ("_CHANGED = 1\n", True),
+}
+
+
+@pytest.mark.parametrize("file", [*INSIDE, *OUTSIDE])
+@pytest.mark.parametrize("what", ADDED)
+def test_only_code_in_what_measures_changes_the_method(tmp_path, file, what):
+    measured = [module for module in methods._modules(PACKAGE) if module == PACKAGE / file]
+    assert bool(measured) == (file in INSIDE)
+    copy = tmp_path / file
+    copy.parent.mkdir(parents=True)
+    shutil.copy(PACKAGE / file, copy)
+    before = methods.digest(tmp_path, [copy])
+    text, counts = ADDED[what]
+    copy.write_text(copy.read_text() + text)
+    assert (methods.digest(tmp_path, [copy]) != before) == counts
+
+
+def test_a_docstring_inside_a_function_does_not_change_it(tmp_path):
+    copy = tmp_path / "reference.py"
+    shutil.copy(PACKAGE / INSIDE[0], copy)
+    before = methods.digest(tmp_path, [copy])
+    text = copy.read_text()
+    copy.write_text(text.replace('    """', '    """Once more. ', 1))
+    assert copy.read_text() != text
+    assert methods.digest(tmp_path, [copy]) == before
+
+
+def test_a_module_that_moves_is_another_method(tmp_path):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("X = 1\n")
+    one, other = ([tmp_path / name] for name in ("a.py", "b.py"))
+    assert methods.digest(tmp_path, one) != methods.digest(tmp_path, other)
+
+
+def test_every_part_is_there():
+    missing = [part for part in methods.MEASURES if not (PACKAGE / part).exists()]
+    assert not missing
+
+
+def test_another_backend_is_no_part_of_a_backend_s_method():
+    own = {name: methods.method_of(name) for name in ("torch-dequant", "marlin", "humming")}
+    assert len(set(own.values())) == 3
+    assert own["torch-dequant"] == methods.method_of("torch-dequant-w4a4")
+
+
+def test_a_plugin_s_own_file_belongs_to_its_environment():
+    assert methods.method_of("/nowhere/plugin.py:Gemm") == methods.method()
+    assert methods.method_of("no-such-backend") == methods.method()
