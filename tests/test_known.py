@@ -229,7 +229,19 @@ def earlier_failures(place, plan, print_=PRINT, run="new"):
         return failures.earlier(plan, ledger, {"x": print_}, run)
 
 
-def test_a_failure_counts_until_all_is_measured_again(tmp_path, monkeypatch):
+def test_a_failure_outlives_our_own_code_unless_that_is_revoked(tmp_path, monkeypatch):
+    store = Store(tmp_path, status="failed")
+    other = make_plan(seed=6, seed_given=True)
+    found = earlier_failures(tmp_path, other)
+    for module in ("history", "probed"):
+        monkeypatch.setattr(f"fp4tune.autotune.{module}.method_of", lambda name: "another")
+    assert found and earlier_failures(tmp_path, other) == found
+    used = store.known()["x"]["method"]
+    monkeypatch.setattr(failures, "REVOKED", {used: "its reference was wrong"})
+    assert not earlier_failures(tmp_path, other)
+
+
+def test_a_failure_counts_until_all_is_measured_again(tmp_path):
     first = Store(tmp_path, status="failed")
     other = make_plan(seed=6, seed_given=True)
     found = earlier_failures(tmp_path, other)
@@ -243,13 +255,6 @@ def test_a_failure_counts_until_all_is_measured_again(tmp_path, monkeypatch):
     Store(tmp_path, plan=other)  # clean, by chance
     assert earlier_failures(tmp_path, other) == found
     assert not earlier_failures(tmp_path, make_plan(again=True))
-    # Code of ours that changes leaves a failure standing, unless that code was found wrong.
-    monkeypatch.setattr("fp4tune.autotune.probed.method_of", lambda name: "another")
-    assert earlier_failures(tmp_path, other) == found
-    used = next(iter(first.known().values()))["method"]
-    monkeypatch.setattr(failures, "REVOKED", {used: "its reference was wrong"})
-    assert not earlier_failures(tmp_path, other)
-    monkeypatch.setattr(failures, "REVOKED", {})
     Store(tmp_path, plan=make_plan(again=True))
     assert not earlier_failures(tmp_path, other)
 

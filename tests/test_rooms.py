@@ -1,0 +1,76 @@
+"""The rooms of the house: what CONTRIBUTING says of them is what `make lint` holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+from fp4tune.probes.bundle.closure import PACKAGE
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PYPROJECT = tomllib.loads((PACKAGE / "pyproject.toml").read_text())
+CONTRACTS = PYPROJECT["tool"]["importlinter"]["contracts"]
+OUTSIDE = ("benchmarks", "build", "deploy", "docs", "tests")
+"""Folders of the checkout that are no part of the package."""
+
+
+def modules() -> list[Path]:
+    """Every module of the product, relative to its root."""
+    found = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+    return [p for p in found if p.parts[0] not in OUTSIDE and not p.parts[0].startswith(".")]
+
+
+def test_the_table_of_rooms_is_that_of_the_contracts():
+    (layers,) = [c["layers"] for c in CONTRACTS if c["type"] == "layers"]
+    held = [sorted(part.strip() for part in layer.split("|")) for layer in layers]
+    text = (PACKAGE / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| room | what |") : text.index("More doors are closed")]
+    said = [
+        sorted(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines()[2:] if row
+    ]
+    assert said == held
+
+
+def test_every_room_is_behind_a_door():
+    (layers,) = [c["layers"] for c in CONTRACTS if c["type"] == "layers"]
+    named = {part.strip() for layer in layers for part in layer.split("|")}
+    assert {Path(p.parts[0]).stem for p in modules()} - {"__init__"} == named
+
+
+def test_no_contract_has_an_exception():
+    assert not [c["name"] for c in CONTRACTS if any("ignore" in key for key in c)]
+
+
+def test_every_stage_is_kept_from_the_others():
+    (kept,) = [c["modules"] for c in CONTRACTS if c["type"] == "independence"]
+    stages = {p.stem for p in (PACKAGE / "autotune" / "stages").glob("*.py")} - {"__init__"}
+    assert {name.rpartition(".")[2] for name in kept} == stages
+
+
+def test_every_package_is_installed():
+    there = {p.parent for p in modules() if p.name == "__init__.py"}
+    names = {".".join(("fp4tune", *folder.parts)) for folder in there}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == names
+
+
+def test_a_class_name_is_defined_once():
+    places: dict[str, list[str]] = {}
+    for module in modules():
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(module))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_no_rule_of_the_house_is_silenced():
+    """Imports inside functions and for type checkers are arrows to the contracts, too: a circle
+    that is survived by one of those is a circle."""
+    assert not PYPROJECT["tool"]["importlinter"]["exclude_type_checking_imports"]
+    silenced = [str(m) for m in modules() if "noqa: PLR0913" in (PACKAGE / m).read_text()]
+    assert not silenced
