@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
+from fp4tune.autotune.evidence import audits
 from fp4tune.autotune.stages import audit as auditing
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
@@ -91,7 +92,7 @@ def test_a_module_that_fails_the_audit_is_unsafe_whatever_its_runs_showed(
         assert {e.status for e in mine(ledger.evidence()) if e.regime == "serial"} == {"passed"}
         (audit,) = ledger.audits()
     assert (audit.verdict, audit.path) == ("flagged", str(libraries["bare"]))
-    assert audit.content == auditing.content(libraries["bare"])
+    assert audit.content == audits.content(libraries["bare"])
     assert {c.verdict for c in mine(report.candidates)} == {"unsafe"}
     assert all("audit: failed" in c.reasons for c in mine(report.candidates))
     assert {(f.kind, f.regime) for f in mine(report.findings)} == {("flagged", "audit")}
@@ -106,7 +107,7 @@ def test_a_module_that_fails_the_audit_is_unsafe_whatever_its_runs_showed(
 def test_a_second_probe_does_not_disassemble_again(backend, libraries, tmp_path, monkeypatch):
     first = probed(backend("waits"), tmp_path / "s")
     assert {c.verdict for c in mine(first.candidates)} == {"safe"}
-    assert [a.verdict for a in first.audits] == ["clean"] and not auditing.remarks(first.audits)
+    assert [a.verdict for a in first.audits] == ["clean"] and not audits.remarks(first.audits)
 
     def never(*arguments):
         raise AssertionError("disassembled")
@@ -174,7 +175,7 @@ def test_time_over_is_unknown_and_asked_again(libraries, tmp_path):
     with Ledger.open(tmp_path / "s") as ledger:
         (late,) = auditing.of_files(files, 90, ledger, seconds=0.0)["x"]
         assert late.verdict == "unknown" and "time" in late.evidence[0]
-        assert "x" in auditing.remarks([late])
+        assert "x" in audits.remarks([late])
         (again,) = auditing.of_files(files, 90, ledger)["x"]
         assert again.verdict == "flagged"
         # No such GPU loads it.
@@ -195,13 +196,13 @@ def test_files_without_gpu_code_are_passed_over(tmp_path):
 def test_content_changes_with_the_file_its_build_and_the_rules(tmp_path, monkeypatch):
     file = tmp_path / "k.so"
     file.write_bytes(b"code")
-    seen = {auditing.content(file)}
+    seen = {audits.content(file)}
     file.write_bytes(b"node")
-    seen.add(auditing.content(file))
+    seen.add(audits.content(file))
     (tmp_path / "build.ninja").write_text("flags")
-    seen.add(auditing.content(file))
-    monkeypatch.setattr(auditing, "RULES", auditing.RULES + 1)
-    seen.add(auditing.content(file))
+    seen.add(audits.content(file))
+    monkeypatch.setattr(audits, "RULES", audits.RULES + 1)
+    seen.add(audits.content(file))
     assert len(seen) == 4
 
 
