@@ -14,7 +14,8 @@ from typing import Any
 from ..cache import state
 from ..cache.errors import Missing, StateError
 from ..cache.snapshot import load
-from ..machine.devices import gpus
+from ..machine.devices import gpus, order_is_certain
+from ..machine.driver import DriverSilent
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 
@@ -81,11 +82,22 @@ def _programs() -> Iterator[Line]:
 
 
 def _gpus() -> Iterator[Line]:
-    found, reason = gpus()
+    try:
+        found, reason = gpus()
+    except DriverSilent as error:
+        yield Line(BAD, "GPU", error.sentence, error.do)
+        return
     if reason:
         yield Line(NOTE, "GPU", reason, "only CPU backends can be probed here")
     for target in found:
         yield Line(GOOD, target.label, f"{target.name}, {target.device.arch}, {target.uuid}")
+    if found and not order_is_certain():
+        yield Line(
+            NOTE,
+            "GPU order",
+            "GPUs of several models: CUDA numbers the fastest first, as it alone knows",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name GPUs by their UUID",
+        )
 
 
 def _variables() -> Iterator[Line]:

@@ -7,12 +7,14 @@ line, for whoever calls it often.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections import Counter
 
 from .. import __version__
-from ..errors import NOT_ASSESSED, SAFE, UNSAFE
+from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
+from ..machine import driver as asking
 from . import reader
 from .errors import Missing, StateError
 
@@ -105,6 +107,13 @@ def gather(
     return facts
 
 
+def ask_driver() -> None:
+    """See that the NVIDIA driver answers, where there is one: what is published for a GPU says
+    nothing of a node whose driver hangs. Raises DriverSilent."""
+    with contextlib.suppress(asking.NvmlError):
+        asking.ask_once("gpus")
+
+
 def _scope(
     path: str,
     generation: int,
@@ -181,10 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
     try:
+        if asked.check:
+            ask_driver()
         facts = gather(asked.state, asked.gpu, asked.profile)
         form = "json" if asked.json else "line" if asked.check else asked.format
         facts_text.put(facts_text.render(facts, form, expires=asked.expires), asked.out)
-    except (StateError, ValueError) as error:
+    except (StateError, Refused, ValueError) as error:
         print(f"fp4tune: {error}", file=sys.stderr)
         return NOT_ASSESSED
     return EXIT[facts["status"]] if asked.check else SAFE

@@ -23,11 +23,13 @@ def audit(
 ) -> None:
     """Judge compiled FP4 GEMM modules by their machine code; needs no GPU."""
     with one_sentence():
-        from ..autotune.publication import audited as kept
-        from ..probes import audit as auditing
         from ..probes.audit import text
 
-        reports = auditing.audit(paths or (), text.arch(arch), text.progress())
+        sm = text.arch(arch)  # before what takes seconds to import
+        from ..autotune.publication import audited as kept
+        from ..probes import audit as auditing
+
+        reports = auditing.audit(paths or (), sm, text.progress())
         for remark in kept.remember(reports, state):
             typer.echo(f"fp4tune: {remark}", err=True)
         if as_json:

@@ -23,12 +23,13 @@ def backends(
 ) -> None:
     """List every backend, what it supports on this device, and why not where it does not."""
     with one_sentence():
+        from ..machine import devices
+
+        (target, *_) = devices.select(gpu)  # before what takes seconds to import
         from ..autotune import request as planning
         from ..autotune import support
-        from ..machine import devices
         from ..report.terminal import tables
 
-        (target, *_) = devices.select(gpu)
         rows = support.rows(
             target,
             planning.backends(backend or ()),

@@ -27,11 +27,15 @@ def daemon(
     with one_sentence():
         from dataclasses import replace
 
-        from ..daemon import config as configuring
+        try:
+            from ..daemon import config as configuring
+            from ..daemon.run import run
+        except ModuleNotFoundError as error:
+            raise Refused(f"the daemon needs {error.name}: pip install 'fp4tune[daemon]'") from None
 
         path = configuring.place(config)
 
-        def load() -> configuring.Config:
+        def load() -> configuring.DaemonConfig:
             found = configuring.load(path)
             return found if state is None else replace(found, state=str(state))
 
@@ -47,8 +51,4 @@ def daemon(
             raise typer.Exit(SAFE)
         if as_json:
             raise Refused("--json goes with --check; a running daemon answers over HTTP")
-        try:
-            from ..daemon.run import run
-        except ModuleNotFoundError as error:
-            raise Refused(f"the daemon needs {error.name}: pip install 'fp4tune[daemon]'") from None
         raise typer.Exit(run(loaded, load))

@@ -12,11 +12,11 @@ def doctor(state: State = None, as_json: Json = False) -> None:
     """Say what is here, what is missing, and what to do about it."""
     with one_sentence():
         from ..autotune import doctor as checks
-        from ..report.terminal import tables
+        from ..report.terminal.checklist import print_doctor
 
         lines = checks.examine(state)
         if as_json:
             print_json([line.json() for line in lines])
         else:
-            tables.print_doctor(lines)
+            print_doctor(lines)
         raise typer.Exit(NOT_ASSESSED if any(line.status == "bad" for line in lines) else SAFE)

@@ -32,6 +32,8 @@ def facts(
         from ..cache import facts as gathering
         from ..cache import facts_text
 
+        if check:
+            gathering.ask_driver()
         found = gathering.gather(state, gpu, profile)
         form = "json" if as_json else "line" if check else format_
         facts_text.put(facts_text.render(found, form, expires), out)

@@ -93,6 +93,9 @@ def probe(
 ) -> None:
     """Run every backend here, check every element, time them, store the fastest safe one."""
     with one_sentence():
+        from ..machine import devices
+
+        targets = devices.select(gpu)  # before what takes seconds to import
         from ..autotune import request as planning
         from ..autotune.choice import traffic as distributions
         from ..autotune.levels import LEVELS
@@ -101,12 +104,10 @@ def probe(
         from ..cache.ledger import Ledger
         from ..cache.state import directory
         from ..fleet import adopt
-        from ..machine import devices
         from ..probes import quantisers
 
         chosen_level = named(LEVELS, level, "level")
         chosen_profile = named(PROFILES, profile or engine or installed(), "profile")
-        targets = devices.select(gpu)
         state_dir = directory(state)
         weighed = {chosen_profile.name: distributions.find(traffic)} if traffic else {}
         chosen_seed = planning.seed(seed)

@@ -33,15 +33,16 @@ def reproduce(
 ) -> None:
     """Make a finding's launch again, and bundle it for the maintainer of the backend."""
     with one_sentence():
-        from ..autotune import reproduce as again
-        from ..autotune import request as planning
         from ..machine import devices
-        from ..report import documents
 
         if times < 1:
             raise Refused(f"--times {times}: it must be at least 1")
+        (target, *_) = devices.select(gpu)  # before what takes seconds to import
+        from ..autotune import reproduce as again
+        from ..autotune import request as planning
+        from ..report import documents
+
         found = again.load(documents.place_of(state), finding)
-        (target, *_) = devices.select(gpu)
         result = again.reproduce(
             found,
             target,

@@ -19,11 +19,13 @@ def selftest(
 ) -> None:
     """Probe backends that fail on purpose: what does this prober catch here?"""
     with one_sentence():
-        from ..autotune import selftest as testing
         from ..machine import devices
+
+        targets = devices.select(gpu)  # before what takes seconds to import
+        from ..autotune import selftest as testing
         from ..report.terminal.progress import watching
 
-        chosen = [(t, testing.choose(t.device, mutant or ())) for t in devices.select(gpu)]
+        chosen = [(t, testing.choose(t.device, mutant or ())) for t in targets]
         results = [(t, testing.selftest(t, mutants, watching)) for t, mutants in chosen]
         if as_json:
             print_json([testing.document(target, rows) for target, rows in results])

@@ -3,66 +3,44 @@ memory, and break its forks."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, TypeVar
-
-    T = TypeVar("T")
+from ..machine import driver, visible
 
 
 def gpus() -> list[tuple[str, str]]:
-    """(arch, model name) of every GPU that NVML shows, each once; empty without NVML."""
+    """(arch, model name) of every GPU that NVML shows, each once; empty without NVML.
 
-    def model(nvml: Any, handle: Any) -> tuple[str, str]:
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return f"sm{major}{minor}", _text(nvml.nvmlDeviceGetName(handle))
-
-    return list(dict.fromkeys(_each(model)))
+    Raises DriverSilent.
+    """
+    return list(dict.fromkeys((f"sm{gpu.sm}", gpu.name) for gpu in _node()))
 
 
 def uuids() -> list[str]:
-    """UUIDs of the GPUs that this process may use; empty without NVML.
+    """UUIDs of the GPUs that this process may use; empty without NVML. Raises DriverSilent.
 
-    As CUDA reads CUDA_VISIBLE_DEVICES: indices or beginnings of UUIDs, to the first that is none.
+    Of a node where CUDA alone knows which GPU an index means, all of them: what an engine may use
+    is held against probes, rather one GPU too many. With a MIG instance, the GPU it is cut from.
     """
-    found = _each(lambda nvml, handle: _text(nvml.nvmlDeviceGetUUID(handle)))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    chosen: list[str] = []
-    for entry in (part.strip() for part in visible.split(",")):
-        if entry.isdecimal():
-            mine = found[int(entry) : int(entry) + 1]
-        else:
-            mine = [uuid for uuid in found if entry and uuid.startswith(entry)]
-        if len(mine) != 1:
-            break
-        chosen += mine
-    return chosen
+    node = _node()
+    found = visible.seen(node, os.environ)
+    if not found.certain and found.devices:
+        return [gpu.uuid for gpu in node]
+    return list(
+        dict.fromkeys(one for uuid, *_ in found.devices for one in (uuid, _whole(node, uuid)))
+    )
 
 
-def _each(ask: Callable[[Any, Any], T]) -> list[T]:
-    """What ``ask(nvml, handle)`` says of every GPU; empty where NVML fails, or is not there."""
+def _node() -> tuple[visible.NodeGpu, ...]:
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:
-        return []
-    try:
-        count = pynvml.nvmlDeviceGetCount()
-        return [ask(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
-    except Exception:
-        return []
-    finally:
-        with contextlib.suppress(Exception):
-            pynvml.nvmlShutdown()
+        return visible.node(driver.ask_once("gpus"))
+    except driver.NvmlError:
+        return ()
 
 
-def _text(said: str | bytes) -> str:
-    """A name as NVML's bindings have it; old ones give bytes."""
-    return said.decode() if isinstance(said, bytes) else str(said)
+def _whole(node: tuple[visible.NodeGpu, ...], uuid: str) -> str:
+    """The UUID of the GPU that holds the MIG instance `uuid`; else `uuid` itself."""
+    for gpu in node:
+        if any(one.uuid == uuid for one in gpu.instances or ()):
+            return gpu.uuid
+    return uuid

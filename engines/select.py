@@ -85,8 +85,8 @@ def open_for(
 
     Raises StateError: Missing where nothing was, or where the GPUs here are of several kinds.
     """
-    found = here.gpus()
-    if arch is None and gpu is None and found:
+    found = here.gpus() if arch is None and gpu is None else []
+    if found:
         if len(found) > 1:
             raise Missing("choices.db", "the GPUs here are of several kinds: say which gpu")
         ((arch, gpu),) = found

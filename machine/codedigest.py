@@ -134,7 +134,7 @@ def extracted(
         yield tuple(os.path.join(folder, name) for name in sorted(os.listdir(folder)))
 
 
-def fatbins(parsed: elf.Elf) -> Iterator[elf.Section]:
+def fatbins(parsed: elf.Elf) -> Iterator[elf.ElfSection]:
     """The sections of a host library or object that hold GPU code."""
     return (section for prefix in _FATBIN for section in parsed.named(prefix))
 
@@ -153,7 +153,7 @@ def words_by_kernel(data: memoryview, parsed: elf.Elf) -> dict[str, str]:
     }
 
 
-def _hash(data: memoryview, section: elf.Section) -> str:
+def _hash(data: memoryview, section: elf.ElfSection) -> str:
     return hashlib.sha256(data[section.offset : section.offset + section.size]).hexdigest()
 
 

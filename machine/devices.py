@@ -1,11 +1,16 @@
-"""Which GPUs this process may use, by NVML, without creating a CUDA context."""
+"""Which devices a program started here may use, without creating a CUDA context.
+
+GPUs are those that CUDA would show, by `visible`, from what the driver says of the node, by
+`driver`."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-from ..probes.problem import Device
+from . import driver, visible
+from .device import Device
+from .hardware import cpu_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +20,7 @@ class Target:
     device: Device
     name: str
     uuid: str | None = None
+    """A GPU's or a MIG instance's, as nvidia-smi prints it; None for the CPU."""
 
     @property
     def label(self) -> str:
@@ -24,7 +30,7 @@ class Target:
     @property
     def environment(self) -> dict[str, str]:
         """What makes the worker see this device alone, as its device 0."""
-        return {"CUDA_VISIBLE_DEVICES": self.uuid or ""}
+        return {visible.DEVICES: self.uuid or ""}
 
 
 class NoSuchDevice(ValueError):
@@ -35,45 +41,53 @@ def gpus() -> tuple[list[Target], str | None]:
     """The visible NVIDIA GPUs, or none and the reason.
 
     CUDA_VISIBLE_DEVICES is respected: indices are those a CUDA program started here would see.
+    Raises DriverSilent.
     """
     try:
-        import pynvml
-    except ImportError:
-        return [], "nvidia-ml-py is not installed"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [], f"no NVIDIA driver answers ({error})"
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
-            found.append((name, uuid, 10 * major + minor))
-    except pynvml.NVMLError as error:
+        node = visible.node(driver.ask("gpus"))
+    except driver.NvmlError as error:
+        if error.kind == "absent":
+            return [], "nvidia-ml-py is not installed"
+        if error.kind == "unusable":
+            return [], f"no NVIDIA driver answers ({error})"
         return [], f"NVML failed ({error})"
-    finally:
-        pynvml.nvmlShutdown()
-    visible = _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if not visible:
-        return [], "CUDA_VISIBLE_DEVICES hides every GPU" if found else "this machine has no GPU"
+    found = visible.seen(node, os.environ).devices
+    if not found:
+        return [], _why_none(node)
     return [
         Target(Device("cuda", sm, index), name, uuid)
-        for index, (name, uuid, sm) in enumerate(visible)
+        for index, (uuid, name, sm) in enumerate(found)
     ], None
+
+
+def _why_none(node: tuple[visible.NodeGpu, ...]) -> str:
+    if not node:
+        return "this machine has no GPU"
+    if not visible.seen(node, {}).devices:
+        return "MIG is on, and there is no instance; make one with nvidia-smi mig"
+    return "CUDA_VISIBLE_DEVICES hides every GPU"
+
+
+def order_is_certain() -> bool:
+    """Whether an index names the same GPU here as in CUDA: False on a node with several models
+    whose order CUDA alone knows. Raises DriverSilent; True where there is no driver to ask."""
+    try:
+        return visible.seen(visible.node(driver.ask("gpus")), os.environ).certain
+    except driver.NvmlError:
+        return True
 
 
 def cpu() -> Target:
     """The CPU as a target."""
-    return Target(Device("cpu"), _cpu_name())
+    return Target(Device("cpu"), cpu_name())
 
 
 def select(gpu: str | None) -> list[Target]:
     """The targets that ``--gpu`` names: an index, ``all``, ``none`` (the CPU), or None for the
     first GPU, and the CPU where there is none.
 
-    Raises NoSuchDevice.
+    Raises NoSuchDevice, and DriverSilent but for ``none``: a GPU whose driver hangs is no reason to
+    probe the CPU in its place.
     """
     if gpu == "none":
         return [cpu()]
@@ -84,42 +98,8 @@ def select(gpu: str | None) -> list[Target]:
         raise NoSuchDevice(f"no GPU to probe: {reason}; use --gpu none to probe the CPU")
     if gpu == "all":
         return found
-    if not _is_index(gpu):
+    if not (gpu.isascii() and gpu.isdigit()):
         raise NoSuchDevice(f"--gpu {gpu!r} is not a GPU index, 'all' or 'none'")
     if int(gpu) >= len(found):
         raise NoSuchDevice(f"no GPU {gpu}: this machine shows {len(found)}, numbered from 0")
     return [found[int(gpu)]]
-
-
-def _is_index(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
-Listed = tuple[str, str, int]
-
-
-def _visible(found: list[Listed], variable: str | None) -> list[Listed]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does: stop at the first entry that names nothing."""
-    if variable is None:
-        return found
-    chosen: list[Listed] = []
-    for entry in (part.strip() for part in variable.split(",")):
-        if _is_index(entry) and int(entry) < len(found):
-            chosen.append(found[int(entry)])
-            continue
-        match = [gpu for gpu in found if entry and gpu[1].startswith(entry)]
-        if len(match) != 1:
-            break
-        chosen.append(match[0])
-    return chosen
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            for line in info:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return "CPU"

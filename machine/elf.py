@@ -19,7 +19,7 @@ class BadElf(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class ElfSection:
     name: str
     offset: int
     size: int
@@ -30,9 +30,9 @@ class Section:
 class Elf:
     machine: int
     flags: int
-    sections: tuple[Section, ...]
+    sections: tuple[ElfSection, ...]
 
-    def named(self, prefix: str) -> Iterator[Section]:
+    def named(self, prefix: str) -> Iterator[ElfSection]:
         return (s for s in self.sections if s.name.startswith(prefix))
 
 
@@ -74,19 +74,19 @@ def parse(data: bytes | memoryview) -> Elf:
         machine,
         flags,
         tuple(
-            Section(_string(strings, name), at, 0 if kind == _NOBITS else length)
+            ElfSection(_string(strings, name), at, 0 if kind == _NOBITS else length)
             for name, kind, at, length, _ in raw
         ),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Function:
+class ElfFunction:
     """A function's symbol. `index` is its place in the symbol table."""
 
     index: int
     name: str
-    section: Section
+    section: ElfSection
     other: int
     """Visibility, and what a machine adds to it: `CUDA_ENTRY` for a kernel."""
 
@@ -96,7 +96,7 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 _FUNC = 2
 
 
-def functions(data: bytes | memoryview, parsed: Elf) -> Iterator[Function]:
+def functions(data: bytes | memoryview, parsed: Elf) -> Iterator[ElfFunction]:
     """The functions in the symbol table, where there is one."""
     tables = {section.name: section for section in parsed.sections}
     table, names = tables.get(".symtab"), tables.get(".strtab")
@@ -107,7 +107,7 @@ def functions(data: bytes | memoryview, parsed: Elf) -> Iterator[Function]:
     for index, symbol in enumerate(_SYMBOL.iter_unpack(entries)):
         name, info, other, section, _, _ = symbol
         if info & 0xF == _FUNC and 0 < section < len(parsed.sections):
-            yield Function(index, _string(strings, name), parsed.sections[section], other)
+            yield ElfFunction(index, _string(strings, name), parsed.sections[section], other)
 
 
 def _header(data: bytes | memoryview, at: int) -> tuple[int, int, int, int, int]:

@@ -1,11 +1,13 @@
-"""What the hardware says of itself, through NVML for a GPU and /proc for a CPU. Never raises."""
+"""What the hardware says of itself, through NVML for a GPU and /proc for a CPU."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from . import driver, visible
 
 CPU_FLAGS = (
     "avx",
@@ -37,10 +39,10 @@ IDENTITY = ("uuid", "nvml_index", "nvml")
 def hardware(which: int | str | None, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Facts of a GPU, or of the CPU for None.
 
-    `which` is a GPU's UUID (with or without ``GPU-``; best, since CUDA and NVML number GPUs
-    differently), or its CUDA index, which is looked up in CUDA_VISIBLE_DEVICES and then taken as
-    NVML's. A fact that cannot be asked is None; without NVML the only facts are ``kind`` and
-    ``nvml``, the reason.
+    `which` is a GPU's or a MIG instance's UUID (with or without ``GPU-``; best, since CUDA and NVML
+    number GPUs differently), or the index that CUDA gives it under CUDA_VISIBLE_DEVICES. A fact
+    that cannot be asked is None; without NVML the only facts are ``kind`` and ``nvml``, the reason.
+    Raises DriverSilent, and nothing else.
 
     Keys of a GPU: kind, nvml (``ok`` or why not), nvml_index, uuid, gpu (the model), driver,
     memory_bytes, mig, ecc, power_cap_w, compute_mode, mps.
@@ -51,7 +53,7 @@ def hardware(which: int | str | None, environ: Mapping[str, str] | None = None) 
 
 def cpu() -> dict[str, Any]:
     """Keys: kind, cpu (the model), flags (those of CPU_FLAGS, sorted), cores, machine."""
-    info = _cpuinfo()
+    info = _cpuinfo()  # psutil does not tell the instruction sets
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
         "kind": "cpu",
@@ -60,6 +62,11 @@ def cpu() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
     }
+
+
+def cpu_name() -> str:
+    """The CPU's model, or ``CPU`` where the system does not tell."""
+    return _cpuinfo().get("model name") or "CPU"
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -80,71 +87,35 @@ def _cpuinfo() -> dict[str, str]:
 def _gpu(which: int | str, environ: Mapping[str, str]) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "cuda"}
     try:
-        import pynvml  # type: ignore[import-untyped,import-not-found,unused-ignore]
-    except ImportError:
-        return {**facts, "nvml": "the module pynvml (nvidia-ml-py) is not installed"}
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return {**facts, "nvml": f"NVML cannot be used: {error}"}
-    try:
-        handle, index = _handle(pynvml, which, environ)
-        return {**facts, "nvml": "ok", "nvml_index": index, **_facts(pynvml, handle, environ)}
-    except (pynvml.NVMLError, LookupError, ValueError) as error:
+        node = visible.node(driver.ask("gpus"))
+        uuid = _uuid(node, which, environ)
+        if uuid is None:
+            return {**facts, "nvml": f"NVML does not know GPU {which}: none here is called so"}
+        found = driver.ask("facts", uuid)
+    except driver.NvmlError as error:
+        if error.kind in ("absent", "unusable"):
+            return {**facts, "nvml": str(error)}
         return {**facts, "nvml": f"NVML does not know GPU {which}: {error}"}
-    finally:
-        pynvml.nvmlShutdown()
+    index = next((i for i, gpu in enumerate(node) if gpu.uuid == uuid), None)
+    return {**of_answer(found, environ), "nvml_index": index}
 
 
-def _handle(pynvml: Any, which: int | str, environ: Mapping[str, str]) -> tuple[Any, int | None]:
-    selector = which if isinstance(which, str) else _visible(which, environ)
-    if isinstance(selector, str) and selector.startswith("MIG-"):
-        return pynvml.nvmlDeviceGetHandleByUUID(selector), None
-    if isinstance(selector, int):
-        return pynvml.nvmlDeviceGetHandleByIndex(selector), selector
-    plain = selector.removeprefix("GPU-")
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        # CUDA_VISIBLE_DEVICES takes the beginning of a UUID, too.
-        if _text(pynvml.nvmlDeviceGetUUID(handle)).removeprefix("GPU-").startswith(plain):
-            return handle, index
-    raise LookupError("no GPU has this UUID")
+def of_answer(answer: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """The facts of a GPU from what the driver answers to ``facts`` (`nvml.facts`)."""
+    return {"kind": "cuda", "nvml": "ok", **answer, "mps": _mps(environ)}
 
 
-def _visible(index: int, environ: Mapping[str, str]) -> int | str:
-    """What CUDA's `index` stands for under CUDA_VISIBLE_DEVICES: an NVML index or a UUID."""
-    named = [part.strip() for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    if named == [""]:
-        return index
-    chosen = named[index]
-    return int(chosen) if chosen.isdigit() else chosen
-
-
-def _facts(pynvml: Any, handle: Any, environ: Mapping[str, str]) -> dict[str, Any]:
-    def ask(question: Callable[[], Any]) -> Any:
-        try:
-            return question()
-        except (pynvml.NVMLError, AttributeError):
-            return None  # the GPU does not have it, or the driver or pynvml is too old to say
-
-    return {
-        "uuid": ask(lambda: _text(pynvml.nvmlDeviceGetUUID(handle))),
-        "gpu": ask(lambda: _text(pynvml.nvmlDeviceGetName(handle))),
-        "driver": ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
-        "memory_bytes": ask(lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)),
-        "mig": ask(lambda: bool(pynvml.nvmlDeviceGetMigMode(handle)[0])),
-        "ecc": ask(lambda: bool(pynvml.nvmlDeviceGetEccMode(handle)[0])),
-        "power_cap_w": ask(lambda: pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000),
-        "compute_mode": ask(lambda: int(pynvml.nvmlDeviceGetComputeMode(handle))),
-        "mps": _mps(environ),
-    }
+def _uuid(
+    node: Sequence[visible.NodeGpu], which: int | str, environ: Mapping[str, str]
+) -> str | None:
+    """The UUID that `which` stands for: as the one entry of a list, or the index in CUDA's."""
+    if isinstance(which, int):
+        seen = visible.seen(node, environ).devices
+        return seen[which][0] if 0 <= which < len(seen) else None
+    return visible.named(node, which)
 
 
 def _mps(environ: Mapping[str, str]) -> bool:
     """Whether CUDA programs started here would go through an MPS server."""
     pipe = environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
     return os.path.exists(os.path.join(pipe, "control"))
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

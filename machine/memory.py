@@ -1,4 +1,5 @@
-"""What the host has left."""
+"""What memory the host has left. Standard library only: workers ask it in an engine's interpreter,
+which need not have psutil."""
 
 from __future__ import annotations
 

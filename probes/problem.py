@@ -1,14 +1,16 @@
 """The words everything else is written in: formats, problems, FP4 tensors and devices.
 
 A *problem* is ``out(m, n) = alpha * A(m, k) @ B(n, k).T`` with an FP4 weight ``B``. Values here are
-plain data; drawing operands is `data`, numbers are `formats`, and running is `backends`.
-"""
+plain data; drawing operands is `data`, numbers are `formats`, and running is `backends`. `Device`
+is the ground's, and named here for backends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
+
+from ..machine.device import Device as Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +111,3 @@ class Fp4Tensor:
             scales=self.scales.clone(),
             global_scale=self.global_scale.clone(),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where a problem runs: a CPU, or a CUDA GPU by its compute capability."""
-
-    kind: str
-    """``cpu`` or ``cuda``."""
-    sm: int | None = None
-    """Compute capability as FlashInfer writes it: 90, 100, 120; None on a CPU."""
-    index: int = 0
-
-    @property
-    def torch(self) -> torch.device:
-        return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.index)
-
-    @property
-    def arch(self) -> str:
-        """The key choices are stored under: ``sm90``, or ``cpu``."""
-        return "cpu" if self.sm is None else f"sm{self.sm}"

@@ -444,7 +444,7 @@ def test_members_of_a_backend():
 
 
 def test_variables_of_our_own():
-    parts = ("autotune", "cache", "engines", "probes")
+    parts = ("autotune", "cache", "engines", "machine", "probes")
     files = [file for part in parts for file in (ROOT / part).rglob("*.py")]
     used = {name for file in files for name in re.findall(r"FP4TUNE_[A-Z_]+", text_of(file))}
     said = {

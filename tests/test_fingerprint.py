@@ -165,10 +165,12 @@ def test_a_gpu_is_found_by_index_or_uuid(nvml, which, visible, expected, monkeyp
         assert "does not know GPU" in facts["nvml"]
 
 
-def test_without_a_driver_the_facts_say_so():
-    code = """
+def test_without_the_module_the_facts_say_so(tmp_path, monkeypatch):
+    """Where the import of pynvml fails: its own process is told where to look by sys.path."""
+    (tmp_path / "pynvml.py").write_text("raise ImportError")
+    code = f"""
         import sys
-        sys.modules["pynvml"] = None
+        sys.path.insert(0, {str(tmp_path)!r})
         from fp4tune.machine.hardware import hardware
         print(hardware(0)["nvml"])
     """

@@ -181,15 +181,15 @@ def _cubin(path: str, only: str | None) -> _Cubin:
         return _Cubin(path, sm_of(data, parsed), len(data), words, symbols)
 
 
-def around(kernel: str, functions: Iterable[elf.Function]) -> tuple[int, ...]:
+def around(kernel: str, functions: Iterable[elf.ElfFunction]) -> tuple[int, ...]:
     """Symbols of the sections that hold `kernel` and what kernels share: one of each section.
 
     Empty where it has no symbol. A section is a kernel's own, with functions only that kernel
     calls, or one that no kernel is in.
     """
-    first: dict[elf.Section, int] = {}
-    own: set[elf.Section] = set()
-    kernels: set[elf.Section] = set()
+    first: dict[elf.ElfSection, int] = {}
+    own: set[elf.ElfSection] = set()
+    kernels: set[elf.ElfSection] = set()
     for function in functions:
         first.setdefault(function.section, function.index)
         if function.other & elf.CUDA_ENTRY:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...autotune.doctor import Line
 from ...autotune.evidence import audits
 from ...autotune.plan import Report
 from ...autotune.publication import published
@@ -22,17 +21,12 @@ from ...cache.rows import BucketKey, Candidate, Choice, Finding, Timing
 from ...machine.devices import Target
 from ...probes.check import tilemap
 from ..documents import findings
+from .checklist import console
 
 _MARKS = {"safe": "", "unsafe": " [red]✗[/]", "inconclusive": " ?", "unsupported": " -"}
 _MOST_FINDINGS = 40
 _MOST_BOUNDS = 60
 _MOST_NOTES = 6
-
-
-def console() -> Console:
-    """Where tables go. Without a terminal lines are as long as they need to be."""
-    out = Console(highlight=False, soft_wrap=True)
-    return out if out.is_terminal else Console(highlight=False, width=200)
 
 
 def print_report(report: Report) -> None:
@@ -353,15 +347,4 @@ def print_support(target: Target, rows: Iterable[dict]) -> None:
             escape(row["last"] or ""),
             escape(row.get("reason") or ""),
         )
-    out.print(table)
-
-
-def print_doctor(lines: Iterable[Line]) -> None:
-    """One line each: what, what was found, what to do."""
-    out = console()
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    marks = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
-    for line in lines:
-        do = f"→ {line.do}" if line.do else ""
-        table.add_row(marks[line.status], escape(line.what), escape(line.found), escape(do))
     out.print(table)
