@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import mmap
@@ -29,10 +30,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from _machine import machine
 
 from fp4tune.cache import gpulock
-from fp4tune.daemon import child as children
 
 LOAD = """
 import mmap, struct, sys, time
@@ -130,16 +131,8 @@ class Daemon:
 
     def family(self) -> list[int]:
         """The daemon and the processes it has beside it."""
-        found = [self.process.pid]
-        for name in os.listdir("/proc"):
-            try:
-                if name.isdigit():
-                    text = Path(f"/proc/{name}/stat").read_text()
-                    if int(text.rpartition(")")[2].split()[1]) == self.process.pid:
-                        found.append(int(name))
-            except (OSError, ValueError, IndexError):
-                continue
-        return found
+        beside = psutil.Process(self.process.pid).children()
+        return [self.process.pid, *(process.pid for process in beside)]
 
     def signal(self, number: int) -> None:
         for pid in self.family():
@@ -212,7 +205,7 @@ def taken(place: Path, uuid: str, daemon: Daemon, nvml: Any, handle: Any) -> dic
     said = engine.stdout.readline().split(maxsplit=1)
     gone = until_empty(nvml, handle, 0, 20)
     total = time.monotonic() - began
-    ended = [pid for pid in family if not os.path.exists(f"/proc/{pid}")]
+    ended = [pid for pid in family if not psutil.pid_exists(pid)]
     daemon.until("waits", 10)
     waits = daemon.status
     daemon.listen(2.0)
@@ -237,13 +230,10 @@ def taken(place: Path, uuid: str, daemon: Daemon, nvml: Any, handle: Any) -> dic
 def children_of(daemon: Daemon) -> list[int]:
     """The processes of its probe."""
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if f"{children.MARK}=".encode() in Path(f"/proc/{name}/environ").read_bytes():
-                    found.append(int(name))
-            except OSError:
-                continue
+    for process in psutil.Process(daemon.process.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if "fp4tune.daemon.beside" in process.cmdline():
+                found += [process.pid, *(one.pid for one in process.children(recursive=True))]
     return found
 
 
@@ -259,13 +249,13 @@ def without_lock(place: Path, daemon: Daemon, nvml: Any, handle: Any) -> dict[st
     while not set(on_gpu(nvml, handle)) - before and engine.poll() is None:
         time.sleep(0.005)
     seen = time.monotonic()
-    while any(os.path.exists(f"/proc/{pid}") for pid in family):
+    while any(psutil.pid_exists(pid) for pid in family):
         if time.monotonic() - seen > 10:
             break
         time.sleep(0.005)
     took = time.monotonic() - seen
-    ended = not any(os.path.exists(f"/proc/{pid}") for pid in family)
-    visible = os.path.exists(f"/proc/{next(iter(before), 0)}")
+    ended = not any(psutil.pid_exists(pid) for pid in family)
+    visible = psutil.pid_exists(next(iter(before), 0))
     daemon.listen(0.5)
     engine.kill()
     engine.wait()

@@ -38,12 +38,13 @@ from pathlib import Path
 from typing import Any
 
 import _node as node
+import psutil
 
 from fp4tune.cache import quarantine, reader, state
 from fp4tune.cache.errors import StateError
-from fp4tune.daemon import child as children
 
 INSIDE = "FP4TUNE_SOAK_INSIDE"
+CHILD = "FP4TUNE_SOAK_CHILD"
 SIZE = "64m"
 CLIENTS = 200
 TOKEN = "soak-token-of-some-length"
@@ -126,7 +127,7 @@ class Soak:
             "[idle]\nquiet_seconds = 1\n[limits]\nlayer_seconds = 600\n"
             f'[http]\nlisten = "{listen}"\ntoken_file = "{token}"\n'
         )
-        env = node.environ(self.site)
+        env = node.environ(self.site, **{CHILD: "1"})
         library = _clock_library(place)
         if library is None:
             self.skipped.append("clock jumps: there is no C compiler")
@@ -158,9 +159,11 @@ class Soak:
         self.daemon.start()
 
     def kill_probe(self) -> bool:
-        mine = [p for p in _marked() if _command(p).startswith("probe")]
-        for pid in mine:
-            _kill(pid)
+        assert self.daemon.process is not None
+        found = _children(self.daemon.process.pid)
+        mine = [process for process in found if _command(process).startswith("probe")]
+        for process in mine:
+            _kill(process.pid)
         return bool(mine)
 
     def fill_disk(self) -> None:
@@ -309,7 +312,9 @@ class Soak:
                 next_look = now + 5
                 assert self.daemon.process is not None
                 pid = self.daemon.process.pid
-                self.memory.append((now - self.began, children._rss(pid), _descriptors(pid)))
+                self.memory.append(
+                    (now - self.began, psutil.Process(pid).memory_info().rss, _descriptors(pid))
+                )
 
     def look_at_ledger(self) -> None:
         """Rows of evidence only ever become more."""
@@ -402,7 +407,7 @@ class Soak:
         if code != 0 or took > 5:
             self.fail(f"SIGTERM: exit code {code} after {took:.1f} s")
         time.sleep(1)
-        left = _marked()
+        left = [process.pid for process in _children(0)]
         if left:
             self.fail(f"processes {left} were left behind")
         result = self.result(first, "finished")
@@ -464,31 +469,24 @@ def _spread(values: list[float]) -> dict[str, Any]:
     }
 
 
-def _marked() -> list[int]:
-    """Every process of the daemon's children."""
+def _children(daemon: int) -> list[psutil.Process]:
+    """Every process that the daemon, this one or one before it, has started."""
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                variables = Path(f"/proc/{name}/environ").read_bytes()
-            except OSError:
-                continue
-            if f"\0{children.MARK}=".encode() in b"\0" + variables and SELF in variables:
-                found.append(int(name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != daemon and process.environ().get(CHILD):
+                found.append(process)
     return found
 
 
-SELF = b"FP4TUNE_SOAK_INSIDE="
-
-
-def _command(pid: int) -> str:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return ""
-    if "fp4tune.daemon.beside" in words:
-        return " ".join(words[words.index("fp4tune.daemon.beside") + 4 :])
-    return " ".join(words)
+def _command(process: psutil.Process) -> str:
+    """What a process runs: of the daemon's children without the words that start them."""
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        if "fp4tune.daemon.beside" in words:
+            return " ".join(words[words.index("fp4tune.daemon.beside") + 4 :])
+        return " ".join(words)
+    return ""
 
 
 def _kill(pid: int) -> None:

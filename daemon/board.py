@@ -7,22 +7,97 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
+from ..autotune.publication import published
 from ..autotune.publication.environment import withdrawn
 from ..cache import opening, quarantine, state
 from ..cache.errors import StateError
-
-if TYPE_CHECKING:
-    from .service import Service
+from .gpus import WatchedDevice
 
 BEAT_SECONDS = 20.0
 """A loop that was silent for longer than this is not healthy."""
 MOST_FINDINGS = 500
 _FINDINGS_EVERY = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """One device at one look: its `state` (of `gpus.STATES`) and, in words, what it is `doing`."""
+
+    device: WatchedDevice
+    state: str
+    doing: str
+    pending: int
+    last_probe: Mapping[str, Any] | None
+    last_canary: Mapping[str, Any] | None
+
+    def json(self) -> dict[str, Any]:
+        d = self.device
+        return {
+            "device": d.label,
+            "uuid": d.uuid,
+            "name": d.name,
+            "arch": d.arch,
+            "state": self.state,
+            "doing": self.doing,
+            "marks": dict(d.marks),
+            "events": dict(d.events),
+            "pending": self.pending,
+            "last_probe": self.last_probe,
+            "last_canary": self.last_canary,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """The node at one look of the loop. `absent` is why the state directory cannot be used, empty
+    where it can; `problem` why the state could not be brought in line; `stale` maps (GPU, backend)
+    to what changed; `here` says whether choices.db is there as it was loaded."""
+
+    state_dir: str
+    absent: str
+    problem: str
+    stands: published.Standing | None
+    here: bool
+    settled: bool
+    stale: Mapping[tuple[str, str], Sequence[str]]
+    mended: Sequence[str]
+    missing: Sequence[str]
+    devices: Sequence[DeviceReport]
+    counts: Mapping[str, Any]
+    """Counters for the metrics: outcomes, seconds, canaries."""
+
+    @property
+    def generation(self) -> int:
+        return self.stands.generation if self.stands else 0
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether engines may rely on what is published here, and why not."""
+        if self.absent:
+            return False, self.absent
+        if self.stands is None or not self.stands.choices:
+            return False, "nothing is published yet"
+        if not self.here:
+            return False, "choices.db is gone or damaged, and not put back yet"
+        if not self.settled:
+            return False, "what is published has not been compared with this node yet"
+        devices = [report.device for report in self.devices]
+        good = [device for device in devices if not device.marks]
+        if devices and not good:
+            return False, "every device is marked: " + "; ".join(
+                f"{device.label}: {next(iter(device.marks.values()))}" for device in devices
+            )
+        covered = {(choice.arch, choice.gpu) for choice in self.stands.choices}
+        for device in good:
+            mine = (gpu for arch, gpu in covered if arch == device.arch)
+            if not any(device.is_cpu or gpu == device.name for gpu in mine):
+                return False, f"nothing is published for {device.label} ({device.name})"
+        return True, "choices are published and were compared with this node"
 
 
 class Board:
@@ -53,64 +128,46 @@ class Board:
         """`findings` where they need not be read; None where that may take a while."""
         return self._findings.recent
 
-    def update(self, service: Service) -> None:
-        """Take over what `service` knows now; called by the loop alone."""
+    def update(self, report: NodeReport) -> None:
+        """Take over what is known now; called by the loop alone."""
         self.beat = time.monotonic()
-        self.state_dir = os.fspath(service.config.state_dir)
-        stands = service.stands
+        self.state_dir = report.state_dir
+        stands = report.stands
         spools = quarantine.spools(self.state_dir)
         content = (stands.generation, stands.meta.get("digest")) if stands else None
-        key = (content, quarantine.stamp(spools), tuple(sorted(service.stale.items())))
+        key = (content, quarantine.stamp(spools), tuple(sorted(report.stale.items())))
         if key != self._key:
             self._key = key
-            self._rebuild(service, spools)
-        devices = [
-            {
-                "device": d.label,
-                "uuid": d.uuid,
-                "name": d.name,
-                "arch": d.arch,
-                "state": _state(service, d),
-                "doing": service.said(d),
-                "marks": dict(d.marks),
-                "events": dict(d.events),
-                "pending": service.probes.pending.get(d.uuid, 0),
-                "last_probe": service.probes.last.get(d.uuid),
-                "last_canary": service.canaries.last.get(d.uuid),
-            }
-            for d in service.devices
-        ]
-        generation = stands.generation if stands else 0
-        self.ready, self.why = _ready(service)
+            self._rebuild(report, spools)
+        devices = [device.json() for device in report.devices]
+        self.ready, self.why = report.ready()
         self.health = {
             "fp4tune": __version__,
             "ready": self.ready,
             "why": self.why,
-            "generation": generation,
+            "generation": report.generation,
             "stale": [
                 {"gpu": gpu, "backend": backend, "changes": list(why)}
-                for (gpu, backend), why in sorted(service.stale.items())
+                for (gpu, backend), why in sorted(report.stale.items())
             ],
-            "problem": service.problem,
-            "mended": list(service.mended),
-            "missing": list(service.missing),
+            "problem": report.absent or report.problem,
+            "mended": list(report.mended),
+            "missing": list(report.missing),
             "devices": devices,
         }
         self.numbers = {
             **self.numbers,
-            "generation": generation,
+            **report.counts,
+            "generation": report.generation,
             "published": float(stands.meta.get("published") or 0.0) if stands else 0.0,
-            "stale": Counter(gpu for gpu, _ in service.stale),
+            "stale": Counter(gpu for gpu, _ in report.stale),
             "devices": devices,
-            "outcomes": dict(service.probes.outcomes),
-            "seconds": dict(service.probes.seconds),
-            "canaries": dict(service.canaries.outcomes),
             "events": dict(self.events),
-            "problem": bool(service.problem),
+            "problem": bool(report.absent or report.problem),
         }
 
-    def _rebuild(self, service: Service, spools: list[str]) -> None:
-        stands = service.stands
+    def _rebuild(self, report: NodeReport, spools: list[str]) -> None:
+        stands = report.stands
         entries, ignored = quarantine.read(spools)
         choices = stands.choices if stands else ()
         candidates = stands.candidates if stands else ()
@@ -149,34 +206,6 @@ class Board:
     @property
     def healthy(self) -> bool:
         return time.monotonic() - self.beat < BEAT_SECONDS
-
-
-def _state(service: Service, device: Any) -> str:
-    if device.uuid in service.probes.running:
-        return "probing"
-    if device.marks:
-        return "marked"
-    if not device.is_cpu and not device.look:
-        return "unknown"
-    return "busy" if "waits" in service.probes.waiting.get(device.uuid, "") else "free"
-
-
-def _ready(service: Service) -> tuple[bool, str]:
-    """Whether engines may rely on what is published here, and why not."""
-    if service.stands is None or not service.stands.choices:
-        return False, "nothing is published yet"
-    if not service.settled:
-        return False, "what is published has not been compared with this node yet"
-    here = [d for d in service.devices if not d.marks]
-    if service.devices and not here:
-        return False, "every device is marked: " + "; ".join(
-            f"{d.label}: {next(iter(d.marks.values()))}" for d in service.devices
-        )
-    covered = {(c.arch, c.gpu) for c in service.stands.choices}
-    for device in here:
-        if not any(a == device.arch and (device.is_cpu or g == device.name) for a, g in covered):
-            return False, f"nothing is published for {device.label} ({device.name})"
-    return True, "choices are published and were compared with this node"
 
 
 class Findings:

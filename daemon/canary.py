@@ -15,8 +15,8 @@ from typing import Any
 
 from ..cache.rows import Candidate
 from .child import Child
-from .config import Config
-from .gpus import Device
+from .config import DaemonConfig
+from .gpus import WatchedDevice
 
 
 @dataclass(slots=True)
@@ -29,8 +29,8 @@ class Canaries:
 
     def offer(
         self,
-        config: Config,
-        device: Device,
+        config: DaemonConfig,
+        device: WatchedDevice,
         candidates: Sequence[Candidate],
         now: float,
         probing: bool,
@@ -64,7 +64,7 @@ class Canaries:
         )
         self.running[device.uuid] = (child, candidate)
 
-    def look(self, config: Config, now: float) -> None:
+    def look(self, config: DaemonConfig, now: float) -> None:
         for uuid, (child, candidate) in list(self.running.items()):
             if child.poll() is None:
                 if child.seconds > config.canary.seconds:

@@ -1,25 +1,23 @@
 """A child process of the daemon, with all it starts: begun, looked after, and ended within moments.
 
-Everything a child starts inherits a mark in its environment, so that it is found whoever adopts it.
+Nothing in its environment says so: it is known by its descent (`beside`, `family`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from ..probes.worker.supervisor import marked
+import psutil
 
-MARK = "FP4TUNE_DAEMON_CHILD"
+from .family import below, end_below, kill, lives, resident
+
 _TAIL = 4000
-_SWEEPS = 20
 
 
 class Child:
@@ -33,7 +31,6 @@ class Child:
         nice: int = 0,
         say: bytes = b"",
     ) -> None:
-        self.mark = secrets.token_hex(8)
         self.started = time.monotonic()
         self.ended: str | None = None
         self._out = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
@@ -42,13 +39,14 @@ class Child:
         self._in.write(say)
         self._in.seek(0)
         own = [sys.executable, "-m", "fp4tune.daemon.beside", str(os.getpid()), str(nice), module]
+        self._seen: dict[int, psutil.Process] = {}
         self._process = subprocess.Popen(
             [*own, *arguments],
             stdin=self._in,
             stdout=self._out,
             stderr=self._err,
             start_new_session=True,
-            env={**environ, MARK: self.mark},
+            env=dict(environ),
         )
 
     @property
@@ -64,33 +62,33 @@ class Child:
         return self._process.poll()
 
     def family(self) -> list[int]:
-        """Every living process of this child's, itself included."""
-        return marked(MARK, self.mark)
+        """Every living process of this child's, itself first if it lives."""
+        own = [self._process.pid] if self._process.poll() is None else []
+        return own + [process.pid for process in self._below()]
+
+    def _below(self) -> list[psutil.Process]:
+        """The living descendants, and those of them that were seen before and live on."""
+        if self._process.poll() is None:
+            self._seen.update((process.pid, process) for process in below(self._process.pid))
+        self._seen = {pid: process for pid, process in self._seen.items() if lives(process)}
+        return list(self._seen.values())
 
     def end(self, why: str) -> None:
-        """Kill it with all it started; does not wait. `left` says what is still there."""
+        """Kill it with all it started; does not wait. `family` says what is still there."""
         if self.ended is None:
             self.ended = why
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        for _ in range(_SWEEPS):
-            # Until a sweep finds nothing new: a process may start another while it is looked for.
-            left = self.family()
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if not left:
-                break
-            time.sleep(0.005)
-
-    def left(self) -> list[int]:
-        """Processes that are still there, the child's own first if it is."""
-        own = [self._process.pid] if self._process.poll() is None else []
-        return own + [pid for pid in self.family() if pid not in own]
+        for process in self._below():
+            kill(process)
+        if self._process.poll() is None:
+            # The process itself comes last: what its descendants leave behind comes to it.
+            for process in end_below(self._process.pid):
+                self._seen[process.pid] = process
+            with contextlib.suppress(OSError):
+                self._process.kill()
 
     def rss(self) -> int:
         """Resident bytes of all its processes; shared pages count in each."""
-        return sum(_rss(pid) for pid in self.family())
+        return resident(self._below())
 
     def output(self) -> bytes:
         return _read(self._out, 1 << 20, False)
@@ -103,15 +101,6 @@ class Child:
     def close(self) -> None:
         for file in (self._out, self._err, self._in):
             file.close()
-
-
-def _rss(pid: int) -> int:
-    with (
-        contextlib.suppress(OSError, ValueError, IndexError),
-        open(f"/proc/{pid}/statm", "rb") as file,
-    ):
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def _read(file: object, size: int, tail: bool) -> bytes:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
+
+import psutil
 
 from ..cache import gpulock
 from ..machine.hardware import hardware
-from .config import Config
+from .config import DaemonConfig
+from .sentinel import FAST, SLOW, Sentinel
 
-LIST_SECONDS = 10.0
-SLOW, FAST = 2.0, 0.4
-"""Seconds between two looks at a GPU: as a rule, and while it is probed."""
 _RESTART = 5.0
 _SETTLING = 5.0
 """Seconds in which a GPU may still look busy from a probe of our own that ended."""
@@ -29,7 +22,7 @@ FREE, BUSY, PROBING, MARKED, UNKNOWN = "free", "busy", "probing", "marked", "unk
 STATES = (FREE, BUSY, PROBING, MARKED, UNKNOWN)
 
 
-class Device:
+class WatchedDevice:
     """One GPU, or the CPU. `marks` are faults that keep it from being probed, name to sentence."""
 
     def __init__(self, uuid: str, name: str, arch: str, label: str) -> None:
@@ -54,15 +47,15 @@ class Device:
     def is_cpu(self) -> bool:
         return self.uuid == gpulock.CPU
 
-    def watch(self, config: Config, now: float, probing: bool) -> None:
+    def watch(self, config: DaemonConfig, now: float, probing: bool) -> None:
         """Take in what the sentinel saw, and start it where it is not running. Never waits."""
         if self.is_cpu:
             return
         if self._sentinel is None:
             self._sentinel = Sentinel(self.uuid, now)
         sentinel = self._sentinel
-        sentinel.every(FAST if probing else SLOW)
-        for document in sentinel.documents():
+        sentinel.interval = FAST if probing else SLOW
+        for document in sentinel.listen(now):
             self._take(document, config)
         if now - sentinel.heard > config.watch.wedged_seconds:
             self.marks["wedged"] = f"its driver has not answered for {now - sentinel.heard:.0f} s"
@@ -74,7 +67,7 @@ class Device:
             sentinel.stop()
             self._sentinel = Sentinel(self.uuid, now, sentinel.heard)
 
-    def _take(self, document: Mapping[str, Any], config: Config) -> None:
+    def _take(self, document: Mapping[str, Any], config: DaemonConfig) -> None:
         if "error" in document:
             self.marks["silent"] = f"NVML says: {document['error']}"
             return
@@ -101,7 +94,7 @@ class Device:
                 self.marks["ecc"] = f"{ecc} uncorrected memory errors; reset the GPU"
             self._ecc = ecc
 
-    def _happened(self, kind: str, data: int, config: Config) -> None:
+    def _happened(self, kind: str, data: int, config: DaemonConfig) -> None:
         self.events[kind] += 1
         if kind == "xid" and data not in config.watch.ignore_xids:
             self.marks["xid"] = f"XID {data}; see the driver's log, and reset the GPU"
@@ -110,7 +103,7 @@ class Device:
         if kind in ("mig", "recovery", "unavailable"):
             self.changed += 1
 
-    def free(self, config: Config, state_dir: Path, now: float) -> tuple[bool, str]:
+    def free(self, config: DaemonConfig, state_dir: Path, now: float) -> tuple[bool, str]:
         """Whether it may be probed now, and why not. It must have been quiet for a while."""
         why = self._occupied(config, state_dir)
         if why and not self._settling(now):
@@ -130,7 +123,7 @@ class Device:
     def _settling(self, now: float) -> bool:
         return self._probed_until is not None and now < self._probed_until + _SETTLING
 
-    def _occupied(self, config: Config, state_dir: Path) -> str:
+    def _occupied(self, config: DaemonConfig, state_dir: Path) -> str:
         if gpulock.in_use(state_dir, self.uuid):
             return "an engine, or another probe, holds its lock"
         if self.is_cpu:
@@ -153,100 +146,26 @@ class Device:
         if not known:
             return []
         mine = set(own())
-        return [pid for pid in known if pid not in mine and os.path.exists(f"/proc/{pid}")]
+        return [pid for pid in known if pid not in mine and psutil.pid_exists(pid)]
 
     def close(self) -> None:
         if self._sentinel is not None:
             self._sentinel.stop()
 
 
-class Sentinel:
-    """The process that asks one GPU's driver; lines come in through a thread of their own."""
-
-    def __init__(self, uuid: str, now: float, heard: float | None = None) -> None:
-        self.began = now
-        self.heard = now if heard is None else heard
-        self.spoke = False
-        self._interval = SLOW
-        self._lines: deque[str] = deque(maxlen=64)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fp4tune.daemon.sentinel", uuid, str(SLOW)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        Thread(target=self._read, daemon=True, name=f"sentinel {uuid}").start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with contextlib.suppress(OSError, ValueError):
-            for line in self._process.stdout:
-                self._lines.append(line)
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def documents(self) -> list[dict[str, Any]]:
-        found = []
-        while self._lines:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(self._lines.popleft()))
-                self.heard = time.monotonic()
-                self.spoke = True
-        return found
-
-    def every(self, seconds: float) -> None:
-        if seconds != self._interval:
-            self._interval = seconds
-            with contextlib.suppress(OSError, ValueError):
-                assert self._process.stdin is not None
-                self._process.stdin.write(f"{seconds}\n")
-                self._process.stdin.flush()
-
-    def stop(self) -> None:
-        """End it without waiting: a process in the driver may not end at all."""
-        with contextlib.suppress(OSError):
-            self._process.kill()
-        with contextlib.suppress(OSError, ValueError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)
-
-
-def listing(timeout: float = LIST_SECONDS) -> dict[str, Any]:
-    """What `sentinel.listing` finds, asked in a process that may hang alone."""
-    command = [sys.executable, "-m", "fp4tune.daemon.sentinel", "--list"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        out, _ = process.communicate(timeout=timeout)
-        found: dict[str, Any] = json.loads(out)
-        return found
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return {"gpus": [], "reason": f"the driver did not answer in {timeout:g} s"}
-    except ValueError:
-        return {"gpus": [], "reason": "the driver could not be asked"}
-
-
-def chosen(config: Config, found: Mapping[str, Any]) -> tuple[list[Device], list[str]]:
+def chosen(config: DaemonConfig, found: Mapping[str, Any]) -> tuple[list[WatchedDevice], list[str]]:
     """The devices that the configuration names among those `found`, and what it names in vain."""
     gpus = [
-        Device(g["uuid"], g["name"], g["arch"], f"gpu-{index}")
+        WatchedDevice(g["uuid"], g["name"], g["arch"], f"gpu-{index}")
         for index, g in enumerate(found["gpus"])
     ]
-    devices: list[Device] = []
+    devices: list[WatchedDevice] = []
     missing = []
     for name in config.gpus:
         if name == "all":
             devices += gpus
         elif name == "cpu":
-            cpu = Device(gpulock.CPU, "", "cpu", "cpu")
+            cpu = WatchedDevice(gpulock.CPU, "", "cpu", "cpu")
             cpu.name = str(cpu.facts["cpu"])
             devices.append(cpu)
         elif name != "none":

@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import os
 import socket
 import stat
 import time
 from collections.abc import Callable
-from threading import Thread
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock, Thread
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -25,12 +26,23 @@ from ..cache import quarantine
 from ..cache import reader as reading
 from ..cache.errors import StateError
 from ..errors import Refused
+from .admission import Door, Places, guarded
 from .board import Board
-from .config import address
+from .config import HttpOptions, address
 from .metrics import CONTENT_TYPE, Metrics
 
 MOST_BYTES = 4096
 """Of a request's body."""
+READERS = 4
+"""Threads that read or write files for requests; the event loop itself never does."""
+READ_SECONDS = 5.0
+"""Until a request is told that the files do not answer."""
+_BACKLOG = 1024
+"""Connections that wait in the kernel."""
+_AT_ONCE = 32
+"""Connections that are accepted before the event loop does something else."""
+_MOST_SCOPES = 64
+T = TypeVar("T")
 _NAMES = ("m", "n", "k", "format", "activation", "out_dtype", "arch", "gpu", "profile", "layout")
 _FAULT = (
     "backend", "m", "n", "k", "tactic", "scope", "format", "activation", "out_dtype", "groups",
@@ -38,10 +50,47 @@ _FAULT = (
 )  # fmt: skip
 
 
+class Files:
+    """Work on files for requests, in a few threads: a disk that hangs, hangs those alone."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(READERS, "http files")
+        self._lock = Lock()
+        self._readers: dict[tuple[str | None, ...], reading.Reader] = {}
+
+    async def work(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns. Raises TimeoutError where there is nothing in `READ_SECONDS`."""
+        loop = asyncio.get_running_loop()
+        found = loop.run_in_executor(self._pool, function, *arguments)
+        try:
+            return await asyncio.wait_for(found, READ_SECONDS)
+        except asyncio.TimeoutError:  # another class than TimeoutError before Python 3.11
+            raise TimeoutError from None
+
+    def decide(
+        self,
+        state_dir: str,
+        scope: tuple[str | None, str | None, str | None],
+        asked: dict[str, Any],
+    ) -> dict[str, Any]:
+        """One decision of a reader, as a document; to be called through `work`."""
+        key = (state_dir, *scope)
+        with self._lock:
+            reader = self._readers.get(key)
+        if reader is None:
+            reader = reading.Reader(os.path.join(state_dir, "choices.db"), False, *scope)
+            with self._lock:
+                if len(self._readers) >= _MOST_SCOPES:
+                    self._readers.clear()
+                self._readers[key] = reader
+        decision = reader.choose(**asked)
+        return {name: getattr(decision, name) for name in decision.__slots__}
+
+
 def application(board: Board, token: Callable[[], str | None]) -> Starlette:
     """The endpoints over `board`. `token` is asked at each write; None: nothing can be written."""
     metrics = Metrics(board)
-    readers: dict[tuple[str | None, ...], reading.Reader] = {}
+    files = Files()
 
     def bytes_(body: bytes, kind: str = "application/json", status: int = 200) -> Response:
         return Response(body, status, media_type=kind)
@@ -55,7 +104,7 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
         return JSONResponse(document, 200 if board.healthy else 503)
 
     async def numbers(request: Request) -> Response:
-        return bytes_(metrics.text(), CONTENT_TYPE)
+        return bytes_(await files.work(metrics.text), CONTENT_TYPE)
 
     async def choices(request: Request) -> Response:
         if not request.query_params:
@@ -64,22 +113,14 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             asked, scope = _question(dict(request.query_params))
         except ValueError as error:
             return _no(400, str(error))
-        reader = readers.get(scope)
-        if reader is None:
-            if len(readers) >= 64:
-                readers.clear()
-            reader = readers[scope] = reading.Reader(
-                os.path.join(board.state_dir, "choices.db"), False, *scope
-            )
-        decision = reader.choose(**asked)
-        return JSONResponse({name: getattr(decision, name) for name in decision.__slots__})
+        return JSONResponse(await files.work(files.decide, board.state_dir, scope, asked))
 
     async def findings(request: Request) -> Response:
         recent = board.recent_findings
-        return bytes_(recent if recent is not None else await run_in_threadpool(board.findings))
+        return bytes_(recent if recent is not None else await files.work(board.findings))
 
     async def faults(request: Request) -> Response:
-        wanted = token()
+        wanted = await files.work(token)
         if wanted is None:
             return _no(403, "this daemon is read-only: no http.token_file is configured")
         given = request.headers.get("authorization", "")
@@ -94,10 +135,13 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             return _no(400, str(error))
         folder = quarantine.spools(board.state_dir)[-1]
         try:
-            where = await run_in_threadpool(quarantine.write, entry, folder)
+            where = await files.work(quarantine.write, entry, folder)
         except StateError as error:
             return _no(507, str(error))
         return JSONResponse({"quarantine": entry.json(), "shared": where}, 201)
+
+    async def hangs(request: Request, error: Exception) -> Response:
+        return _no(503, f"the state directory's files did not answer in {READ_SECONDS:g} s")
 
     return Starlette(
         routes=[
@@ -107,7 +151,8 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             Route("/v1/choices", choices),
             Route("/v1/findings", findings),
             Route("/v1/faults", faults, methods=["POST"]),
-        ]
+        ],
+        exception_handlers={TimeoutError: hangs},
     )
 
 
@@ -167,68 +212,109 @@ def _fault(body: bytes, backends: frozenset[str]) -> quarantine.Quarantine:
 
 
 class Serving:
-    """The server in its thread: started once it listens, stopped within a second or two."""
+    """The servers in their threads: started once they listen, stopped within a second or two.
 
-    def __init__(self, app: Starlette, listen: str, connections: int) -> None:
-        self.listen = listen
-        self.where = listen
-        self._socket = _bound(listen)
-        place = self._socket.getsockname()
-        if isinstance(place, tuple):
-            self.where = f"{place[0]}:{place[1]}"
+    The health's socket has a thread and an event loop of its own: it does not wait for the others,
+    whatever they do. Raises Refused where it cannot listen.
+    """
+
+    def __init__(self, app: Starlette, options: HttpOptions) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not a line per bad request
+        places = Places(options.connections, options.connections_per_peer)
+        self.listen = options.listen
+        self.door = Door(places)
+        self._listening = [Listening("http", app, _bound(options.listen, 0o666), self.door)]
+        self.where = self._listening[0].where or options.listen
+        if options.health is not None:
+            health = _bound(options.health, 0o600)
+            self._listening.append(Listening("health", app, health, Door(places)))
+        deadline = time.monotonic() + 20
+        for each in self._listening:
+            if not each.started(deadline):
+                self.stop()
+                raise Refused(f"http.listen: nothing listens on {options.listen}")
+
+    @property
+    def alive(self) -> bool:
+        return all(each.alive for each in self._listening)
+
+    def stop(self) -> None:
+        for each in self._listening:
+            each.end()
+        for each in self._listening:
+            each.close()
+
+
+class Listening:
+    """One server on one socket that is bound, in a thread. `where` is a TCP socket's address."""
+
+    def __init__(self, name: str, app: Starlette, bound: socket.socket, door: Door) -> None:
+        self._socket = bound
+        place = bound.getsockname()
+        self._path = place if isinstance(place, str) else None
+        self.where = "" if isinstance(place, str) else f"{place[0]}:{place[1]}"
         config = uvicorn.Config(
             app,
+            http=guarded(door),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
-            limit_concurrency=connections,
-            timeout_keep_alive=5,
+            backlog=_AT_ONCE,
+            timeout_keep_alive=4,
             timeout_graceful_shutdown=1,
             h11_max_incomplete_event_size=16384,
             server_header=False,
         )
         self._server = uvicorn.Server(config)
-        self._thread = Thread(target=self._run, daemon=True, name="http")
+        self._thread = Thread(target=self._run, daemon=True, name=name)
         self._thread.start()
-        deadline = time.monotonic() + 20
-        while not self._server.started and self.alive and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if not self._server.started:
-            raise Refused(f"http.listen: nothing listens on {listen}")
 
     def _run(self) -> None:
         with contextlib.suppress(SystemExit):
             asyncio.run(self._server.serve(sockets=[self._socket]))
 
+    def started(self, deadline: float) -> bool:
+        while not self._server.started and self.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._server.started:
+            self._socket.listen(_BACKLOG)  # the server set it to what it accepts at once
+        return self._server.started
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def stop(self) -> None:
+    def end(self) -> None:
         self._server.should_exit = True
+
+    def close(self) -> None:
         self._thread.join(2.5)
         self._socket.close()
-        found = address(self.listen)
-        if isinstance(found, str):
+        if self._path is not None:
             with contextlib.suppress(OSError):
-                os.unlink(found)
+                os.unlink(self._path)
 
 
-def _bound(listen: str) -> socket.socket:
-    """A socket that listens there. Raises Refused."""
+def _bound(listen: str, mode: int) -> socket.socket:
+    """A socket that listens there; `mode` is that of a Unix socket's file. Raises Refused."""
     place = address(listen)
     try:
         if isinstance(place, str):
             _clear(place)
             found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            found.bind(place)
-            os.chmod(place, 0o666)  # it serves what any user may know; writing takes the token
+            before = os.umask(0o177)
+            try:
+                found.bind(place)
+            finally:
+                os.umask(before)
+            os.chmod(place, mode)  # 0666: it serves what any user may know; writing takes the token
         else:
             family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
             found = socket.socket(family, socket.SOCK_STREAM)
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(place)
-        found.listen(1024)
+        found.listen(_BACKLOG)
     except OSError as error:
         raise Refused(f"http.listen: {listen}: {error.strerror}") from None
     return found

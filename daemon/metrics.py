@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from threading import Lock
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,6 +15,8 @@ from .board import Board
 from .gpus import STATES
 from .probes import OUTCOMES
 
+FRESH = 0.5
+"""Seconds that a text of metrics is as good as new."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -24,9 +28,17 @@ class Metrics(Collector):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
+        self._lock = Lock()
+        self._text = b""
+        self._made = -FRESH
 
     def text(self) -> bytes:
-        return generate_latest(self._registry)
+        """All metrics; made at most once in `FRESH` seconds, however often they are asked for."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._made >= FRESH:
+                self._text, self._made = generate_latest(self._registry), now
+            return self._text
 
     def collect(self) -> Iterator[Metric]:
         board = self._board

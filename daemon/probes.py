@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from ..cache import gpulock
 from .child import Child
-from .config import Config
-from .gpus import Device
+from .config import DaemonConfig
+from .gpus import WatchedDevice
 from .work import Unit
 
 DAY = 86400.0
@@ -57,10 +57,15 @@ class Probes:
     """Set when a probe ended, for the state to be looked at."""
     _attempts: dict[tuple[str, Unit, str], Attempt] = field(default_factory=dict)
     _spent: dict[str, deque[tuple[float, float]]] = field(default_factory=dict)
-    _stuck: list[tuple[Device, Child, float]] = field(default_factory=list)
+    _stuck: list[tuple[WatchedDevice, Child, float]] = field(default_factory=list)
 
     def offer(
-        self, config: Config, device: Device, units: Sequence[Unit], situation: str, now: float
+        self,
+        config: DaemonConfig,
+        device: WatchedDevice,
+        units: Sequence[Unit],
+        situation: str,
+        now: float,
     ) -> None:
         """Start one of `units` on `device` if it is free."""
         self.pending[device.uuid] = len(units)
@@ -89,17 +94,17 @@ class Probes:
         used = int(device.look.get("memory_used") or 0)
         self.running[device.uuid] = Running(unit, situation, child, used, now)
 
-    def _due(self, device: Device, unit: Unit, situation: str, now: float) -> bool:
+    def _due(self, device: WatchedDevice, unit: Unit, situation: str, now: float) -> bool:
         attempt = self._attempts.get((device.uuid, unit, situation))
         return attempt is None or now >= attempt.after
 
-    def _spent_today(self, device: Device, now: float) -> float:
+    def _spent_today(self, device: WatchedDevice, now: float) -> float:
         spent = self._spent.setdefault(device.uuid, deque())
         while spent and spent[0][0] < now - DAY:
             spent.popleft()
         return sum(seconds for _, seconds in spent)
 
-    def look(self, config: Config, devices: Sequence[Device], now: float) -> None:
+    def look(self, config: DaemonConfig, devices: Sequence[WatchedDevice], now: float) -> None:
         """See how each is doing; end those that must end."""
         known = {d.uuid: d for d in devices}
         for uuid, run in list(self.running.items()):
@@ -115,12 +120,14 @@ class Probes:
                 self._limits(config, device, run, now)
         for entry in list(self._stuck):
             device, child, _ = entry
-            if not child.left():
+            if not child.family():
                 self._stuck.remove(entry)
                 child.close()
                 device.marks.pop("stuck", None)
 
-    def _limits(self, config: Config, device: Device, run: Running, now: float) -> None:
+    def _limits(
+        self, config: DaemonConfig, device: WatchedDevice, run: Running, now: float
+    ) -> None:
         child, limits = run.child, config.limits
         if device.strangers(child.family):
             child.end(YIELDED)
@@ -135,10 +142,10 @@ class Probes:
             if any(cap is not None and taken > cap * _GIB for cap, taken in caps):
                 child.end(BIG)
 
-    def _unkillable(self, uuid: str, device: Device, run: Running, now: float) -> None:
+    def _unkillable(self, uuid: str, device: WatchedDevice, run: Running, now: float) -> None:
         run.child.end(run.child.ended or KILLED)
         if now - run.looked > _KILL_SECONDS + 1.0:
-            left = run.child.left()
+            left = run.child.family()
             device.marks["stuck"] = (
                 f"process {left[0] if left else '?'} of a probe cannot be killed"
             )
@@ -147,7 +154,13 @@ class Probes:
             self.outcomes[uuid, KILLED] += 1
 
     def _ended(
-        self, config: Config, uuid: str, device: Device | None, run: Running, code: int, now: float
+        self,
+        config: DaemonConfig,
+        uuid: str,
+        device: WatchedDevice | None,
+        run: Running,
+        code: int,
+        now: float,
     ) -> None:
         del self.running[uuid]
         child = run.child
@@ -174,7 +187,7 @@ class Probes:
             "said": "" if outcome == FINISHED else child.said(),
         }
         self._remember((uuid, run.unit, run.situation), outcome, now)
-        left = child.left()
+        left = child.family()
         if left and device is not None:
             _mark(device, left)
             self._stuck.append((device, child, now))
@@ -201,6 +214,6 @@ class Probes:
             run.child.end(why)
 
 
-def _mark(device: Device, left: Sequence[int]) -> None:
+def _mark(device: WatchedDevice, left: Sequence[int]) -> None:
     which = f"process {left[0]}" if left else "a process"
     device.marks["stuck"] = f"{which} of a probe cannot be killed"

@@ -6,51 +6,37 @@ import contextlib
 import logging
 import os
 import re
+import resource
+import select
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
-from threading import Event
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ..cache import state
-from ..cache.errors import Busy
 from ..errors import SAFE, Refused
 from . import config as configuring
+from .http import Serving, application
 from .notify import Notifier
 from .service import Service
 
-if TYPE_CHECKING:
-    from .http import Serving
-
 log = logging.getLogger("fp4tune.daemon")
-LOCK = "daemon.lock"
+PATIENCE = 8.0
+"""Seconds that ending in order may take; a file that never answers must not keep the process."""
+_OTHER_FILES = 512
+"""Descriptors that may be open besides the connections."""
 
 
-def run(config: configuring.Config, load: Callable[[], configuring.Config]) -> int:
+def run(config: configuring.DaemonConfig, load: Callable[[], configuring.DaemonConfig]) -> int:
     """Run until SIGTERM or SIGINT; SIGHUP calls `load`, for another. Returns the exit code.
 
     Raises Refused or StateError where it cannot start.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     notifier = Notifier()
-    wake, stopping, reloading = Event(), Event(), Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopping.set()
-        wake.set()
-
-    def again(number: int, frame: FrameType | None) -> None:
-        reloading.set()
-        wake.set()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGHUP, again)
     service = Service(config)
     with contextlib.ExitStack() as stack:
-        _own(config.state_dir, stack)
+        wishes = stack.enter_context(Wishes())
         service.start()
         stack.callback(service.stop)
         serving = _serve(service, config, stack)
@@ -59,9 +45,9 @@ def run(config: configuring.Config, load: Callable[[], configuring.Config]) -> i
         notifier.tell("READY=1", f"STATUS={service.status}")
         said = ""
         last_beat = 0.0
-        while not stopping.is_set():
-            if reloading.is_set():
-                reloading.clear()
+        while not wishes.end:
+            if wishes.reload:
+                wishes.reload = False
                 _reload(service, load, notifier)
             service.tick()
             status = service.status
@@ -75,10 +61,59 @@ def run(config: configuring.Config, load: Callable[[], configuring.Config]) -> i
             if notifier.watchdog and now - last_beat > notifier.watchdog / 4:
                 last_beat = now
                 notifier.tell("WATCHDOG=1")
-            wake.wait(service.pause)
-            wake.clear()
+            wishes.wait(service.pause)
         notifier.tell("STOPPING=1", "STATUS=ending")
     return SAFE
+
+
+class Wishes:
+    """What signals ask for: `end` (SIGTERM, SIGINT) and `reload` (SIGHUP).
+
+    A handler runs between any two steps of the loop, so it takes no lock: the kernel writes a byte
+    to a pipe, on which the loop waits. Where the loop does not end in `PATIENCE` seconds, as on a
+    file system that does not answer, the process ends without it; its children end with it.
+    """
+
+    def __init__(self) -> None:
+        self.end = False
+        self.reload = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Wishes:
+        self._pipe, self._write = os.pipe()
+        for fd in (self._pipe, self._write):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number, handler in (
+            (signal.SIGTERM, self._ends),
+            (signal.SIGINT, self._ends),
+            (signal.SIGHUP, self._reloads),
+            (signal.SIGALRM, lambda number, frame: os._exit(SAFE)),
+        ):
+            self._before[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            if number != signal.SIGALRM or not self.end:  # the last resort stays to the very end
+                signal.signal(number, handler)
+        os.close(self._pipe)
+        os.close(self._write)
+
+    def _ends(self, number: int, frame: FrameType | None) -> None:
+        if not self.end:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        self.end = True
+
+    def _reloads(self, number: int, frame: FrameType | None) -> None:
+        self.reload = True
+
+    def wait(self, seconds: float) -> None:
+        """Until a signal comes, for up to that long."""
+        select.select([self._pipe], [], [], seconds)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._pipe, 4096)
 
 
 def _words(status: str) -> str:
@@ -87,30 +122,27 @@ def _words(status: str) -> str:
 
 
 def _serve(
-    service: Service, config: configuring.Config, stack: contextlib.ExitStack
+    service: Service, config: configuring.DaemonConfig, stack: contextlib.ExitStack
 ) -> Serving | None:
     if config.http.listen == configuring.NOWHERE:
         return None
-    from .http import Serving, application
-
+    _raise_limit(config.http.connections + _OTHER_FILES)
     app = application(service.board, lambda: _token(service.config))
-    serving = Serving(app, config.http.listen, config.http.connections)
+    serving = Serving(app, config.http)
     stack.callback(serving.stop)
     return serving
 
 
-def _own(place: Path, stack: contextlib.ExitStack) -> None:
-    """Be the only daemon of this state. Raises Refused."""
-    try:
-        os.makedirs(place, exist_ok=True)
-        stack.enter_context(state.exclusive(place / LOCK, "the daemon of this state"))
-    except Busy as error:
-        raise Refused(str(error)) from None
-    except OSError as error:
-        raise Refused(f"{place}: {error.strerror}") from None
+def _raise_limit(files: int) -> None:
+    """Let this process have that many descriptors open, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files if hard == resource.RLIM_INFINITY else min(files, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _token(config: configuring.Config) -> str | None:
+def _token(config: configuring.DaemonConfig) -> str | None:
     """The token as the file has it now, so that it can be changed; None: read-only."""
     if config.http.token_file is None:
         return None
@@ -120,7 +152,9 @@ def _token(config: configuring.Config) -> str | None:
         return None
 
 
-def _reload(service: Service, load: Callable[[], configuring.Config], notifier: Notifier) -> None:
+def _reload(
+    service: Service, load: Callable[[], configuring.DaemonConfig], notifier: Notifier
+) -> None:
     notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         fresh = load()

@@ -1,181 +1,83 @@
-"""A process beside one GPU that asks its driver: one that never answers hangs this process alone.
-
-It prints one JSON document a line: what the GPU is (`facts`), who computes on it, how busy it is,
-its uncorrected ECC errors, and the events (XID, ECC, MIG, reset) since the last line. It ends when
-its standard input does. ``--list`` prints the GPUs there are, once.
-"""
+"""What one GPU's driver says, asked again and again without waiting: one that never answers hangs
+the process that asks, and that alone."""
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-from ..machine.hardware import hardware
+from ..machine import driver
+from ..machine.hardware import of_answer
 
-WANTED = {
-    "xid": "nvmlEventTypeXidCriticalError",
-    "ecc": "nvmlEventTypeDoubleBitEccError",
-    "mig": "nvmlEventMigConfigChange",
-    "unavailable": "nvmlEventTypeGpuUnavailableError",
-    "recovery": "nvmlEventTypeGpuRecoveryAction",
-}
-"""Kind of event to NVML's name of it; what this driver or library lacks is not listened for."""
+SLOW, FAST = 2.0, 0.4
+"""Seconds between two looks at a GPU: as a rule, and while it is probed."""
 FACTS_EVERY = 30.0
 """Seconds between two full looks at what the GPU is."""
 
 
-def listing() -> dict[str, Any]:
-    """``gpus``: index, uuid, name and arch of each visible one; ``reason`` where there is none."""
-    try:
-        import pynvml as nvml
+class Sentinel:
+    """A conversation about one GPU. `heard` is when the driver last answered (`time.monotonic`),
+    `spoke` whether it ever did to this one."""
 
-        nvml.nvmlInit()
-    except Exception as error:
-        return {"gpus": [], "reason": f"no NVIDIA driver answers ({error})"}
-    found = []
-    try:
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-            uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)
-            found.append({"uuid": uuid, "name": name, "arch": f"sm{major}{minor}"})
-    except nvml.NVMLError as error:
-        return {"gpus": found, "reason": f"NVML failed ({error})"}
-    finally:
-        nvml.nvmlShutdown()
-    return {"gpus": found, "reason": None if found else "this machine has no GPU"}
-
-
-class Watcher:
-    """One GPU as NVML shows it. Every method may raise NVMLError, or never come back."""
-
-    def __init__(self, nvml: Any, uuid: str) -> None:
-        self.nvml = nvml
+    def __init__(self, uuid: str, now: float, heard: float | None = None) -> None:
         self.uuid = uuid
-        self.handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        self._events: Any = None
-        self._kinds: dict[int, str] = {}
-        self._listen()
+        self.began = now
+        self.heard = now if heard is None else heard
+        self.spoke = False
+        self.interval = SLOW
+        self._conversation = driver.Conversation()
+        self._waiting = 0
+        """How many answers are still to come."""
+        self._asked = -SLOW
+        self._next_facts = now
+        self._facts: dict[str, Any] = {}
 
-    def _listen(self) -> None:
-        nvml = self.nvml
-        wanted = {getattr(nvml, name, 0): kind for kind, name in WANTED.items()}
-        try:
-            supported = nvml.nvmlDeviceGetSupportedEventTypes(self.handle)
-            self._kinds = {bit: kind for bit, kind in wanted.items() if bit & supported}
-            if self._kinds:
-                self._events = nvml.nvmlEventSetCreate()
-                nvml.nvmlDeviceRegisterEvents(self.handle, sum(self._kinds), self._events)
-        except nvml.NVMLError:
-            self._events = None
+    @property
+    def alive(self) -> bool:
+        return self._conversation.alive
 
-    def events(self, milliseconds: int) -> list[dict[str, Any]]:
-        """Those since the last call; waits up to `milliseconds` for the first."""
-        if self._events is None:
-            time.sleep(milliseconds / 1000)
-            return []
+    def listen(self, now: float) -> list[dict[str, Any]]:
+        """The looks that came in, each with the GPU's `facts`, or an `error`; then ask again where
+        it is time. Never waits."""
         found: list[dict[str, Any]] = []
-        while True:
-            try:
-                data = self.nvml.nvmlEventSetWait_v2(self._events, 0 if found else milliseconds)
-            except self.nvml.NVMLError_Timeout:
-                return found
-            kind = self._kinds.get(data.eventType, "other")
-            found.append({"kind": kind, "data": int(data.eventData)})
-            if len(found) >= 64:
-                return found
+        for reply in self._conversation.receive():
+            self._waiting -= 1
+            self.heard, self.spoke = now, True
+            answer = reply.get("answer")
+            if answer is None:
+                found.append({"error": str(reply.get("error"))})
+                self.stop()  # lost, reset or replaced: the next one loads the library anew
+            elif "events" in answer:
+                if answer["events"]:
+                    self._next_facts = now
+                found.append({**answer, "facts": self._facts})
+            else:
+                self._facts = of_answer(answer, os.environ)
+        if self._waiting <= 0 and now >= self._asked + self.interval:
+            self._waiting = 1
+            self._asked = now
+            if now >= self._next_facts:
+                self._waiting = 2
+                self._next_facts = now + FACTS_EVERY
+                self._conversation.send("facts", self.uuid)  # before the look that goes with them
+            self._conversation.send("look", self.uuid)
+        return found
 
-    def look(self) -> dict[str, Any]:
-        nvml = self.nvml
-
-        def ask(question: Callable[[], Any]) -> Any:
-            try:
-                return question()
-            except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
-                return None
-            except nvml.NVMLError_NoPermission:
-                return None
-
-        memory = ask(lambda: nvml.nvmlDeviceGetMemoryInfo(self.handle))
-        processes = ask(lambda: nvml.nvmlDeviceGetComputeRunningProcesses(self.handle)) or []
-        rates = ask(lambda: nvml.nvmlDeviceGetUtilizationRates(self.handle))
-        return {
-            "processes": [int(p.pid) for p in processes],
-            "utilisation": None if rates is None else int(rates.gpu),
-            "memory_used": None if memory is None else int(memory.used),
-            "ecc": ask(
-                lambda: int(
-                    nvml.nvmlDeviceGetTotalEccErrors(
-                        self.handle,
-                        nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-                        nvml.NVML_VOLATILE_ECC,
-                    )
-                )
-            ),
-        }
+    def stop(self) -> None:
+        """End it, without waiting for a process that may not end."""
+        self._conversation.close()
 
 
-def watch(uuid: str, interval: float) -> None:
-    """Print a line every `interval` seconds until standard input ends; a number on it changes
-    the interval."""
-    watcher: Watcher | None = None
-    next_facts = 0.0
-    facts: dict[str, Any] = {}
-    while True:
-        document: dict[str, Any] = {}
-        began = time.monotonic()
-        try:
-            if watcher is None:
-                import pynvml
-
-                pynvml.nvmlInit()
-                watcher = Watcher(pynvml, uuid)
-                next_facts = 0.0
-            document = watcher.look()
-            document["events"] = watcher.events(0)
-            if began >= next_facts or document["events"]:
-                facts = hardware(uuid)
-                next_facts = began + FACTS_EVERY
-            document["facts"] = facts
-        except ImportError:
-            document = {"error": "the module pynvml (nvidia-ml-py) is not installed"}
-        except Exception as error:
-            # A lost GPU, a reset, a driver being replaced: begin again with a library loaded anew,
-            # which for one that was replaced on the disk takes a new process.
-            document = {"error": f"{type(error).__name__}: {error}"}
-            _say(document)
-            time.sleep(min(interval, 1.0))
-            return
-        if not _say(document):
-            return
-        left = interval - (time.monotonic() - began)
-        ready, _, _ = select.select([0], [], [], max(0.05, left))
-        if ready:
-            said = os.read(0, 256)
-            if not said:
-                return
-            try:
-                interval = float(said.split()[-1])
-            except (ValueError, IndexError):
-                continue
-
-
-def _say(document: dict[str, Any]) -> bool:
+def listing() -> dict[str, Any]:
+    """``gpus``: uuid, name and arch of each GPU of the node in NVML's order; ``reason`` where there
+    is none, or the driver cannot be asked. ``silent``: whether it did not answer at all."""
     try:
-        sys.stdout.write(json.dumps(document) + "\n")
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "--list":
-        _say(listing())
-    else:
-        watch(sys.argv[1], float(sys.argv[2]))
+        found = [
+            {"uuid": gpu["uuid"], "name": gpu["name"], "arch": f"sm{gpu['sm']}"}
+            for gpu in driver.ask_once("gpus")
+        ]
+    except driver.DriverSilent as error:
+        return {"gpus": [], "reason": str(error), "silent": True}
+    except driver.NvmlError as error:
+        return {"gpus": [], "reason": f"no NVIDIA driver answers ({error})", "silent": False}
+    return {"gpus": found, "reason": None if found else "this machine has no GPU", "silent": False}

@@ -5,6 +5,7 @@ It never waits for a device or for a child: those are asked by other processes, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -16,14 +17,15 @@ from ..autotune.publication import published as standing
 from ..autotune.publication.environment import withdrawn
 from ..cache import fingerprint, gpulock, publish, state
 from ..cache.errors import StateError
-from ..errors import Refused
-from . import gpus, work
-from .board import Board
+from ..machine import driver
+from . import gpus, sentinel, work
+from .board import Board, DeviceReport, NodeReport
 from .canary import Canaries
 from .child import Child
-from .config import Config
-from .gpus import Device
-from .probes import Probes
+from .config import DaemonConfig
+from .gpus import WatchedDevice
+from .place import StatePlace
+from .probes import KILLED, Probes
 
 MEND_SECONDS = 900.0
 """The longest that bringing the state in line may take."""
@@ -36,9 +38,9 @@ _LIST_AGAIN = 60.0
 class Service:
     """Everything between two looks. `tick` is to be called every `pause` seconds."""
 
-    config: Config
+    config: DaemonConfig
     board: Board = field(default_factory=Board)
-    devices: list[Device] = field(default_factory=list)
+    devices: list[WatchedDevice] = field(default_factory=list)
     stands: standing.Standing | None = None
     stale: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
     settled: bool = False
@@ -47,8 +49,11 @@ class Service:
     """Why it could not be, the last time; empty where it could."""
     mended: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    absent: str = ""
+    """Why the state directory cannot be used now; empty where it can."""
     probes: Probes = field(default_factory=Probes)
     canaries: Canaries = field(default_factory=Canaries)
+    _place: StatePlace | None = None
     _mending: Child | None = None
     _signature: tuple[str, object] = ("", None)
     _wanted: tuple[str, object] = ("", None)
@@ -58,30 +63,38 @@ class Service:
     _look_after: float = 0.0
 
     def start(self) -> None:
-        """Find the devices, and load what is published. Raises StateError, Refused."""
-        place = self.config.state_dir
+        """Take the state directory, find the devices, and load what is published.
+
+        Raises StateError, Refused, and DriverSilent where GPUs are wanted and the driver hangs.
+        """
+        self._place = StatePlace(self.config.state_dir)
+        self._place.take()
         try:
-            os.makedirs(place, exist_ok=True)
-        except OSError as error:
-            raise Refused(f"{place}: {error.strerror}") from None
-        self._find_devices()
-        gpulock.prepare(place, [d.uuid for d in self.devices])
+            if self._find_devices():
+                raise driver.DriverSilent(driver.limit())
+            gpulock.prepare(self.config.state_dir, [d.uuid for d in self.devices])
+        except BaseException:
+            self._place.release()
+            raise
         self._load()
         self._say()
 
-    def _find_devices(self) -> None:
+    def _find_devices(self) -> bool:
+        """Look for the devices that are wanted; whether the driver did not answer."""
         wanted = [g for g in self.config.gpus if g not in ("none", "cpu")]
-        found = gpus.listing() if wanted else {"gpus": [], "reason": None}
+        found = sentinel.listing() if wanted else {"gpus": [], "reason": None, "silent": False}
         devices, self.missing = gpus.chosen(self.config, found)
         if wanted and found["reason"]:
             self.missing.append(str(found["reason"]))
         self._listed = time.monotonic()
         known = {d.uuid: d for d in self.devices}
         if found["reason"] and len(devices) < len(known):
-            return  # a driver that does not answer now; its GPUs are marked, and not forgotten
+            # A driver that does not answer now; its GPUs are marked, and not forgotten.
+            return bool(found["silent"])
         self.devices = [known.pop(d.uuid, d) for d in devices]
         for gone in known.values():
             gone.close()
+        return bool(found["silent"])
 
     @property
     def pause(self) -> float:
@@ -100,16 +113,39 @@ class Service:
     def _tick(self, now: float) -> None:
         if self.missing and now - self._listed > _LIST_AGAIN and not self.probes.running:
             self._find_devices()
+        here = self._has_place()
         for device in self.devices:
             device.watch(self.config, now, device.uuid in self.probes.running)
         self.probes.look(self.config, self.devices, now)
         self.canaries.look(self.config, now)
+        if not here:
+            return
         if now >= self._look_after or self.probes.finished or self._mending:
             self._look_after = now + self.config.watch.seconds
             self._load()
             self._mend(now)
         if self.settled and self._mending is None:
             self._begin(now)
+
+    def _has_place(self) -> bool:
+        """Whether the state directory can be used. What ran in one that went is ended; one that is
+        another, or back, is begun with as at the start."""
+        if self._place is None:
+            return True
+        before = self.absent
+        self.absent, another = self._place.look()
+        if self.absent and not before:
+            self.probes.stop(KILLED)
+            self.canaries.stop(self.absent)
+            if self._mending is not None:
+                self._mending.end(self.absent)
+        if another:
+            self.stands, self.stale, self.settled, self._seen = None, {}, False, None
+            self._signature, self._mend_after, self._look_after = ("", None), 0.0, 0.0
+            self.mended = [*self.mended, f"{self.config.state_dir} is back, or another"][-20:]
+            with contextlib.suppress(StateError):
+                gpulock.prepare(self.config.state_dir, [d.uuid for d in self.devices])
+        return not self.absent
 
     def _load(self) -> None:
         """Load choices.db if it is another; what was loaded stays if that fails."""
@@ -233,20 +269,59 @@ class Service:
     # -- saying
 
     def _say(self) -> None:
-        self.board.update(self)
+        self.board.update(
+            NodeReport(
+                state_dir=os.fspath(self.config.state_dir),
+                absent=self.absent,
+                problem=self.problem,
+                stands=self.stands,
+                here=self._seen is not None,
+                settled=self.settled,
+                stale=self.stale,
+                mended=self.mended,
+                missing=self.missing,
+                devices=[self._report(device) for device in self.devices],
+                counts={
+                    "outcomes": dict(self.probes.outcomes),
+                    "seconds": dict(self.probes.seconds),
+                    "canaries": dict(self.canaries.outcomes),
+                },
+            )
+        )
+
+    def _report(self, device: WatchedDevice) -> DeviceReport:
+        waiting = self.probes.waiting.get(device.uuid, "")
+        if device.uuid in self.probes.running:
+            state_ = gpus.PROBING
+        elif device.marks:
+            state_ = gpus.MARKED
+        elif not device.is_cpu and not device.look:
+            state_ = gpus.UNKNOWN
+        else:
+            state_ = gpus.BUSY if "waits" in waiting else gpus.FREE
+        return DeviceReport(
+            device,
+            state_,
+            self.said(device),
+            self.probes.pending.get(device.uuid, 0),
+            self.probes.last.get(device.uuid),
+            self.canaries.last.get(device.uuid),
+        )
 
     @property
     def status(self) -> str:
         """One line for systemd."""
         number = self.stands.generation if self.stands else 0
         parts = [f"generation {number}" if number else "nothing published yet"]
+        if self.absent:
+            parts.insert(0, self.absent)
         if self.stale:
             parts.append(f"{len(self.stale)} stale")
         for device in self.devices:
             parts.append(f"{device.label}: {self.said(device)}")
         return "; ".join(parts)
 
-    def said(self, device: Device) -> str:
+    def said(self, device: WatchedDevice) -> str:
         """What a device is doing, in words."""
         run = self.probes.running.get(device.uuid)
         if run is not None:
@@ -256,7 +331,7 @@ class Service:
         waiting = self.probes.waiting.get(device.uuid)
         return waiting or "nothing to do"
 
-    def reload(self, config: Config) -> None:
+    def reload(self, config: DaemonConfig) -> None:
         """Go on with another configuration; what listens stays until the next start."""
         self.config = config
         self.probes.forget()
@@ -272,3 +347,5 @@ class Service:
             self._mending.end("the daemon ends")
         for device in self.devices:
             device.close()
+        if self._place is not None:
+            self._place.release()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..autotune.publication.environment import withdrawn
 from ..cache.rows import Candidate
-from .config import Probe
+from .config import ProbeOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Unit:
     out_dtype: str
     max_m: int | None
 
-    def arguments(self, probe: Probe) -> list[str]:
+    def arguments(self, probe: ProbeOptions) -> list[str]:
         """Of ``fp4tune probe``, without ``--gpu`` and ``--state``."""
         found = ["probe", "--level", probe.level, "--out-dtype", self.out_dtype]
         if self.layer is not None:
@@ -51,7 +51,7 @@ class Unit:
 
 
 def units(
-    layers: Sequence[tuple[int, int]], probe: Probe, candidates: Iterable[Candidate]
+    layers: Sequence[tuple[int, int]], probe: ProbeOptions, candidates: Iterable[Candidate]
 ) -> list[Unit]:
     """What must be probed on a device, in order. `candidates` are those published for it, `layers`
     those that the configuration names; where it names none, those that were published."""
@@ -90,7 +90,7 @@ def units(
     return found
 
 
-def _lacks(published: Sequence[Candidate], probe: Probe) -> bool:
+def _lacks(published: Sequence[Candidate], probe: ProbeOptions) -> bool:
     """Whether a layer is not published as it should be, or rests on what is stale."""
     if not published or any(withdrawn(c) for c in published):
         return True

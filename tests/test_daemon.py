@@ -12,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, fields
+from collections import deque
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from test_daemon_evidence import put
 from typer.testing import CliRunner
@@ -28,12 +30,20 @@ from fp4tune.daemon import canary_run, gpus, work
 from fp4tune.daemon import child as children
 from fp4tune.daemon import config as configuring
 from fp4tune.daemon.canary import Canaries
-from fp4tune.daemon.config import Canary, Config, Http, Limits, Probe, Watch
-from fp4tune.daemon.gpus import Device
+from fp4tune.daemon.config import (
+    CanaryOptions,
+    DaemonConfig,
+    HttpOptions,
+    ProbeLimits,
+    ProbeOptions,
+    WatchOptions,
+)
+from fp4tune.daemon.family import lives
+from fp4tune.daemon.gpus import WatchedDevice
 from fp4tune.daemon.notify import Notifier
 from fp4tune.daemon.probes import FINISHED, KILLED, SLOW, YIELDED, Attempt, Probes
 from fp4tune.errors import Refused
-from fp4tune.probes.worker.supervisor import marked
+from fp4tune.machine import driver
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -64,7 +74,7 @@ def test_a_configuration_is_read_to_the_last_key(tmp_path):
     found = configuring.load(path)
     assert found.gpus == ("0", "cpu") and found.layers() == [(128, 256)]
     assert found.limits.host_gib == 8.0 and found.environ["A"] == "1"
-    assert configuring.load(None) == Config()
+    assert configuring.load(None) == DaemonConfig()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,7 @@ def test_the_check_is_a_command_with_an_exit_code(tmp_path):
     bad.write_text("[probe]\nlevels = 1\n")
     done = CliRunner().invoke(cli.app, ["daemon", "--config", str(good), "--check", "--json"])
     assert done.exit_code == 0
-    assert set(json.loads(done.stdout)) == {f.name for f in fields(Config)}
+    assert set(json.loads(done.stdout)) == {f.name for f in fields(DaemonConfig)}
     done = CliRunner().invoke(cli.app, ["daemon", "--config", str(bad), "--check"])
     assert done.exit_code == 2 and "probe.levels" in done.stderr
     assert "Traceback" not in done.output
@@ -148,9 +158,10 @@ def documented(heading: str) -> set[str]:
 
 def test_every_key_of_the_configuration_is_described_and_no_other():
     keys = set()
-    for field in fields(Config):
-        table = configuring._TABLES.get(str(field.type))
-        keys |= {f"{field.name}.{f.name}" for f in fields(table)} if table else {field.name}
+    for field in fields(DaemonConfig):
+        table = getattr(DaemonConfig(), field.name)
+        inside = fields(table) if is_dataclass(table) else ()
+        keys |= {f"{field.name}.{f.name}" for f in inside} or {field.name}
     assert documented("key") == keys
 
 
@@ -171,36 +182,38 @@ def candidate(n: int, reasons: tuple[str, ...] = (), profile="strict", m_hi=16) 
 
 
 def test_what_is_published_and_holds_needs_no_probe():
-    assert work.units([(128, 256)], Probe(), [candidate(128)]) == []
-    assert work.units([], Probe(), [candidate(128)]) == []
+    assert work.units([(128, 256)], ProbeOptions(), [candidate(128)]) == []
+    assert work.units([], ProbeOptions(), [candidate(128)]) == []
 
 
 def test_layers_that_are_missing_or_stale_are_probed_one_at_a_time():
     rows = [candidate(128), candidate(192, ("stale: torch",))]
-    found = work.units([(128, 256), (192, 256), (64, 256)], Probe(), rows)
+    found = work.units([(128, 256), (192, 256), (64, 256)], ProbeOptions(), rows)
     assert [unit.layer for unit in found] == [(192, 256), (64, 256)]
 
 
 def test_without_layers_of_its_own_it_probes_as_was_probed():
-    (unit,) = work.units([], Probe(level="quick"), [candidate(192, ("stale: x",), "vllm", 64)])
-    words = unit.arguments(Probe(level="quick", backends=("fast",)))
+    (unit,) = work.units(
+        [], ProbeOptions(level="quick"), [candidate(192, ("stale: x",), "vllm", 64)]
+    )
+    words = unit.arguments(ProbeOptions(level="quick", backends=("fast",)))
     assert " ".join(words) == (
         "probe --level quick --out-dtype bf16 --shape 192,256 --profile vllm --max-m 64 "
         "--format nvfp4 --activation bf16 --backend fast"
     )
-    (unit,) = work.units([], Probe(), [])
+    (unit,) = work.units([], ProbeOptions(), [])
     assert unit.layer is None, "on a fresh node: the probe's own default"
 
 
 def test_a_larger_m_than_was_published_is_probed():
-    assert work.units([(128, 256)], Probe(max_m=64), [candidate(128)])
+    assert work.units([(128, 256)], ProbeOptions(max_m=64), [candidate(128)])
 
 
 # -- children
 
 
-def cpu() -> Device:
-    return gpus.chosen(Config(gpus=("cpu",)), {"gpus": [], "reason": None})[0][0]
+def cpu() -> WatchedDevice:
+    return gpus.chosen(DaemonConfig(gpus=("cpu",)), {"gpus": [], "reason": None})[0][0]
 
 
 def until(done, seconds: float = 60.0) -> None:
@@ -210,17 +223,63 @@ def until(done, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def test_a_child_is_ended_with_all_it_started():
-    """A probe's workers are in sessions of their own, so the process group is not enough."""
-    one = children.Child("cli", ["probe", "--gpu", "none", "--shape", "128,256"], dict(os.environ))
-    env = {**os.environ, children.MARK: one.mark}
-    other = subprocess.Popen(["sleep", "600"], env=env, start_new_session=True)
-    until(lambda: {one.pid, other.pid} <= set(one.family()))
-    assert one.rss() > 0
+ESCAPES = """
+import os, subprocess, sys, time
+# In a session of its own, with a clean environment, and of a parent that is gone.
+if os.fork():
+    os.wait()
+else:
+    os.setsid()
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+    subprocess.Popen(command, env={}, start_new_session=True, stdin=subprocess.DEVNULL)
+    os._exit(0)
+time.sleep(600)
+"""
+
+
+def fleeing(tmp_path: Path, ends: str) -> dict[str, str]:
+    """An environment in which a child's command starts a process that flees, and then `ends`."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import atexit, os, sys, threading\n"
+        "if 'fp4tune.daemon.beside' in sys.orig_argv:\n"
+        "    def flee():\n"
+        f"        command = [sys.executable, '-S', '-c', {ESCAPES!r}]\n"
+        "        import subprocess\n"
+        "        subprocess.Popen(command, start_new_session=True)\n"
+        f"        {ends}\n"
+        "    import fp4tune.daemon.notify\n"
+        "    fp4tune.daemon.notify.main = flee\n"
+    )
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def test_a_child_is_ended_with_all_it_started(tmp_path):
+    """A probe's workers are in sessions of their own, so the process group is not enough; nor is
+    what they inherit, which a backend's helper need not keep."""
+    environ = fleeing(tmp_path, "import time; time.sleep(600)")
+    one = children.Child("daemon.notify", [], environ)
+    # the child, its command, what that started, and the one that fled from there
+    until(lambda: len(one.family()) == 4)
+    assert one.rss() > 0 and one.family()[0] == one.pid
+    members = [psutil.Process(pid) for pid in one.family()]
     one.end("enough")
-    until(lambda: one.poll() is not None and other.poll() is not None)
-    until(lambda: one.left() == [])
+    until(lambda: one.poll() is not None)
+    until(lambda: one.family() == [])
+    assert not any(lives(process) for process in members)
     assert one.ended == "enough" and one.poll() == -signal.SIGKILL
+    one.close()
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [("pass", 0), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", -9), ("os.abort()", -6)],
+)
+def test_a_child_ends_as_its_command_does_and_leaves_nothing(tmp_path, ends, code):
+    one = children.Child("daemon.notify", [], fleeing(tmp_path, ends))
+    until(lambda: one.poll() is not None)
+    assert one.poll() == code and one.family() == []
     one.close()
 
 
@@ -228,22 +287,25 @@ def test_a_child_dies_with_the_daemon():
     code = (
         "import os, time; from fp4tune.daemon.child import Child\n"
         "one = Child('cli', ['probe', '--gpu', 'none', '--shape', '128,256'], dict(os.environ))\n"
-        "print(one.mark, flush=True); time.sleep(600)"
+        "while len(one.family()) < 2: time.sleep(0.01)\n"
+        "print(*one.family(), flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
     )
     assert process.stdout is not None
-    mark = process.stdout.readline().strip()
+    family = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     process.kill()
     process.wait()
-    until(lambda: marked(children.MARK, mark) == [])
+    until(lambda: not any(lives(member) for member in family))
 
 
 def test_a_probe_that_takes_too_long_is_ended_and_tried_much_later(tmp_path):
-    config = Config(state=str(tmp_path), gpus=("cpu",), limits=Limits(layer_seconds=0.05))
+    config = DaemonConfig(
+        state=str(tmp_path), gpus=("cpu",), limits=ProbeLimits(layer_seconds=0.05)
+    )
     device, probes = cpu(), Probes()
-    units = work.units([(128, 256)], Probe(level="quick"), [])
+    units = work.units([(128, 256)], ProbeOptions(level="quick"), [])
     probes.offer(config, device, units, "s", time.monotonic())
     assert set(probes.running) == {"cpu"}
     until(lambda: probes.look(config, [device], time.monotonic()) or not probes.running)
@@ -257,10 +319,10 @@ def test_a_probe_that_takes_too_long_is_ended_and_tried_much_later(tmp_path):
 
 
 def test_an_engine_keeps_probes_from_beginning(tmp_path):
-    config = Config(state=str(tmp_path), gpus=("cpu",))
+    config = DaemonConfig(state=str(tmp_path), gpus=("cpu",))
     device, probes = cpu(), Probes()
     held = gpulock.share(tmp_path, ["cpu"])
-    units = work.units([(128, 256)], Probe(), [])
+    units = work.units([(128, 256)], ProbeOptions(), [])
     probes.offer(config, device, units, "s", 1000.0)
     assert not probes.running and "holds its lock" in probes.waiting["cpu"]
     held.close()
@@ -269,10 +331,10 @@ def test_an_engine_keeps_probes_from_beginning(tmp_path):
 
 
 def test_a_day_has_only_so_much_time_for_probes(tmp_path):
-    config = Config(state=str(tmp_path), gpus=("cpu",), limits=Limits(day_seconds=5.0))
+    config = DaemonConfig(state=str(tmp_path), gpus=("cpu",), limits=ProbeLimits(day_seconds=5.0))
     device, probes = cpu(), Probes()
-    probes._spent["cpu"] = gpus.deque([(1000.0, 6.0)])
-    units = work.units([(128, 256)], Probe(), [])
+    probes._spent["cpu"] = deque([(1000.0, 6.0)])
+    units = work.units([(128, 256)], ProbeOptions(), [])
     probes.offer(config, device, units, "s", 2000.0)
     assert not probes.running and "spent" in probes.waiting["cpu"]
     assert probes._spent_today(device, 1000.0 + 86401.0) == 0.0
@@ -281,7 +343,7 @@ def test_a_day_has_only_so_much_time_for_probes(tmp_path):
 @pytest.mark.parametrize(("outcome", "again"), [(FINISHED, False), (KILLED, True), (YIELDED, True)])
 def test_what_came_to_its_end_is_not_repeated(outcome, again):
     probes, device = Probes(), cpu()
-    (unit,) = work.units([(128, 256)], Probe(), [])
+    (unit,) = work.units([(128, 256)], ProbeOptions(), [])
     probes._remember(("cpu", unit, "s"), outcome, 1000.0)
     assert probes._due(device, unit, "s", 1e9) is again
     assert probes._due(device, unit, "other", 1000.0)
@@ -289,7 +351,7 @@ def test_what_came_to_its_end_is_not_repeated(outcome, again):
 
 def test_failures_wait_longer_each_time_and_never_for_ever():
     probes = Probes()
-    (unit,) = work.units([(128, 256)], Probe(), [])
+    (unit,) = work.units([(128, 256)], ProbeOptions(), [])
     key = ("cpu", unit, "s")
     waits = []
     for _ in range(40):
@@ -302,8 +364,8 @@ def test_failures_wait_longer_each_time_and_never_for_ever():
 # -- devices
 
 
-def gpu() -> Device:
-    return Device("GPU-aaaa", "Model A", "sm90", "gpu-0")
+def gpu() -> WatchedDevice:
+    return WatchedDevice("GPU-aaaa", "Model A", "sm90", "gpu-0")
 
 
 def look(**other) -> dict:
@@ -314,7 +376,7 @@ def look(**other) -> dict:
 
 
 def test_a_gpu_is_free_when_nobody_uses_it_and_has_not_lately(tmp_path):
-    config, device = Config(state=str(tmp_path)), gpu()
+    config, device = DaemonConfig(state=str(tmp_path)), gpu()
     assert device.free(config, tmp_path, 0.0) == (False, "nothing is known of it yet")
     device._busy_at = None
     device._take(look(), config)
@@ -335,7 +397,7 @@ def test_strangers_are_processes_that_are_not_the_probes():
 
 
 def test_faults_of_the_gpu_mark_it_and_faults_of_programs_do_not(tmp_path):
-    config, device = Config(state=str(tmp_path)), gpu()
+    config, device = DaemonConfig(state=str(tmp_path)), gpu()
     device._take(look(events=[{"kind": "xid", "data": 31}]), config)
     assert device.marks == {} and device.events == {"xid": 1}
     device._take(look(events=[{"kind": "xid", "data": 79}]), config)
@@ -348,7 +410,7 @@ def test_faults_of_the_gpu_mark_it_and_faults_of_programs_do_not(tmp_path):
 
 
 def test_uncorrected_errors_mark_a_gpu_until_it_is_reset(tmp_path):
-    config, device = Config(state=str(tmp_path)), gpu()
+    config, device = DaemonConfig(state=str(tmp_path)), gpu()
     device._take(look(ecc=3), config)
     assert "3 uncorrected" in device.marks["ecc"]
     before = device.changed
@@ -360,28 +422,25 @@ def test_uncorrected_errors_mark_a_gpu_until_it_is_reset(tmp_path):
     "after", [{"events": [{"kind": "mig", "data": 0}]}, {"facts": {"driver": "2", "nvml": "ok"}}]
 )
 def test_a_change_of_mig_or_driver_has_the_evidence_compared(tmp_path, after):
-    config, device = Config(state=str(tmp_path)), gpu()
+    config, device = DaemonConfig(state=str(tmp_path)), gpu()
     device._take(look(), config)
     before = device.changed
     device._take(look(**after), config)
     assert device.changed > before
 
 
-def test_a_driver_that_does_not_answer_marks_its_gpu_alone(tmp_path):
-    """The sentinel here is a process that never says a word, as one that hangs in the driver."""
-    config = Config(state=str(tmp_path), watch=Watch(wedged_seconds=5.0))
+def test_a_driver_that_does_not_answer_marks_its_gpu_alone(tmp_path, monkeypatch):
+    """The process that asks here never says a word, as one that hangs in the driver."""
+    (tmp_path / "silent.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(driver, "_PROGRAM", str(tmp_path / "silent.py"))
+    config = DaemonConfig(state=str(tmp_path), watch=WatchOptions(wedged_seconds=5.0))
     one, other = gpu(), cpu()
-    one._sentinel = silent = gpus.Sentinel.__new__(gpus.Sentinel)
-    silent.began = silent.heard = 100.0
-    silent.spoke, silent._interval, silent._lines = False, gpus.SLOW, gpus.deque()
-    silent._process = subprocess.Popen(
-        ["sleep", "600"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    for now in (101.0, 107.0):
+    for now in (100.0, 101.0, 107.0):
         one.watch(config, now, False)
         other.watch(config, now, False)
     assert "has not answered" in one.marks["wedged"] and other.marks == {}
     assert not one.free(config, tmp_path, 107.0)[0] and other.free(config, tmp_path, 107.0)[0]
+    silent = one._sentinel
     one.close()
     assert not silent.alive
 
@@ -397,13 +456,15 @@ def node(tmp_path):
     token.write_text(TOKEN)
     token.chmod(0o600)
     listen = f"unix:{tmp_path}/d.sock"
-    config = Config(state=str(tmp_path / "state"), gpus=("none",), http=Http(listen, str(token)))
+    config = DaemonConfig(
+        state=str(tmp_path / "state"), gpus=("none",), http=HttpOptions(listen, str(token))
+    )
     service = Service(config)
     service.start()
     service.settled = True
     service.tick()
     app = application(service.board, lambda: configuring.token(str(token)))
-    serving = Serving(app, listen, 512)
+    serving = Serving(app, config.http)
     yield service, serving
     serving.stop()
     service.stop()
@@ -536,7 +597,8 @@ def test_nothing_is_written_without_the_token(node, tmp_path):
     service, serving = node
     assert report(serving, FAULT, "another-token-of-16")[0] == 401
     (tmp_path / "token").unlink()
-    read_only = Serving(application(service.board, lambda: None), f"unix:{tmp_path}/r.sock", 16)
+    options = HttpOptions(f"unix:{tmp_path}/r.sock", connections=16)
+    read_only = Serving(application(service.board, lambda: None), options)
     assert report(read_only, FAULT)[0] == 403
     read_only.stop()
 
@@ -560,11 +622,11 @@ def test_many_clients_at_once_are_all_answered(node):
 def test_a_socket_that_was_left_behind_is_cleared_and_one_in_use_is_not(tmp_path, node):
     _, serving = node
     with pytest.raises(Refused, match="another process answers"):
-        Serving(application(node[0].board, lambda: None), serving.listen, 8)
+        Serving(application(node[0].board, lambda: None), HttpOptions(serving.listen))
     left = tmp_path / "left.sock"
     with socket.socket(socket.AF_UNIX) as old:
         old.bind(str(left))
-    again = Serving(application(node[0].board, lambda: None), f"unix:{left}", 8)
+    again = Serving(application(node[0].board, lambda: None), HttpOptions(f"unix:{left}"))
     assert ask(again, "/readyz")[0] == 200
     again.stop()
 
@@ -600,6 +662,16 @@ def told(systemd: socket.socket, want: str) -> list[str]:
     return said
 
 
+def forget(systemd: socket.socket) -> None:
+    """What was told meanwhile: the socket holds few messages, and drops those after them."""
+    systemd.setblocking(False)
+    try:
+        while systemd.recv(4096):
+            pass
+    except BlockingIOError:
+        systemd.settimeout(120)
+
+
 def test_a_daemon_starts_compares_reloads_and_ends(tmp_path):
     place = tmp_path / "state"
     put(place, tmp_path / "site", ("fast", "1.0"))
@@ -620,6 +692,7 @@ def test_a_daemon_starts_compares_reloads_and_ends(tmp_path):
             second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
             assert second.returncode == 2 and "holds the daemon of this state" in second.stderr
             config.write_text("colour = 1\n")
+            forget(systemd)
             process.send_signal(signal.SIGHUP)
             assert any("RELOADING=1" in line for line in told(systemd, "READY=1"))
             config.write_text(good)
@@ -637,6 +710,31 @@ def test_a_daemon_starts_compares_reloads_and_ends(tmp_path):
     assert process.returncode == 0 and "Traceback" not in said
     assert "stays as it was" in said and "was read again" in said
     assert not os.path.exists(tmp_path / "d.sock")
+
+
+HANGS = """
+import sys
+from fp4tune.daemon import run, service
+from fp4tune.daemon.config import DaemonConfig, HttpOptions
+run.PATIENCE = 0.3
+
+def tick(self):
+    print("looks", flush=True)
+    open(sys.argv[1])  # a pipe that nobody writes to, as a file system that never answers
+
+service.Service.tick = tick
+config = DaemonConfig(state=sys.argv[2], gpus=("none",), http=HttpOptions("none"))
+sys.exit(run.run(config, lambda: config))
+"""
+
+
+def test_a_daemon_whose_files_hang_ends_all_the_same(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "-c", HANGS, str(tmp_path / "pipe"), str(tmp_path / "state")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None and process.stdout.readline() == b"looks\n"
+    process.terminate()
+    assert process.wait(60) == 0
 
 
 # -- the canary
@@ -670,10 +768,12 @@ def test_a_canary_that_cannot_be_run_says_nothing_of_the_choice():
 def test_canaries_are_off_and_when_asked_for_take_choices_in_turn(tmp_path):
     device, canaries = cpu(), Canaries()
     choices = [proven("one"), proven("two")]
-    off = Config(state=str(tmp_path), gpus=("cpu",))
+    off = DaemonConfig(state=str(tmp_path), gpus=("cpu",))
     canaries.offer(off, device, choices, 1e6, False)
     assert not canaries.running
-    config = Config(state=str(tmp_path), gpus=("cpu",), canary=Canary(every_seconds=60.0))
+    config = DaemonConfig(
+        state=str(tmp_path), gpus=("cpu",), canary=CanaryOptions(every_seconds=60.0)
+    )
     tried = []
     for now in (0.0, 59.0, 60.0, 61.0, 120.0, 180.0):
         canaries.offer(config, device, choices, now, False)
@@ -681,6 +781,6 @@ def test_canaries_are_off_and_when_asked_for_take_choices_in_turn(tmp_path):
             child, candidate = canaries.running.pop(device.uuid)
             tried.append((now, candidate.backend))
             child.end("the test saw enough")
-            until(lambda child=child: child.left() == [])
+            until(lambda child=child: child.family() == [])
             child.close()
     assert tried == [(60.0, "one"), (120.0, "two"), (180.0, "one")]

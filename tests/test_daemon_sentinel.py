@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fake_nvml
+import psutil
 import pytest
 from test_daemon_evidence import put
 
 from fp4tune.cache import gpulock
 from fp4tune.daemon import gpus
-from fp4tune.daemon.config import Config, Watch
+from fp4tune.daemon.config import DaemonConfig, WatchOptions
+from fp4tune.daemon.sentinel import Sentinel, listing
 
 # Two GPUs; files in the working directory say what happens: `event` (type and data, taken once),
 # `hang`, and `lost`.
@@ -60,21 +61,22 @@ def driver(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def sentinel(driver) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fp4tune.daemon.sentinel", "GPU-aaaa", "0.05"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.wait()
+def sentinel(driver) -> Iterator[Sentinel]:
+    found = Sentinel("GPU-aaaa", time.monotonic())
+    found.interval = 0.05
+    yield found
+    found.stop()
 
 
-def said(sentinel: subprocess.Popen) -> dict:
-    assert sentinel.stdout is not None
-    return json.loads(sentinel.stdout.readline())
+def said(sentinel: Sentinel) -> dict:
+    """What it says next."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = sentinel.listen(time.monotonic())
+        if found:
+            return found[0]
+        time.sleep(0.01)
+    raise AssertionError("it says nothing")
 
 
 def test_it_says_what_the_gpu_is_and_who_computes_on_it(sentinel):
@@ -99,29 +101,46 @@ def test_a_lost_gpu_is_told_and_asked_for_again_by_another_process(sentinel, dri
     while "error" not in (document := said(sentinel)):
         pass
     assert "NVMLError_GpuIsLost" in document["error"]
-    assert sentinel.wait(60) == 0, "the next one loads the library anew"
+    assert not sentinel.alive, "the next one loads the library anew"
 
 
-def test_it_ends_with_the_daemon(sentinel):
-    said(sentinel)
-    sentinel.stdin.close()
-    assert sentinel.wait(60) == 0
+ASKING = """
+import sys, time
+from fp4tune.daemon.sentinel import Sentinel
+one = Sentinel("GPU-aaaa", time.monotonic())
+while not one.listen(time.monotonic()):
+    time.sleep(0.01)
+print(one._conversation.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_it_ends_with_the_daemon(driver):
+    daemon = subprocess.Popen(
+        [sys.executable, "-c", ASKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert daemon.stdout is not None
+    asks = psutil.Process(int(daemon.stdout.readline()))
+    daemon.kill()
+    daemon.wait()
+    psutil.wait_procs([asks], timeout=60)
+    assert not asks.is_running()
 
 
 def test_gpus_are_listed_and_chosen_by_index_or_uuid(driver):
-    found = gpus.listing()
+    found = listing()
     assert [g["uuid"] for g in found["gpus"]] == ["GPU-aaaa", "GPU-bbbb"]
     for names, uuids in ((("all",), 2), (("1",), 1), (("GPU-aaaa", "cpu"), 2), (("none",), 0)):
-        devices, missing = gpus.chosen(Config(gpus=names), found)
+        devices, missing = gpus.chosen(DaemonConfig(gpus=names), found)
         assert (len(devices), missing) == (uuids, [])
-    _, missing = gpus.chosen(Config(gpus=("7",)), found)
+    _, missing = gpus.chosen(DaemonConfig(gpus=("7",)), found)
     assert missing == ["there is no GPU 7: others are here"]
 
 
 def test_one_gpu_whose_driver_hangs_leaves_the_other_alone(driver):
     (driver / "hang").touch()
-    config = Config(state=str(driver), watch=Watch(wedged_seconds=0.5))
-    one, two = gpus.chosen(config, gpus.listing())[0]
+    config = DaemonConfig(state=str(driver), watch=WatchOptions(wedged_seconds=0.5))
+    one, two = gpus.chosen(config, listing())[0]
     deadline = time.monotonic() + 60
     while not (one.marks and two.look) and time.monotonic() < deadline:
         for device in (one, two):
@@ -134,6 +153,7 @@ def test_one_gpu_whose_driver_hangs_leaves_the_other_alone(driver):
     two.close()
 
 
+CUDA = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 HOLDING = """
 import sys
 from fp4tune.engines import plugin
@@ -144,19 +164,21 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize(
-    ("visible", "held"),
+    ("visible", "order", "held"),
     [
-        (None, {"GPU-aaaa", "GPU-bbbb"}),
-        ("1", {"GPU-bbbb"}),
-        ("GPU-a,9,1", {"GPU-aaaa"}),
-        ("", set()),
+        (None, None, {"GPU-aaaa", "GPU-bbbb"}),
+        ("1", "PCI_BUS_ID", {"GPU-bbbb"}),
+        ("1", None, {"GPU-aaaa", "GPU-bbbb"}),  # two models: CUDA alone knows which is its second
+        ("GPU-a,9,1", None, {"GPU-aaaa"}),
+        ("", None, set()),
     ],
 )
-def test_an_engine_holds_the_gpus_it_may_use(driver, own_state, visible, held):
+def test_an_engine_holds_the_gpus_it_may_use(driver, own_state, visible, order, held):
     put(own_state, driver / "site", ("fast", "1.0"))
-    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    if visible is not None:
-        env["CUDA_VISIBLE_DEVICES"] = visible
+    env = {k: v for k, v in os.environ.items() if k not in CUDA}
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        if value is not None:
+            env[name] = value
     engine = subprocess.Popen(
         [sys.executable, "-c", HOLDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
     )
