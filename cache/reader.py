@@ -250,7 +250,7 @@ def open(
     """
     place = _file(path) if path is not None else _find()
     if place is None:
-        raise Missing("choices.db", "nothing was published yet in any place readers look")
+        raise state.nothing_published()
     if pin and generation is None:
         generation = _named_generation()
     reader = Reader(place, pin or generation is not None, arch, gpu, profile)
@@ -408,8 +408,10 @@ def _find() -> str | None:
 
 
 def _file(path: str | os.PathLike[str]) -> str:
+    """The file that `path` means, which may be its directory, there or not."""
     plain = os.fspath(path)
-    return os.path.join(plain, state.CHOICES) if os.path.isdir(plain) else plain
+    is_file = plain.endswith(".db") or os.path.isfile(plain)
+    return plain if is_file and not os.path.isdir(plain) else os.path.join(plain, state.CHOICES)
 
 
 def _warn(sentence: str) -> None:

@@ -28,7 +28,7 @@ def inspect(path: str, application_id: int, version: int, what: str) -> None:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         if isinstance(error, FileNotFoundError):
-            raise Missing(path, f"there is no {what} here") from error
+            raise Missing(path, f"there is no {what} here; run fp4tune probe") from error
         raise translate(error, path) from error
     if not head:
         raise Corrupt(path, f"the {what} is empty")

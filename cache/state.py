@@ -1,7 +1,9 @@
 """Where the state directory is, what its files are called, and locks between processes.
 
-Writers and readers look differently: a writer needs a place it can write, a reader takes the first
-place that *holds* a published choice, so that an engine without rights still finds the node's.
+A place that was named, by an argument or by FP4TUNE_STATE, is final for both, also where it is
+empty or missing: what another place holds is no answer to that. Where none is named they look
+differently: a writer needs a place it can write, a reader takes the first place that *holds* a
+published choice, so that an engine without rights still finds the node's.
 Standard library only, and `pathlib` only when called: the engine's reader imports this.
 """
 
@@ -11,7 +13,7 @@ import fcntl
 import os
 import time
 
-from .errors import Busy, translate
+from .errors import Busy, Missing, translate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def directory(explicit: str | os.PathLike[str] | None = None) -> Path:
 def holding() -> list[Path]:
     """Every place a reader looks that holds a choices.db, in the order a reader tries them.
 
-    More than one is worth a warning: the writer may be publishing where no reader looks.
+    One at most where FP4TUNE_STATE names it. More than one is worth a warning: the writer may be
+    publishing where no reader looks.
     """
     from pathlib import Path
 
@@ -47,9 +50,24 @@ def holding() -> list[Path]:
 
 def holding_places() -> list[str]:
     """`holding`, as strings and without importing pathlib."""
-    places = [os.environ.get(VARIABLE), SYSTEM, _home()]
-    unique = dict.fromkeys(os.path.abspath(p) for p in places if p)
-    return [p for p in unique if os.path.isfile(os.path.join(p, CHOICES))]
+    return [p for p in _reading_places() if os.path.isfile(os.path.join(p, CHOICES))]
+
+
+def nothing_published() -> Missing:
+    """The error where no place that a reader looks holds a choices.db: which, and what to do."""
+    first, *others = _reading_places()
+    if os.environ.get(VARIABLE):
+        why = f"nothing is published in this place, which {VARIABLE} names, and no other is looked"
+        return Missing(first, f"{why} at; run fp4tune probe, or name another")
+    also = f" nor in {' nor in '.join(others)}" if others else ""
+    how = f"run fp4tune probe, or name the place with --state or {VARIABLE}"
+    return Missing(first, f"nothing is published here{also}; {how}")
+
+
+def _reading_places() -> list[str]:
+    named = os.environ.get(VARIABLE)
+    places = [named] if named else [SYSTEM, _home()]
+    return list(dict.fromkeys(map(os.path.abspath, places)))
 
 
 def generation_file(state_dir: str, generation: int) -> str:

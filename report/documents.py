@@ -13,7 +13,7 @@ from ..autotune.plan import Report
 from ..autotune.publication import published as standing
 from ..autotune.verdict.statistics import failure_bound
 from ..cache import reader, state
-from ..cache.errors import Missing, StateError
+from ..cache.errors import StateError
 from ..cache.ledger import Ledger
 from ..cache.rows import Candidate, Finding, Run
 from ..probes.problem import Problem
@@ -28,7 +28,7 @@ def place_of(state_dir: Path | None) -> Path:
         return state_dir
     holding = state.holding()
     if not holding:
-        raise Missing(state.directory(), "nothing is stored yet; run fp4tune probe")
+        raise state.nothing_published()
     return holding[0]
 
 

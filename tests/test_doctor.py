@@ -59,7 +59,8 @@ def test_several_places_that_hold_a_choice_are_named(tmp_path, monkeypatch):
     places = [tmp_path / "one", tmp_path / "home" / "fp4tune"]
     for place in places:
         stores.put(place)
-    monkeypatch.setenv(state.VARIABLE, str(places[0]))
+    monkeypatch.delenv(state.VARIABLE)
+    monkeypatch.setattr(state, "SYSTEM", str(places[0]))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
     found = [line for line in doctor.examine() if "several places" in line.found]
     assert len(found) == 1 and all(str(place) in found[0].found for place in places)
