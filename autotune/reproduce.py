@@ -116,7 +116,7 @@ def reproduce(
     Raises Refused where it cannot be run here.
     """
     problem = _problem(finding)
-    answer = survey(target, (spec,), (problem,), python)[spec]
+    answer = survey(target, (spec,), (problem,), python, hang_seconds)[spec]
     why = answer.get("error") or answer["reasons"][0]
     if why:
         raise Refused(f"{finding.backend} cannot run this here: {why}")
@@ -136,7 +136,8 @@ def reproduce(
     finally:
         runner.close()
     if path is not None and call is not None:
-        result.bundle = _bundle(finding, problem, target, call, path)
+        source = bundle.CallSource(**call)
+        result.bundle = _bundle(finding, problem, target, source, path, python)
     return result
 
 
@@ -219,7 +220,12 @@ def _failed(result: Result, failure: WorkerFailed) -> None:
 
 
 def _bundle(
-    finding: Finding, problem: Problem, target: Target, call: Mapping[str, Any], path: Path
+    finding: Finding,
+    problem: Problem,
+    target: Target,
+    call: bundle.CallSource,
+    path: Path,
+    python: str | None,
 ) -> Path:
     """Write what it takes to see the finding without this program."""
     bad = _bad(finding)
@@ -241,18 +247,17 @@ def _bundle(
     tiles = tiles_of(finding)
     if tiles is not None:
         texts["tiles.svg"] = picture(finding, tiles)
-    return bundle.write(
-        path,
+    shown = bundle.Shown(
         pool,
         finding.regime,
+        finding.kind,
         cases,
         launches,
         at,
-        bundle.Call(call["source"], call["file"], call["make"]),
-        texts,
-        bad.get("tile_error") is not None,
-        target.device.kind,
+        by_tile=bad.get("tile_error") is not None,
+        device=target.device.kind,
     )
+    return bundle.write(path, shown, call, texts, python)
 
 
 def tiles_of(finding: Finding) -> tilemap.TileMap | None:

@@ -157,6 +157,7 @@ def test_a_steady_fault_is_reproduced_and_bundled(found, tmp_path):
         replay(finding, path=tmp_path / "bundle", times=1)
 
 
+@pytest.mark.slow
 def test_a_right_backend_shows_nothing_on_the_same_data(found, tmp_path):
     path = tmp_path / "good.zip"
     result = replay(first(found, SWAPPED), "torch-dequant", path)
@@ -168,6 +169,7 @@ def test_a_right_backend_shows_nothing_on_the_same_data(found, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_fault_of_concurrent_calls_needs_them_in_the_bundle_too(found, tmp_path):
     finding = first(found, SHARED)
     result = replay(finding, path=tmp_path / "bundle")
@@ -233,14 +235,15 @@ def test_a_description_that_fits_no_data_is_refused_by_the_worker(found, change)
     from fp4tune.probes import zoo
     from fp4tune.probes.launch.outcome import Budget
     from fp4tune.probes.problem import Device
-    from fp4tune.probes.worker.session import Layer
+    from fp4tune.probes.worker.replay import replay
+    from fp4tune.probes.worker.session import OpenLayer
 
     finding = first(found, SWAPPED)
     problem = Problem("nvfp4", finding.detail["rows"], N, K)
-    layer = Layer(zoo.named(SWAPPED), Device("cpu"), problem, 1, 1 << 28, lambda text: None)
+    layer = OpenLayer(zoo.named(SWAPPED), Device("cpu"), problem, 1, 1 << 28, lambda text: None)
     bad = {**again._bad(finding), **change}
     with pytest.raises(ValueError):
-        layer.replay("serial", bad, Budget(1, 1, 0.0))
+        replay(layer, "serial", bad, Budget(1, 1, 0.0))
 
 
 # -- bundles
@@ -258,7 +261,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_the_script_of_a_bundle_needs_torch_and_the_standard_library_only():
-    assert imports(HARNESS) - set(sys.stdlib_module_names) == {"torch", "call"}
+    assert imports(HARNESS) - set(sys.stdlib_module_names) == {"torch"}
 
 
 @pytest.mark.parametrize("name", registry.BUILTIN)

@@ -2,12 +2,13 @@
 
 The maintainer of the backend needs torch and the backend. Where the backend says how it is called
 (`call_source`), ``call.py`` is that and nothing of ours is in between; else its own file is copied,
-with the modules of this package that it imports.
+with what it needs of what lies beside it, and with the modules of this package that it imports.
 """
 
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ..data.operands import Operands
 from ..launch.case import Launch
 from ..problem import FORMATS, Fp4Tensor, Problem
 from .closure import NAME, PACKAGE, closure
+from .siblings import beside
+from .trial import RAN, trial
 
 HARNESS = Path(__file__).with_name("harness.py")
 MODES = ("serial", "graph", "streams", "side-stream", "graph-streams")
@@ -31,60 +34,98 @@ MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallSource:
     """How a backend is called: its own ``source``, or else where it comes from.
 
     `file` is the module that defines it; `make` is source that leaves the backend in a variable
-    ``backend``, for a copy of that module.
+    ``backend``, for a copy of that module. `loaded` is None for a backend of this package or of
+    another that is installed; for one in a file of its own it has the modules, by name, that the
+    file brought along.
     """
 
     source: str | None
     file: str
     make: str
+    loaded: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a bundle shows: `launches[at]`, which failed in `regime`, among those around it.
+
+    `problem.m` is that of the pools. `by_tile`: the output is held to the error of a tile and not
+    to each element's bounds. `kind` is the finding's: one that ends a process does so here, too.
+    """
+
+    problem: Problem
+    regime: str
+    kind: str
+    cases: Sequence[tuple[Operands, Expectation]]
+    launches: Sequence[Launch]
+    at: int
+    by_tile: bool
+    device: str
 
 
 def write(
     path: Path,
-    problem: Problem,
-    regime: str,
-    cases: Sequence[tuple[Operands, Expectation]],
-    launches: Sequence[Launch],
-    at: int,
-    call: Call,
+    shown: Shown,
+    call: CallSource,
     texts: Mapping[str, str],
-    by_tile: bool,
-    device: str,
+    python: str | None = None,
 ) -> Path:
     """Write the bundle to `path`: a folder, or a zip where the name ends so; returns the path.
 
-    `problem.m` is that of the pools, `launches[at]` the one that failed. `texts` are more files to
-    put in, by name. Raises ValueError where something is there already.
+    `texts` are more files to put in, by name. It is run once before it is there, by `python` or
+    this interpreter. Raises ValueError where something is there already, and where the bundle does
+    not run by itself; then nothing is.
     """
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"--bundle {path}: something is there already")
     with tempfile.TemporaryDirectory(prefix="fp4tune-bundle-") as temporary:
         folder = Path(temporary) / (path.stem if path.suffix == ".zip" else path.name)
         folder.mkdir()
-        chosen = _fitting(cases, launches, at, problem.n)
-        document = {
-            "problem": _problem(problem),
-            "regime": regime,
-            "mode": mode_of(regime),
-            "device": device,
-            "tile_limit": tile_limit(problem.k) if by_tile else None,
-            "weights": [_fp4(operands.weight) for operands, _ in cases],
-            "launches": [_launch(cases, launches[i], i == at, by_tile) for i in chosen],
-        }
-        torch.save(document, folder / "data.pt")
+        torch.save(_document(shown), folder / "data.pt")
         shutil.copyfile(HARNESS, folder / "reproduce.py")
         for name, text in {**texts, "call.py": _call(folder, call)}.items():
             (folder / name).write_text(text, encoding="utf-8")
+        _must_run(folder, shown.kind, python)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".zip":
             shutil.make_archive(str(path.with_suffix("")), "zip", temporary, folder.name)
         else:
             shutil.copytree(folder, path, dirs_exist_ok=True)
     return path
+
+
+def _must_run(folder: Path, kind: str, python: str | None) -> None:
+    """Raises ValueError, with what it said, for a bundle that does not come to its launches."""
+    code, said = trial(folder, python)
+    ended = (code < 0 and code != -signal.SIGALRM and kind in ("crash", "poisoned")) or (
+        code == -signal.SIGALRM and kind == "hang"
+    )
+    if code not in RAN and not ended:
+        how = f"it was ended by signal {-code}" if code < 0 else said
+        raise ValueError(f"the bundle does not run by itself, and is not kept: {how}")
+    for rubbish in folder.rglob("__pycache__"):
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def _document(shown: Shown) -> dict[str, Any]:
+    """What ``data.pt`` holds."""
+    problem = shown.problem
+    chosen = _fitting(shown.cases, shown.launches, shown.at, problem.n)
+    return {
+        "problem": _problem(problem),
+        "regime": shown.regime,
+        "mode": mode_of(shown.regime),
+        "device": shown.device,
+        "tile_limit": tile_limit(problem.k) if shown.by_tile else None,
+        "weights": [_fp4(operands.weight) for operands, _ in shown.cases],
+        "launches": [
+            _launch(shown.cases, shown.launches[i], i == shown.at, shown.by_tile) for i in chosen
+        ],
+    }
 
 
 def mode_of(regime: str) -> str:
@@ -172,7 +213,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "vendor"))
+sys.path[:0] = [str(HERE / "vendor"), str(HERE / "backend")]
 
 from fp4tune.probes.problem import FORMATS, Fp4Tensor, Problem
 
@@ -189,7 +230,7 @@ def _unfolded(made):
 
 
 def _from_file(name, attribute):
-    spec = importlib.util.spec_from_file_location("backend_under_test", HERE / name)
+    spec = importlib.util.spec_from_file_location("backend_under_test", HERE / "backend" / name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -225,17 +266,21 @@ def run(state, a, out, tactic):
 '''
 
 
-def _call(folder: Path, call: Call) -> str:
+def _call(folder: Path, call: CallSource) -> str:
     """The text of ``call.py``; copies what it imports into `folder`."""
     if call.source is not None:
         return call.source
     file = Path(call.file)
     problems = PACKAGE / "probes" / "problem.py"
-    for module in closure([file, problems]):
+    theirs = {} if call.loaded is None else beside(file, call.loaded)
+    for source, place in theirs.items():
+        target = folder / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    python = [source for source in theirs if source.suffix == ".py"]
+    for module in closure([problems] if theirs else [file, problems], outside=python):
         target = folder / "vendor" / NAME / module.relative_to(PACKAGE)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(module, target)
     (folder / "vendor" / NAME / "__init__.py").write_text("", encoding="utf-8")
-    if PACKAGE not in file.resolve().parents:
-        shutil.copyfile(file, folder / file.name)
     return _VENDORED.format(make=call.make)

@@ -10,13 +10,20 @@ PACKAGE = Path(__file__).resolve().parents[2]
 NAME = "fp4tune"
 
 
-def closure(files: Iterable[Path], package: Path = PACKAGE, name: str = NAME) -> list[Path]:
+def closure(
+    files: Iterable[Path],
+    package: Path = PACKAGE,
+    name: str = NAME,
+    outside: Iterable[Path] = (),
+) -> list[Path]:
     """Every module of `package` that `files` import, directly or not, as absolute paths.
 
     By reading the source: imports inside functions count, names made up at run time do not. Files
-    outside the package are roots only, and not in the result; neither is the package's own
-    ``__init__.py``, which a copy replaces by an empty one.
+    outside the package, and those that are said to be `outside` wherever they lie, are roots only
+    and not in the result; neither is the package's own ``__init__.py``, which a copy replaces by an
+    empty one.
     """
+    others = [Path(file).resolve() for file in outside]
     found: dict[Path, None] = {}
     queue = [Path(file).resolve() for file in files]
     for file in queue:
@@ -24,8 +31,9 @@ def closure(files: Iterable[Path], package: Path = PACKAGE, name: str = NAME) ->
             for each in _with_packages(file, package):
                 found.setdefault(each)
     queue += [each for each in found if each not in queue]
+    queue += others
     for file in queue:  # grows while it is walked
-        for module in _imports(file, package, name):
+        for module in _imports(file, package, name, file not in others):
             for each in _with_packages(module, package):
                 if each not in found:
                     found[each] = None
@@ -46,7 +54,7 @@ def _with_packages(file: Path, package: Path) -> Iterator[Path]:
     yield file
 
 
-def _imports(file: Path, package: Path, name: str) -> Iterator[Path]:
+def _imports(file: Path, package: Path, name: str, relative: bool) -> Iterator[Path]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,7 +62,7 @@ def _imports(file: Path, package: Path, name: str) -> Iterator[Path]:
                 yield from _module(_below(alias.name, package, name))
         elif isinstance(node, ast.ImportFrom):
             base: Path | None
-            if node.level and _inside(file, package):
+            if node.level and relative and _inside(file, package):
                 base = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             elif node.level:
                 continue

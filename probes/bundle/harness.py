@@ -11,8 +11,10 @@ element of every launch is compared. Exit code: 1 a result was wrong, 0 none was
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ LANES = 4
 MODES = ("serial", "graph", "streams", "side-stream")
 
 
-class Launch:
+class RecordedLaunch:
     """One call: its operands on the device, the place for its output, and what must be there."""
 
     def __init__(self, call, states, record, device):
@@ -97,7 +99,7 @@ def lanes(launches, device):
 
 def twin(launch, device):
     """The same launch into an output of its own."""
-    other = object.__new__(Launch)
+    other = object.__new__(RecordedLaunch)
     other.__dict__.update(launch.__dict__)
     other.buffer = torch.full_like(launch.buffer, GUARD)
     size = launch.out.numel()
@@ -209,12 +211,15 @@ def main():
     if device.type != "cuda" and options.mode not in ("serial", "streams"):
         print(f"{options.mode} needs a CUDA device")
         return 2
-    sys.path.insert(0, str(HERE))
-    import call  # type: ignore[import-not-found]
-
+    call = called()
     problem = {**data["problem"], "dtype": getattr(torch, data["problem"]["dtype"])}
-    states = [call.prepare(moved(weight, device), problem) for weight in data["weights"]]
-    launches = [Launch(call, states, record, device) for record in data["launches"]]
+    try:
+        states = [call.prepare(moved(weight, device), problem) for weight in data["weights"]]
+        launches = [RecordedLaunch(call, states, record, device) for record in data["launches"]]
+    except Exception as error:
+        traceback.print_exc()
+        print(f"could not run: {type(error).__name__}: {error}")
+        return 2
     inputs = [t.clone() for launch in launches for t in tensors(launch.source)]
     sync(device)
     every, once = rounds(options.mode, launches, device)
@@ -223,8 +228,14 @@ def main():
         for launch in every:
             launch.poison()
         sync(device)
-        once()
-        sync(device)
+        try:
+            once()
+            sync(device)
+        except Exception as error:
+            traceback.print_exc()
+            where = f"{options.mode}, round {turn + 1}"
+            print(f"{where}: a launch raised {type(error).__name__}: {error}")
+            return 1
         for place, launch in enumerate(every):
             wrong, outside = launch.wrong(data["tile_limit"])
             if bool(wrong.any()) or outside:
@@ -242,6 +253,16 @@ def main():
     if changed:
         print(f"{changed} input tensors were changed by the launches")
     return 1 if bad or changed else 0
+
+
+def called():
+    """The module in call.py, under a name that no module of the library's has."""
+    spec = importlib.util.spec_from_file_location("call_of_this_bundle", HERE / "call.py")
+    assert spec is not None and spec.loader is not None  # true of every .py path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def tensors(value):
@@ -269,6 +290,7 @@ def describe(launch, wrong, outside):
 if __name__ == "__main__":
     try:
         raise SystemExit(main())
-    except ImportError as error:
-        print(f"could not run: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        print(f"could not run: {type(error).__name__}: {error}")
         raise SystemExit(2) from None
