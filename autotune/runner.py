@@ -13,8 +13,6 @@ from ..probes.worker.supervisor import Worker, WorkerFailed
 Progress = Callable[[str, str], None]
 """Called with a backend's name and what it is doing."""
 
-BACKEND = "FP4TUNE_BACKEND"
-"""A variable that says in a worker's environment what it runs, for whoever looks at processes."""
 MOST_DEATHS = 8
 """A backend whose worker died this often is not started again."""
 
@@ -60,7 +58,7 @@ class Runner:
         """Start the worker's process; it loads nothing yet."""
         if self.deaths >= MOST_DEATHS:
             raise WorkerFailed("crash", f"its worker died {self.deaths} times", "starting")
-        self._worker = Worker(self.python, {**self.target.environment, BACKEND: self.spec})
+        self._worker = Worker(self.python, self.target.environment)
 
     def greet(self) -> None:
         """Have the worker load the backend; `hello` is what it says of itself."""

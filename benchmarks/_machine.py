@@ -56,11 +56,15 @@ def machine() -> dict[str, Any]:
 
 
 def start(
-    arguments: Sequence[object], state: Path, log: Path, **variables: str
+    arguments: Sequence[object],
+    state: Path,
+    log: Path,
+    program: Sequence[str] = ("-m", "fp4tune.cli"),
+    **variables: str,
 ) -> tuple[subprocess.Popen[bytes], Path]:
     """``fp4tune ... --json`` on its way in this interpreter, and the file its stdout goes to."""
     answer = log.with_suffix(".json")
-    command = [sys.executable, "-m", "fp4tune.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, *program, *map(str, arguments), "--json"]
     environment = {**os.environ, "FP4TUNE_STATE": str(state), "COLUMNS": "160", **variables}
     with answer.open("wb") as out, log.open("wb") as err:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
@@ -93,14 +97,6 @@ def processes(**variables: str) -> Iterator[tuple[int, dict[str, str]]]:
         if wanted <= set(found):
             pairs = (each.decode(errors="replace").partition("=") for each in found if each)
             yield int(entry.name), {key: value for key, _, value in pairs}
-
-
-def parent(pid: int) -> int | None:
-    """The parent's id; None where the process is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def write(path: Path, text: str) -> None:

@@ -42,11 +42,12 @@ from fp4tune.probes.backends import build, tactics
 from fp4tune.probes.backends.registry import load_one
 from fp4tune.probes.check.sweep import Checker
 from fp4tune.probes.launch.case import Call, Case, Launch, bind
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget, capture, device_of, repeat
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.seeds import derive
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 
 BACKENDS = ("torch-bf16-resident", "triton-w4a16", "marlin")
 REFERENCE = "torch-bf16-resident"
@@ -79,7 +80,7 @@ class Bench:
 
     name: str
     m: int
-    layer: Layer
+    layer: OpenLayer
     item: Item
     rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     bad: int = 0
@@ -100,7 +101,7 @@ class Bench:
         return budgets.windows(1)
 
     def launches(self, cases: int, name: str) -> list[Launch]:
-        """A turn's launches, as `Layer.regime` makes them."""
+        """A turn's launches, as `OpenLayer.regime` makes them."""
         found = self.layer.launches(
             [self.item], cases, (name, self.item.width, 0), windows=self.windows
         )
@@ -305,7 +306,7 @@ def opened(
     if any(reasons):
         raise ValueError(next(why for why in reasons if why))
     build(backend, wanted, device, len(os.sched_getaffinity(0)))
-    layer = Layer(backend, device, problem, seed, MEMORY, lambda _: None)
+    layer = OpenLayer(backend, device, problem, seed, MEMORY, lambda _: None)
     found = []
     for m, each in zip(ms, wanted, strict=True):
         items = [Item((m,), tactic) for tactic in tactics(backend, each, device)]

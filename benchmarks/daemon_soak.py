@@ -43,8 +43,8 @@ import psutil
 from fp4tune.cache import quarantine, reader, state
 from fp4tune.cache.errors import StateError
 
-INSIDE = "FP4TUNE_SOAK_INSIDE"
-CHILD = "FP4TUNE_SOAK_CHILD"
+INSIDE = "SOAK_INSIDE"
+CHILD = "SOAK_CHILD"
 SIZE = "64m"
 CLIENTS = 200
 TOKEN = "soak-token-of-some-length"

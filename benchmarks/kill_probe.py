@@ -43,7 +43,7 @@ from fp4tune.cache.ledger import Ledger
 
 Rows = dict[tuple[str, int], str]
 
-MARK = "FP4TUNE_KILL_PROBE"
+MARK = "KILL_PROBE_MARK"
 """A variable every descendant of a probe inherits: it finds them after their parent is gone."""
 DEATH = 5.0
 """Seconds all workers and what they started may take to end."""

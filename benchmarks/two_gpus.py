@@ -39,7 +39,7 @@ from fp4tune.cache import state as places
 from fp4tune.cache.ledger import Ledger
 from fp4tune.machine import devices
 
-MARK = "FP4TUNE_TWO_GPUS"
+MARK = "TWO_GPUS_MARK"
 """A variable that a probe of ours and all it starts inherit."""
 TRIGGER = "pdl-raw"
 """The first of the regimes: its first evidence says that all has been timed. A CPU has it, too, as
@@ -107,11 +107,14 @@ def run(
     print(f"{name}: fp4tune probe {' '.join(arguments)}", flush=True)
     began = time.monotonic()
     log = place / f"{name}.log"
-    process, answer = node.start(["probe", *arguments], state, log, **{MARK: mark})
+    # A worker's environment does not say what it runs, so the probe writes it down.
+    trace = place / f"{name}.workers"
+    traced = (str(Path(__file__).with_name("_traced.py")), str(trace))
+    process, answer = node.start(["probe", *arguments], state, log, traced, **{MARK: mark})
     try:
         while process.poll() is None and time.monotonic() - began < LONGEST:
             if victim is not None:
-                _disturb(ran, victim, process.pid, state, mark, began, dying)
+                _disturb(ran, victim, state, trace, began, dying)
             with suppress(Exception):
                 process.wait(0.05)
         ran.wall = time.monotonic() - began
@@ -151,9 +154,8 @@ def _gone(pid: int) -> bool:
 def _disturb(
     ran: Ran,
     victim: devices.Target,
-    probe: int,
     state: Path,
-    mark: str,
+    trace: Path,
     began: float,
     dying: frozenset[str],
 ) -> None:
@@ -164,10 +166,11 @@ def _disturb(
             fault.gone = now
     if ran.faults or not _begun(state, victim):
         return
+    rows = [json.loads(line) for line in trace.read_text().splitlines()]
     workers = sorted(
-        (environment["FP4TUNE_BACKEND"], pid)
-        for pid, environment in node.processes(**{MARK: mark}, **victim.environment)
-        if "FP4TUNE_BACKEND" in environment and node.parent(pid) == probe
+        (row["backend"], row["pid"])
+        for row in rows
+        if row["uuid"] == (victim.uuid or "") and not _gone(row["pid"])
     )
     # A reference line is in no regime; and the floor is not what one would miss.
     able = [w for w in workers if w[0] not in ("torch-bf16-resident", "controls")]

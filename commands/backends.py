@@ -24,8 +24,10 @@ def backends(
     """List every backend, what it supports on this device, and why not where it does not."""
     with one_sentence():
         from ..machine import devices
+        from ..probes.worker import nursery
 
         (target, *_) = devices.select(gpu)  # before what takes seconds to import
+        nursery.warm(python)  # meanwhile
         from ..autotune import request as planning
         from ..autotune import support
         from ..report.terminal import tables

@@ -94,8 +94,10 @@ def probe(
     """Run every backend here, check every element, time them, store the fastest safe one."""
     with one_sentence():
         from ..machine import devices
+        from ..probes.worker import nursery
 
         targets = devices.select(gpu)  # before what takes seconds to import
+        nursery.warm(python)  # meanwhile
         from ..autotune import request as planning
         from ..autotune.choice import traffic as distributions
         from ..autotune.levels import LEVELS

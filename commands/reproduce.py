@@ -34,10 +34,12 @@ def reproduce(
     """Make a finding's launch again, and bundle it for the maintainer of the backend."""
     with one_sentence():
         from ..machine import devices
+        from ..probes.worker import nursery
 
         if times < 1:
             raise Refused(f"--times {times}: it must be at least 1")
         (target, *_) = devices.select(gpu)  # before what takes seconds to import
+        nursery.warm(python)  # meanwhile
         from ..autotune import reproduce as again
         from ..autotune import request as planning
         from ..report import documents

@@ -20,8 +20,10 @@ def selftest(
     """Probe backends that fail on purpose: what does this prober catch here?"""
     with one_sentence():
         from ..machine import devices
+        from ..probes.worker import nursery
 
         targets = devices.select(gpu)  # before what takes seconds to import
+        nursery.warm()  # meanwhile
         from ..autotune import selftest as testing
         from ..report.terminal.progress import watching
 

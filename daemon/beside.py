@@ -12,22 +12,19 @@ its environment and its parent is still found below this process, and ended with
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
 import sys
 from importlib import import_module
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
+from ..machine.processes import adopt_orphans, die_with_parent
 
 
 def main() -> None:
     parent, nice, module, *arguments = sys.argv[1:]
-    _die_with(int(parent))
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    die_with_parent(int(parent))
+    adopt_orphans()
     with contextlib.suppress(OSError):
         os.nice(int(nice))
     with contextlib.suppress(OSError, ValueError):
@@ -36,17 +33,9 @@ def main() -> None:
     command = os.fork()  # there is one thread, and nothing was imported that would mind
     if command:
         _outlive(command)
-    _die_with(above)
+    die_with_parent(above)
     sys.argv = ["fp4tune", *arguments]
     import_module(f"fp4tune.{module}").main()
-
-
-def _die_with(parent: int) -> None:
-    """End where this process's parent does; at once, where `parent` is its parent no more."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _outlive(command: int) -> None:

@@ -17,6 +17,9 @@ _FAILURES = ("crash", "hang", "poisoned", "error")
 
 
 def run(asked: dict[str, Any]) -> dict[str, Any]:
+    from ..probes.worker import nursery
+
+    nursery.warm(asked["python"])  # while this process loads what it needs itself
     from ..autotune.runner import Patience, Runner
     from ..autotune.stages.survey import survey
     from ..machine import devices

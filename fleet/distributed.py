@@ -7,7 +7,6 @@ run with the same campaign does only what is missing.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 from ..cache import state
 from ..cache.errors import StateError
 from ..errors import Refused
+from ..machine.processes import dying_with_parent
 from . import bundle, export, merge
 from .extras import need
 from .places import Place
@@ -103,7 +103,8 @@ def probe_here(name: str, shared: bool, arguments: Sequence[str], limit: float) 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            # A Ray worker that is killed takes its probe with it.
+            preexec_fn=dying_with_parent(),
         )
         status, reason = "done", ""
         try:
@@ -132,11 +133,6 @@ def _identity(name: str, shared: bool) -> str:
     if not shared:
         return own
     return hashlib.sha256(f"{own}/{name.rpartition('/')[0]}".encode()).hexdigest()[:32]
-
-
-def _die_with_parent() -> None:
-    # PR_SET_PDEATHSIG: a Ray worker that is killed takes its probe with it.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def probe(

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import Refused
+from ..machine.processes import die_with_parent
 from . import bundle, shard
 from .places import Place
 from .signing import Trusted
@@ -126,7 +127,8 @@ def _parts(
         return
     # Spawned, not forked: Arrow and fsspec have threads here.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, mp_context=context, initializer=_start, initargs=(have,)) as p:
+    given = have, os.getpid()
+    with ProcessPoolExecutor(cores, mp_context=context, initializer=_start, initargs=given) as p:
         waiting: set[Future[dict[str, Any]]] = set()
         for chunk in _before(first, chunks):
             waiting.add(p.submit(_take, chunk, into, trusted))
@@ -144,7 +146,8 @@ def _before(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
 _have: set[str] = set()
 
 
-def _start(have: set[str]) -> None:
+def _start(have: set[str], parent: int) -> None:
+    die_with_parent(parent)
     _have.update(have)
 
 

@@ -14,10 +14,10 @@ from test_audit import KERNELS, needs_nvcc
 from test_probe import make_plan
 from typer.testing import CliRunner
 
+from fp4tune.autotune.evidence import audits
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.evidence import audits
 from fp4tune.autotune.stages import audit as auditing
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger

@@ -550,13 +550,15 @@ def test_a_census_can_fail_a_verdict_and_never_makes_one(profile):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_a_layer_without_a_gpu_has_an_empty_census():
     from fp4tune.probes.backends.torch.dequant import torch_dequant
+    from fp4tune.probes.launch.item import Item
     from fp4tune.probes.problem import Device, Problem
-    from fp4tune.probes.worker.session import Item, Layer
+    from fp4tune.probes.worker.census import checked, timed
+    from fp4tune.probes.worker.session import OpenLayer
 
     problem = Problem("nvfp4", 32, 64, 64)
-    layer = Layer(torch_dequant(), Device("cpu"), problem, 1, 1 << 28, lambda _: None)
-    (result,) = layer.census([Item((1, 2), "fp32")])
+    layer = OpenLayer(torch_dequant(), Device("cpu"), problem, 1, 1 << 28, lambda _: None)
+    (result,), seen = checked(layer, [Item((1, 2), "fp32")])
     assert not result["seen"] and not result["bad"] and result["detail"]["source"] == census.NONE
     assert "code" not in result["detail"] and result["detail"]["notes"]
     layer.open_timing([Item((2,), "fp32")], 1 << 10)
-    assert layer.census_timed() == [[]]
+    assert timed(layer, seen) == [[]]

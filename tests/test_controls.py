@@ -11,9 +11,10 @@ from fp4tune.autotune.stages import controls as running
 from fp4tune.autotune.verdict.profiles import PROFILES, Profile
 from fp4tune.autotune.verdict.rules import Doubt
 from fp4tune.probes.backends import registry
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device
 from fp4tune.probes.regimes import REGIMES, Budget
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo.controls import CONTROLS, GOOD, INTERNAL, MS, NAME, NONE_NEEDED, PROBLEM
 from fp4tune.words import EXACT
 
@@ -31,11 +32,11 @@ CALM = [
 
 
 @pytest.fixture(scope="module")
-def layer() -> Layer:
-    return Layer(registry.load_one(NAME), CPU, PROBLEM, 3, 1 << 28, lambda text: None)
+def layer() -> OpenLayer:
+    return OpenLayer(registry.load_one(NAME), CPU, PROBLEM, 3, 1 << 28, lambda text: None)
 
 
-def once(layer: Layer, regime: str, tactic: str) -> str:
+def once(layer: OpenLayer, regime: str, tactic: str) -> str:
     result = layer.regime(regime, [Item(MS, tactic)], BUDGET)
     return running._flagged(result["items"][0])
 

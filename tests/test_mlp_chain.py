@@ -13,12 +13,13 @@ from fp4tune.probes.check.sweep import slot
 from fp4tune.probes.data import draw, exact
 from fp4tune.probes.formats import quantise
 from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget, NotApplicable
 from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.regimes.mlp.judge import ByTiles, TileJudge
 from fp4tune.probes.regimes.mlp.layers import Arena, second_tactics, silu_on_cpu
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -302,6 +303,6 @@ def test_silu_and_multiply_is_torchs():
 
 
 def test_a_layer_reports_the_stage():
-    layer = Layer(WrongSecond(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
+    layer = OpenLayer(WrongSecond(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
     (result,) = layer.regime("mlp-chain", [Item((2, 5), "default")], TWICE)["items"]
     assert {bad["stage"] for bad in result["bad"]} == {f"second GEMM, n=256, k={K2}"}

@@ -150,21 +150,25 @@ def answering(tmp_path_factory, one_thread) -> Probed:
 
 @pytest.fixture(scope="module")
 def dying(tmp_path_factory, one_thread) -> Probed:
-    """Backends that crash or hang, after a good one and before another.
-
-    All in another interpreter, as an engine's would be: isolated, so that it finds neither fp4tune
-    nor this folder by itself, and started from elsewhere.
-    """
+    """Backends that crash or hang, after a good one and before another."""
     place = tmp_path_factory.mktemp("dying")
     one_thread.setenv(rogues.CHILDREN, str(place / "children"))
-    one_thread.chdir(place)
-    plan = make_plan(
-        [spec(name) for name in ("Good", *DYING, "ShortSums")],
-        1,
-        hang_seconds=4.0,
-        python=interpreter(place, "-I"),
-    )
+    plan = make_plan([spec(name) for name in ("Good", *DYING, "ShortSums")], 1, hang_seconds=4.0)
     return Probed(run(plan, place / "state"), place / "state", children(place / "children"), [])
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory, one_thread) -> Probed:
+    """A right backend and one that crashes in another interpreter, as an engine's would be.
+
+    It is isolated, so that it finds neither fp4tune nor this folder by itself, and started from
+    elsewhere.
+    """
+    place = tmp_path_factory.mktemp("elsewhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        plan = make_plan([spec("Good"), spec("Segfaults")], 1, python=interpreter(place, "-I"))
+        return Probed(run(plan, place / "state"), place / "state", [], [])
 
 
 def interpreter(place: Path, *options: str) -> str:
@@ -296,8 +300,17 @@ def test_the_others_are_probed_to_the_end(dying, name):
     assert [c.status for c in dying.report.choices] == ["safe", "safe"]
 
 
-def test_evidence_names_the_interpreter_it_was_taken_in(dying):
-    with Ledger.open(dying.place, readonly=True) as ledger:
+@pytest.mark.slow
+def test_another_interpreter_is_probed_as_this_one_is(elsewhere):
+    assert verdicts(elsewhere.report, "Good") == {0: "safe", 1: "safe"}
+    assert verdicts(elsewhere.report, "Segfaults") == {0: "safe", 1: "unsafe"}
+    assert findings(elsewhere.report, "Segfaults") == {DYING["Segfaults"]}
+    assert [c.status for c in elsewhere.report.choices] == ["safe", "safe"]
+
+
+@pytest.mark.slow
+def test_evidence_names_the_interpreter_it_was_taken_in(elsewhere):
+    with Ledger.open(elsewhere.place, readonly=True) as ledger:
         (good,) = (e for e in ledger.environments() if e.backend == "good")
     assert good.facts["distributions"]["python"] == platform.python_version()
     assert good.facts["distributions"]["torch"] == metadata.version("torch")
@@ -331,6 +344,7 @@ def test_an_interpreter_without_torch_is_said_in_one_sentence(tmp_path, one_thre
     assert not report.choices
 
 
+@pytest.mark.slow
 def test_a_killed_probe_loses_nothing_and_the_next_one_finishes(tmp_path):
     script = HERE.parent / "benchmarks" / "kill_probe.py"
     paths = os.pathsep.join([p for p in sys.path if p])

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.regimes.concurrent.lanes import ROUNDS, repeat_threads
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,14 +149,14 @@ def test_time_ends_the_repeats_of_a_slow_backend():
 # -- a layer's steps, as a worker runs them
 
 
-def layer(backend) -> Layer:
-    return Layer(backend, Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
+def layer(backend) -> OpenLayer:
+    return OpenLayer(backend, Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
 
 
 def test_the_same_seed_gives_the_same_launches_and_another_one_others():
     items = [Item((1, 2, 5), "default")]
     found = [
-        Layer(rogues.Good(), Device("cpu"), PROBLEM, seed, 1 << 28, lambda text: None).launches(
+        OpenLayer(rogues.Good(), Device("cpu"), PROBLEM, seed, 1 << 28, lambda text: None).launches(
             items, 2, "tag"
         )
         for seed in (1, 1, 2)
@@ -189,7 +190,7 @@ def test_one_m_that_raises_does_not_hide_the_others():
 
 
 def test_memory_too_small_for_a_chain_splits_it_and_changes_no_result():
-    small = Layer(rogues.Good(), Device("cpu"), PROBLEM, 3, 1, lambda text: None)
+    small = OpenLayer(rogues.Good(), Device("cpu"), PROBLEM, 3, 1, lambda text: None)
     items = [Item((1, 2, 8), "default")]
     for opened in (small, layer(rogues.Good())):
         (graded,) = opened.grade(items)

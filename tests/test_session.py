@@ -8,9 +8,10 @@ import time
 import pytest
 
 from fp4tune.probes.backends.torch.dequant import torch_dequant
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.worker.session import Item, Layer, next_width
+from fp4tune.probes.worker.session import OpenLayer, next_width
 
 
 class Crowded:
@@ -53,7 +54,9 @@ class Shy(Crowded):
 
 
 def streams(backend) -> list[dict]:
-    layer = Layer(backend, Device("cpu"), Problem("nvfp4", 32, 64, 64), 1, 1 << 28, lambda _: None)
+    layer = OpenLayer(
+        backend, Device("cpu"), Problem("nvfp4", 32, 64, 64), 1, 1 << 28, lambda _: None
+    )
     items = [Item((1, 2), "default"), Item((3, 4), "default")]
     return layer.regime("streams", items, Budget(2, 2, 0.0))["items"]
 

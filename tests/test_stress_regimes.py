@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from fp4tune.probes import layouts
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.regimes.concurrent._neighbour import GO, PAUSE
 from fp4tune.probes.regimes.concurrent.neighbours import Neighbour
 from fp4tune.probes.regimes.memory.leaks import grows
 from fp4tune.probes.regimes.plain.huge import past
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo import good
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -464,6 +465,7 @@ def test_rows_refused_and_memory_that_is_short_are_not_faults():
 # -- a neighbour
 
 
+@pytest.mark.slow
 def test_a_neighbour_works_when_told_and_ends_with_whoever_started_it():
     one = Neighbour("cpu")
     try:
@@ -500,11 +502,11 @@ def lives(pid: int) -> bool:
 
 
 def test_results_carry_grades_and_what_is_exempt():
-    layer = Layer(WantsContiguous(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
+    layer = OpenLayer(WantsContiguous(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
     items = [Item((2, 9), "default"), Item((10, 30), "default")]
     found = layer.regime("strided", items, BUDGET)
     assert all(not part["bad"] for part in found["items"])
-    layer = Layer(PlansForEachM(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
+    layer = OpenLayer(PlansForEachM(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
     found = layer.regime("off-bucket", items, BUDGET)
     for part in found["items"]:
         assert [each["kind"] for each in part["graded"]] == ["plan per m"] and not part["bad"]

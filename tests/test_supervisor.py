@@ -7,50 +7,20 @@ exactly one thing; the real one is in test_probe.
 from __future__ import annotations
 
 import os
-import sys
-import textwrap
 import time
-from contextlib import contextmanager
+from functools import partial
 
 import pytest
+from scripted import scripted
 from stores import gone
 
 from fp4tune.probes.worker.supervisor import Worker, WorkerFailed
 
-HEAD = """
-import json, os, signal, sys, time
-commands, events = int(sys.argv[2]), int(sys.argv[3])
-def read():
-    line = b""
-    while not line.endswith(b"\\n") or not line.strip():
-        piece = os.read(commands, 1)
-        if not piece:
-            sys.exit(0)
-        line += piece
-    return json.loads(line)
-def say(**message):
-    os.write(events, json.dumps(message).encode() + b"\\n")
-"""
-
 
 @pytest.fixture
 def worker(tmp_path):
-    """worker(code) -> a context with a Worker whose process runs `code` after HEAD."""
-
-    @contextmanager
-    def start(code: str, **other):
-        script = tmp_path / "script.py"
-        script.write_text(HEAD + textwrap.dedent(code))
-        program = tmp_path / "program"
-        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{script}" "$@"\n')
-        program.chmod(0o755)
-        made = Worker(str(program), **other)
-        try:
-            yield made
-        finally:
-            made.close()
-
-    return start
+    """worker(code) -> a context with a Worker whose process runs `code` (see `scripted`)."""
+    return partial(scripted, tmp_path)
 
 
 def failure(made: Worker, silence: float = 5.0) -> WorkerFailed:

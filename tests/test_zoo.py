@@ -19,9 +19,10 @@ from fp4tune.machine import devices
 from fp4tune.probes import zoo
 from fp4tune.probes.backends import registry
 from fp4tune.probes.data import FAMILIES, families
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo.floor import Right
 from fp4tune.words import CENSUS
 
@@ -74,7 +75,7 @@ class Tried:
         m = selftest.MANY_M if mutant.many else selftest.MAX_M
         problem = Problem("nvfp4", m + 4, selftest.N, selftest.K, mutant.activation)
         backend = registry.load_one(mutant.name)
-        self.layer = Layer(backend, Device("cpu"), problem, 20, 1 << 28, lambda text: None)
+        self.layer = OpenLayer(backend, Device("cpu"), problem, 20, 1 << 28, lambda text: None)
         self.items = [Item((1, m), "default")]
         (graded,) = self.layer.grade(self.items)
         self.keep("serial", "exact", graded)

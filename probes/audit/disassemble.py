@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ...machine import codedigest, elf
 from ...machine.memory import free_memory
+from ...machine.processes import dying_with_parent
 from . import sass
 
 TOOL = "nvdisasm"
@@ -240,6 +241,7 @@ def disassembled(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=dying_with_parent(),
     )
     late = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
     late.start()

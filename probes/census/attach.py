@@ -6,13 +6,13 @@ while backends are prepared and graded. It detaches before anything is timed.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from .. import settings
 from .code import CodeBook
 from .kernels import CUPTI, NONE, Census, Kernel
 from .profiler import profiled
@@ -39,7 +39,7 @@ _one_at_a_time = threading.RLock()
 
 
 def off() -> bool:
-    return os.environ.get(VARIABLE) == "0"
+    return settings.value(VARIABLE) == "0"
 
 
 def attach() -> str | None:

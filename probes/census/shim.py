@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from .. import settings
+
 SOURCE = Path(__file__).with_name("shim.c")
 MOST_BYTES = 384 << 20
 """Machine code that is held at once, in bytes; what does not fit is counted and said."""
@@ -100,7 +102,7 @@ def _mapped() -> str | None:
 
 
 def cache_folder() -> Path:
-    own = os.environ.get("FP4TUNE_CACHE")
+    own = settings.value("FP4TUNE_CACHE")
     if own:
         return Path(own).expanduser() / "census"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fp4tune" / "census"

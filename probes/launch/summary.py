@@ -7,12 +7,14 @@ from typing import Any
 
 from ..check import tilemap
 from ..check.sweep import SlotReport
-from ..worker import replay
 from .case import Case, Launch
 from .outcome import Outcome
 
 MOST_BAD = 3
 """Failures described in full per item; all are counted."""
+
+BEFORE, AFTER = 8, 7
+"""Launches of the chain around a failing one that are kept with it."""
 
 Result = dict[str, Any]
 
@@ -20,7 +22,7 @@ Result = dict[str, Any]
 def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> Result:
     """What `outcomes` say about one item: checked launches, bad ones, and the first few.
 
-    Different problems are left for `Layer` to count, which knows those of other runs. Where an
+    Different problems are left for `OpenLayer` to count, which knows those of other runs. Where an
     input changed, ``example`` is one of the launches, with those around it.
     """
     result: Result = {"launches": 0, "problems": 0, "bad_launches": 0, "bad_problems": 0, "bad": []}
@@ -37,7 +39,7 @@ def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> 
             result["launches"] += outcome.repeats
             right[launch.m] = right.get(launch.m, True) and report.clean
             if outcome.changed_inputs and "example" not in result:
-                near = replay.around(chain, at, cases)
+                near = around(chain, at, cases)
                 result["example"] = {**launched(launch, cases), **near}
             if not report.clean:
                 # A guard zone is read once, at the end: at least one launch wrote there.
@@ -46,7 +48,7 @@ def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> 
                     n = cases[launch.case].problem.n
                     found = {**launched(launch, cases), **describe(report)}
                     found["map"] = tilemap.of(launch.m, n, report.tiles).pack()
-                    found.update(replay.around(chain, at, cases))
+                    found.update(around(chain, at, cases))
                     result["bad"].append(found)
     failed = [*result["bad"]]
     if "error" in result:
@@ -101,3 +103,14 @@ def launched(launch: Launch, cases: Sequence[Case]) -> Result:
         "rows": chosen.problem.m,
         "tactic": launch.tactic,
     }
+
+
+def around(launches: Sequence[Launch], at: int, cases: Sequence[Case]) -> dict[str, Any]:
+    """The launches of a chain around the one at `at`, as plain data.
+
+    ``chain`` holds (seed of the data, first row, m, tactic) each, ``at`` the place of the one.
+    """
+    first = max(0, at - BEFORE)
+    part = launches[first : at + AFTER + 1]
+    chain = [[cases[x.case].operands.seed, x.offset, x.m, x.tactic] for x in part]
+    return {"chain": chain, "at": at - first}

@@ -8,18 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..check.error_analysis import examine
 from ..data import FAMILIES, WIDTHS
 from ..launch.case import BackendRaised, Case, Launch
 from ..launch.outcome import Budget, Outcome
+from .session import OpenLayer
 
-if TYPE_CHECKING:
-    from .session import Layer
-
-BEFORE, AFTER = 8, 7
-"""Launches of the chain around a failing one that are kept with it."""
 _SEPARATE = ("out of bounds", "input modified", "error", "out of memory")
 """Kinds that are seen once for a whole run of a regime: each repeat is a run of its own."""
 _ROUNDS = 8
@@ -27,19 +23,8 @@ _ROUNDS = 8
 _TARGET, _OTHER = 1, 0
 
 
-def around(launches: Sequence[Launch], at: int, cases: Sequence[Case]) -> dict[str, Any]:
-    """The launches of a chain around the one at `at`, as plain data.
-
-    ``chain`` holds (seed of the data, first row, m, tactic) each, ``at`` the place of the one.
-    """
-    first = max(0, at - BEFORE)
-    part = launches[first : at + AFTER + 1]
-    chain = [[cases[x.case].operands.seed, x.offset, x.m, x.tactic] for x in part]
-    return {"chain": chain, "at": at - first}
-
-
 def replay(
-    layer: Layer, regime: str, bad: Mapping[str, Any], budget: Budget, look: bool = True
+    layer: OpenLayer, regime: str, bad: Mapping[str, Any], budget: Budget, look: bool = True
 ) -> dict[str, Any]:
     """Run the launch that `bad` describes again, among those that were around it.
 
@@ -86,7 +71,9 @@ def _count(result: dict[str, Any], outcomes: Sequence[Outcome], kind: str) -> No
                 result["failures"] += 0 if report.clean else max(1, report.bad_launches)
 
 
-def _by_tile(layer: Layer, cases: Sequence[Case], launch: Launch, budget: Budget) -> dict[str, Any]:
+def _by_tile(
+    layer: OpenLayer, cases: Sequence[Case], launch: Launch, budget: Budget
+) -> dict[str, Any]:
     """A family of a narrow accumulator is judged by tiles, one launch at a time."""
     count = max(1, min(budget.most, _ROUNDS))
     missed = sum(layer.misses_tiles(cases, launch) for _ in range(count))
@@ -94,7 +81,7 @@ def _by_tile(layer: Layer, cases: Sequence[Case], launch: Launch, budget: Budget
 
 
 def recall(
-    layer: Layer, bad: Mapping[str, Any], afresh: bool = False
+    layer: OpenLayer, bad: Mapping[str, Any], afresh: bool = False
 ) -> tuple[list[Case], list[Launch]]:
     """The cases and launches that `bad` describes; the one that failed is item 1, others are 0.
 

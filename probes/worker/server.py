@@ -7,31 +7,49 @@ number of ``progress`` events, then ``done`` with a result, or ``failed``. After
 
 from __future__ import annotations
 
-import ctypes
+import atexit
+import fcntl
 import os
 import platform
-import select
-import signal
+import random
+import resource
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+from .. import settings
 from .protocol import Channel, Closed, Message
 
-_PR_SET_PDEATHSIG = 1
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_FEWEST, _MOST = 200, 1000
+"""Between these numbers the channel's descriptors are put, at random."""
 
 
-def main(read_fd: int, write_fd: int) -> None:
-    """Serve commands until the channel closes."""
-    _die_with_parent()
-    if _hung_up(read_fd):
-        return  # the parent died before this process could ask to die with it
-    channel = Channel(read_fd, write_fd)
-    # A child of a backend must not hold the channel open, nor write to it.
-    os.set_inheritable(read_fd, False)
-    os.set_inheritable(write_fd, False)
+def main(read_fd: int, write_fd: int) -> NoReturn:
+    """Serve commands until the channel closes; ends the process."""
+    try:
+        _serve(read_fd, write_fd)
+        atexit._run_exitfuncs()
+    except SystemExit:
+        pass
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    # Taking torch apart object by object takes longer than all the rest, and serves nothing.
+    os._exit(0)
+
+
+def _serve(read_fd: int, write_fd: int) -> None:
+    channel = Channel(_hidden(read_fd), _hidden(write_fd))
+    try:
+        greeting = channel.receive()
+    except Closed:
+        return
+    channel.signs = greeting["secret"].encode()
+    settings.tell(greeting["settings"])
     server = Server(channel)
     # While nobody waits for it: a replacement is started before it is needed.
     import torch  # noqa: F401
@@ -45,28 +63,47 @@ def main(read_fd: int, write_fd: int) -> None:
             return
 
 
+def _hidden(fd: int) -> int:
+    """The same file under a number that is not guessed, which programs that are started do not
+    inherit: what a backend writes to descriptors it does not own should hit nothing of ours."""
+    limit = min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    first = random.SystemRandom().randrange(_FEWEST, limit) if limit > _FEWEST else 0
+    try:
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first)
+    except OSError:  # none is free from there on
+        os.set_inheritable(fd, False)
+        return fd
+    os.close(fd)
+    return moved
+
+
 class Server:
     """Holds the backend, the device and the open layer between commands."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._number = 0
+        """Of the command that is being carried out."""
         self._backend: Any = None
         self._device: Any = None
         self._layer: Any = None
+        self._seen: Any = {}
+        """What the census of the open layer saw."""
 
     def answer(self, message: Message) -> bool:
         """Carry out one command; False when the process must end."""
+        self._number = message.get("id", 0)
         handler: Callable[..., Any] | None = getattr(self, f"do_{message.get('do')}", None)
         if handler is None:
             self._failed(f"no command {message.get('do')!r}", "protocol")
             return True
         try:
-            result = handler(**{k: v for k, v in message.items() if k != "do"})
+            result = handler(**message.get("arguments", {}))
         except Closed:
             return False
         except BaseException as error:
             return self._explain(error)
-        self._channel.send({"event": "done", "result": result})
+        self._say(event="done", result=result)
         return not self._poisoned()
 
     def _explain(self, error: BaseException) -> bool:
@@ -96,10 +133,13 @@ class Server:
         return True
 
     def _failed(self, message: str, kind: str) -> None:
-        self._channel.send({"event": "failed", "kind": kind, "message": message})
+        self._say(event="failed", kind=kind, message=message)
 
     def _progress(self, text: str) -> None:
-        self._channel.send({"event": "progress", "text": text})
+        self._say(event="progress", text=text)
+
+    def _say(self, **message: Any) -> None:
+        self._channel.send({"id": self._number, **message})
 
     def _poisoned(self) -> bool:
         if self._device is None or self._device.kind != "cuda":
@@ -137,26 +177,25 @@ class Server:
             "device": _describe(self._device),
         }
 
+    def do_ready(self) -> None:
+        """Nothing: answered once this process has torch."""
+
     def do_survey(
-        self, backends: list[str], kind: str, sm: int | None, problems: list[dict[str, Any]]
-    ) -> dict[str, dict[str, Any]]:
-        """What each backend is, and why each problem cannot run with it (None if it can)."""
+        self, backend: str, kind: str, sm: int | None, problems: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What the backend is, and why each problem cannot run with it (None if it can)."""
         from ..backends.registry import BadBackend, UnknownBackend, load_one
         from ..problem import Device
 
         device, wanted = Device(kind, sm), [_problem(p) for p in problems]
-        answers: dict[str, dict[str, Any]] = {}
-        for spec in backends:
-            self._progress(spec)
-            try:
-                backend = load_one(spec)
-                reasons = [_mismatch(backend, p) or backend.unsupported(p, device) for p in wanted]
-                answers[spec] = {**_identity(backend), "reasons": reasons}
-            except (BadBackend, UnknownBackend) as error:
-                answers[spec] = {"error": str(error)}
-            except Exception as error:
-                answers[spec] = {"error": f"{type(error).__name__}: {error}"}
-        return answers
+        try:
+            loaded = load_one(backend)
+            reasons = [_mismatch(loaded, p) or loaded.unsupported(p, device) for p in wanted]
+            return {**_identity(loaded), "reasons": reasons}
+        except (BadBackend, UnknownBackend) as error:
+            return {"error": str(error)}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
 
     def do_tactics(self, problems: list[dict[str, Any]]) -> list[list[str]]:
         from ..backends import tactics
@@ -184,20 +223,20 @@ class Server:
         `regimes` are to come: what takes long to start for them is started meanwhile.
         """
         from ..regimes import STARTS
-        from .session import Layer
+        from .session import OpenLayer
 
         self.do_close()
         self._census(True)
         for regime in regimes or ():
             if regime in STARTS:
                 STARTS[regime](self._device)
-        self._layer = Layer(
+        self._layer = OpenLayer(
             self._backend, self._device, _problem(problem), seed, memory, self._progress
         )
 
     def do_close(self) -> None:
         """Let go of the open layer's memory."""
-        self._layer = None
+        self._layer, self._seen = None, {}
         if self._device.kind == "cuda":
             import gc
 
@@ -219,15 +258,20 @@ class Server:
 
     def do_census(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Which kernels graded items launch; the last that is done before they are timed."""
+        from .census import checked
+
         try:
-            return self._layer.census(_items(items))
+            results, self._seen = checked(self._layer, _items(items))
+            return results
         finally:
             self._census(False)
 
     def do_census_timed(self) -> list[list[dict[str, Any]]]:
         """What is wrong with the kernels of the items that were timed, before their end."""
+        from .census import timed
+
         try:
-            return self._layer.census_timed()
+            return timed(self._layer, self._seen)
         finally:
             self._census(False)
 
@@ -255,16 +299,19 @@ class Server:
     ) -> dict[str, Any]:
         """One failure again, in the regime `name`; how often it failed, and what it is like."""
         from ..regimes import Budget
+        from .replay import replay
 
-        return self._layer.replay(name, bad, Budget(**budget), look)
+        return replay(self._layer, name, bad, Budget(**budget), look)
 
-    def do_call(self, spec: str) -> dict[str, str | None]:
-        """How the backend is called: its own source for that, or else where it is defined."""
-        from ..backends.registry import origin
+    def do_call(self, spec: str) -> dict[str, Any]:
+        """How the backend is called: its own source for that, or else where it is defined, with the
+        modules that its file brought along."""
+        from ..backends.registry import is_file, origin
 
         own = getattr(self._backend, "call_source", None)
         file, make = origin(spec)
-        return {"source": own() if own else None, "file": str(file), "make": make}
+        found = {"source": own() if own else None, "file": str(file), "make": make}
+        return {**found, "loaded": _brought(str(file)) if is_file(spec) else None}
 
     def do_quantiser_unsupported(self) -> str | None:
         return self._backend.unsupported(self._device)
@@ -329,7 +376,7 @@ def _problem(fields: dict[str, Any]) -> Any:
 
 
 def _items(items: list[dict[str, Any]]) -> list[Any]:
-    from .session import Item
+    from ..launch.item import Item
 
     return [Item(tuple(i["ms"]), i["tactic"], i.get("width", 24)) for i in items]
 
@@ -371,7 +418,7 @@ def _source(backend: Any, spec: str) -> list[str]:
     from ..backends.registry import is_file, origin
 
     found = {str(origin(spec)[0])} if is_file(spec) else set()
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    ours = os.path.join(_PACKAGE, "probes") + os.sep
     names = [each.__module__ for each in type(backend).__mro__]
     classes = [sys.modules.get(n) for n in names if n.split(".")[0] not in sys.stdlib_module_names]
     package = getattr(classes[0] if classes else None, "__package__", None)
@@ -381,6 +428,20 @@ def _source(backend: Any, spec: str) -> list[str]:
         if path and path.endswith(".py") and os.path.isfile(path):
             found.add(os.path.abspath(path))
     return sorted(path for path in found if not path.startswith(ours))
+
+
+def _brought(plugin: str) -> dict[str, str]:
+    """Modules by name that are neither installed nor part of Python or fp4tune: a plugin's."""
+    installed = [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib")]
+    folders = [os.path.realpath(folder) + os.sep for folder in installed]
+    found = {}
+    for name, module in list(sys.modules.items()):
+        path = os.path.realpath(getattr(module, "__file__", None) or "")
+        known = path.startswith(tuple(folders)) or "site-packages" in path.split(os.sep)
+        ours = name.split(".")[0] in ("fp4tune", "__main__") or path == os.path.realpath(plugin)
+        if os.path.isfile(path) and not known and not ours:
+            found[name] = path
+    return found
 
 
 def _describe(device: Any) -> dict[str, Any]:
@@ -402,18 +463,3 @@ def _describe(device: Any) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when the probe dies, however it dies (Linux)."""
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return
-
-
-def _hung_up(read_fd: int) -> bool:
-    """Whether the other end of this pipe is closed."""
-    poll = select.poll()
-    poll.register(read_fd, 0)
-    return bool(poll.poll(0))

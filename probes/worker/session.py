@@ -7,24 +7,23 @@ range, with the m's to launch. Results are plain dictionaries, ready to be sent.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..backends import Backend
-from ..census import layer as counting
 from ..check.reference import alpha_of, expect, spread, tile_error, tile_limit
 from ..data import WIDTHS, draw, exact
 from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case
+from ..launch.item import Item
 from ..launch.summary import MOST_BAD, Result, launched, summarise
 from ..launch.timing import Timed, buffers, weight_copies
 from ..launch.windows import Windows, offsets
 from ..problem import Device, Problem
 from ..regimes import COPIES, REGIMES, Budget, NotApplicable, Outcome
 from ..seeds import derive
-from . import replay as replaying
 
 WEIGHTS = 2
 """Different weights of a layer that a chain alternates between."""
@@ -32,16 +31,7 @@ WEIGHTS = 2
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A tactic in the m range (lo, hi], the m's to launch there, and the width it is held to."""
-
-    ms: tuple[int, ...]
-    tactic: str
-    width: int = 24
-
-
-class Layer:
+class OpenLayer:
     """One weight shape under test. `problem.m` is the number of rows in the activation pools."""
 
     def __init__(
@@ -62,7 +52,6 @@ class Layer:
         self._exact: dict[tuple[int, int], list[Case]] = {}
         self._windows = Windows()
         self._timed: list[Timed] = []
-        self._seen: counting.Seen = {}
 
     def cases(self, width: int, pool: int = 0) -> list[Case]:
         """The exact cases of this width, drawn and prepared on first use.
@@ -144,7 +133,7 @@ class Layer:
             pending = [index for index, next_ in wanted.items() if next_ == width]
             cases = self.cases(width)
             launches = self.launches([items[i] for i in pending], len(cases), ("grade", width))
-            outcomes = self._run("serial", cases, launches, Budget(2, 2, 0.0))
+            outcomes = self.run("serial", cases, launches, Budget(2, 2, 0.0))
             summaries = self._summaries("serial", len(pending), outcomes, cases)
             changed = sum(o.changed_inputs for o in outcomes)
             for place, index in enumerate(pending):
@@ -203,7 +192,7 @@ class Layer:
         self.progress(f"drawing {name} data")
         drawn = case(self.backend, self.problem, draw(self.problem, name, seed, self.device.torch))
         launches = self.launches(items, 1, name)
-        outcomes = self._run("serial", [drawn], launches, Budget(1, 1, 0.0))
+        outcomes = self.run("serial", [drawn], launches, Budget(1, 1, 0.0))
         results = self._summaries("serial", len(items), outcomes, [drawn])
         missed = {
             index
@@ -218,7 +207,7 @@ class Layer:
         left = missed - narrow
         for grade, rounded in _rounded(drawn) if left else ():
             again = [launch for launch in launches if launch.item in left]
-            outcomes = self._run("serial", [rounded], again, Budget(1, 1, 0.0))
+            outcomes = self.run("serial", [rounded], again, Budget(1, 1, 0.0))
             for index in sorted(left):
                 judged = summarise(index, outcomes, [rounded])
                 if not judged["bad"] and "error" not in judged:
@@ -263,7 +252,7 @@ class Layer:
             mine = [items[i] for i in chosen]
             launches = self.launches(mine, len(cases), (name, width, turn), windows)
             random.Random(derive(self.seed, name, width, turn)).shuffle(launches)
-            outcomes = self._run(name, cases, launches, budget)
+            outcomes = self.run(name, cases, launches, budget)
             changed = sum(o.changed_inputs for o in outcomes)
             summaries = self._summaries(name, len(chosen), outcomes, cases)
             for place, index in enumerate(chosen):
@@ -282,23 +271,11 @@ class Layer:
             "not_exercised": missed[0] if missed else None,
         }
 
-    def replay(
-        self, name: str, bad: Mapping[str, Any], budget: Budget, look: bool = True
-    ) -> Result:
-        """`replay.replay` of one failure of this layer, in the regime `name`."""
-        return replaying.replay(self, name, bad, budget, look)
-
     def misses_tiles(self, cases: Sequence[Case], launch: Launch) -> bool:
         """Whether one launch misses the tile error that a narrow accumulator is allowed."""
         return not self._tile_error(cases, launch) <= tile_limit(self.problem.k)
 
     def run(
-        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
-    ) -> list[Outcome]:
-        """Run one regime on launches of one's own making; see `_run`."""
-        return self._run(name, cases, launches, budget)
-
-    def _run(
         self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
     ) -> list[Outcome]:
         """Run a regime in batches that fit in memory; where one raises, each item on its own."""
@@ -364,15 +341,6 @@ class Layer:
     def timed(self) -> Sequence[Timed]:
         """What is being timed, in the order of `open_timing`'s items."""
         return self._timed
-
-    def census(self, items: Sequence[Item]) -> list[Result]:
-        """Which kernels each graded item launches, and what is wrong with that."""
-        results, self._seen = counting.checked(self, items)
-        return results
-
-    def census_timed(self) -> list[list[Result]]:
-        """What is wrong with the kernels of each item that is being timed."""
-        return counting.timed(self, self._seen)
 
     def close_timing(self) -> None:
         self._timed = []

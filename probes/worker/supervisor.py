@@ -6,23 +6,23 @@ import contextlib
 import os
 import secrets
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from .keeper import KILL_SECONDS
+from .nursery import Start, nursery, settings
 from .protocol import Channel, Closed, Message, Silent
 
-BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
-MARK = "FP4TUNE_WORKER"
-"""A variable that a worker and all it starts inherit: they are found whoever adopts them."""
-_KILL_WAIT = 10.0
+_KILL_WAIT = KILL_SECONDS
 _LOOK = 0.5
 """Seconds between two looks at whether a silent worker still lives."""
-_SWEEPS = 50
+_ANSWERS = 2.0
+"""Seconds a keeper has to say what it knows."""
+_STARTS = 180.0
+"""Seconds a process has to begin; a fork server may be importing torch."""
+_GOES = 2.0
+"""Seconds a worker has to end by itself."""
 
 
 class WorkerFailed(Exception):
@@ -46,39 +46,36 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """A worker process in a session of its own, marked, so that all it starts ends with it."""
+    """A worker process in a session of its own, with a keeper, so that all it starts ends with it.
+
+    It is forked from a process that has imported torch where that can be (see `nursery`), and is an
+    interpreter of its own with `python`, with `alone`, or with an `environment` that has to be
+    there when a process begins. Not thread-safe.
+    """
 
     def __init__(
         self,
         python: str | None = None,
         environment: Mapping[str, str] | None = None,
+        alone: bool = False,
     ) -> None:
-        self._mark = secrets.token_hex(8)
-        # Without a name, so that nothing is left of it however this process ends.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         command_read, command_write = os.pipe()
         event_read, event_write = os.pipe()
-        interpreter = python or sys.executable
+        secret = secrets.token_hex(16)
+        self._channel = Channel(event_read, command_write, expects=secret.encode())
         try:
-            self._process = subprocess.Popen(
-                [interpreter, str(BOOTSTRAP), str(command_read), str(event_write)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=(command_read, event_write),
-                start_new_session=True,
-                env={
-                    **os.environ,
-                    **(environment or {}),
-                    "PYTHONUNBUFFERED": "1",
-                    MARK: self._mark,
-                },
-            )
+            self._kept = nursery.start(Start(python, environment, alone), command_read, event_write)
+        except BaseException:
+            self._channel.close()
+            raise
         finally:
             os.close(command_read)
             os.close(event_write)
-        self._channel = Channel(event_read, command_write)
+        self._asked = 0
         self.doing = "starting"
+        with contextlib.suppress(Closed):  # then asking it will say so
+            # Into an empty pipe: it is read before the worker imports anything of anybody's.
+            self._channel.send({"secret": secret, "settings": settings()})
 
     def ask(
         self,
@@ -89,36 +86,41 @@ class Worker:
     ) -> Any:
         """Send a command and wait for its result.
 
-        `silence` is how many seconds without any sign of life count as a hang. Raises
+        `silence` is how many seconds without any sign of life count as a hang. What is printed or
+        written to the channel by anyone but the worker's own loop is no sign of life. Raises
         WorkerFailed; after a fatal one the process and all its children are gone.
         """
         self.doing = do
+        self._asked += 1
+        number = self._asked
         try:
-            self._channel.send({"do": do, **arguments})
+            self._channel.send({"id": number, "do": do, "arguments": arguments}, silence)
             while True:
-                message = self._receive(silence)
-                event = message.get("event")
-                if event == "progress":
-                    self.doing = str(message.get("text"))
-                    if progress:
-                        progress(self.doing)
-                elif event in ("done", "failed"):
+                message = self._receive(number, silence)
+                if message["event"] != "progress":
                     return self._finish(message)
+                self.doing = str(message.get("text"))
+                if progress:
+                    progress(self.doing)
         except Silent:
             self.kill()
             raise self._failure("hang", f"silent for {silence:g} s, killed") from None
         except Closed:
             raise self._failure("crash", self._death()) from None
 
-    def _receive(self, silence: float) -> Message:
-        """The next message. A child that the worker left behind may hold the channel open, so its
-        end is not enough to go by."""
+    def _receive(self, number: int, silence: float) -> Message:
+        """The next message about command `number`. A child that the worker left behind may hold
+        the channel open, so its end is not enough to go by."""
+
+        def mine(message: Message) -> bool:
+            return message.get("id") == number and message.get("event") in _EVENTS
+
         deadline = time.monotonic() + silence
         while True:
             alive = self.alive  # asked first: what it sent before it died is still to be read
             left = max(0.0, deadline - time.monotonic())
             try:
-                return self._channel.receive(min(left, _LOOK))
+                return self._channel.receive(min(left, _LOOK), mine)
             except Silent:
                 if not alive:
                     raise Closed("the worker is gone") from None
@@ -126,7 +128,7 @@ class Worker:
                     raise
 
     def _finish(self, message: Message) -> Any:
-        if message.get("event") == "done":
+        if message["event"] == "done":
             return message.get("result")
         failure = self._failure(str(message.get("kind")), str(message.get("message")))
         if failure.fatal:
@@ -137,13 +139,14 @@ class Worker:
         return WorkerFailed(kind, message, self.doing, self.log_tail())
 
     def _death(self) -> str:
-        """How the process ended, in words; reaps it and ends what it left running."""
-        try:
-            code = self._process.wait(_KILL_WAIT)
-        except subprocess.TimeoutExpired:
+        """How the process ended, in words; what it left running is ended, too."""
+        if not self._kept.ended(_KILL_WAIT):
             self.kill()
             return "closed its channel and had to be killed"
-        self.kill()
+        self._channel.close()
+        code = self._kept.status
+        if code is None:
+            return "ended unseen, with the process that keeps it"
         if code < 0:
             return f"ended by {_signal_name(-code)}"
         said = self.log_tail().strip().splitlines()
@@ -151,61 +154,40 @@ class Worker:
 
     def log_tail(self, size: int = 2000) -> str:
         """The end of what the worker and its backend printed."""
-        try:
-            log = self._log.fileno()
-            start = max(0, os.fstat(log).st_size - size)
-            return os.pread(log, size, start).decode(errors="replace")
-        except (OSError, ValueError):
-            return ""
+        return self._kept.log(_ANSWERS)[-size:]
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return not self._kept.ended()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, waiting a while for it to be started; None where it was not."""
+        self._kept.started(_STARTS)
+        return self._kept.pid
+
+    @property
+    def alone(self) -> str | None:
+        """Why it is an interpreter of its own, and not forked from one that had torch; None if it
+        is forked. Waits for it to be started."""
+        self._kept.started(_STARTS)
+        return None if self._kept.forked else self._kept.why or "it was asked for"
 
     def kill(self) -> bool:
         """End the process and everything it started; False if something cannot be killed."""
-        for _ in range(_SWEEPS):
-            # Until a sweep finds nothing: a process may start another while it is being looked for.
-            if self.alive:
-                self._process.kill()
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            left = marked(MARK, self._mark)
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if not left:
-                break
-            time.sleep(0.01)
+        gone = self._kept.end(_KILL_WAIT + _ANSWERS)
         self._channel.close()
-        try:
-            self._process.wait(_KILL_WAIT)
-        except subprocess.TimeoutExpired:
-            return False
-        return not left
+        return gone
 
     def close(self) -> None:
         """Let the worker end by itself, then make sure."""
         self._channel.close()
-        deadline = time.monotonic() + 2.0
-        while self.alive and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.kill()
-        self._log.close()
+        if not self._kept.ended(_GOES):
+            self.kill()
+        self._kept.close()
 
 
-def marked(variable: str, mark: str) -> list[int]:
-    """Every living process in whose environment `variable` is `mark`, from /proc."""
-    wanted = f"{variable}={mark}".encode()
-    found = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                # It may be gone by now, or another user's; a zombie has no environment.
-                with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
-                    if wanted in environ.read().split(b"\0"):
-                        found.append(int(name))
-    return found
+_EVENTS = ("progress", "done", "failed")
 
 
 def _signal_name(number: int) -> str:

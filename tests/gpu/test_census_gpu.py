@@ -11,8 +11,10 @@ from fp4tune.machine import codedigest
 from fp4tune.probes import census, zoo
 from fp4tune.probes.census import shim
 from fp4tune.probes.data import exact
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.census import checked, timed
+from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo.pdl import PdlGemm, launch
 
 pytestmark = [
@@ -172,8 +174,8 @@ class TwoNames:
         launch(PdlGemm("t", "weights" if other else "first", pdl=False), a, state[0], out)
 
 
-def layer_of(backend) -> Layer:
-    return Layer(backend, Device("cuda", 90), PROBLEM, 1, 1 << 28, lambda _: None)
+def layer_of(backend) -> OpenLayer:
+    return OpenLayer(backend, Device("cuda", 90), PROBLEM, 1, 1 << 28, lambda _: None)
 
 
 def items() -> list[Item]:
@@ -193,7 +195,7 @@ def test_a_silent_fallback_is_found(falls, accused):
     from fp4tune.probes.zoo import _gemm_triton
 
     _gemm_triton.gemm.device_caches.clear()
-    results = layer_of(TwoNames(falls)).census(items())
+    results, _ = checked(layer_of(TwoNames(falls)), items())
     assert [i for i, r in enumerate(results) if r["bad"]] == accused, results
     assert {b["kind"] for r in results for b in r["bad"]} <= {census.SILENT_FALLBACK}
     assert all(r["seen"] and r["detail"]["code"] for r in results)
@@ -208,12 +210,12 @@ def test_other_code_in_timing_than_in_checking_is_found():
     for later, expected in ((True, [census.SILENT_FALLBACK]), (False, [])):
         backend = TwoNames(lambda self, m: self.now)
         layer = layer_of(backend)
-        layer.census([Item((17, 32), "two")])
+        _, seen = checked(layer, [Item((17, 32), "two")])
         backend.now = later
         layer.open_timing([Item((32,), "two")], 1 << 20)
         census.detach()  # as a worker does: code is seen when it is loaded, and not timed then
         assert layer.sample([0])[0] > 0
-        (bad,) = layer.census_timed()
+        (bad,) = timed(layer, seen)
         assert [b["kind"] for b in bad] == expected, bad
         assert not census.attached()
         layer.close_timing()
@@ -224,7 +226,7 @@ def test_kernel_of_is_held_against_a_backend():
         def kernel_of(self, tactic):
             return "^gemm$" if tactic == "one" else "^another$"
 
-    results = layer_of(Says(lambda self, m: False)).census(items())
+    results, _ = checked(layer_of(Says(lambda self, m: False)), items())
     assert [i for i, r in enumerate(results) if r["bad"]] == [1, 3, 5]
 
 
@@ -237,7 +239,7 @@ def test_known_good_kernels_of_the_zoo_raise_nothing():
             problem = Problem("nvfp4", 32, 256, 512, activation=backend.activation)
             if backend.unsupported(problem, Device("cuda", 90)):
                 continue
-            layer = Layer(backend, Device("cuda", 90), problem, 1, 1 << 28, lambda _: None)
+            layer = OpenLayer(backend, Device("cuda", 90), problem, 1, 1 << 28, lambda _: None)
             tactics = getattr(backend, "tactics", lambda p, d: ())(problem, Device("cuda", 90))
             found = layer.census([Item((1, 16), t) for t in (tactics or ("default",))])
             assert not [r["bad"] for r in found if r["bad"]], (mutant.name, found)

@@ -12,10 +12,11 @@ from fp4tune.probes.backends import tactics
 from fp4tune.probes.backends.registry import load_one
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo.pdl import PdlGemm
 from fp4tune.probes.zoo.quantiser import QuantisingGemm
 
@@ -129,7 +130,7 @@ def test_a_layer_of_many_ranges_takes_about_a_second(regime):
     edges = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513, 1024]
     backend = load_one("triton-w4a16")
     problem = Problem("nvfp4", 1100, 4096, 4096)
-    layer = Layer(backend, DEVICE, problem, 3, 8 << 30, lambda text: None)
+    layer = OpenLayer(backend, DEVICE, problem, 3, 8 << 30, lambda text: None)
     items = [Item((m,), tactics(backend, problem.at(m), DEVICE)[0]) for m in edges]
     layer.grade(items[:1])
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -144,7 +145,7 @@ def test_a_layer_of_many_ranges_takes_about_a_second(regime):
 
 
 def test_memory_too_small_for_one_chain_splits_it():
-    layer = Layer(
+    layer = OpenLayer(
         PdlGemm("never", "never"), DEVICE, Problem("nvfp4", 70, 512, 512), 3, 1, lambda text: None
     )
     items = [Item((1, 16), "default"), Item((64,), "default")]

@@ -8,9 +8,10 @@ import torch
 from fp4tune.autotune.stages import controls as running
 from fp4tune.probes import zoo
 from fp4tune.probes.backends import registry
+from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import Budget
-from fp4tune.probes.worker.session import Item, Layer
+from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
 
 pytestmark = pytest.mark.gpu
@@ -28,18 +29,18 @@ def device() -> Device:
 
 
 @pytest.fixture(scope="module")
-def layer(device) -> Layer:
-    return Layer(registry.load_one(NAME), device, PROBLEM, 3, 1 << 30, lambda text: None)
+def layer(device) -> OpenLayer:
+    return OpenLayer(registry.load_one(NAME), device, PROBLEM, 3, 1 << 30, lambda text: None)
 
 
-def opened(mutant: zoo.Mutant, device: Device, n: int = N, k: int = K) -> Layer:
+def opened(mutant: zoo.Mutant, device: Device, n: int = N, k: int = K) -> OpenLayer:
     problem = Problem("nvfp4", 160, n, k, mutant.activation)
     backend = registry.load_one(mutant.name)
     assert backend.unsupported(problem, device) is None
-    return Layer(backend, device, problem, 4, 1 << 30, lambda text: None)
+    return OpenLayer(backend, device, problem, 4, 1 << 30, lambda text: None)
 
 
-def part(layer: Layer, regime: str, item: Item, budget: Budget) -> dict:
+def part(layer: OpenLayer, regime: str, item: Item, budget: Budget) -> dict:
     result = layer.regime(regime, [item], budget)
     assert result["not_exercised"] is None
     return result["items"][0]

@@ -30,6 +30,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ... import settings
+
 MARLIN = Path("csrc", "gemm", "marlin")
 GEMM_SOURCE = "gptq_marlin.cuh"
 REPACK_SOURCE = "gptq_marlin_repack.cuh"
@@ -137,7 +139,7 @@ def unit_source(unit: str) -> str:
 
 def cache_root() -> Path:
     """Where built modules are kept."""
-    own = os.environ.get("FP4TUNE_CACHE")
+    own = settings.value("FP4TUNE_CACHE")
     if own:
         return Path(own).expanduser() / "marlin"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

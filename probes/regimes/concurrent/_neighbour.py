@@ -7,24 +7,18 @@ before the first can begin.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import mmap
 import os
-import signal
 import struct
 import sys
 import time
 
 PAUSE, GO, END = 0, 1, 2
 SIZE = 16
-_PR_SET_PDEATHSIG = 1
 
 
 def main(fd: int, device: str, parent: int) -> None:
     """Work until told to end, or until the parent is gone."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     shared = mmap.mmap(fd, SIZE)
     import torch
 

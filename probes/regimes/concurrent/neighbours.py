@@ -29,8 +29,8 @@ _SCRIPT = Path(__file__).with_name("_neighbour.py")
 class Neighbour:
     """A process that keeps `device` (``cpu``, ``cuda:0``) busy while `go` holds.
 
-    It inherits this process's environment, and with it the mark by which a supervisor finds and
-    ends whatever a worker started; it also ends with the process or thread that started it.
+    It is a child of its worker, and ends with that as whatever a worker started does; it also
+    looks, between two rounds, whether the process that started it is there.
     """
 
     def __init__(self, device: str) -> None:

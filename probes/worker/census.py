@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..census import rules
+from ..census.attach import census
+from ..census.kernels import NONE, PROFILER, UNKNOWN, Census, Kernel, plain
 from ..data import WIDTHS
 from ..launch.case import BackendRaised, bind, blame, prepared_activation
+from ..launch.item import Item
 from ..launch.outcome import capture
-from . import rules
-from .attach import census
-from .kernels import NONE, PROFILER, UNKNOWN, Census, Kernel, plain
-
-if TYPE_CHECKING:
-    from ..worker.session import Item, Layer
+from .session import OpenLayer
 
 _MOST_KERNELS = 24
 """Kernels of one tactic and bucket that evidence names in full."""
@@ -27,7 +26,7 @@ Seen = dict[tuple[str, int], tuple[Census, ...]]
 """By tactic and m: everything that was seen of it in a form in which it is checked."""
 
 
-def checked(layer: Layer, items: Sequence[Item]) -> tuple[list[Result], Seen]:
+def checked(layer: OpenLayer, items: Sequence[Item]) -> tuple[list[Result], Seen]:
     """Take the census of graded items: what each launches, and what is wrong with that.
 
     Each m is launched eagerly on a window as in grading, eagerly into a fresh output as in timing
@@ -82,7 +81,7 @@ def checked(layer: Layer, items: Sequence[Item]) -> tuple[list[Result], Seen]:
     return results, seen
 
 
-def timed(layer: Layer, seen: Seen) -> list[list[Result]]:
+def timed(layer: OpenLayer, seen: Seen) -> list[list[Result]]:
     """What is wrong with each timed item: code that never ran when the tactic was checked."""
     found: list[list[Result]] = []
     for each in layer.timed:
@@ -106,7 +105,7 @@ def _bucket(item: Item) -> int:
     return max(item.ms)
 
 
-def _pattern(layer: Layer, tactic: str) -> str | None:
+def _pattern(layer: OpenLayer, tactic: str) -> str | None:
     kernel_of = getattr(layer.backend, "kernel_of", None)
     if kernel_of is None:
         return None
@@ -115,7 +114,7 @@ def _pattern(layer: Layer, tactic: str) -> str | None:
 
 
 def _forms(
-    layer: Layer, item: Item, m: int, memory: torch.Tensor, notes: list[str]
+    layer: OpenLayer, item: Item, m: int, memory: torch.Tensor, notes: list[str]
 ) -> tuple[Census, ...]:
     """The same launch as in timing first, then as in grading, then captured.
 
