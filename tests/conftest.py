@@ -1,25 +1,47 @@
-"""What tests share: the `gpu` marker, one thread, and a state directory of their own."""
+"""What tests share: markers, folders of their own for all that is written, and things made once."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
-# Several run at a time, each with processes of its own: threads that spin until there is work would
-# take the cores from the others. Read when torch is loaded, here and in every worker.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import folders
 import pytest
 import torch
 from hypothesis import settings
 
-from fp4tune.cache import reader
+from fp4tune.cache import reader, state
 
 # How long an example takes says more of what else the machine does than of the code.
 settings.register_profile("fp4tune", deadline=None)
 settings.load_profile("fp4tune")
 
+FIRST = (
+    "test_probe.py",
+    "test_zoo.py",
+    "test_docs.py",
+    "test_backends.py",
+    "test_audit_ledger.py",
+    "test_triton_w4a16.py",
+    "test_reproduce.py",
+    "test_daemon.py",
+    "test_known.py",
+    "test_budget.py",
+)
+"""The longest files: begun first, so that the last ones are short."""
+
+
+def pytest_configure() -> None:
+    # Imported before torch, which reads what it sets.
+    folders.CACHE.mkdir(parents=True, exist_ok=True)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -41,6 +63,34 @@ def own_state(tmp_path, monkeypatch):
     """No test reads or writes the state of the machine it runs on, nor another test's quarantines,
     which hold for a whole process."""
     monkeypatch.setenv("FP4TUNE_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(state, "SYSTEM", str(tmp_path / "no-system" / "fp4tune"))
     monkeypatch.setattr(reader, "_own", ())
     monkeypatch.setattr(reader, "_readers", [])
     return tmp_path / "state"
+
+
+Make = Callable[[Path], object]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Make], Path]:
+    """made_once(name, make) -> a folder that `make` filled once for all processes of this run.
+
+    For reading: who changes what is in it copies it first.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def made(name: str, make: Make) -> Path:
+        folder = shared / f"made-{name}"
+        with open(shared / f"made-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished = shared / f"making-{name}"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from fp4tune.fleet import bundle
+from fp4tune.fleet import bundle, merge
 
 BUCKET = {
     "format": "nvfp4",
@@ -163,6 +163,19 @@ def put(folder: Path, number: int, created: float = 1e9, key: Path | None = None
     path = folder / f"{number:05d}-{identity[:8]}{bundle.SUFFIX}"
     path.write_bytes(data)
     return path
+
+
+def troubled(folder: Path) -> None:
+    """Merge twelve nodes into ``store``: ``fast`` fails on all GPUs, one GPU fails with ``plain``,
+    one is slow, and one node has chosen otherwise."""
+    for number in range(12):
+        failures = {(g, "fast"): 300 + number for g in range(2)}
+        if number == 3:
+            failures[1, "plain"] = 400
+        times = {(0, b): 13.0 for b in ("fast", "plain")} if number == 5 else {}
+        choice = "plain" if number != 7 else "fast"
+        put(folder / "in", number, failures=failures, us=times, choice=choice)
+    merge.merge([str(folder / "in")], str(folder / "store"))
 
 
 def key(path: Path) -> tuple[Path, Path]:

@@ -88,6 +88,7 @@ def test_kernels_with_and_without_the_wait_are_told_apart(build):
     assert code.digest == codedigest.of(build("all.cubin")).value
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(
     ("name", "flags", "verdict", "pdl"),
@@ -126,6 +127,7 @@ def test_what_cannot_be_read_is_one_sentence_and_not_clean(build, tmp_path):
     assert nowhere.exit_code == 2 and "does not exist" in nowhere.output
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_command_says_it_in_its_exit_code_and_json(build):
     bad = runner.invoke(app, ["audit", "--json", str(build("bare.o", "-DONLY=0", "-DPDL=1"))])
@@ -136,6 +138,7 @@ def test_the_command_says_it_in_its_exit_code_and_json(build):
     assert elsewhere.exit_code == 2 and "no machine code for SM120" in elsewhere.stdout
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_jit_cache_is_judged_by_code_and_its_flags_are_told(build, tmp_path, monkeypatch):
     cached = tmp_path / ".cache/flashinfer/9.9/90a/cached_ops/fp4_gemm_cutlass"
@@ -152,6 +155,7 @@ def test_a_jit_cache_is_judged_by_code_and_its_flags_are_told(build, tmp_path, m
     assert [m.path for m in sources._jit_cache()] == [report.module.path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [90, 100, 120])
 def test_triton_kernels_and_what_triton_says_of_their_launch(sm, tmp_path):
     triton = pytest.importorskip("triton")
@@ -294,6 +298,7 @@ namespace cutlass { namespace arch { __device__ inline void wait_on_dependent_gr
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", [True, False])
 def test_the_barrier_is_tried_out_under_the_modules_own_flags(compiler, tmp_path, monkeypatch):
     if compiler and not (NVCC and codedigest.disassembler()):

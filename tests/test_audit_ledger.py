@@ -127,6 +127,7 @@ def test_a_second_probe_does_not_disassemble_again(backend, libraries, tmp_path,
         assert [a.verdict for a in ledger.audits()] == ["clean", "clean", "flagged"]
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_an_audit_without_a_probe_takes_back_a_standing_choice(
     backend, libraries, tmp_path, monkeypatch

@@ -194,6 +194,7 @@ def compiled():
     return backend
 
 
+@pytest.mark.slow
 def test_compiled_agrees_with_the_floor_and_never_recompiles(compiled):
     rng = random.Random(0)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -208,6 +209,7 @@ def test_compiled_agrees_with_the_floor_and_never_recompiles(compiled):
             assert torch.equal(got, outcome(torch_dequant(), problem, weight, a, "fp32"))
 
 
+@pytest.mark.slow
 def test_compiled_decodes_every_byte_under_every_scale(compiled):
     for fmt in FORMATS.values():
         rows = torch.arange(256).to(torch.uint8)
@@ -225,6 +227,7 @@ def test_compiled_decodes_every_byte_under_every_scale(compiled):
         assert torch.equal(got[keep].view(torch.int32), want[keep].view(torch.int32))
 
 
+@pytest.mark.slow
 def test_compiled_state_serves_threads_in_any_grad_mode(compiled):
     problem = Problem("nvfp4", 33, 48, 128)
     with torch.inference_mode():
@@ -264,6 +267,7 @@ def test_names_are_listed_without_importing_providers():
     assert all(name == name.lower() and "_" not in name for name in registry.BUILTIN)
 
 
+@pytest.mark.slow
 def test_loading_one_imports_no_other_provider():
     code = (
         "import sys\n"

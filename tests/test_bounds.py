@@ -52,6 +52,7 @@ def test_it_grows_with_failures_and_shrinks_with_trials(failures, more, confiden
     assert statistics.upper(failures, trials + 1, confidence) < rate
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(1, 60), st.floats(0.001, 0.999), confidences)
 def test_it_covers_the_true_rate_as_often_as_it_says(trials, rate, confidence):

@@ -239,6 +239,7 @@ for trial in range(8):
 """
 
 
+@pytest.mark.slow
 def test_the_kernel_says_what_the_host_says():
     """The GPU's kernel by Triton's interpreter, which has to be asked for before an import."""
     pytest.importorskip("triton")

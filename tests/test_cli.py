@@ -233,6 +233,7 @@ def in_mount(options: str, place, *arguments) -> subprocess.CompletedProcess:
     return stores.isolated(code, place, options, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"), [("ro", "cannot be written"), ("size=64k", "disk is full")]
 )

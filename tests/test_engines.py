@@ -583,6 +583,7 @@ def test_a_fault_takes_effect_at_the_next_call(wrapped, tmp_path):
     quarantine.lift(told.quarantine.id, quarantine.spools(str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_inside_an_opaque_operator_it_chooses_under_torch_compile(wrapped):
     """As both engines call it: m is symbolic outside, and a number inside."""
 

@@ -225,6 +225,7 @@ def builds(build):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cubin", "so"])
 def test_the_same_source_built_twice_has_one_digest_and_another_source_another(builds, kind):
     if kind == "so" and not codedigest.disassembler():
@@ -236,6 +237,7 @@ def test_the_same_source_built_twice_has_one_digest_and_another_source_another(b
     assert digests[0].value not in (None, digests[2].value)
 
 
+@pytest.mark.slow
 def test_a_library_holds_the_same_code_as_its_cubin(builds):
     if not codedigest.disassembler():
         pytest.skip("needs cuobjdump")
@@ -261,6 +263,7 @@ def test_files_count_whatever_their_order(builds):
     assert both.value != codedigest.of(one).value
 
 
+@pytest.mark.slow
 def test_a_file_without_machine_code_makes_the_whole_unknown(builds, build, tmp_path):
     cubin = builds["cubin", "2.5f", 0]
     text = tmp_path / "notes.so"

@@ -179,6 +179,7 @@ ASK = (
 )
 
 
+@pytest.mark.slow
 def test_an_unwritable_home_is_a_reason(tmp_path):
     # A file where a folder should be: it stops root as well, unlike permissions.
     blocked = tmp_path / "file"
@@ -189,6 +190,7 @@ def test_an_unwritable_home_is_a_reason(tmp_path):
     assert "importing FlashInfer failed" in answer and "FLASHINFER_WORKSPACE_BASE" in answer
 
 
+@pytest.mark.slow
 def test_flashinfer_not_installed_is_a_reason():
     hide = (
         "import importlib.util as u\n"
@@ -269,6 +271,7 @@ def test_a_runner_is_taken_where_the_autotuner_would_choose(monkeypatch):
     assert "choose_one" not in vars(tuner)
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.integers() | st.booleans() | st.none() | st.text(),

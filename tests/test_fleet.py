@@ -277,6 +277,7 @@ def pieces(tmp_path_factory) -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -392,6 +393,7 @@ def test_what_is_no_store_is_refused_in_one_sentence(tmp_path):
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_is_one_sentence(tmp_path):
     code = """
         import sys

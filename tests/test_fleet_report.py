@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import fleets
@@ -134,21 +135,10 @@ def test_slow_gpus_stand_out_and_noise_does_not():
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory) -> str:
-    """Twelve nodes: ``fast`` fails on all GPUs, one GPU fails with ``plain``, one is slow, and one
-    node has chosen otherwise."""
-    folder = tmp_path_factory.mktemp("fleet")
-    for number in range(12):
-        failures = {(g, "fast"): 300 + number for g in range(2)}
-        us = {}
-        if number == 3:
-            failures[1, "plain"] = 400
-        if number == 5:
-            us = {(0, b): 13.0 for b in ("fast", "plain")}
-        choice = "plain" if number != 7 else "fast"
-        fleets.put(folder / "in", number, failures=failures, us=us, choice=choice)
-    merge.merge([str(folder / "in")], str(folder / "store"))
-    return str(folder / "store")
+def fleet(made_once, tmp_path_factory) -> str:
+    """A copy of the store of `fleets.troubled`: generations are added to it."""
+    mine = tmp_path_factory.mktemp("fleet") / "store"
+    return str(shutil.copytree(made_once("fleet", fleets.troubled) / "store", mine))
 
 
 def test_a_report_tells_a_broken_gpu_from_a_broken_build(fleet):

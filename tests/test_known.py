@@ -418,6 +418,7 @@ def test_launches_are_counted_once(probes):
     assert bounds(one) == bounds(two) == bounds(third)
 
 
+@pytest.mark.slow
 def test_a_killed_probe_is_taken_up_after_its_last_layer(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(textwrap.dedent(BACKEND.format(name="mine", wrong=False)))

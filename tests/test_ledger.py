@@ -131,6 +131,7 @@ def test_threads_and_processes_write_at_once(tmp_path):
         assert {r.status for r in ledger.runs()} == {"finished"}
 
 
+@pytest.mark.slow
 def test_a_killed_writer_loses_nothing_it_reported(tmp_path):
     code = """
         import os, sys

@@ -93,6 +93,7 @@ def test_without_noise_of_its_own_the_fastest_is_always_kept(times, seed, noise,
     assert all(times[NAMES.index(name)] <= best * (1 + NOISE) * (1 + 1e-9) for name in race.alive)
 
 
+@pytest.mark.slow
 def test_the_fastest_is_dropped_no_more_often_than_stated():
     """Where it is hardest: many that are as fast, much noise, few rounds; and all out by chance."""
     lost = 0

@@ -324,6 +324,7 @@ def test_the_shared_reader_finds_what_is_published_later(own_state, monkeypatch)
 # -- threads, processes, files
 
 
+@pytest.mark.slow
 def test_readers_never_see_a_mixture_of_generations(tmp_path):
     """Every row of generation g names the tactic g-1; four readers look while g rises."""
     code = """

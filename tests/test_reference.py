@@ -266,7 +266,10 @@ def test_zeros_and_nans_never_pass_on_any_family(fmt, activation, dtype):
             assert tile_error(broken, expected.ref)[0, 0] == math.inf
 
 
-@pytest.mark.parametrize(("m", "k"), [(1, 4096), (128, 4096), (128, 16384)])
+@pytest.mark.parametrize(
+    ("m", "k"),
+    [(1, 4096), (128, 4096), pytest.param(128, 16384, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("fmt", "activation"), KINDS)
 def test_a_dropped_block_exceeds_the_tile_limit(fmt, activation, m, k):
     problem = Problem(fmt, m, 192, k, activation)

@@ -314,6 +314,7 @@ def test_ink_stands_out_from_paper_in_both_schemes():
     assert min(contrast(*pair) for pair in style.lines()) >= 3
 
 
+@pytest.mark.slow
 def test_a_large_store_is_a_page_of_some_megabytes_with_every_choice():
     choices, candidates = [], []
     names = [f"backend-{i}" for i in range(6)]
@@ -368,18 +369,9 @@ def test_nothing_stored_is_one_sentence(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory) -> str:
-    """Twelve nodes: one build fails everywhere, one GPU alone, one GPU is slow, one disagrees."""
-    folder = tmp_path_factory.mktemp("fleet")
-    for number in range(12):
-        failures = {(g, "fast"): 300 + number for g in range(2)}
-        if number == 3:
-            failures[1, "plain"] = 400
-        us = {(0, b): 13.0 for b in ("fast", "plain")} if number == 5 else {}
-        choice = "plain" if number != 7 else "fast"
-        fleets.put(folder / "in", number, failures=failures, us=us, choice=choice)
-    merge.merge([str(folder / "in")], str(folder / "store"))
-    return str(folder / "store")
+def fleet(made_once) -> str:
+    """The store of `fleets.troubled`."""
+    return str(made_once("fleet", fleets.troubled) / "store")
 
 
 def test_a_fleet_s_page_has_cohorts_suspects_and_choices(fleet, tmp_path):

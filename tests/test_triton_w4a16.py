@@ -178,6 +178,7 @@ def has_descriptors() -> bool:
     return any(c.kernel == "tma" for c in candidates(Problem("nvfp4", 500, 4096, 4096), H200))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreter_computes_exact_problems_exactly() -> None:
     """The kernels' own code on a CPU, all but the inline PTX, in fp16 (it has no bf16 dot)."""
@@ -251,6 +252,7 @@ def test_kernels_compile_without_a_gpu_and_fit(
     assert kernel.metadata.shared <= config.shared() <= shared_limit(Device("cuda", sm))
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
     "name", ["gemm-bm16-bn64-sk4-w4-s4-g8", "gemm-bm32-bn128-sk1-w4-s4-g8",
