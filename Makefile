@@ -38,12 +38,14 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses 2 --dist loadfile $(ARGS)
 
-# mypy wants the package's name, and a checkout may be called anything: so a link by that name.
+# mypy and import-linter want the package's name, and a checkout may be called anything: so a link by
+# that name.
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .types && ln -sfn .. .types/fp4tune
 	MYPYPATH=.types $(BIN)/mypy
+	PYTHONPATH=.types $(BIN)/lint-imports --no-cache pyproject.toml
 
 # What the first owner of a new kind of GPU runs: see docs/verification.md.
 verify-hardware: $(VENV)/.ready
