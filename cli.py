@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -76,6 +77,9 @@ def _root(
 
 def main() -> None:
     """Entry point of the ``fp4tune`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that a terminal's encoding lacks is no reason to end in a traceback.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     app(prog_name="fp4tune")
 
 

@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from ..cache.errors import StateError
 from ..cache.ledger import Ledger
 from ..cache.rows import Finding
-from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
+from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused, printable
 from ..machine.devices import Target
 from ..probes import bundle
 from ..probes.backends import registry
@@ -25,8 +23,8 @@ from ..probes.check import tilemap
 from ..probes.launch.case import Launch
 from ..probes.problem import Problem
 from ..probes.worker.supervisor import WorkerFailed
-from ..report.terminal import tables
 from .environment import environment_of
+from .evidence.wording import describe
 from .retest import summary
 from .runner import Patience, Progress, Runner
 from .stages.survey import survey
@@ -271,7 +269,7 @@ def tiles_of(finding: Finding) -> tilemap.TileMap | None:
 def picture(finding: Finding, tiles: tilemap.TileMap) -> str:
     """The tile map of a finding as SVG."""
     title = f"{finding.backend} {finding.tactic}: {finding.kind} in {finding.regime}"
-    return tilemap.svg(tiles, title, tables.describe(finding))
+    return tilemap.svg(tiles, printable(title), printable(describe(finding)))
 
 
 def pictures(findings: Iterable[Finding], folder: Path) -> int:
@@ -301,7 +299,7 @@ def readme(finding: Finding) -> str:
     p = finding.problem
     return f"""# {finding.backend}: {finding.kind}
 
-{tables.describe(finding)}
+{describe(finding)}
 
 {finding.detail.get("diagnosis", "")}
 
@@ -328,26 +326,6 @@ launches. 2: it could not run.
   highest value allowed for every element (`lo`, `hi`; one and the same where `hi` is None).
 * `finding.json`: the finding as it is stored. `tiles.svg`: the wrong 128 x 128 tiles, if any.
 """
-
-
-def print_result(result: Result) -> None:
-    """A few lines for a terminal."""
-    out = tables.console()
-    finding = result.finding
-    tables.print_finding(out, finding)
-    said = {REPRODUCED: "[red]reproduced[/]", GONE: "[green]not reproduced[/]"}
-    line = said.get(result.outcome, f"[yellow]{result.outcome}[/]")
-    if result.launches:
-        line += f": {result.failures} of {result.launches} launches failed"
-    if result.rate:
-        line += f" (rate {result.rate[0]:.2g} to {result.rate[1]:.2g}, 95 %)"
-    out.print(line)
-    if result.note:
-        out.print(f"  {escape(result.note)}")
-    if result.same_environment is False:
-        out.print("  this is not the environment that the finding was made in")
-    if result.bundle:
-        out.print(f"bundle: {escape(str(result.bundle))}")
 
 
 def load(place: Path, number: int) -> Finding:

@@ -14,10 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
 from ..cache.ledger import Ledger
 from ..cache.rows import Evidence
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE
@@ -25,7 +21,6 @@ from ..machine.devices import Target
 from ..probes import zoo
 from ..probes.problem import Device, Problem
 from ..probes.zoo import Mutant
-from ..report.terminal.tables import console
 from .levels import LEVELS
 from .plan import Plan, Report
 from .probe import probe
@@ -226,23 +221,3 @@ def document(target: Target, rows: Iterable[Row]) -> dict[str, Any]:
         "seed": SEED,
         "mutants": [row.json() for row in rows],
     }
-
-
-def print_rows(target: Target, rows: Sequence[Row]) -> None:
-    """A table of all rows, and how many came out as expected."""
-    out = console()
-    out.print(f"\n[bold]{escape(target.name)}[/] ({target.device.arch})")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("mutant", "expected", "verdict", "found", "launches", "result"):
-        table.add_column(heading, justify="right" if heading == "launches" else "left")
-    for row in rows:
-        found = ", ".join(row.finding.values()) if row.finding else ""
-        others = {c["regime"] for c in row.caught} - {row.finding["regime"] if row.finding else ""}
-        if others:
-            found += f"; also {', '.join(sorted(others))}"
-        result = row.result if row.result == OK else f"[red]{row.result}[/]"
-        cells = (row.mutant, row.expected, row.verdict, found, str(row.launches))
-        table.add_row(*map(escape, cells), result)
-    out.print(table)
-    good = sum(row.result == OK for row in rows)
-    out.print(f"{good} of {len(rows)} as expected")

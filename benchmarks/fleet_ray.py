@@ -68,6 +68,7 @@ def scenario(folder: Path, limit: float = 150.0) -> dict[str, Any]:
         (hold / name).touch()
     arguments = ["--gpu", "none", "--shape", "64,64", "--max-m", "1", "--level", "quick"]
     arguments += ["--activation", "bf16", "--seed", "1", "--backend", f"{backend}:Held"]
+    order = distributed.Order(tuple(arguments), limit, 15.0)
     store = str(folder / "store")
     start = time.monotonic()
     cluster = Cluster()
@@ -81,15 +82,15 @@ def scenario(folder: Path, limit: float = 150.0) -> dict[str, Any]:
         seconds = round(time.monotonic() - start, 1)
         killer = threading.Thread(target=kill, args=(folder, cluster, nodes[KILLED]))
         killer.start()
-        first = distributed.probe(store, arguments, cluster.address, limit, grace=15.0)
+        first = distributed.probe(store, order, cluster.address)
         killer.join()
         between = in_store(store)
         for held in hold.iterdir():
             held.unlink()
         cluster.add_node(**node, node_name=KILLED)
         cluster.wait_for_nodes()
-        second = distributed.probe(store, arguments, cluster.address, limit, grace=15.0)
-        third = distributed.probe(store, arguments, cluster.address, limit, grace=15.0)
+        second = distributed.probe(store, order, cluster.address)
+        third = distributed.probe(store, order, cluster.address)
     finally:
         import ray
 

@@ -297,7 +297,7 @@ def forge(folder: str, gpus: int, seed: int, planted: dict, keys: tuple[str, str
                 members[name] = members[name].replace(b'"status":"passed"', b'"status":"failed"')
                 if kind == "hash mended":
                     manifest["files"][name]["sha256"] = hashlib.sha256(members[name]).hexdigest()
-                    manifest["content"] = bundle._content(members)
+                    manifest["content"] = content_of(members)
             out = io.BytesIO()
             with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
                 file.writestr(bundle.MANIFEST, json.dumps(manifest))
@@ -310,6 +310,18 @@ def forge(folder: str, gpus: int, seed: int, planted: dict, keys: tuple[str, str
         cut = data[: rng.randrange(0, len(data))]
         Path(folder, f"cut-{number:04d}{bundle.SUFFIX}").write_bytes(cut)
     return len(FORGERIES) * EACH_FORGERY + TRUNCATED
+
+
+def content_of(members: dict[str, bytes]) -> str:
+    """The content hash of a bundle, made as docs/fleet.md says."""
+    lines = (
+        f"{name.removesuffix('.ndjson')} {sha256(data)}\n" for name, data in sorted(members.items())
+    )
+    return sha256("".join(lines).encode())
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def raw(rows: dict, node: int, signer: Path | None) -> tuple[dict[str, bytes], dict]:
@@ -328,7 +340,7 @@ def raw(rows: dict, node: int, signer: Path | None) -> tuple[dict[str, bytes], d
         "node": sha("node", node)[:32],
         "hostname": None,
         "created": 1.7e9,
-        "content": bundle._content(members),
+        "content": content_of(members),
         "rows": {t: len(rows[t]) for t in schema.TABLES},
         "files": {
             n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()}

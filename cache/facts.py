@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 
 from .. import __version__
-from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
+from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused, printable
 from ..machine import driver as asking
 from . import reader
 from .errors import Missing, StateError
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = "json" if asked.json else "line" if asked.check else asked.format
         facts_text.put(facts_text.render(facts, form, expires=asked.expires), asked.out)
     except (StateError, Refused, ValueError) as error:
-        print(f"fp4tune: {error}", file=sys.stderr)
+        print(printable(f"fp4tune: {error}"), file=sys.stderr)
         return NOT_ASSESSED
     return EXIT[facts["status"]] if asked.check else SAFE
 

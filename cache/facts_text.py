@@ -7,6 +7,7 @@ import os
 import sys
 import time
 
+from ..errors import printable
 from .errors import translate
 
 TYPE_CHECKING = False
@@ -18,6 +19,8 @@ FORMATS = ("text", "ansible", "nfd", "textfile")
 EXPIRES = 3600.0
 """Seconds after which Node Feature Discovery drops the labels, unless they are written again."""
 NAMESPACE = "feature.node.kubernetes.io"
+_LABEL = 200
+"""Characters of a metric's label: a scrape with longer ones may be dropped as a whole."""
 METRICS = (
     ("fp4tune_reader_info", "The fp4tune that wrote this", ("version",)),
     ("fp4tune_reader_readable", "1 where a reader could load what is published", ()),
@@ -41,13 +44,14 @@ def render(facts: dict[str, Any], form: str, expires: float = EXPIRES) -> str:
     if not 0 < expires < 1e9:
         raise ValueError(f"--expires {expires:g}: it is more than 0 and less than 1e9 seconds")
     if form == "json":
-        return json.dumps(facts, indent=2) + "\n"
+        return _json(facts, 2)
     if form == "ansible":
-        return json.dumps(facts) + "\n"
+        return _json(facts, None)
     if form == "line":
         return line(facts) + "\n"
     if form == "text":
-        return "".join(f"{text}\n" for text in (line(facts), *map(_scope_line, facts["scopes"])))
+        lines = (line(facts), *map(_scope_line, facts["scopes"]))
+        return "".join(f"{printable(text)}\n" for text in lines)
     if form == "nfd":
         return "".join(f"{text}\n" for text in _nfd(facts, time.time() + expires))
     if form == "textfile":
@@ -58,7 +62,11 @@ def render(facts: dict[str, Any], form: str, expires: float = EXPIRES) -> str:
 def line(facts: dict[str, Any]) -> str:
     """One line that starts with the status."""
     number = f"generation {facts['generation']}: " if facts["generation"] else ""
-    return f"{facts['status']}: {number}{facts['reason']}"
+    return printable(f"{facts['status']}: {number}{facts['reason']}")
+
+
+def _json(facts: dict[str, Any], indent: int | None) -> str:
+    return json.dumps(facts, indent=indent).replace("\x7f", "\\u007f") + "\n"
 
 
 def _scope_line(scope: dict[str, Any]) -> str:
@@ -115,6 +123,7 @@ def _textfile(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _quoted(value: str) -> str:
+    value = printable(value, _LABEL)
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 

@@ -17,6 +17,7 @@ import time
 from _thread import allocate_lock
 from _weakref import ref
 
+from ..errors import printable
 from . import quarantine, snapshot, state
 from .decision import FALLBACK, Decision
 from .errors import Corrupt, Foreign, Missing, NewerSchema, StateError, translate
@@ -417,7 +418,7 @@ def _file(path: str | os.PathLike[str]) -> str:
 def _warn(sentence: str) -> None:
     import logging  # slow to import, and seldom needed
 
-    logging.getLogger("fp4tune").warning("%s", sentence)
+    logging.getLogger("fp4tune").warning("%s", printable(sentence))
 
 
 def _after_fork() -> None:

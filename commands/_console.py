@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..cache.errors import StateError
-from ..errors import NOT_ASSESSED, Refused
+from ..errors import NOT_ASSESSED, Refused, printable
 
 State = Annotated[
     Path | None,
@@ -46,21 +46,36 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except Refused as error:
-        typer.echo(f"fp4tune: {error}", err=True)
+        say(f"fp4tune: {error}", err=True)
         raise typer.Exit(error.code) from None
     except StateError as error:
-        typer.echo(f"fp4tune: {error}", err=True)
+        say(f"fp4tune: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except ValueError as error:
-        typer.echo(f"fp4tune: {error}", err=True)
+        say(f"fp4tune: {error}", err=True)
         raise typer.Exit(NOT_ASSESSED) from None
     except KeyboardInterrupt:
-        typer.echo("fp4tune: interrupted; evidence so far is kept", err=True)
+        say("fp4tune: interrupted; evidence so far is kept", err=True)
         raise typer.Exit(NOT_ASSESSED) from None
+
+
+LONGEST_LINE = 1 << 16
+"""Characters of a line that is printed: snippets for shells have long ones."""
+
+
+def say(line: str, err: bool = False) -> None:
+    """Print one line, in which nothing that a name holds is obeyed."""
+    typer.echo(printable(line, LONGEST_LINE), err=err)
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    """Print one document: ASCII, and what JSON leaves of its control characters escaped, too."""
+    typer.echo(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
 def named(table: dict[str, Any], name: str, what: str) -> Any:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from ..errors import SAFE, UNSAFE, Refused
+from ._console import say
 
 
 def assessed(
@@ -36,7 +35,7 @@ def print_assessed(documents: Sequence[dict[str, Any] | None]) -> None:
 
     for document in documents:
         if document is not None:
-            typer.echo(applied.line(document))
+            say(applied.line(document))
 
 
 def exit_code(documents: Sequence[dict[str, Any] | None]) -> int:

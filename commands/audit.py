@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._console import Json, State, one_sentence, print_json
+from ._console import Json, State, one_sentence, print_json, say, say_lines
 
 
 def audit(
@@ -31,9 +31,9 @@ def audit(
 
         reports = auditing.audit(paths or (), sm, text.progress())
         for remark in kept.remember(reports, state):
-            typer.echo(f"fp4tune: {remark}", err=True)
+            say(f"fp4tune: {remark}", err=True)
         if as_json:
             print_json([report.json() for report in reports])
         else:
-            typer.echo("\n".join(text.lines(reports)))
+            say_lines(text.lines(reports))
         raise typer.Exit(text.exit_code(reports))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ._console import Gpu, Json, State, one_sentence, print_json
+from ._console import Gpu, Json, State, one_sentence, print_json, say
 
 
 def backends(
@@ -30,8 +30,11 @@ def backends(
         nursery.warm(python)  # meanwhile
         from ..autotune import request as planning
         from ..autotune import support
+        from ..probes.backends import registry
         from ..report.terminal import tables
 
+        for plugin in registry.misnamed():
+            say(f"fp4tune: the plugin {plugin.name} is left out: {plugin.reason}", err=True)
         rows = support.rows(
             target,
             planning.backends(backend or ()),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._console import Json, State, one_sentence, print_json
+from ._console import Json, State, one_sentence, print_json, say_lines
 
 
 def check_weights(
@@ -26,5 +26,5 @@ def check_weights(
         if as_json:
             print_json(record)
         else:
-            typer.echo("\n".join(checkpoint_check.report(record)))
+            say_lines(checkpoint_check.report(record))
         raise typer.Exit(checkpoint_check.exit_code(record))

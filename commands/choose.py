@@ -18,6 +18,7 @@ from ._console import (
     named,
     one_sentence,
     print_json,
+    say,
 )
 
 
@@ -43,25 +44,25 @@ def choose(
     """Print the stored choice for one problem, as an engine would read it."""
     with one_sentence():
         from ..autotune.verdict.profiles import PROFILES
+        from ..probes.problem import Problem
         from ..report import documents
+        from ..report.terminal.choice import choice_lines, decision_lines
 
         if profile is not None:
             named(PROFILES, profile, "profile")
-        decision = documents.decision(state, m, n, k, format_, activation, out_dtype, profile)
+        problem = Problem(format_, m, n, k, activation, out_dtype)
+        decision = documents.decision(state, problem, profile)
         verdict = _engine.assessed(engine, engine_args, state, profile=profile)
         decision["engine"] = verdict
-        decision["layer"] = (
-            documents.layer(state, n, k, format_, activation, out_dtype, profile) if layer else None
-        )
+        decision["layer"] = documents.layer(state, problem, profile) if layer else None
         decision["checkpoint"] = weights = (
             documents.for_checkpoint(state, checkpoint, decision, profile) if checkpoint else None
         )
         if as_json:
             print_json(decision)
         else:
-            typer.echo(documents.decision_line(decision))
-            for line in documents.choice_lines(decision, layer):
-                typer.echo(line)
+            for line in (*decision_lines(decision), *choice_lines(decision, layer)):
+                say(line)
             _engine.print_assessed([verdict])
         if verdict is not None:
             raise typer.Exit(_engine.exit_code([verdict]))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SAFE, Refused
-from ._console import Json, State, one_sentence, print_json
+from ._console import Json, State, one_sentence, print_json, say
 
 
 def daemon(
@@ -45,9 +45,7 @@ def daemon(
                 print_json(asdict(loaded))
             else:
                 layers = len(loaded.layers()) or "the published, else the default,"
-                typer.echo(
-                    f"{path or 'the defaults'}: good; {layers} layers, state {loaded.state_dir}"
-                )
+                say(f"{path or 'the defaults'}: good; {layers} layers, state {loaded.state_dir}")
             raise typer.Exit(SAFE)
         if as_json:
             raise Refused("--json goes with --check; a running daemon answers over HTTP")

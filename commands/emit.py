@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SAFE, UNSAFE, Refused
-from ._console import Json, State, one_sentence, print_json
+from ._console import Json, State, one_sentence, print_json, say_lines
 
 Format = Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")]
 
@@ -52,7 +52,7 @@ def emit(
             print_json(documents if target == "json" else documents[target])
         else:
             for emission in made.values():
-                typer.echo(emission.shell())
+                say_lines(emission.shell().split("\n"))
         found = any(emission.selection.backend for emission in made.values())
         raise typer.Exit(SAFE if found else UNSAFE)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ._console import Checkpoint, Json, State, one_sentence, print_json
+from ._console import Checkpoint, Json, State, one_sentence, print_json, say_lines
 
 
 def explain(
@@ -26,16 +26,16 @@ def explain(
     """Say in words why this backend is the choice, and what it costs or saves."""
     with one_sentence():
         from ..autotune import checkpoint_check
-        from ..report import documents
-        from ..report.terminal import explain as explaining
+        from ..probes.problem import Problem
+        from ..report import documents, explanation
+        from ..report.terminal.explain import lines
 
         place = documents.place_of(state)
         record = None if checkpoint is None else checkpoint_check.find(checkpoint, place)
-        document = explaining.explain(
-            place, m, n, k, format_, activation, out_dtype, profile, record
-        )
+        problem = Problem(format_, m, n, k, activation, out_dtype)
+        document = explanation.explain(place, problem, profile, record)
         if as_json:
             print_json(document)
         else:
-            typer.echo("\n".join(explaining.lines(document)))
-        raise typer.Exit(explaining.exit_code(document))
+            say_lines(lines(document))
+        raise typer.Exit(explanation.exit_code(document))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ._console import Json, Sign, State, one_sentence, print_json
+from ._console import Json, Sign, State, one_sentence, print_json, say
 
 
 def export(
@@ -27,4 +27,7 @@ def export(
             print_json(asdict(done))
         else:
             rows = ", ".join(f"{count} {table}" for table, count in done.rows.items() if count)
-            typer.echo(f"{done.path}: {done.bytes} bytes, node {done.node}, {rows or 'no rows'}")
+            say(f"{done.path}: {done.bytes} bytes, node {done.node}, {rows or 'no rows'}")
+        for reasons in done.skipped.values():
+            for reason, count in reasons.items():
+                say(f"fp4tune: {count} left out: {reason}", err=True)

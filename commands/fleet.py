@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
-from ._console import Json, Keys, Sign, one_sentence, print_json
+from ._console import Json, Keys, Sign, one_sentence, print_json, say, say_lines
 
 app = typer.Typer(
     help="Many nodes as one: merge their bundles, report, advise, promote, probe a cluster.",
@@ -40,12 +40,12 @@ def merge(
         if as_json:
             print_json(done.json())
         else:
-            typer.echo(
+            say(
                 f"{into}: {len(done.added)} bundles added with {done.rows} rows, "
                 f"{done.known} known, {len(done.refused)} refused"
             )
             for row in done.refused:
-                typer.echo(f"refused {row['source']}: {row['reason']}")
+                say(f"refused {row['source']}: {row['reason']}")
         raise typer.Exit(UNSAFE if done.refused else SAFE)
 
 
@@ -61,18 +61,19 @@ def report(
     """Say what a fleet store holds: evidence by cohort, whose fault, who is slow, who disagrees."""
     with one_sentence():
         from ..fleet import report as reporting
+        from ..report.terminal.fleet import lines
 
         found = reporting.report(store, confidence)
         written = None
         if html is not None:
             from ..report.page import fleet as looks
-            from ..report.page import page
+            from ..report.page import render
 
-            written = page.write(html, looks.document(store, found))
+            written = render.write(html, looks.document(store, found))
         if as_json:
             print_json({**found, "html": written})
         else:
-            typer.echo("\n".join(reporting.text(found)))
+            say_lines(lines(found))
         if not found["bundles"]:
             raise typer.Exit(NOT_ASSESSED)
         raise typer.Exit(UNSAFE if found["suspect_gpus"] or found["suspect_builds"] else SAFE)
@@ -87,19 +88,20 @@ def advise(
         float, typer.Option(help="Refuse where more than this share of nodes would lose a choice.")
     ] = 0.1,
     force: Annotated[bool, typer.Option(help="Publish all the same.")] = False,
+    days: Annotated[float, typer.Option(help="Days until nodes refuse the file.")] = 30.0,
     as_json: Json = False,
 ) -> None:
     """Publish advisories on broken builds, and the generation of choices, for nodes to import."""
     with one_sentence():
         from ..fleet import advise as advising
 
-        document = advising.advise(store, out, sign, max_loss, force)
+        document = advising.advise(store, out, sign, max_loss, force, days)
         if as_json:
             print_json(document)
         else:
             for advisory in document["advisories"]:
-                typer.echo(f"{advisory['id']}: {advisory['text']}")
-            typer.echo(f"{out}: {len(document['advisories'])} advisories")
+                say(f"{advisory['id']}: {advisory['text']}")
+            say(f"{out}: {len(document['advisories'])} advisories")
 
 
 @app.command()
@@ -139,8 +141,8 @@ def _print_generation(state: dict[str, Any], as_json: bool) -> None:
         print_json(state)
         return
     why = f": {state['reason']}" if "reason" in state else ""
-    typer.echo(f"generation {state['number']} is {state['stage']}{why}")
-    typer.echo(f"{len(state['choices'])} choices")
+    say(f"generation {state['number']} is {state['stage']}{why}")
+    say(f"{len(state['choices'])} choices")
 
 
 @app.command()
@@ -164,13 +166,12 @@ def probe(
 
         if not into:
             raise Refused("--into says which fleet store to fill")
-        done = distributed.probe(
-            into, arguments or [], address, limit, campaign, lambda s: typer.echo(s, err=True)
-        )
+        order = distributed.Order(tuple(arguments or ()), limit, campaign=campaign)
+        done = distributed.probe(into, order, address, lambda s: say(s, err=True))
         if as_json:
             print_json(done.json())
         else:
-            typer.echo(
+            say(
                 f"campaign {done.campaign}: {len(done.done)} GPUs probed, {len(done.before)} "
                 f"before, {len(done.failed)} failed"
             )

@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ._console import Json, Keys, State, one_sentence, print_json
+from ._console import Json, Keys, State, one_sentence, print_json, say
 
 
 def import_(
     source: Annotated[str, typer.Argument(help="What fleet advise wrote: a file or a URL.")],
     keys: Keys = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Quarantine also what was lifted on this node.")
+    ] = False,
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -20,13 +23,15 @@ def import_(
         from ..fleet import adopt, signing
 
         trusted = signing.keys(keys) if keys else None
-        done = adopt.adopt(source, state, trusted)
+        done = adopt.adopt(source, state, trusted, again)
         if as_json:
             print_json(done)
         else:
-            typer.echo(
+            say(
                 f"{done['advisories']} advisories, {len(done['quarantined'])} new quarantines; "
                 f"{done['priors']} choices to verify with fp4tune probe --prior"
             )
+            for advisory in done["lifted_here"]:
+                say(f"advisory {advisory} was lifted here and stays so; --again takes it")
             for device in done["suspect_gpus"]:
-                typer.echo(f"the fleet suspects {device} of this node")
+                say(f"the fleet suspects {device} of this node")

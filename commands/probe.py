@@ -21,6 +21,7 @@ from ._console import (
     named,
     one_sentence,
     print_json,
+    say,
 )
 
 
@@ -131,9 +132,7 @@ def probe(
             if prior and not backend:
                 fleets = adopt.prior_backends(
                     state_dir,
-                    target.device.arch,
-                    target.name,
-                    chosen_profile.name,
+                    (target.device.arch, target.name, chosen_profile.name),
                     [(p.format, p.activation, p.out_dtype, p.n, p.k) for p in problems],
                 )
                 wanted = planning.prior(fleets, chosen_profile.name, target.device.sm)
@@ -162,8 +161,8 @@ def probe(
         from ..autotune.publication.publish import publish
         from ..autotune.several_gpus import probe_all
         from ..report import documents
-        from ..report.terminal import tables
         from ..report.terminal.progress import watching_all
+        from ..report.terminal.summary import print_probe
 
         published.usable(state_dir)  # refuses now what could not be published over at the end
         with Ledger.open(state_dir) as ledger, watching_all(plans) as progress:
@@ -178,14 +177,14 @@ def probe(
         ]
         if as_json:
             print_json(
-                [{**documents.report_json(r), "engine": engine and verdicts} for r in reports]
+                [{**documents.probe_json(r), "engine": engine and verdicts} for r in reports]
             )
         else:
             for report in reports:
-                tables.print_report(report)
+                print_probe(report)
             _engine.print_assessed(verdicts)
         for label, error in failed.items():
-            typer.echo(f"fp4tune: {label} could not be probed: {error}", err=True)
+            say(f"fp4tune: {label} could not be probed: {error}", err=True)
         statuses = {choice.status for report in reports for choice in report.choices}
         if not statuses:
             raise Refused("no backend could run any of these problems here; nothing is published")

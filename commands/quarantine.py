@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import Refused
-from ._console import Json, State, one_sentence, print_json
+from ._console import Json, State, one_sentence, print_json, say
 
 app = typer.Typer(
     help="List, add and lift quarantines: backends that must not be chosen.",
@@ -32,11 +32,11 @@ def list_(state: State = None, as_json: Json = False) -> None:
             print_json({"quarantines": [q.json() for q in found], "ignored": ignored})
             return
         for q in found:
-            typer.echo(f"{q.id}  {q.where()}  by {q.by}: {q.reason or 'no reason given'}")
+            say(f"{q.id}  {q.where()}  by {q.by}: {q.reason or 'no reason given'}")
         if not found:
-            typer.echo("nothing is quarantined")
+            say("nothing is quarantined")
         for sentence in ignored:
-            typer.echo(f"fp4tune: {sentence}", err=True)
+            say(f"fp4tune: {sentence}", err=True)
 
 
 @app.command()
@@ -86,7 +86,7 @@ def add(
         if as_json:
             print_json(entry.json())
         else:
-            typer.echo(f"{entry.where()} is quarantined as {entry.id} ({where})")
+            say(f"{entry.where()} is quarantined as {entry.id} ({where})")
 
 
 @app.command()
@@ -98,13 +98,15 @@ def lift(
     """Lift quarantines: the backends may be chosen again."""
     with one_sentence():
         from ..cache import quarantine as quarantines
+        from ..fleet import taken
 
         for identity in ids:
             quarantines.lift(identity, _spools(state))
+        taken.note_lifted(ids, Path(quarantines.state_dir(os.fspath(state) if state else None)))
         if as_json:
             print_json({"lifted": ids})
         else:
-            typer.echo(f"lifted {', '.join(ids)}")
+            say(f"lifted {', '.join(ids)}")
 
 
 def _spools(state: Path | None) -> Sequence[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._console import Json, State, one_sentence, print_json
+from ._console import Json, State, one_sentence, print_json, say
 
 Html = Annotated[Path, typer.Option(help="The file to write: one page that needs nothing else.")]
 
@@ -16,14 +16,14 @@ def report(html: Html, state: State = None, as_json: Json = False) -> None:
     """Write what is stored as a page to look at, in one HTML file."""
     with one_sentence():
         from ..report import documents
-        from ..report.page import node, page
+        from ..report.page import node, render
 
         place = documents.place_of(state)
-        done = page.write(html, node.document(place))
+        done = render.write(html, node.document(place))
         if as_json:
             print_json({"state": str(place), **done})
         else:
-            typer.echo(line(done))
+            say(line(done))
 
 
 def line(done: dict[str, Any]) -> str:

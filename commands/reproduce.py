@@ -43,6 +43,7 @@ def reproduce(
         from ..autotune import reproduce as again
         from ..autotune import request as planning
         from ..report import documents
+        from ..report.terminal.reproduce import print_result
 
         found = again.load(documents.place_of(state), finding)
         result = again.reproduce(
@@ -58,5 +59,5 @@ def reproduce(
         if as_json:
             print_json(result.json())
         else:
-            again.print_result(result)
+            print_result(result)
         raise typer.Exit(result.exit_code)

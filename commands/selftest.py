@@ -26,6 +26,7 @@ def selftest(
         nursery.warm()  # meanwhile
         from ..autotune import selftest as testing
         from ..report.terminal.progress import watching
+        from ..report.terminal.selftest import print_rows
 
         chosen = [(t, testing.choose(t.device, mutant or ())) for t in targets]
         results = [(t, testing.selftest(t, mutants, watching)) for t, mutants in chosen]
@@ -33,5 +34,5 @@ def selftest(
             print_json([testing.document(target, rows) for target, rows in results])
         else:
             for target, rows in results:
-                testing.print_rows(target, rows)
+                print_rows(target, rows)
         raise typer.Exit(testing.exit_code(row for _, rows in results for row in rows))

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from . import _engine
-from ._console import Checkpoint, Engine, EngineArgs, Json, State, one_sentence, print_json
+from ._console import (
+    Checkpoint,
+    Engine,
+    EngineArgs,
+    Json,
+    State,
+    one_sentence,
+    print_json,
+    say_lines,
+)
 
 
 def show(
@@ -26,21 +35,21 @@ def show(
     with one_sentence():
         from ..autotune import checkpoint_check
         from ..report import documents
-        from ..report.terminal import tables
+        from ..report.terminal.summary import print_stored
 
         place = documents.place_of(state)
         if pictures is not None:
             from ..autotune import reproduce as drawing
 
-            drawing.pictures(documents.findings(place)[0], pictures)
+            drawing.pictures(documents.stored_findings(place)[0], pictures)
         verdict = _engine.assessed(engine, engine_args, place)
         weights = None if checkpoint is None else checkpoint_check.find(checkpoint, place)
         if as_json:
             print_json({**documents.as_json(place), "checkpoint": weights, "engine": verdict})
         else:
-            tables.print_stored(place, findings)
+            print_stored(place, findings)
             if weights is not None:
-                typer.echo("\n".join(checkpoint_check.report(weights)))
+                say_lines(checkpoint_check.report(weights))
             _engine.print_assessed([verdict])
         if verdict is not None:
             raise typer.Exit(_engine.exit_code([verdict]))

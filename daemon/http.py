@@ -87,6 +87,13 @@ class Files:
         return {name: getattr(decision, name) for name in decision.__slots__}
 
 
+class AsciiJson(JSONResponse):
+    """A document in ASCII: what a name holds is escaped, also where it is looked at raw."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).replace("\x7f", "\\u007f").encode("ascii")
+
+
 def application(board: Board, token: Callable[[], str | None]) -> Starlette:
     """The endpoints over `board`. `token` is asked at each write; None: nothing can be written."""
     metrics = Metrics(board)
@@ -97,11 +104,11 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
 
     async def readyz(request: Request) -> Response:
         said = {"ready": board.ready, "why": board.why}
-        return JSONResponse(said, 200 if board.ready else 503)
+        return AsciiJson(said, 200 if board.ready else 503)
 
     async def healthz(request: Request) -> Response:
         document = {"healthy": board.healthy, **board.health}
-        return JSONResponse(document, 200 if board.healthy else 503)
+        return AsciiJson(document, 200 if board.healthy else 503)
 
     async def numbers(request: Request) -> Response:
         return bytes_(await files.work(metrics.text), CONTENT_TYPE)
@@ -113,7 +120,7 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             asked, scope = _question(dict(request.query_params))
         except ValueError as error:
             return _no(400, str(error))
-        return JSONResponse(await files.work(files.decide, board.state_dir, scope, asked))
+        return AsciiJson(await files.work(files.decide, board.state_dir, scope, asked))
 
     async def findings(request: Request) -> Response:
         recent = board.recent_findings
@@ -138,7 +145,7 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             where = await files.work(quarantine.write, entry, folder)
         except StateError as error:
             return _no(507, str(error))
-        return JSONResponse({"quarantine": entry.json(), "shared": where}, 201)
+        return AsciiJson({"quarantine": entry.json(), "shared": where}, 201)
 
     async def hangs(request: Request, error: Exception) -> Response:
         return _no(503, f"the state directory's files did not answer in {READ_SECONDS:g} s")
@@ -157,7 +164,7 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
 
 
 def _no(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": sentence}, status, headers)
+    return AsciiJson({"error": sentence}, status, headers)
 
 
 def _question(

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from ..errors import printable
 from .board import Board
 from .gpus import STATES
 from .probes import OUTCOMES
@@ -37,7 +38,10 @@ class Metrics(Collector):
         with self._lock:
             now = time.monotonic()
             if now - self._made >= FRESH:
-                self._text, self._made = generate_latest(self._registry), now
+                # Labels may be called anything; line ends in them are escaped by now.
+                text = generate_latest(self._registry).decode()
+                self._text = printable(text, len(text), keep="\n").encode()
+                self._made = now
             return self._text
 
     def collect(self) -> Iterator[Metric]:
@@ -56,7 +60,7 @@ class Metrics(Collector):
             "fp4tune_choices", "Published choices", labels=["arch", "gpu", "profile", "status"]
         )
         for labels, count in sorted(n.get("choices", {}).items()):
-            choices.add_metric(list(labels), count)
+            choices.add_metric([printable(label, 200) for label in labels], count)
         yield choices
         stale = GaugeMetricFamily(
             "fp4tune_stale_backends", "Backends whose evidence is stale", labels=["gpu"]

@@ -10,6 +10,8 @@ import os
 import socket
 from collections.abc import Mapping
 
+from ..errors import printable
+
 
 class Notifier:
     """Tells the socket in NOTIFY_SOCKET; a failure to is ignored, as sd_notify(3) advises."""
@@ -34,7 +36,7 @@ class Notifier:
         """``STATUS=``, where it differs from the last."""
         if text != self._said:
             self._said = text
-            self.tell(f"STATUS={text}")
+            self.tell(f"STATUS={printable(text)}")
 
 
 def _watchdog(env: Mapping[str, str]) -> float | None:

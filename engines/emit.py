@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 
+from ..errors import printable
 from . import names
 from .select import Selection
 
@@ -44,7 +45,8 @@ class Emission:
 
     def shell(self) -> str:
         """A snippet for bash to source: exported variables, and FP4TUNE_ARGS for the engine."""
-        lines = [f"# {line}" for line in self.comments]
+        # A comment ends where its line does, whatever a name in it holds.
+        lines = [f"# {printable(line)}" for line in self.comments]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in self.env.items()]
         if self.args:
             lines.append(f"FP4TUNE_ARGS=({' '.join(map(shlex.quote, self.args))})")

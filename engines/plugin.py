@@ -13,6 +13,7 @@ import os
 from ..cache import gpulock, state
 from ..cache import reader as reading
 from ..cache.errors import Missing
+from ..errors import printable
 from . import applied, here, select
 
 TYPE_CHECKING = False
@@ -50,7 +51,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=256)
 def say_once(sentence: str, severity: int = logging.INFO) -> None:
-    log.log(severity, "%s", sentence)
+    log.log(severity, "%s", printable(sentence))
 
 
 @functools.lru_cache(maxsize=8)

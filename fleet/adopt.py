@@ -4,164 +4,202 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..autotune.publication import published
 from ..cache import quarantine, state
+from ..cache.quarantine import Quarantine
 from ..errors import Refused
-from . import advise, promote, schema, signing
+from . import advisories, opening, promote, schema, signing, taken
+from .advisories import Advice, Advisory, FleetGeneration
 from .export import node_id
 from .places import Place
 
 PRIOR = "prior.json"
 """The fleet's choices in a state directory. No reader looks at it: what was proven elsewhere is
 not `safe` here before a probe has verified it."""
-_MOST = 64 << 20
+_MOST_PRIOR = advisories.MOST_BYTES
 _BY = "fleet"
 
 
 def adopt(
-    source: str, state_dir: Path | None, trusted: Sequence[signing.Trusted] | None = None
+    source: str,
+    state_dir: Path | None,
+    trusted: Sequence[signing.Trusted] | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Import a file of advisories. Raises Refused for one that does not verify, and StateError.
 
     A build under suspicion is quarantined here in its environment, and in every environment of
     this node with the same code on the same architecture, where this node's profile judges by the
-    regimes it fails in. Doing it again changes nothing.
+    regimes it fails in. What was lifted here stays lifted, unless `again`. Doing it again changes
+    nothing; a file that is older than what was taken of the same signer is refused, and so is one
+    that has expired or comes from the future.
     """
-    document = _read(source, trusted)
+    advice = _read(source, trusted)
     where = state.directory(state_dir)
     here = published.usable(where)
-    profiles = {c.profile for c in here.choices}
-    spools = quarantine.spools(os.fspath(where))
-    folder = spools[0]
-    known = {(q.backend, q.fingerprint) for q in quarantine.read(spools)[0] if q.by == _BY}
-    added, ignored = [], []
-    for advisory in document["advisories"]:
-        if profiles and advisory["profiles"] and not profiles & set(advisory["profiles"]):
-            ignored.append(advisory["id"])
-            continue
-        prints = {advisory["fingerprint"]}
-        prints |= {
-            e.fingerprint
-            for e in here.environments
-            if (e.arch, e.backend) == (advisory["arch"], advisory["backend"])
-            and advisory["code"] is not None
-            and e.facts.get("code") == advisory["code"]
-        }
-        for print_ in sorted(prints):
-            if (advisory["backend"], print_) in known:
-                continue
-            entry = quarantine.make(
-                advisory["backend"],
-                0,
-                0,
-                0,
-                fingerprint=print_,
-                reason=f"advisory {advisory['id']}: {advisory['text']}",
-                by=_BY,
-            )
-            quarantine.write(entry, folder)
-            added.append(entry.id)
     mine = node_id(where)
-    generation = document["generation"]
-    applies = generation is not None and (
-        generation["stage"] == "promoted"
-        or generation["stage"] == "canary"
-        and promote.in_canary(mine, generation["number"], generation["percent"])
-    )
-    prior = Place(os.fspath(where))
-    if generation is not None and applies:
-        wanted = ("number", "stage", "choices")
-        prior.write(json.dumps({n: generation[n] for n in wanted}).encode(), PRIOR)
-    elif generation is None and (where / PRIOR).exists():
-        (where / PRIOR).unlink()  # the fleet has rolled it back
+    with taken.locked(where):
+        known = taken.load(where)
+        _in_turn(advice, known, source)
+        wanted, ignored, lifted = _wanted(advice, here, known, again)
+        present = {(q.backend, q.fingerprint) for q in _present(where) if q.by == _BY}
+        # All of them are made, and so checked, before the first is written.
+        entries = [
+            (_entry(advisory, print_), advisory.id)
+            for advisory, print_ in wanted
+            if (advisory.backend, print_) not in present
+        ]
+        for entry, advisory_id in entries:
+            known.quarantines[entry.id] = advisory_id
+            known.lifted.pop(advisory_id, None)
+            _quarantine(entry, where)
+        known.serials[advice.key or ""] = [advice.serial, advice.digest]
+        taken.save(known, where)
+        priors = _put_prior(advice.generation, mine, where)
+    generation = advice.generation
     return {
         "node": mine,
-        "advisories": len(document["advisories"]),
-        "quarantined": added,
+        "serial": advice.serial,
+        "advisories": len(advice.advisories),
+        "quarantined": [entry.id for entry, _ in entries],
         "not_for_this_profile": ignored,
-        "generation": generation and generation["number"],
-        "stage": generation and generation["stage"],
-        "priors": len(generation["choices"]) if generation and applies else 0,
-        "suspect_gpus": [g["device"] for g in document["suspect_gpus"] if g["node"] == mine],
+        "lifted_here": lifted,
+        "generation": generation and generation.number,
+        "stage": generation and generation.stage,
+        "priors": priors,
+        "suspect_gpus": [device for device, node in advice.suspects if node == mine],
     }
 
 
-def _read(source: str, trusted: Sequence[signing.Trusted] | None) -> dict[str, Any]:
+def _read(source: str, trusted: Sequence[signing.Trusted] | None) -> Advice:
     place = Place(source)
     try:
-        if place.size() > _MOST:
-            raise Refused(f"{source} is too large for advisories")
-        document = schema.parsed(place.read(), source)
-        _check(document)
+        document = schema.parsed(place.read(most=advisories.MOST_BYTES, links=True), source)
+        advice = advisories.checked(document)
         signing.check(document, trusted)
+    except opening.Irregular as error:
+        raise Refused(f"{source} is not taken: {error}") from None
     except OSError as error:
         raise Refused(f"{source} cannot be read: {error.strerror or error}") from None
     except (schema.Unfit, signing.Untrusted) as error:
         raise Refused(f"{source} is not taken: {error}") from None
-    found: dict[str, Any] = document
-    return found
+    now = time.time()
+    if advice.created > now + advisories.AHEAD:
+        raise Refused(
+            f"{source} is not taken: it says that it was made at {_day(advice.created)}, and here "
+            f"it is {_day(now)}; look at both clocks"
+        )
+    if advice.expires <= now:
+        raise Refused(
+            f"{source} is not taken: it expired at {_day(advice.expires)}; fp4tune fleet advise "
+            "makes a new one"
+        )
+    return advice
 
 
-def _check(document: Any) -> None:
-    """Raises Unfit for what is not a file of advisories of this version."""
-    if type(document) is not dict or document.get("format") != advise.FORMAT:
-        raise schema.Unfit("it is not a file of advisories")
-    if document.get("schema") != advise.VERSION:
-        raise schema.Unfit(f"its schema is not {advise.VERSION}")
-    try:
-        for advisory in document["advisories"]:
-            texts = [advisory[n] for n in ("id", "backend", "arch", "fingerprint", "text")]
-            texts += advisory["profiles"]
-            if not all(isinstance(t, str) and len(t) <= schema.TEXT for t in texts):
-                raise schema.Unfit("an advisory has no texts where it should")
-            if not (advisory["code"] is None or isinstance(advisory["code"], str)):
-                raise schema.Unfit("an advisory's code digest is none")
-        for gpu in document["suspect_gpus"]:
-            if not (isinstance(gpu["device"], str) and isinstance(gpu["node"], str)):
-                raise schema.Unfit("a suspect GPU has no name")
-        generation = document["generation"]
-        if generation is not None:
-            _check_generation(generation)
-    except (KeyError, TypeError):
-        raise schema.Unfit("it lacks what advisories have") from None
+def _day(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
-def _check_generation(generation: Mapping[str, Any]) -> None:
-    if generation["stage"] not in promote.STAGES or type(generation["number"]) is not int:
-        raise schema.Unfit("its generation is none")
-    if generation["stage"] == "canary" and type(generation["percent"]) not in (int, float):
-        raise schema.Unfit("its canary has no percentage")
-    for choice in generation["choices"]:
-        names = ("arch", "gpu", "profile", "backend", "tactic", "fingerprint", "format")
-        if not all(isinstance(choice[n], str) for n in (*names, "activation", "out_dtype")):
-            raise schema.Unfit("a choice has no names where it should")
-        if not all(type(choice[n]) is int for n in ("m_lo", "m_hi", "n", "k")):
-            raise schema.Unfit("a choice has no numbers where it should")
+def _in_turn(advice: Advice, known: taken.Taken, source: str) -> None:
+    """Raises Refused for a file that is older than the last one of its signer."""
+    serial, digest = known.serials.get(advice.key or "", (0, ""))
+    who = f"of the key {advice.key[:12]}" if advice.key else "without a signature"
+    if advice.serial < serial:
+        raise Refused(
+            f"{source} is not taken: it is number {advice.serial} {who}, and number {serial} was "
+            "taken here already"
+        )
+    if advice.serial == serial and advice.digest != digest:
+        raise Refused(
+            f"{source} is not taken: another file {who} has the same number {serial}, and was "
+            "taken here already"
+        )
+
+
+def _wanted(
+    advice: Advice, here: published.Standing, known: taken.Taken, again: bool
+) -> tuple[list[tuple[Advisory, str]], list[str], list[str]]:
+    """What to quarantine, in which environments; the advisories that are not for this node's
+    profiles; and those that were lifted here."""
+    profiles = {c.profile for c in here.choices}
+    wanted: list[tuple[Advisory, str]] = []
+    ignored, lifted = [], []
+    for advisory in advice.advisories:
+        if profiles and advisory.profiles and not profiles & advisory.profiles:
+            ignored.append(advisory.id)
+            continue
+        if advisory.id in known.lifted and not again:
+            lifted.append(advisory.id)
+            continue
+        prints = {advisory.fingerprint} | {
+            e.fingerprint
+            for e in here.environments
+            if (e.arch, e.backend) == (advisory.arch, advisory.backend)
+            and advisory.code is not None
+            and e.facts.get("code") == advisory.code
+        }
+        wanted += [(advisory, print_) for print_ in sorted(prints)]
+    return wanted, ignored, lifted
+
+
+def _entry(advisory: Advisory, fingerprint: str) -> Quarantine:
+    reason = f"advisory {advisory.id}: {advisory.text}"
+    return quarantine.make(
+        advisory.backend, 0, 0, 0, fingerprint=fingerprint, reason=reason, by=_BY
+    )
+
+
+def _present(where: Path) -> list[Quarantine]:
+    return quarantine.read(quarantine.spools(os.fspath(where)))[0]
+
+
+def _quarantine(entry: Quarantine, where: Path) -> None:
+    quarantine.write(entry, quarantine.spools(os.fspath(where))[0])
+
+
+def _put_prior(generation: FleetGeneration | None, node: str, where: Path) -> int:
+    """Keep the fleet's choices, where they are for this node; how many there are."""
+    if generation is None:
+        (where / PRIOR).unlink(missing_ok=True)  # the fleet has rolled it back
+        return 0
+    applies = generation.stage == "promoted" or (
+        generation.stage == "canary"
+        and promote.in_canary(node, generation.number, generation.percent)
+    )
+    if not applies:
+        return 0
+    kept = {
+        "number": generation.number,
+        "stage": generation.stage,
+        "choices": list(generation.choices),
+    }
+    Place(os.fspath(where)).write(json.dumps(kept).encode(), PRIOR)
+    return len(generation.choices)
 
 
 def prior_backends(
     state_dir: Path,
-    arch: str,
-    gpu: str,
-    profile: str,
+    scope: tuple[str, str, str],
     layers: Sequence[tuple[str, str, str, int, int]],
 ) -> tuple[str, ...]:
-    """The backends to verify in place of all, from the fleet's choices for this GPU model and
-    profile; `layers` are (format, activation, out_dtype, n, k). None where the fleet has nothing
-    for one of them: then only a whole probe will do.
+    """The backends that the fleet chose for these layers, (format, activation, out_dtype, n, k),
+    under (arch, GPU model, profile). None where the fleet has nothing for one of them: then only a
+    whole probe will do.
     """
     try:
-        choices = json.loads((state_dir / PRIOR).read_text(encoding="utf-8"))["choices"]
+        choices = json.loads(opening.whole(state_dir / PRIOR, _MOST_PRIOR))["choices"]
         found: dict[tuple[Any, ...], set[str]] = {}
         for c in choices:
-            if (c["arch"], c["gpu"], c["profile"]) == (arch, gpu, profile):
+            if (c["arch"], c["gpu"], c["profile"]) == scope:
                 layer = c["format"], c["activation"], c["out_dtype"], c["n"], c["k"]
                 found.setdefault(layer, set()).add(c["backend"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ()
     activations = {layer[1] for layer in found}
     wanted = [layer for layer in layers if layer[1] in activations]

@@ -13,11 +13,12 @@ from ..autotune.verdict import statistics
 from ..cache.errors import translate
 from ..errors import UNSAFE, Refused
 from . import promote, report, signing
+from .advisories import FORMAT, MOST_DAYS, VERSION, checked
 from .places import Place
 from .warehouse import Warehouse
 
-FORMAT = "fp4tune-advisories"
-VERSION = 1
+DAYS = 30.0
+"""Days until nodes refuse a file: fleets publish more often, whatever has changed."""
 MOST_LOST = 0.10
 """Share of the nodes with a choice that may lose it by one publication."""
 
@@ -42,14 +43,18 @@ def advise(
     key_file: Path | None = None,
     most_lost: float = MOST_LOST,
     force: bool = False,
+    days: float = DAYS,
 ) -> dict[str, Any]:
     """Write the store's advisories, and the generation of choices that is on its way, to `out`.
 
-    Refused, with exit code 1, where more than `most_lost` of the nodes with a safe choice would
-    lose one by advisories that were not published before: a mistake must not stop a fleet.
+    Nodes take it for `days`, and never after one with a higher number. Refused, with exit code 1,
+    where more than `most_lost` of the nodes with a safe choice would lose one by advisories that
+    were not published before: a mistake must not stop a fleet.
     """
     if not 0 <= most_lost <= 1:
         raise ValueError(f"--max-loss {most_lost:g}: a share is between 0 and 1")
+    if not 0 < days <= MOST_DAYS:
+        raise ValueError(f"--days {days:g}: more than 0, and at most {MOST_DAYS:g}")
     place = Place(store)
     with Warehouse(store) as warehouse:
         series = report.attributed(warehouse)
@@ -67,24 +72,32 @@ def advise(
             f"than {most_lost:.0%}; look at the report, and use --force if it is right",
             UNSAFE,
         )
+    now = round(time.time(), 3)
+    # By the clock, so that a store that is made anew does not begin to count again below what nodes
+    # have taken; and above the last, whatever the clock says.
+    serial = max(int(now), 1 + max((event.get("serial", 0) for event in events), default=0))
+    promote.record(place, {"serial": serial, "at": now})
     document = {
         "format": FORMAT,
         "schema": VERSION,
         "fp4tune": __version__,
-        "created": round(time.time(), 3),
+        "serial": serial,
+        "created": now,
+        "expires": round(now + days * 86400, 3),
         "store_digest": digest,
         "advisories": found,
         "suspect_gpus": suspects,
         "generation": promote.current(events),
     }
     signed = signing.sign(document, key_file) if key_file else signing.unsigned(document)
+    checked(signed)  # what no node would take is not published
     target = Place(out)
     try:
         target.write((json.dumps(signed, indent=1) + "\n").encode())
     except OSError as error:
         raise translate(error, out) from error
     if new:
-        promote.record(place, {"advisories": [a["id"] for a in new], "at": document["created"]})
+        promote.record(place, {"advisories": [a["id"] for a in new], "at": now})
     return signed
 
 

@@ -53,7 +53,7 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Trials:
     """One GPU's trials in a series."""
 
     device: str
@@ -67,7 +67,7 @@ class Blame:
     """What a series says of one failing GPU. `own` and `shared` are log-likelihoods of its failures
     as its own fault (without PI) and as part of what others have; they add up over series."""
 
-    device: Device
+    device: Trials
     suspect: bool
     odds: float
     own: float
@@ -83,7 +83,7 @@ class Attribution:
     kind: str
     odds: float
     blames: tuple[Blame, ...]
-    rest: tuple[Device, ...]
+    rest: tuple[Trials, ...]
     """Failing GPUs that are explained together, or not at all; a few of the latter have blames."""
 
 
@@ -199,7 +199,7 @@ def rounded(count: int) -> int:
     return (count + scale // 2) // scale * scale
 
 
-def attribute(failing: Sequence[Device], clean: Mapping[int, int], pi: float = PI) -> Attribution:
+def attribute(failing: Sequence[Trials], clean: Mapping[int, int], pi: float = PI) -> Attribution:
     """Explain one series: its failing GPUs, and how many GPUs without failure made how many trials.
     `pi` is the share of GPUs that may be bad when a build is judged: more than PI where the fleet
     at hand has shown more.
@@ -275,7 +275,7 @@ def _standing_out(order: Sequence[Pair], own: Mapping[Pair, float], counts: dict
 
 
 def _blames(
-    devices: Sequence[Device],
+    devices: Sequence[Trials],
     pair: Mapping[str, Pair],
     own: Mapping[Pair, float],
     counts: Mapping[Pair, int],

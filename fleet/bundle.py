@@ -3,17 +3,23 @@
 ``manifest.json`` names every other member with its SHA-256. Each table is there twice, as
 canonical NDJSON, which is the content, and as Parquet with the same columns, for tools; a merge
 reads the NDJSON only, with Python's own parser. ``content`` is the SHA-256 of all NDJSON.
+
+A bundle may come from anyone, so checking one takes a bounded amount of memory whatever is in it:
+its packed bytes, and beside them one piece of one member at a time.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +37,20 @@ MOST_PACKED = 64 << 20
 """Bytes a bundle may have; more is refused unread."""
 MOST_UNPACKED = 256 << 20
 """Bytes its members may unpack to, together."""
+MOST_DIRECTORY = 1 << 14
+"""Bytes of the zip file's list of members: fifteen short names and what their writer adds."""
 MOST_MANIFEST = 1 << 20
 MOST_ROWS = 1_000_000
+MOST_LINE = 1 << 20
+"""Bytes of one row: three structured values of `schema.JSON` characters, and some more."""
 PIECE = 5_000
-"""Rows that are looked at together: bounds the memory that one bundle takes."""
+PIECE_BYTES = 2 << 20
+"""Rows, and bytes of them, that are parsed together."""
+_READ = 1 << 16
 
 _DATE = (1980, 1, 1, 0, 0, 0)
 _NODE = re.compile(r"[0-9a-f]{32}")
 _MEMBERS = {MANIFEST} | {f"{t}.{kind}" for t in schema.TABLES for kind in ("ndjson", "parquet")}
-_EMPTY = hashlib.sha256(b"").hexdigest()
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -61,33 +72,44 @@ class Bundle:
     content: str
     rows: Mapping[str, int]
     key: str | None
-    ndjson: Mapping[str, bytes]
+    data: bytes
 
     def pieces(self, table: str) -> Iterator[dict[str, list[Any]]]:
         """Columns of up to PIECE rows at a time, checked. Raises Refusal."""
-        data = self.ndjson.get(table, b"")
         try:
             count = 0
-            for lines in _lines(data):
-                # One parse for many lines: a list is what joins them.
-                rows = schema.parsed(b"[" + b",".join(lines) + b"]", table)
-                if len(rows) != len(lines):
-                    raise Unfit(f"{table}: a line is not one row")
-                count += len(rows)
-                yield schema.columns_of(table, rows)
+            with _opened(self.data) as file:
+                for lines in _lines(_unpacked(file, file.getinfo(f"{table}.ndjson")), table):
+                    # One parse for many lines: a list is what joins them.
+                    rows = schema.parsed(b"[" + b",".join(lines) + b"]", table)
+                    if len(rows) != len(lines):
+                        raise Unfit(f"{table}: a line is not one row")
+                    count += len(rows)
+                    yield schema.columns_of(table, rows)
             if count != self.rows[table]:
                 raise Unfit(f"{table}: {count} rows, the manifest says {self.rows[table]}")
         except Unfit as error:
             raise Refusal(str(error)) from None
 
 
-def _lines(data: bytes) -> Iterator[list[bytes]]:
+def _lines(chunks: Iterable[bytes], table: str) -> Iterator[list[bytes]]:
+    """Lines without their ends, as many as are parsed together. Raises Unfit for one too long."""
     batch: list[bytes] = []
-    for line in io.BytesIO(data):
-        batch.append(line)
-        if len(batch) == PIECE:
-            yield batch
-            batch = []
+    size, rest = 0, b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if len(line) > MOST_LINE:
+                raise Unfit(f"{table}: a row has more than {MOST_LINE} bytes")
+            batch.append(line)
+            size += len(line)
+            if len(batch) == PIECE or size > PIECE_BYTES:
+                yield batch
+                batch, size = [], 0
+        if len(rest) > MOST_LINE:
+            raise Unfit(f"{table}: a row has more than {MOST_LINE} bytes")
+    if rest:
+        batch.append(rest)
     if batch:
         yield batch
 
@@ -113,6 +135,7 @@ def pack(
             members[f"{table}.parquet"] = _parquet(table, plain)
         else:
             schema.columns_of(table, plain)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     manifest: dict[str, Any] = {
         "format": schema.FORMAT,
         "schema": schema.VERSION,
@@ -120,11 +143,10 @@ def pack(
         "node": node,
         "hostname": hostname,
         "created": created,
-        "content": _content(members),
+        "content": _content(digests),
         "rows": {table: len(rows.get(table, ())) for table in schema.TABLES},
         "files": {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for name, data in members.items()
+            name: {"bytes": len(data), "sha256": digests[name]} for name, data in members.items()
         },
     }
     signed = signing.sign(manifest, key_file) if key_file else signing.unsigned(manifest)
@@ -134,6 +156,13 @@ def pack(
         for name, data in members.items():
             _add(file, name, data)
     return _id(signed), out.getvalue()
+
+
+def fits(data: bytes) -> bool:
+    """Whether a bundle is as small as `unpack` wants it."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        unpacked = sum(info.file_size for info in file.infolist())
+    return len(data) <= MOST_PACKED and unpacked <= MOST_UNPACKED
 
 
 def _add(file: zipfile.ZipFile, name: str, data: bytes) -> None:
@@ -174,10 +203,10 @@ def unpack(data: bytes, trusted: Iterable[signing.Trusted] | None = None) -> Bun
     if len(data) > MOST_PACKED:
         raise Refusal(f"it has more than {MOST_PACKED} bytes")
     try:
-        members = _members(data)
-        manifest = schema.parsed(members.pop(MANIFEST), MANIFEST)
-        _check_manifest(manifest)
-        _check_members(manifest, members)
+        with _opened(data) as file:
+            manifest = schema.parsed(_manifest(file), MANIFEST)
+            _check_manifest(manifest)
+            _check_members(manifest, file)
         key = signing.check(manifest, trusted, manifest["node"])
     except (Unfit, signing.Untrusted) as error:
         raise Refusal(str(error)) from None
@@ -190,7 +219,7 @@ def unpack(data: bytes, trusted: Iterable[signing.Trusted] | None = None) -> Bun
         manifest["content"],
         manifest["rows"],
         key,
-        {n.removesuffix(".ndjson"): d for n, d in members.items() if n.endswith(".ndjson")},
+        data,
     )
 
 
@@ -200,17 +229,19 @@ def named(data: bytes) -> str | None:
     Good for one thing: a bundle that a store has need not be checked again.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            if file.getinfo(MANIFEST).file_size > MOST_MANIFEST:
-                return None
-            manifest = schema.parsed(file.read(MANIFEST), MANIFEST)
+        with _opened(data) as file:
+            manifest = schema.parsed(_manifest(file), MANIFEST)
             return _id(manifest) if type(manifest) is dict else None
     except Exception:  # whatever is wrong with it, `unpack` says so
         return None
 
 
-def _members(data: bytes) -> dict[str, bytes]:
+@contextmanager
+def _opened(data: bytes) -> Iterator[zipfile.ZipFile]:
+    """The zip file, with the members a bundle may have. Raises Unfit, also for what goes wrong
+    while it is read."""
     try:
+        _check_directory(data)
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             infos = file.infolist()
             names = [info.filename for info in infos]
@@ -230,14 +261,47 @@ def _members(data: bytes) -> dict[str, bytes]:
                     zipfile.ZIP_DEFLATED,
                 ):
                     raise Unfit("a member is encrypted, or packed in a way bundles are not")
-            # Reading ends at the size declared, whatever the stream would unpack to.
-            return {info.filename: file.read(info) for info in infos}
+            yield file
     except Unfit:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError):
         raise Unfit("it is not a whole zip file") from None
-    except (ValueError, NotImplementedError, OSError, RuntimeError, OverflowError) as error:
-        raise Unfit(f"it cannot be unpacked: {schema.shown(str(error))}") from None
+    except (ValueError, NotImplementedError, RuntimeError, OSError, OverflowError, struct.error):
+        raise Unfit("it cannot be unpacked") from None
+
+
+def _check_directory(data: bytes) -> None:
+    """Raises Unfit where the list of members is not short: it is read whole before anything else.
+
+    A zip file ends in its end record (22 bytes without a comment), which says how long the list
+    is; a ZIP64 locator before it would say so in another place.
+    """
+    end = data[-22:]
+    if len(end) < 22 or end[:4] != b"PK\x05\x06" or end[20:] != b"\0\0":
+        raise Unfit("it is not a whole zip file")
+    if int.from_bytes(end[12:16], "little") > MOST_DIRECTORY or data[-42:-38] == b"PK\x06\x07":
+        raise Unfit("it has more members than a bundle")
+
+
+def _unpacked(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
+    """A member's bytes, a little at a time. Raises Unfit where they are not as many as the zip
+    file declares, before more than that are read."""
+    # Asked for one byte more than declared, zipfile shows whether there is more.
+    wider = copy.copy(info)
+    wider.file_size += 1
+    left = info.file_size
+    with file.open(wider) as stream:
+        while chunk := stream.read(_READ):
+            left -= len(chunk)
+            if left < 0:
+                raise Unfit(f"{info.filename} unpacks to more than it declares")
+            yield chunk
+    if left:
+        raise Unfit(f"{info.filename} unpacks to less than it declares")
+
+
+def _manifest(file: zipfile.ZipFile) -> bytes:
+    return b"".join(_unpacked(file, file.getinfo(MANIFEST)))
 
 
 def _check_manifest(manifest: Any) -> None:
@@ -266,30 +330,36 @@ def _check_manifest(manifest: Any) -> None:
         raise Unfit(f"a table has more than {MOST_ROWS} rows, or no number of them")
 
 
-def _check_members(manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> None:
+def _check_members(manifest: Mapping[str, Any], file: zipfile.ZipFile) -> None:
     files = manifest["files"]
-    if type(files) is not dict or files.keys() != members.keys():
+    infos = {info.filename: info for info in file.infolist() if info.filename != MANIFEST}
+    if type(files) is not dict or files.keys() != infos.keys():
         raise Unfit("its members are not those its manifest names")
+    for said in files.values():
+        if type(said) is not dict or said.keys() != {"bytes", "sha256"}:
+            raise Unfit("its manifest has not exactly the keys of its schema")
     for table in schema.TABLES:
-        if f"{table}.ndjson" not in members:
+        if f"{table}.ndjson" not in infos:
             raise Unfit(f"{table}.ndjson is missing")
-    for name, data in members.items():
-        said = files[name]
-        if type(said) is not dict or said.get("sha256") != hashlib.sha256(data).hexdigest():
+    digests = {}
+    for name, info in infos.items():
+        sha = hashlib.sha256()
+        for chunk in _unpacked(file, info):
+            sha.update(chunk)
+        digests[name] = sha.hexdigest()
+        if files[name]["sha256"] != digests[name]:
             raise Unfit(f"{name} does not have the hash its manifest names")
-        if said.get("bytes") != len(data):
+        if type(files[name]["bytes"]) is not int or files[name]["bytes"] != info.file_size:
             raise Unfit(f"{name} does not have the size its manifest names")
-    if manifest["content"] != _content(members):
+    if manifest["content"] != _content(digests):
         raise Unfit("its content hash is wrong")
 
 
-def _content(members: Mapping[str, bytes]) -> str:
+def _content(digests: Mapping[str, str]) -> str:
     """SHA-256 over a line ``<table> <SHA-256 of its NDJSON>`` for each table, by name."""
     sha = hashlib.sha256()
     for table in sorted(schema.TABLES):
-        data = members[f"{table}.ndjson"]
-        digest = hashlib.sha256(data).hexdigest() if data else _EMPTY
-        sha.update(f"{table} {digest}\n".encode())
+        sha.update(f"{table} {digests[f'{table}.ndjson']}\n".encode())
     return sha.hexdigest()
 
 

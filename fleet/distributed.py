@@ -52,8 +52,23 @@ class Task:
         return f"{self.node}/{self.gpu}"
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked for: the arguments of ``fp4tune probe``, the seconds that each task has and is
+    waited for beyond them, and by what name to resume; by default one made of the arguments."""
+
+    arguments: tuple[str, ...] = ()
+    limit: float = 3600.0
+    grace: float = GRACE
+    campaign: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.campaign or campaign_of(self.arguments)
+
+
 @dataclass(slots=True)
-class Probed:
+class Campaign:
     """What became of every GPU: done now, done before, or why not."""
 
     store: str
@@ -118,7 +133,7 @@ def probe_here(name: str, shared: bool, arguments: Sequence[str], limit: float) 
             process.communicate()
             status, reason = "hung", f"not done after {limit:g} s"
         try:
-            rows = export.rows_of(where)
+            rows = export.rows_of(where).rows
         except StateError as error:
             return {"status": status, "reason": reason or str(error), "data": None}
         if not rows["evidence"]:
@@ -136,21 +151,14 @@ def _identity(name: str, shared: bool) -> str:
 
 
 def probe(
-    into: str,
-    arguments: Sequence[str],
-    address: str | None = None,
-    limit: float = 3600.0,
-    campaign: str | None = None,
-    say: Say = lambda line: None,
-    grace: float = GRACE,
-) -> Probed:
+    into: str, order: Order, address: str | None = None, say: Say = lambda line: None
+) -> Campaign:
     """Probe every GPU of the cluster that this campaign has not probed yet.
 
-    `arguments` are those of ``fp4tune probe``; `limit` is seconds for each task. Raises Refused
-    where there is no cluster or it has no GPU.
+    Raises Refused where there is no cluster or it has no GPU, ValueError for a limit that is none.
     """
-    if not limit > 0:
-        raise ValueError(f"--limit {limit:g}: it must be more than 0")
+    if not order.limit > 0:
+        raise ValueError(f"--limit {order.limit:g}: it must be more than 0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = need("ray", "ray")
     if not ray.is_initialized():
@@ -161,17 +169,14 @@ def probe(
             raise Refused(f"no Ray cluster answers at {address or 'auto'}: {first}") from None
     place = Place(into)
     merge.prepare(place)
-    name = campaign or campaign_of(arguments)
-    result = Probed(into, name)
+    result = Campaign(into, order.name)
     found = tasks(ray.nodes())
     if not found:
         raise Refused("no living node of this Ray cluster has a GPU")
-    have = set(place.names(NOTES, _folder(name)))
+    have = set(place.names(NOTES, _folder(order.name)))
     result.before = [t.name for t in found if _note(t) in have]
     start = time.monotonic()
-    _run(
-        ray, [t for t in found if _note(t) not in have], place, arguments, limit, grace, result, say
-    )
+    _run(ray, [t for t in found if _note(t) not in have], place, order, result, say)
     result.seconds = round(time.monotonic() - start, 1)
     result.done.sort(key=lambda row: row["task"])
     result.failed.sort(key=lambda row: row["task"])
@@ -179,14 +184,7 @@ def probe(
 
 
 def _run(
-    ray: Any,
-    todo: Sequence[Task],
-    place: Place,
-    arguments: Sequence[str],
-    limit: float,
-    grace: float,
-    result: Probed,
-    say: Say,
+    ray: Any, todo: Sequence[Task], place: Place, order: Order, result: Campaign, say: Say
 ) -> None:
     """Start all of them, and take what comes as it comes."""
     scheduling = need("ray.util.scheduling_strategies", "ray")
@@ -196,9 +194,9 @@ def _run(
         pinned = scheduling.NodeAffinitySchedulingStrategy(task.ray_id, soft=False)
         started = remote.options(
             num_gpus=1, num_cpus=0, max_retries=0, scheduling_strategy=pinned
-        ).remote(task.name, task.shared, list(arguments), limit)
+        ).remote(task.name, task.shared, list(order.arguments), order.limit)
         waiting[started] = task
-    deadline = time.monotonic() + limit + grace
+    deadline = time.monotonic() + order.limit + order.grace
     while waiting:
         left = deadline - time.monotonic()
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(0.0, min(left, 5.0)))
@@ -208,7 +206,7 @@ def _run(
         if not ready and left <= 0:
             for reference, task in waiting.items():
                 ray.cancel(reference, force=True)
-                why = f"no answer within {limit + grace:g} s"
+                why = f"no answer within {order.limit + order.grace:g} s"
                 _settle(task, {"status": "hung", "reason": why, "data": None}, place, result, say)
             return
 
@@ -235,7 +233,9 @@ def _first(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_SAID]
 
 
-def _settle(task: Task, answer: Mapping[str, Any], place: Place, result: Probed, say: Say) -> None:
+def _settle(
+    task: Task, answer: Mapping[str, Any], place: Place, result: Campaign, say: Say
+) -> None:
     """Put what a task brought into the store, and note it as done if it is."""
     status, reason, data = answer["status"], answer["reason"], answer["data"]
     identity = None

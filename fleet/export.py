@@ -7,6 +7,8 @@ import re
 import secrets
 import socket
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,24 @@ from ..autotune.publication import published
 from ..cache import codec, state
 from ..cache.errors import Missing, StateError, translate
 from ..cache.ledger import Ledger
+from ..errors import Refused, printable
 from . import bundle, schema
 from .places import Place
 
 NODE = "node"
 """The file in a state directory that keeps this node's id."""
+_LIMITS = {
+    "run": ("started", schema.MOST_FEW),
+    "environment": ("first_seen", schema.MOST_FEW),
+}
+"""Table -> the column of its time, and most rows; else ``at`` and `bundle.MOST_ROWS`."""
 _NODE = re.compile(r"[0-9a-f]{32}\n?")
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A bundle that was written, where to, and how many rows of each table it has."""
+    """A bundle that was written, where to, and how many rows of each table it has; `skipped` is
+    how many rows of a table are not in it for which reason."""
 
     path: str
     id: str
@@ -33,6 +42,15 @@ class Exported:
     bytes: int
     rows: dict[str, int]
     signed: bool
+    skipped: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTables:
+    """The rows a bundle carries, by table, and what had to be left out of it."""
+
+    rows: dict[str, list[dict[str, Any]]]
+    skipped: dict[str, dict[str, int]]
 
 
 def node_id(state_dir: Path) -> str:
@@ -69,33 +87,69 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def rows_of(state_dir: Path) -> dict[str, list[dict[str, Any]]]:
+def rows_of(state_dir: Path) -> NodeTables:
     """Every row a bundle carries, from ledger.db and choices.db.
 
     Left out are the command line of a run and the paths of files. Structured values too long for
-    a bundle are replaced by a note. Raises StateError.
+    a bundle are replaced by a note. A row that no store would take is left out, and so is what
+    speaks of it; the others go. Raises StateError.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
     with Ledger.open(state_dir, readonly=True) as ledger:
-        found["run"] = [_columns("run", row) for row in ledger.runs()]
-        found["environment"] = [_columns("environment", row) for row in ledger.environments()]
-        found["evidence"] = [_columns("evidence", row) for row in ledger.evidence()]
-        found["finding"] = [_columns("finding", row) for row in ledger.findings()]
-        found["timing"] = [_columns("timing", row) for row in ledger.timings()]
-        found["verdict"] = [_columns("verdict", row) for row in ledger.verdicts()]
+        found: dict[str, Sequence[Any]] = {
+            "run": ledger.runs(),
+            "environment": ledger.environments(),
+            "evidence": ledger.evidence(),
+            "finding": ledger.findings(),
+            "timing": ledger.timings(),
+            "verdict": ledger.verdicts(),
+        }
     try:
-        choices = published.load(state_dir).choices
+        found["choice"] = published.load(state_dir).choices
     except Missing:
-        choices = ()
-    found["choice"] = [_columns("choice", row) for row in choices]
-    return found
+        found["choice"] = ()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    skipped: dict[str, Counter[str]] = {}
+    for table in schema.TABLES:
+        flat, odd = _flat(table, found[table])
+        rows[table], unfit = schema.fitting(table, flat)
+        skipped[table] = odd + unfit + _newest(table, rows)
+    _drop_orphans(rows, skipped)
+    return NodeTables(rows, {table: dict(why) for table, why in skipped.items() if why})
 
 
-def _columns(table: str, row: Any) -> dict[str, Any]:
-    values = codec.columns(row)
-    return {
-        name: _fitted(values[name], kind.rstrip("?")) for name, kind in schema.TABLES[table].items()
-    }
+def _flat(table: str, found: Sequence[Any]) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows as a bundle has them, without those that hold what no bundle can."""
+    rows, odd = [], Counter[str]()
+    for row in found:
+        try:
+            values = codec.columns(row)
+        except (ValueError, TypeError) as error:
+            odd[f"{table}: {printable(error, 200)}"] += 1
+            continue
+        kinds = schema.TABLES[table].items()
+        rows.append({name: _fitted(values[name], kind.rstrip("?")) for name, kind in kinds})
+    return rows, odd
+
+
+def _newest(table: str, rows: dict[str, list[dict[str, Any]]]) -> Counter[str]:
+    """Keep as many rows of a table as a bundle may have, the newest."""
+    when, most = _LIMITS.get(table, ("at", bundle.MOST_ROWS))
+    over = len(rows[table]) - most
+    if over <= 0:
+        return Counter()
+    rows[table] = sorted(rows[table], key=lambda row: row.get(when) or 0.0)[over:]
+    return Counter({f"{table}: older than the {most} that a bundle has room for": over})
+
+
+def _drop_orphans(rows: dict[str, list[dict[str, Any]]], skipped: dict[str, Counter[str]]) -> None:
+    """Without what speaks of a run or an environment that is not there."""
+    runs = {row["id"] for row in rows["run"]}
+    prints = {row["fingerprint"] for row in rows["environment"]}
+    for table in ("evidence", "finding", "timing", "verdict"):
+        kept = [r for r in rows[table] if r["run"] in runs and r["fingerprint"] in prints]
+        if lost := len(rows[table]) - len(kept):
+            skipped[table][f"{table}: its run or environment is left out"] += lost
+        rows[table] = kept
 
 
 def _fitted(value: Any, kind: str) -> Any:
@@ -118,11 +172,20 @@ def export(
     Raises StateError for databases that cannot be read, Refused for a place that cannot be used.
     """
     where = state.directory(state_dir)
-    rows = rows_of(where)
+    tables = rows_of(where)
+    rows = tables.rows
     who = node or node_id(where)
     now = round(time.time(), 3)
     host = socket.gethostname() if hostname else None
     identity, data = bundle.pack(rows, who, now, host, key_file)
+    if not bundle.fits(data):
+        # Its tables for other tools are not what a store reads.
+        identity, data = bundle.pack(rows, who, now, host, key_file, parquet=False)
+    if not bundle.fits(data):
+        raise Refused(
+            f"what {where} holds makes a bundle that no store takes: more than "
+            f"{bundle.MOST_PACKED >> 20} MiB packed or {bundle.MOST_UNPACKED >> 20} MiB unpacked"
+        )
     target = Place(out)
     path: tuple[str, ...] = ()
     if out.endswith("/") or target.isdir():
@@ -132,4 +195,6 @@ def export(
     except OSError as error:
         raise translate(error, target.path(*path)) from error
     counts = {table: len(found) for table, found in rows.items()}
-    return Exported(target.path(*path), identity, who, len(data), counts, key_file is not None)
+    return Exported(
+        target.path(*path), identity, who, len(data), counts, key_file is not None, tables.skipped
+    )

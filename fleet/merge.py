@@ -16,12 +16,13 @@ from typing import Any
 
 from ..errors import Refused
 from ..machine.processes import die_with_parent
-from . import bundle, shard
+from . import bundle, opening, schema, shard
 from .places import Place
 from .signing import Trusted
 
 STORE = "store.json"
 VERSION = 1
+_MOST_STORE = 1 << 16
 CHUNK = 400
 """Bundles that one task checks and writes: what a shard holds unless its rows are many."""
 
@@ -43,6 +44,16 @@ class Merged:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Into:
+    """Where bundles go: a store, the bundles it has, and the keys one of which must have signed
+    what is added, if any must."""
+
+    store: str
+    have: frozenset[str] | set[str] = frozenset()
+    trusted: Sequence[Trusted] | None = None
+
+
 def merge(
     sources: Iterable[str],
     into: str,
@@ -61,7 +72,7 @@ def merge(
     have = set(shard.indexed(place)["bundle"])
     result = Merged(into)
     seen: set[str] = set()
-    for part in _parts(sources, into, have, trusted, jobs):
+    for part in _parts(sources, Into(into, have, trusted), jobs):
         for _, identity, rows in part["taken"]:
             if identity in seen or identity in have:
                 result.known += 1
@@ -80,8 +91,9 @@ def prepare(place: Place) -> None:
     try:
         if place.isfile(STORE):
             check_store(place)
+            _tidy(place)
             return
-        if place.isfile() or [n for n in place.names() if not n.startswith(".")]:
+        if place.isfile() or [n for n in place.names(all_kinds=True) if not n.startswith(".")]:
             if not place.isfile(STORE):
                 raise Refused(f"{place.url} is not a fleet store, and not empty")
             check_store(place)  # another merge has made it since
@@ -95,95 +107,97 @@ def prepare(place: Place) -> None:
 def check_store(place: Place) -> None:
     """Raises Refused where this is no fleet store, or a newer fp4tune's."""
     try:
-        found = json.loads(place.read(STORE))
+        found = json.loads(place.read(STORE, most=_MOST_STORE, links=True))
         version = found["schema"] if found["format"] == "fp4tune-fleet-store" else None
     except FileNotFoundError:
         raise Refused(f"{place.url} is not a fleet store: it has no {STORE}") from None
     except OSError as error:
         raise Refused(f"the store {place.url} cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         version = None
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise Refused(f"{place.url} is not a fleet store of schema {VERSION}")
 
 
-def _parts(
-    sources: Iterable[str],
-    into: str,
-    have: set[str],
-    trusted: Sequence[Trusted] | None,
-    jobs: int | None,
-) -> Iterator[dict[str, Any]]:
+def _tidy(place: Place) -> None:
+    for table in (*schema.TABLES, shard.INDEX):
+        for folder in ((table,), *((table, name) for name in place.folders(table))):
+            place.tidy(*folder)
+
+
+def _parts(sources: Iterable[str], into: Into, jobs: int | None) -> Iterator[dict[str, Any]]:
     """What each chunk of sources came to; in processes where there is work for several."""
     files = _files(sources)
     cores = len(os.sched_getaffinity(0)) if jobs is None else max(1, jobs)
     chunks = _chunks(files)
     first = next(chunks, [])
     # A file system in this process's memory is not there in another's.
-    alone = cores == 1 or len(first) < CHUNK or _in_memory(into) or any(map(_in_memory, first))
+    urls = (into.store, *(source.path for source in first))
+    alone = cores == 1 or len(first) < CHUNK or any(map(_in_memory, urls))
     if alone:
         for chunk in _before(first, chunks):
-            yield take(chunk, into, have, trusted)
+            yield take(chunk, into)
         return
     # Spawned, not forked: Arrow and fsspec have threads here.
     context = multiprocessing.get_context("spawn")
-    given = have, os.getpid()
-    with ProcessPoolExecutor(cores, mp_context=context, initializer=_start, initargs=given) as p:
+    start = (os.getpid(), into)
+    with ProcessPoolExecutor(cores, mp_context=context, initializer=_start, initargs=start) as p:
         waiting: set[Future[dict[str, Any]]] = set()
         for chunk in _before(first, chunks):
-            waiting.add(p.submit(_take, chunk, into, trusted))
+            waiting.add(p.submit(_take, chunk))
             if len(waiting) > 2 * cores:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         yield from (future.result() for future in waiting)
 
 
-def _before(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
+def _before(first: list[Source], rest: Iterator[list[Source]]) -> Iterator[list[Source]]:
     yield first
     yield from rest
 
 
-_have: set[str] = set()
+_into: list[Into] = []
+"""Where a worker process puts what it takes: one, set when it starts."""
 
 
-def _start(have: set[str], parent: int) -> None:
+def _start(parent: int, into: Into) -> None:
     die_with_parent(parent)
-    _have.update(have)
+    _into[:] = [into]
 
 
-def _take(chunk: Sequence[str], into: str, trusted: Sequence[Trusted] | None) -> dict[str, Any]:
-    return take(chunk, into, _have, trusted)
+def _take(chunk: Sequence[Source]) -> dict[str, Any]:
+    return take(chunk, _into[0])
 
 
-def take(
-    sources: Sequence[str],
-    into: str,
-    have: set[str],
-    trusted: Sequence[Trusted] | None = None,
-) -> dict[str, Any]:
+def take(sources: Sequence[Source], into: Into) -> dict[str, Any]:
     """Check these files and write what verifies. ``taken``: (source, id, rows) of each that is in
     the store now; ``refused``: (source, reason)."""
-    place = Place(into)
-    open_shard = shard.Shard(place)
+    open_shard = shard.Shard(Place(into.store))
     taken: list[tuple[str, str, int]] = []
     refused: list[tuple[str, str]] = []
     mine: set[str] = set()
     for source in sources:
         try:
-            data = _read(source)
-            if have and (identity := bundle.named(data)) in have and identity:
-                taken.append((source, identity, 0))
-                continue
-            found = bundle.unpack(data, trusted)
-            if found.id not in mine:
-                staged = shard.stage(found)
-                open_shard.add(found, staged)
-                mine.add(found.id)
-            taken.append((source, found.id, sum(found.rows.values())))
-        except bundle.Refusal as refusal:
-            refused.append((source, str(refusal)))
+            data = source.read()
+        except (opening.Irregular, bundle.Refusal) as error:
+            refused.append((source.path, str(error)))
+            continue
         except OSError as error:
-            refused.append((source, f"it cannot be read: {error.strerror or error}"))
+            refused.append((source.path, f"it cannot be read: {error.strerror or error}"))
+            continue
+        try:
+            if into.have and (identity := bundle.named(data)) in into.have and identity:
+                taken.append((source.path, identity, 0))
+                continue
+            found = bundle.unpack(data, into.trusted)
+            if found.id not in mine:
+                open_shard.add(found)
+                mine.add(found.id)
+            taken.append((source.path, found.id, sum(found.rows.values())))
+        except bundle.Refusal as refusal:
+            refused.append((source.path, str(refusal)))
+        except OSError as error:
+            raise _unwritten(open_shard.place, error) from None
         if open_shard.full:
             _close(open_shard)
     _close(open_shard)
@@ -194,7 +208,11 @@ def _close(open_shard: shard.Shard) -> None:
     try:
         open_shard.close()
     except OSError as error:
-        raise Refused(f"the store {open_shard.place.url} cannot be written: {error}") from None
+        raise _unwritten(open_shard.place, error) from None
+
+
+def _unwritten(place: Place, error: OSError) -> Refused:
+    return Refused(f"the store {place.url} cannot be written: {error}")
 
 
 def add(data: bytes, into: str, trusted: Sequence[Trusted] | None = None) -> str:
@@ -202,59 +220,69 @@ def add(data: bytes, into: str, trusted: Sequence[Trusted] | None = None) -> str
     place = Place(into)
     prepare(place)
     found = bundle.unpack(data, trusted)
-    staged = shard.stage(found)
+    open_shard = shard.Shard(place)
+    try:
+        open_shard.add(found)
+    except OSError as error:
+        raise _unwritten(place, error) from None
     if found.id not in set(shard.indexed(place)["bundle"]):
-        open_shard = shard.Shard(place)
-        open_shard.add(found, staged)
         _close(open_shard)
     return found.id
 
 
-def _read(source: str) -> bytes:
-    if "://" not in source:
-        with open(source, "rb") as file:
-            if os.fstat(file.fileno()).st_size > bundle.MOST_PACKED:
-                raise bundle.Refusal(f"it has more than {bundle.MOST_PACKED} bytes")
-            return file.read(bundle.MOST_PACKED + 1)
-    place = Place(source)
-    if place.size() > bundle.MOST_PACKED:
-        raise bundle.Refusal(f"it has more than {bundle.MOST_PACKED} bytes")
-    return place.read()
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that may be a bundle. `named`: by whoever asked for the merge, who may mean a link;
+    what merely lies in a folder may be one of anybody's."""
+
+    path: str
+    named: bool
+
+    def read(self) -> bytes:
+        """Raises Irregular, and OSError."""
+        if "://" not in self.path:
+            return opening.whole(self.path, bundle.MOST_PACKED, self.named)
+        return Place(self.path).read(most=bundle.MOST_PACKED, links=self.named)
 
 
-def _files(sources: Iterable[str]) -> Iterator[str]:
+def _files(sources: Iterable[str]) -> Iterator[Source]:
     """The files that `sources` name; a folder stands for every bundle directly in it."""
     for source in sources:
         if "://" not in source:
             if not os.path.isdir(source):
-                if not os.path.exists(source):
+                if not os.path.lexists(source):
                     raise Refused(f"there is no {source}")
-                yield source
+                yield Source(source, True)
                 continue
-            names = sorted(os.listdir(source))
-            yield from (os.path.join(source, n) for n in names if n.endswith(bundle.SUFFIX))
+            try:
+                names = sorted(os.listdir(source))
+            except OSError as error:
+                raise Refused(f"{source} cannot be read: {error.strerror}") from None
+            for name in names:
+                if name.endswith(bundle.SUFFIX):
+                    yield Source(os.path.join(source, name), False)
             continue
         place = Place(source)
         try:
             if not place.isdir():
-                yield source
+                yield Source(source, True)
                 continue
-            names = place.names()
+            names = place.names(all_kinds=True)
         except OSError as error:
             raise Refused(f"{source} cannot be read: {error}") from None
         for name in names:
             if name.endswith(bundle.SUFFIX):
-                yield place.fs.unstrip_protocol(place.path(name))
+                yield Source(place.fs.unstrip_protocol(place.path(name)), False)
 
 
 def _in_memory(url: str) -> bool:
     return url.startswith("memory:")
 
 
-def _chunks(files: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for name in files:
-        chunk.append(name)
+def _chunks(files: Iterable[Source]) -> Iterator[list[Source]]:
+    chunk: list[Source] = []
+    for source in files:
+        chunk.append(source)
         if len(chunk) == CHUNK:
             yield chunk
             chunk = []

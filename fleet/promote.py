@@ -19,7 +19,6 @@ from .places import Place
 from .warehouse import Warehouse
 
 FOLDER = "events"
-STAGES = ("candidate", "canary", "promoted", "rolled back")
 LEAST_SUPPORT = 2
 """Nodes that must have proven a choice for the fleet to hand it on."""
 MOST_CHANGED = 0.10
@@ -37,12 +36,18 @@ _KEY = ("arch", "gpu", "profile", *_BUCKET.split(", "))
 
 
 def events(place: Place) -> list[dict[str, Any]]:
-    """What happened, oldest first."""
+    """What happened, oldest first. Raises Refused for a file that is none of `record`'s."""
     found = []
     for name in place.names(FOLDER):
         if name.endswith(".json") and not name.startswith("."):
-            event = json.loads(place.read(FOLDER, name))
-            found.append((event["at"], name, event))
+            try:
+                event = json.loads(place.read(FOLDER, name))
+                found.append((float(event["at"]), name, event))
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                where = place.path(FOLDER, name)
+                raise Refused(
+                    f"{where} is not an event of a fleet; remove it, or mend it"
+                ) from None
     return [event for _, _, event in sorted(found, key=lambda e: e[:2])]
 
 

@@ -79,7 +79,7 @@ FROM said GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class ExplainedSeries:
     """One (cohort, regime, data) and what explains its failures."""
 
     cohort: dict[str, Any]
@@ -157,16 +157,16 @@ def cohorts(warehouse: Warehouse, confidence: float) -> list[dict[str, Any]]:
     return list(out.values())
 
 
-def attributed(warehouse: Warehouse) -> list[Series]:
+def attributed(warehouse: Warehouse) -> list[ExplainedSeries]:
     """Every series with a failure, explained."""
-    warehouse.db.execute(_DEVICES)
+    warehouse.run(_DEVICES)
     key = (*COHORT, "regime", "data")
-    failing: dict[tuple[Any, ...], list[attribution.Device]] = {}
+    failing: dict[tuple[Any, ...], list[attribution.Trials]] = {}
     for row in warehouse.rows(
         f"SELECT * FROM counted WHERE failures > 0 ORDER BY {', '.join(key)}"
     ):
-        device = attribution.Device(row["device"], row["node"], row["failures"], row["trials"])
-        failing.setdefault(tuple(row[name] for name in key), []).append(device)
+        trials = attribution.Trials(row["device"], row["node"], row["failures"], row["trials"])
+        failing.setdefault(tuple(row[name] for name in key), []).append(trials)
     if not failing:
         return []
     clean: dict[tuple[Any, ...], dict[int, int]] = {}
@@ -196,16 +196,16 @@ def attributed(warehouse: Warehouse) -> list[Series]:
 
 
 def _series(
-    place: Sequence[Any], devices: Sequence[attribution.Device], clean: Mapping[int, int]
-) -> Series:
+    place: Sequence[Any], devices: Sequence[attribution.Trials], clean: Mapping[int, int]
+) -> ExplainedSeries:
     found = attribution.attribute(devices, clean)
     cohort = dict(zip(COHORT, place[: len(COHORT)], strict=True))
-    return Series(cohort, place[-2], place[-1], len(devices) + sum(clean.values()), found)
+    return ExplainedSeries(cohort, place[-2], place[-1], len(devices) + sum(clean.values()), found)
 
 
-def suspect_gpus(series: Sequence[Series]) -> list[dict[str, Any]]:
+def suspect_gpus(series: Sequence[ExplainedSeries]) -> list[dict[str, Any]]:
     """GPUs that fail by themselves: in one series clearly, or in several together."""
-    by_device: dict[str, list[tuple[Series, attribution.Blame]]] = {}
+    by_device: dict[str, list[tuple[ExplainedSeries, attribution.Blame]]] = {}
     for each in series:
         for blame in each.found.blames:
             by_device.setdefault(blame.device.device, []).append((each, blame))
@@ -241,7 +241,7 @@ def suspect_gpus(series: Sequence[Series]) -> list[dict[str, Any]]:
     return sorted(out, key=lambda row: (row["node"], row["device"]))
 
 
-def suspect_builds(series: Sequence[Series]) -> list[dict[str, Any]]:
+def suspect_builds(series: Sequence[ExplainedSeries]) -> list[dict[str, Any]]:
     """Cohorts whose build fails on all GPUs alike, with the series that say so."""
     out: dict[tuple[Any, ...], dict[str, Any]] = {}
     for each in series:
@@ -253,7 +253,7 @@ def suspect_builds(series: Sequence[Series]) -> list[dict[str, Any]]:
     return list(out.values())
 
 
-def undetermined(series: Sequence[Series], suspects: set[str]) -> list[dict[str, Any]]:
+def undetermined(series: Sequence[ExplainedSeries], suspects: set[str]) -> list[dict[str, Any]]:
     """Series with failures that neither a GPU nor the build clearly explains."""
     out = []
     for each in series:
@@ -268,7 +268,7 @@ def undetermined(series: Sequence[Series], suspects: set[str]) -> list[dict[str,
     return out
 
 
-def _seen(each: Series) -> dict[str, Any]:
+def _seen(each: ExplainedSeries) -> dict[str, Any]:
     rest = each.found.rest
     return {
         "regime": each.regime,
@@ -300,80 +300,3 @@ def slow_gpus(warehouse: Warehouse) -> list[dict[str, Any]]:
 
 def _short(key: Sequence[Any]) -> str:
     return "\t".join("" if part is None else str(part) for part in key)
-
-
-def text(found: Mapping[str, Any]) -> list[str]:
-    """The report in lines."""
-    lines = [f"{found['bundles']} bundles of {found['nodes']} nodes"]
-    for cohort in found["cohorts"]:
-        code = f", code {cohort['code'][:12]}" if cohort["code"] else ""
-        lines.append("")
-        lines.append(
-            f"{cohort['gpu']} ({cohort['arch']}), {cohort['backend']}, environment "
-            f"{cohort['fingerprint'][:12]}{code}"
-        )
-        failing = [e for e in cohort["evidence"] if e["nodes_failing"]]
-        clean = [e for e in cohort["evidence"] if not e["nodes_failing"]]
-        for e in failing:
-            rate = e["rate_within_failing_nodes"]
-            lines.append(
-                f"  {e['regime']} / {e['data']}: {e['nodes_failing']} of {e['nodes']} nodes fail "
-                f"({e['share']['low']:.2%} to {e['share']['high']:.2%}); in those "
-                f"{rate['least']:.2g} to {rate['most']:.2g} of launches, median "
-                f"{rate['median']:.2g}"
-            )
-        if clean:
-            worst = max(clean, key=lambda e: e["share"]["upper"])
-            lines.append(
-                f"  {len(clean)} others: 0 of {worst['nodes']} nodes fail, so below "
-                f"{worst['share']['upper']:.2g} of nodes; a node's launches bound its own rate "
-                f"below {max(e['rate_within_clean_nodes']['upper'] for e in clean):.2g}"
-            )
-    lines += _section("Suspect builds", found["suspect_builds"], _build_line)
-    lines += _section("Suspect GPUs", found["suspect_gpus"], _gpu_line)
-    lines += _section("Undetermined", found["undetermined"], _open_line)
-    lines += _section("Slow GPUs", found["slow_gpus"], _slow_line)
-    lines += _section("Disagreements", found["disagreements"], _disagreement_line)
-    return lines
-
-
-def _section(title: str, rows: Sequence[Mapping[str, Any]], line: Any) -> list[str]:
-    if not rows:
-        return []
-    more = [f"  and {len(rows) - 50} more; --json has all"] if len(rows) > 50 else []
-    return ["", title, *(f"  {line(row)}" for row in rows[:50]), *more]
-
-
-def _build_line(row: Mapping[str, Any]) -> str:
-    seen = "; ".join(f"{s['regime']} / {s['data']} on {s['gpus_failing']} of {s['gpus']} GPUs"
-                     for s in row["seen"])  # fmt: skip
-    return f"{row['backend']} {row['fingerprint'][:12]} on {row['gpu']}: {seen}"
-
-
-def _gpu_line(row: Mapping[str, Any]) -> str:
-    seen = "; ".join(
-        f"{s['backend']} {s['regime']}: {s['failures']} of {s['trials']} problems, alone among "
-        f"{s['gpus']} GPUs"
-        for s in row["seen"][:3]
-    )
-    return f"{row['device']} of node {row['node'][:12]} (odds {row['odds']:.2g}): {seen}"
-
-
-def _open_line(row: Mapping[str, Any]) -> str:
-    return (
-        f"{row['backend']} {row['fingerprint'][:12]} {row['regime']} / {row['data']}: "
-        f"{row['gpus_failing']} of {row['gpus']} GPUs fail"
-    )
-
-
-def _slow_line(row: Mapping[str, Any]) -> str:
-    return (
-        f"{row['device']} of node {row['node'][:12]}: {row['factor']:.3f} times the median of its "
-        f"cohort with {row['backend']}, z {row['z']:g}, {row['buckets']} buckets"
-    )
-
-
-def _disagreement_line(row: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{c['backend']} on {c['nodes']}" for c in row["choices"])
-    where = f"m={row['m_lo']}-{row['m_hi']} n={row['n']} k={row['k']}"
-    return f"{row['gpu']} {row['profile']} {where}: {said}"

@@ -7,6 +7,8 @@ executed, imported or unpickled; a row that does not fit is a reason to refuse i
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,10 @@ TEXT = 4096
 JSON = 1 << 16
 """Most characters of a structured value."""
 _WHOLE = 1 << 62
+MOST_FEW = 20_000
+"""Most runs, and most environments, of one node: what looks them up holds them all."""
+ARCH = re.compile(r"[A-Za-z0-9_.]{1,40}")
+"""An architecture's name: a store has folders that are called so."""
 
 _BUCKET = {
     name: ("name" if name in ("format", "activation", "out_dtype") else "int") for name in BUCKET
@@ -44,13 +50,13 @@ TABLES: dict[str, dict[str, str]] = {
         "seed": "number",
         "level": "name",
         "profile": "name",
-        "device": "json",
+        "device": "device",
         "versions": "json",
     },
     "environment": {
         "fingerprint": "digest",
         "backend": "name",
-        "arch": "name",
+        "arch": "arch",
         "facts": "json",
         "first_seen": "real?",
     },
@@ -98,7 +104,7 @@ TABLES: dict[str, dict[str, str]] = {
         "at": "real",
     },
     "choice": {
-        "arch": "name",
+        "arch": "arch",
         "gpu": "text",
         "profile": "name",
         **_BUCKET,
@@ -149,6 +155,24 @@ def columns_of(table: str, rows: Sequence[Any]) -> dict[str, list[Any]]:
     return out
 
 
+def fitting(table: str, rows: Sequence[Any]) -> tuple[list[Any], Counter[str]]:
+    """Those rows that fit, and how often the others do not for which reason."""
+    reasons: Counter[str] = Counter()
+    try:
+        columns_of(table, rows)
+        return list(rows), reasons
+    except Unfit:
+        pass
+    kept = []
+    for row in rows:
+        try:
+            columns_of(table, [row])
+            kept.append(row)
+        except Unfit as error:
+            reasons[str(error)] += 1
+    return kept, reasons
+
+
 def _check(kind: str, values: list[Any], where: str) -> None:
     if kind[-1] == "?":
         kind = kind[:-1]
@@ -185,6 +209,11 @@ def _name(kind: str, value: str, where: str) -> None:
         raise Unfit(f"{where}: {shown(value)} is not a name")
 
 
+def _arch(kind: str, value: str, where: str) -> None:
+    if not ARCH.fullmatch(value):
+        raise Unfit(f"{where}: {shown(value)} is not an architecture")
+
+
 def _digest(kind: str, value: str, where: str) -> None:
     if len(value) != 64 or not _HEX.issuperset(value):
         raise Unfit(f"{where}: {shown(value)} is not a SHA-256")
@@ -198,15 +227,34 @@ def _number(kind: str, value: str, where: str) -> None:
 def _json(kind: str, value: str, where: str) -> None:
     if len(value) > JSON:
         raise Unfit(f"{where}: longer than {JSON} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Unfit(f"{where}: half a character") from None
     parsed(value, where)
+
+
+def _device(kind: str, value: str, where: str) -> None:
+    _json(kind, value, where)
+    device = parsed(value, where)
+    if type(device) is not dict:
+        raise Unfit(f"{where}: not an object")
+    for name in ("uuid", "name", "gpu"):
+        text = device.get(name)
+        if text is not None and not (
+            isinstance(text, str) and len(text) <= 200 and text.isprintable()
+        ):
+            raise Unfit(f"{where}: its {name} is not a short text")
 
 
 _FITS: Mapping[str, Callable[[str, str, str], None]] = {
     "text": _text,
     "name": _name,
+    "arch": _arch,
     "digest": _digest,
     "number": _number,
     "json": _json,
+    "device": _device,
 }
 
 
@@ -227,7 +275,8 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 def shown(value: object, most: int = 60) -> str:
     """A stranger's value in a sentence: short, and nothing a terminal would obey."""
-    text = repr(value)
+    plain = value is None or isinstance(value, (str, int, float))
+    text = repr(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= most else text[:most] + "..."
 
 
@@ -241,9 +290,11 @@ def json_schema() -> dict[str, Any]:
         "real": {"type": "number", "minimum": 0, "maximum": _WHOLE},
         "text": {"type": "string", "maxLength": TEXT},
         "name": {"type": "string", "minLength": 1, "maxLength": 200},
+        "arch": {"type": "string", "pattern": f"^{ARCH.pattern}$"},
         "digest": digest,
         "number": {"type": "string", "pattern": "^[0-9]{1,24}$"},
         "json": {"type": "string", "maxLength": JSON, "contentMediaType": "application/json"},
+        "device": {"type": "string", "maxLength": JSON, "contentMediaType": "application/json"},
         **{kind: {"type": "string", "enum": sorted(words)} for kind, words in WORDS.items()},
     }
 

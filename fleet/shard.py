@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from . import schema
 from .bundle import Bundle, Refusal, arrow_schema
 from .extras import need
+from .pile import Pile
 from .places import Place
 
 INDEX = "bundle"
 ROWS = 400_000
-"""Rows after which a shard is closed."""
-_BATCH = 20_000
-_ARCH = re.compile(r"[A-Za-z0-9_.]{1,40}")
+BYTES = 96 << 20
+"""Rows, and bytes of them, after which a shard is closed."""
+_GROUP_ROWS = 50_000
+_GROUP_BYTES = 8 << 20
+"""Rows, and bytes of them, that are written to a file together."""
 
 _ORIGIN = {"bundle": "string", "node": "string"}
 _DEVICE = {**_ORIGIN, "device": "string", "gpu": "string", "code": "string"}
@@ -56,36 +58,34 @@ INDEXED = {
 }
 
 Columns = dict[str, list[Any]]
-Staged = list[tuple[str, str, Columns]]
+Staged = Iterator[tuple[str, str, Columns]]
+_JUDGED = ("evidence", "finding", "timing", "verdict")
 
 
-def stage(bundle: Bundle) -> Staged:
-    """A bundle's rows, checked and told where they come from: (table, arch, columns) each.
+def staged(bundle: Bundle) -> Staged:
+    """A bundle's rows, checked and told where they come from: (table, arch, columns), piece by
+    piece. They count only if all of them come.
 
     Raises Refusal for rows that do not fit, or that name a run or environment it does not have.
     """
     environments: dict[str, tuple[str, str | None]] = {}
-    runs: dict[str, tuple[str, str]] = {}
-    out: Staged = []
-    counts: dict[str, int] = {}
     for piece in bundle.pieces("environment"):
         for print_, arch, facts in zip(
             piece["fingerprint"], piece["arch"], piece["facts"], strict=True
         ):
-            if not _ARCH.fullmatch(arch):
-                raise Refusal(f"environment.arch: {schema.shown(arch)} is not an architecture")
             environments[print_] = arch, _code(facts)
+        if len(environments) > schema.MOST_FEW:
+            raise Refusal(f"it has more than {schema.MOST_FEW} environments")
         piece["code"] = [environments[print_][1] for print_ in piece["fingerprint"]]
-        out += _by_arch("environment", piece, piece["arch"], bundle)
+        yield from _by_arch("environment", piece, piece["arch"], bundle)
+    runs: dict[str, tuple[str, str]] = {}
     for piece in bundle.pieces("run"):
-        piece["device_id"], piece["gpu"] = [], []
         for run, device in zip(piece["id"], piece["device"], strict=True):
-            found = _device(device, bundle.node)
-            runs[run] = found
-            piece["device_id"].append(found[0])
-            piece["gpu"].append(found[1])
-        out.append(("run", "", _told(piece, bundle)))
-    for table in ("evidence", "finding", "timing", "verdict"):
+            runs[run] = _device(device, bundle.node)
+        if len(runs) > schema.MOST_FEW:
+            raise Refusal(f"it has more than {schema.MOST_FEW} runs")
+    counts = dict.fromkeys(runs, 0)
+    for table in _JUDGED:
         for piece in bundle.pieces(table):
             try:
                 devices = [runs[run] for run in piece["run"]]
@@ -95,39 +95,35 @@ def stage(bundle: Bundle) -> Staged:
                     f"{table}: {schema.shown(error.args[0])} is no run or environment of it"
                 ) from None
             for run in piece["run"]:
-                counts[run] = counts.get(run, 0) + 1
+                counts[run] += 1
             piece["device"] = [device for device, _ in devices]
             piece["gpu"] = [gpu for _, gpu in devices]
             piece["code"] = [code for _, code in places]
             if table == "evidence":
                 _failures(piece)
-            out += _by_arch(table, piece, [arch for arch, _ in places], bundle)
+            yield from _by_arch(table, piece, [arch for arch, _ in places], bundle)
+    # Once more, now that the rows of each are known: there are few of them.
+    for piece in bundle.pieces("run"):
+        piece["device_id"] = [runs[run][0] for run in piece["id"]]
+        piece["gpu"] = [runs[run][1] for run in piece["id"]]
+        piece["rows"] = [counts[run] for run in piece["id"]]
+        yield "run", "", _told(piece, bundle)
     for piece in bundle.pieces("choice"):
-        if bad := [arch for arch in set(piece["arch"]) if not _ARCH.fullmatch(arch)]:
-            raise Refusal(f"choice.arch: {schema.shown(bad[0])} is not an architecture")
-        out += _by_arch("choice", piece, piece["arch"], bundle)
-    for table, _, columns in out:
-        if table == "run":
-            columns["rows"] = [counts.get(run, 0) for run in columns["id"]]
-    return out
+        yield from _by_arch("choice", piece, piece["arch"], bundle)
 
 
 def _by_arch(table: str, piece: Columns, archs: list[str], bundle: Bundle) -> Staged:
     told = _told(piece, bundle)
     kinds = set(archs)
     if len(kinds) == 1:
-        return [(table, archs[0], told)]
-    return [
-        (
-            table,
-            kind,
-            {
-                name: [v for v, arch in zip(values, archs, strict=True) if arch == kind]
-                for name, values in told.items()
-            },
-        )
-        for kind in sorted(kinds)
-    ]
+        yield table, archs[0], told
+        return
+    for kind in sorted(kinds):
+        part = {
+            name: [v for v, arch in zip(values, archs, strict=True) if arch == kind]
+            for name, values in told.items()
+        }
+        yield table, kind, part
 
 
 def _told(piece: Columns, bundle: Bundle) -> Columns:
@@ -138,15 +134,7 @@ def _told(piece: Columns, bundle: Bundle) -> Columns:
 def _device(text: str, node: str) -> tuple[str, str]:
     """(the GPU's UUID, or the node for what has none; the model)."""
     device = schema.parsed(text, "run.device")
-    if type(device) is not dict:
-        raise Refusal("run.device: not an object")
-    uuid, name = device.get("uuid"), device.get("name") or device.get("gpu")
-    for value in (uuid, name):
-        if value is not None and not (
-            isinstance(value, str) and len(value) <= 200 and value.isprintable()
-        ):
-            raise Refusal("run.device: its name or uuid is not a short text")
-    return uuid or f"cpu-{node}", name or "unknown"
+    return device.get("uuid") or f"cpu-{node}", device.get("name") or device.get("gpu") or "unknown"
 
 
 def _code(facts: str) -> str | None:
@@ -189,28 +177,35 @@ def table_schema(table: str) -> Any:
 
 
 class Shard:
-    """Bundles on their way into a store. `add` as many as fit, then `close`."""
+    """Bundles on their way into a store. `add` as many as fit, then `close`.
+
+    Rows wait in a `Pile`, most of it on the disk, and are written from there a little at a time.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.rows = 0
         self._pa = need("pyarrow")
         self._index: list[dict[str, Any]] = []
-        self._buffers: dict[tuple[str, str], Columns] = {}
-        self._tables: dict[tuple[str, str], list[Any]] = {}
+        self._pile = Pile()
+        self._schemas = {
+            table: (made := table_schema(table)).remove(made.get_field_index("shard"))
+            for table in schema.TABLES
+        }
 
     @property
     def full(self) -> bool:
-        return self.rows >= ROWS
+        return self.rows >= ROWS or self._pile.bytes >= BYTES
 
-    def add(self, bundle: Bundle, staged: Staged) -> None:
-        """Take a bundle whose rows were staged."""
-        for table, arch, columns in staged:
-            buffer = self._buffers.setdefault((table, arch), {})
-            for name, values in columns.items():
-                buffer.setdefault(name, []).extend(values)
-            if len(buffer["bundle"]) >= _BATCH:
-                self._settle(table, arch)
+    def add(self, bundle: Bundle) -> None:
+        """Take a bundle, whole or not at all. Raises Refusal, and OSError."""
+        mark = self._pile.mark()
+        try:
+            for table, arch, columns in staged(bundle):
+                self._pile.put((table, arch), self._batch(table, columns))
+        except BaseException:
+            self._pile.back_to(mark)
+            raise
         rows = sum(bundle.rows.values())
         self.rows += rows
         self._index.append(
@@ -226,48 +221,56 @@ class Shard:
             }
         )
 
-    def _settle(self, table: str, arch: str) -> None:
-        """Python's values to Arrow's, which take a tenth of the memory."""
-        buffer = self._buffers.pop((table, arch))
-        wanted = table_schema(table)
-        count = len(buffer["bundle"])
-        arrays = [
-            self._pa.array(buffer[f.name], f.type)
-            if f.name in buffer
-            else self._pa.nulls(count, f.type)
-            for f in wanted
-        ]
-        made = self._pa.table(arrays, schema=wanted)
-        self._tables.setdefault((table, arch), []).append(made)
+    def _batch(self, table: str, columns: Columns) -> Any:
+        wanted = self._schemas[table]
+        arrays = [self._pa.array(columns[field.name], field.type) for field in wanted]
+        return self._pa.RecordBatch.from_arrays(arrays, schema=wanted)
 
     def close(self) -> str | None:
         """Write everything, the index last; returns the shard's name. Raises OSError."""
         if not self._index:
             return None
-        for table, arch in list(self._buffers):
-            self._settle(table, arch)
         ids = sorted(row["bundle"] for row in self._index)
         name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:24]
-        for (table, arch), parts in self._tables.items():
-            made = self._pa.concat_tables(parts)
-            at = made.schema.get_field_index("shard")
-            column = self._pa.repeat(self._pa.scalar(name), made.num_rows)
-            made = made.set_column(at, "shard", column)
+        for table, arch in self._pile.filled():
             folder = (table, f"arch={arch}") if arch else (table,)
-            self._write(made, *folder, f"{name}.parquet")
-        schema_ = self._pa.schema(
-            [(column, getattr(self._pa, kind)()) for column, kind in INDEXED.items()]
-        )
+            self._write(self._groups(table, arch, name), *folder, f"{name}.parquet")
         rows = [{**row, "shard": name} for row in self._index]
-        self._write(self._pa.Table.from_pylist(rows, schema_), INDEX, f"{name}.parquet")
-        self._index, self._tables, self.rows = [], {}, 0
+        index = self._pa.schema([(n, getattr(self._pa, kind)()) for n, kind in INDEXED.items()])
+        made = self._pa.Table.from_pylist(rows, index)
+        self._write(iter([made]), INDEX, f"{name}.parquet")
+        self._index, self.rows = [], 0
+        self._pile.close()
+        self._pile = Pile()
         return name
 
-    def _write(self, table: Any, *names: str) -> None:
+    def _groups(self, table: str, arch: str, shard: str) -> Iterator[Any]:
+        """A table's rows, as many at a time as are written together."""
+        waiting: list[Any] = []
+        for batch in self._pile.batches((table, arch), self._schemas[table]):
+            waiting.append(batch)
+            rows, size = sum(b.num_rows for b in waiting), sum(b.nbytes for b in waiting)
+            if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
+                yield self._named(waiting, shard)
+                waiting = []
+        if waiting:
+            yield self._named(waiting, shard)
+
+    def _named(self, batches: list[Any], shard: str) -> Any:
+        made = self._pa.Table.from_batches(batches).combine_chunks()
+        column = self._pa.repeat(self._pa.scalar(shard), made.num_rows)
+        return made.append_column("shard", column)
+
+    def _write(self, groups: Iterator[Any], *names: str) -> None:
         pq = need("pyarrow.parquet")
-        out = io.BytesIO()
-        pq.write_table(table, out, compression="zstd", row_group_size=100_000)
-        self.place.write(out.getbuffer().tobytes(), *names)
+        first = next(groups)
+        with (
+            self.place.writing(*names) as file,
+            pq.ParquetWriter(file, first.schema, compression="zstd") as writer,
+        ):
+            writer.write_table(first)
+            for group in groups:
+                writer.write_table(group)
 
 
 def indexed(place: Place, columns: Iterable[str] = ("bundle",)) -> Mapping[str, list[Any]]:

@@ -26,7 +26,7 @@ _LEAST_SCALE = 0.003
 
 
 @dataclass(frozen=True, slots=True)
-class Slow:
+class SlowGpu:
     """One GPU in one cohort. `factor` is its time over the cohort's median."""
 
     cohort: str
@@ -39,7 +39,7 @@ class Slow:
 
 def outliers(
     slowness: Mapping[str, Sequence[tuple[str, str, float, int]]], alpha: float = ALPHA
-) -> list[Slow]:
+) -> list[SlowGpu]:
     """The slow ones; `slowness` is cohort -> (device, node, d, buckets) of each GPU."""
     cohorts = {name: rows for name, rows in slowness.items() if len(rows) >= LEAST_GPUS}
     tests = sum(len(rows) for rows in cohorts.values())
@@ -52,11 +52,13 @@ def outliers(
     )
 
 
-def _of(cohort: str, rows: Iterable[tuple[str, str, float, int]], limit: float) -> Iterable[Slow]:
+def _of(
+    cohort: str, rows: Iterable[tuple[str, str, float, int]], limit: float
+) -> Iterable[SlowGpu]:
     rows = list(rows)
     centre = median(d for _, _, d, _ in rows)
     scale = max(_LEAST_SCALE, 1.4826 * median(abs(d - centre) for _, _, d, _ in rows))
     for device, node, d, buckets in rows:
         z, factor = (d - centre) / scale, exp(d - centre)
         if z > limit and factor >= 1 + LEAST_EFFECT:
-            yield Slow(cohort, device, node, round(factor, 4), round(z, 1), buckets)
+            yield SlowGpu(cohort, device, node, round(factor, 4), round(z, 1), buckets)

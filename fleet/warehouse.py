@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import Refused
-from . import merge, shard
+from . import merge, schema, shard
 from .extras import need
 from .places import Place
 
 MEMORY = "1GB"
 """What DuckDB may take; beyond, it spills to a temporary folder."""
 FACTS = ("evidence", "finding", "timing", "verdict")
-_ARCH = re.compile(r"arch=([A-Za-z0-9_.]{1,40})")
+_ARCH = re.compile(f"arch={schema.ARCH.pattern}")
 
 
 class Warehouse:
@@ -45,9 +47,9 @@ class Warehouse:
             self.db.register_filesystem(self.place.fs)
         try:
             self._views()
-        except duckdb.Error as error:
+        except (duckdb.Error, OSError) as error:
             self.close()
-            raise Refused(f"the store {url} cannot be read: {_first_line(error)}") from None
+            raise self._unreadable(error) from None
         except BaseException:
             self.close()
             raise
@@ -62,10 +64,27 @@ class Warehouse:
         self.db.close()
 
     def rows(self, query: str, *values: Any) -> list[dict[str, Any]]:
-        """The answer to a query, a dictionary a row."""
-        cursor = self.db.execute(query, list(values))
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        """The answer to a query, a dictionary a row. Raises Refused where a file of the store is
+        not what this program wrote."""
+        with self._readable():
+            cursor = self.db.execute(query, list(values))
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def run(self, statement: str) -> None:
+        """A statement without an answer. Raises Refused, as `rows` does."""
+        with self._readable():
+            self.db.execute(statement)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (need("duckdb").Error, OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> Refused:
+        return Refused(f"the store {self.place.url} cannot be read: {_first_line(error)}")
 
     def bundles(self) -> list[str]:
         """The ids of all bundles, sorted."""
@@ -143,12 +162,7 @@ class Warehouse:
         )
 
     def _folders(self, table: str) -> list[str]:
-        try:
-            found = self.place.fs.ls(self.place.path(table), detail=True)
-        except FileNotFoundError:
-            return []
-        names = (f["name"].rstrip("/").rpartition("/")[2] for f in found)
-        return sorted(name for name in names if _ARCH.fullmatch(name))
+        return [name for name in self.place.folders(table) if _ARCH.fullmatch(name)]
 
     def _paths(self, folder: tuple[str, ...], names: list[str]) -> list[str]:
         paths = [self.place.path(*folder, n) for n in names if n.endswith(".parquet")]

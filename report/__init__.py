@@ -1,5 +1,1 @@
-"""A page to look at: what a node or a fleet knows, as one HTML file that needs nothing else.
-
-`node` and `fleet` gather, `sections`, `findings`, `heatmap`, `chart`, `tiles` and `changes` draw,
-and `page` puts it together. Every string from a database or a bundle goes through `markup`.
-"""
+"""What people see, on a terminal, as a page and as JSON. Reads rows and decides nothing."""

@@ -154,6 +154,16 @@ def rows(
     return found
 
 
+def content(members: dict[str, bytes]) -> str:
+    """The content hash of these members, made as docs/fleet.md says and not by the program."""
+    lines = [
+        f"{name.removesuffix('.ndjson')} {hashlib.sha256(members[name]).hexdigest()}\n"
+        for name in sorted(members)
+        if name.endswith(".ndjson")
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def put(folder: Path, number: int, created: float = 1e9, key: Path | None = None, **other) -> Path:
     """Write one node's bundle; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)

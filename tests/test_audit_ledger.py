@@ -99,7 +99,7 @@ def test_a_module_that_fails_the_audit_is_unsafe_whatever_its_runs_showed(
     (said,) = {f.detail["message"] for f in mine(report.findings)}
     assert "never wait" in said
     assert {c.backend for c in report.choices} == {"torch-dequant"}
-    (row,) = documents.report_json(report)["audits"]
+    (row,) = documents.probe_json(report)["audits"]
     assert row["verdict"] == "flagged"
 
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import build, registry, tactics
+from fp4tune.probes.backends import DEFAULT_TACTIC, build, registry, tactics
 from fp4tune.probes.backends.torch.compiled import TorchCompile
 from fp4tune.probes.backends.torch.dequant import (
     Decoder,
@@ -439,3 +440,36 @@ def test_on_a_gpu_sums_are_fp32_and_rounded_once(name, alpha, out_dtype, format_
                 graph.replay()
                 torch.cuda.synchronize()
                 assert torch.equal(out.cpu(), want)
+
+
+def test_a_plugin_with_a_name_that_is_none_is_left_out_and_told(tmp_path, monkeypatch):
+    evil = "ev\x1b[31mil"
+    install(tmp_path, "plugin_of_a_stranger", GOOD, {evil: "plugin_of_a_stranger:Mine"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert evil not in registry.names()
+    loaded, broken = registry.load_all()
+    assert evil not in loaded and ascii(evil) in [b.name for b in broken]
+    assert "letters" in {b.name: b.reason for b in broken}[ascii(evil)]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\nb", "\u202ea", "x" * 129, "-x", "<b>", "a/b"])
+def test_a_backend_with_a_name_that_is_none_is_not_one(name):
+    with pytest.raises(registry.BadBackend, match="a name is") as error:
+        registry.check(SimpleNamespace(name=name, activation="bf16", layout="plain",
+                                       unsupported=lambda p, d: None, prepare=lambda w, p: None,
+                                       run=lambda s, a, o, t: None), "here")  # fmt: skip
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_tactics_with_names_that_are_none_are_left_out():
+    offered = [
+        '[128, 64, "x"]',
+        "block_shape=8x128,use_tma=false",
+        "evil\x1b[2J",
+        "a\nb",
+        "x" * 501,
+    ]
+    backend = SimpleNamespace(tactics=lambda problem, device: [*offered, 3])
+    assert tactics(backend, None, None) == tuple(offered[:2])
+    silent = SimpleNamespace(tactics=lambda problem, device: ["\x00"])
+    assert tactics(silent, None, None) == (DEFAULT_TACTIC,)

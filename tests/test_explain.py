@@ -16,7 +16,9 @@ from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Environment, Finding
 from fp4tune.errors import Refused
-from fp4tune.report.terminal import explain as explaining
+from fp4tune.probes.problem import Problem
+from fp4tune.report import explanation
+from fp4tune.report.terminal.explain import lines
 
 BUCKET = BucketKey("nvfp4", "bf16", "bf16", 1, 9, 16, 4096, 4096)
 ENVIRONMENT = Environment("e" * 64, "any", "sm90", {"distributions": {}, "code": "ab"})
@@ -60,10 +62,14 @@ def put(tmp_path):
     return put
 
 
+def problem(m, n=4096):
+    return Problem("nvfp4", m, n, 4096, "bf16", "bf16")
+
+
 def told(place, m=16, **other):
-    document = explaining.explain(place, m, 4096, 4096, **other)
+    document = explanation.explain(place, problem(m), **other)
     assert json.loads(json.dumps(document)) == document
-    return document, "\n".join(explaining.lines(document))
+    return document, "\n".join(lines(document))
 
 
 def test_all_candidates_with_times_intervals_verdicts_and_conditions(put):
@@ -169,7 +175,7 @@ def test_nothing_safe_is_said_and_exits_1(put):
 def test_what_was_not_measured_is_refused_in_one_sentence(put, m, n):
     place = put(FLOOR)
     with pytest.raises(Refused, match="nothing was measured"):
-        explaining.explain(place, m, n, 4096)
+        explanation.explain(place, problem(m, n))
     done = CliRunner().invoke(cli.app, ["explain", str(m), str(n), "4096", "--state", str(place)])
     assert done.exit_code == 2 and "Traceback" not in done.output
 

@@ -106,7 +106,7 @@ def repacked(data: bytes, change) -> bytes:
 def rehash(members: dict, manifest: dict) -> None:
     for name, data in members.items():
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["content"] = bundle._content(members)
+    manifest["content"] = fleets.content(members)
 
 
 def replaced(table: str, old: str, new: str):

@@ -24,11 +24,11 @@ from fp4tune.cache import publish, quarantine, reader, rows, state  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import adopt, advise, attribution, export, merge, promote, slow  # noqa: E402
 from fp4tune.fleet import report as reporting  # noqa: E402
-from fp4tune.fleet.attribution import Device, attribute  # noqa: E402
+from fp4tune.fleet.attribution import Trials, attribute  # noqa: E402
 
 
-def failing(*counts: tuple[int, int], per_node: int = 1) -> list[Device]:
-    return [Device(f"g{i}", f"n{i // per_node}", x, n) for i, (x, n) in enumerate(counts)]
+def failing(*counts: tuple[int, int], per_node: int = 1) -> list[Trials]:
+    return [Trials(f"g{i}", f"n{i // per_node}", x, n) for i, (x, n) in enumerate(counts)]
 
 
 # -- attribution
@@ -355,10 +355,10 @@ def test_a_prior_is_verified_never_believed(proven, tmp_path):
     assert (where / adopt.PRIOR).exists()
     assert not (where / state.CHOICES).exists()  # nothing an engine would read
     layers = [("nvfp4", "bf16", "bf16", 4096, 4096)]
-    ask = (where, "sm90", "H200", "strict")
-    assert adopt.prior_backends(*ask, layers) == ("plain",)
-    assert adopt.prior_backends(*ask, [*layers, ("nvfp4", "bf16", "bf16", 64, 64)]) == ()
-    assert adopt.prior_backends(where, "sm90", "H100", "strict", layers) == ()
+    scope = ("sm90", "H200", "strict")
+    assert adopt.prior_backends(where, scope, layers) == ("plain",)
+    assert adopt.prior_backends(where, scope, [*layers, ("nvfp4", "bf16", "bf16", 64, 64)]) == ()
+    assert adopt.prior_backends(where, ("sm90", "H100", "strict"), layers) == ()
 
 
 def test_probe_with_a_prior_runs_the_fleet_s_choice_and_the_floors(tmp_path):
@@ -366,8 +366,9 @@ def test_probe_with_a_prior_runs_the_fleet_s_choice_and_the_floors(tmp_path):
     choice |= {"format": "nvfp4", "activation": "bf16", "out_dtype": "bf16", "n": 64, "k": 64}
     (tmp_path / adopt.PRIOR).write_text(json.dumps({"choices": [choice]}))
     layers = [("nvfp4", a, "bf16", 64, 64) for a in ("bf16", "fp4")]
-    ask = (tmp_path, "cpu", "here", "strict", layers)
+    ask = (tmp_path, ("cpu", "here", "strict"), layers)
     found = planning.prior(adopt.prior_backends(*ask), "strict", None)
     assert found == ("torch-compile", "torch-dequant", "torch-dequant-w4a4")
     (tmp_path / adopt.PRIOR).write_text('{"choices": [{"backend": "evil"}]}')
     assert planning.prior(adopt.prior_backends(*ask), "strict", None) == ()
+    assert planning.prior(("evil",), "strict", None) == ()

@@ -20,6 +20,7 @@ from fp4tune.autotune.publication import published
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import publish, reader
 from fp4tune.cache.rows import BucketKey, Candidate, Environment
+from fp4tune.probes.problem import Problem
 from fp4tune.report import documents
 
 RANGES = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8))
@@ -273,7 +274,7 @@ def test_what_was_published_without_layouts_is_not_called_chosen(tmp_path):
     rows = candidates(TWO)
     chosen, placed = choices(rows, None)
     publish.publish(tmp_path, chosen, placed, [ENVIRONMENT])
-    document = documents.layer(tmp_path, 256, 512, "nvfp4", "bf16", "bf16")
+    document = documents.layer(tmp_path, Problem("nvfp4", 1, 256, 512, "bf16", "bf16"))
     assert document["layout"] is None and "published" in document["reason"]
 
 

@@ -19,9 +19,10 @@ from fp4tune.autotune.publication.published import Standing
 from fp4tune.cache import publish, quarantine
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Finding
+from fp4tune.errors import LONGEST
 from fp4tune.fleet import bundle, merge, promote
 from fp4tune.probes.check import tilemap
-from fp4tune.report.page import changes, findings, markup, node, style, tiles
+from fp4tune.report.page import changes, findings, node, render, style, tiles
 from fp4tune.report.page import fleet as fleet_page
 
 VOID = {"meta", "br"}
@@ -214,7 +215,7 @@ def test_every_choice_is_a_cell_whatever_it_is_called(rows, name):
         Candidate("sm90", name, "strict", c.bucket, name, name, name, "safe", 0, c.median_us)
         for c in choices
     ]
-    page = check(node.render(Standing(1, {}, tuple(choices), tuple(candidates), ())))
+    page = check(node.draw(node.NodeRows(Standing(1, {}, tuple(choices), tuple(candidates), ()))))
     cells = [attrs for attrs in page.named("td") if attrs.get("class")]
     shown = [a for a in cells if set(str(a["class"]).split()) & {"none", "n0"}]
     assert len(shown) == len(choices)
@@ -245,7 +246,7 @@ def test_nothing_from_a_database_becomes_markup():
     entry = quarantine.make("b", 1, 64, 64, reason=HOSTILE)
     now = Standing(2, meta, choices, (candidate, timeless), (environment,))
     old = Standing(1, meta, choices[:1], (), ())
-    document = node.render(now, old, [HOSTILE], found, [], [entry])
+    document = node.draw(node.NodeRows(now, old, [HOSTILE], found, [], [entry]))
     page = check(document)
     assert "<img" not in document and "<!--" not in document and "<b>javascript" not in document
     assert "<script>alert(1)</script>" in page.text  # it is there to be read
@@ -255,22 +256,30 @@ def test_nothing_from_a_database_becomes_markup():
 @settings(deadline=None)
 @given(st.text(), st.text())
 def test_markup_reads_back_as_what_was_put_in(inside, attribute):
-    page = Page(markup.el("p", inside, title=attribute))
+    template = render.environment().from_string('<p title="{{ attribute }}">{{ inside }}</p>')
+    page = Page(template.render(inside=inside, attribute=attribute))
     (only,) = page.named("p")
     # What a browser may not be shown at all is replaced; line ends are the parser's own business.
-    expected = markup.clean(inside)
-    assert page.text == expected and only["title"] == markup.clean(attribute)
+    expected = render.shown(inside)
+    assert page.text == expected and only["title"] == render.shown(attribute)
 
 
 def test_what_is_too_long_is_cut():
-    assert len(markup.clean("x" * 10**6)) == markup.LONGEST
+    template = render.environment().from_string("{{ name }}")
+    assert len(template.render(name="x" * 10**6)) == LONGEST
+
+
+def drawn(packed) -> str:
+    figure = tiles.figure(packed)
+    template = render.environment().get_template("tiles.html")
+    return "" if figure is None else template.render(figure=figure)
 
 
 @pytest.mark.parametrize("m, n", [(1, 128), (512, 1024), (4096, 28672), (65536, 131072)])
 def test_a_map_of_tiles_is_small_and_says_its_scale(m, n):
     rows, cols = -(-m // 128), -(-n // 128)
     checkers = [(r, c, 1) for r in range(rows) for c in range(cols) if (r + c) % 2]
-    found = tiles.figure(tilemap.of(m, n, checkers).pack())
+    found = drawn(tilemap.of(m, n, checkers).pack())
     if rows * cols == 1:
         assert not found
         return
@@ -286,7 +295,7 @@ def test_a_map_of_tiles_is_small_and_says_its_scale(m, n):
 
 @pytest.mark.parametrize("packed", [None, 3, [], {}, {"m": "x"}, {"m": 9**99, "n": 1, "rows": []}])
 def test_what_is_no_map_is_left_out(packed):
-    assert tiles.figure(packed) == ""
+    assert drawn(packed) == ""
 
 
 def test_the_finding_that_shows_most_is_shown():
@@ -326,7 +335,7 @@ def test_a_large_store_is_a_page_of_some_megabytes_with_every_choice():
             candidates += [
                 Candidate(*key, b, "t", "l", "safe", 0, 5.0 + m, 4.0 + m, 6.0 + m) for b in names
             ]
-    document = node.render(Standing(1, {}, tuple(choices), tuple(candidates), ()))
+    document = node.draw(node.NodeRows(Standing(1, {}, tuple(choices), tuple(candidates), ())))
     assert len(document) < 3_000_000
     maps = [a for a in check(document).named("td") if re.match(r"rel n\d", str(a.get("class")))]
     assert len(maps) == len(choices)

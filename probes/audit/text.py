@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from ...errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
+from ...errors import NOT_ASSESSED, SAFE, UNSAFE, Refused, printable
 from ...machine.devices import gpus
 from .disassemble import Progress
 from .judge import CLEAN, FLAGGED, Report
@@ -57,7 +57,8 @@ def progress() -> Progress | None:
 
     def show(name: str, done: int, total: int) -> None:
         end = "\n" if done >= total else ""
-        sys.stderr.write(f"\r{name}: {done >> 10} of {total >> 10} KiB of machine code{end}")
+        said = f"{printable(name)}: {done >> 10} of {total >> 10} KiB of machine code"
+        sys.stderr.write(f"\r{said}{end}")
         sys.stderr.flush()
 
     return show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -69,11 +70,18 @@ class Backend(Protocol):
         """
 
 
+NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]{0,127}")
+"""What a backend may be called: what everything that stores, prints or quarantines it can hold."""
+TACTIC = re.compile(r"[A-Za-z0-9._=,:;/+\-\[\](){}'\" ]{1,500}")
+"""What a tactic may be called; FlashInfer's are JSON."""
+
+
 def tactics(backend: Backend, problem: Problem, device: Device) -> tuple[str, ...]:
-    """The variants of `backend` worth timing for `problem`."""
+    """The variants of `backend` worth timing for `problem`; without those whose name is none."""
     own = getattr(backend, "tactics", None)
     found: Sequence[str] = own(problem, device) if own else ()
-    return tuple(found) or (DEFAULT_TACTIC,)
+    named = (t for t in found if isinstance(t, str) and TACTIC.fullmatch(t))
+    return tuple(named) or (DEFAULT_TACTIC,)
 
 
 def build(backend: Backend, problems: Sequence[Problem], device: Device, workers: int) -> None:

@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import Backend
+from . import NAME, Backend
 
 GROUP = "fp4tune.backends"
 
@@ -66,6 +66,7 @@ BUILTIN: dict[str, str] = {
 }
 """Name to ``module:attribute`` in this package; the attribute is what an entry point may be."""
 
+_ALLOWED = "up to 128 letters, digits, dots, dashes, underscores and plus signs"
 _TEXT_MEMBERS = ("name", "activation", "layout")
 _METHODS = {
     "unsupported": ("problem", "device"),
@@ -91,7 +92,15 @@ class Broken:
 
 
 def _entry_points() -> dict[str, metadata.EntryPoint]:
-    return {e.name: e for e in metadata.entry_points(group=GROUP) if e.name not in BUILTIN}
+    found = metadata.entry_points(group=GROUP)
+    return {e.name: e for e in found if e.name not in BUILTIN and NAME.fullmatch(e.name)}
+
+
+def misnamed() -> list[Broken]:
+    """Installed plugins that are left out because their name is none."""
+    found = metadata.entry_points(group=GROUP)
+    bad = (ascii(e.name)[:100] for e in found if not NAME.fullmatch(e.name))
+    return [Broken(name, f"a backend's name is {_ALLOWED}") for name in bad]
 
 
 def names() -> list[str]:
@@ -108,6 +117,8 @@ def check(candidate: Any, where: str) -> Backend:
     missing += [m + "()" for m in _METHODS if not callable(getattr(candidate, m, None))]
     if missing:
         raise BadBackend(f"{where} is not a backend: it lacks {', '.join(missing)}")
+    if not NAME.fullmatch(candidate.name):
+        raise BadBackend(f"{where} is called {ascii(candidate.name)[:100]}; a name is {_ALLOWED}")
     if candidate.activation not in ("bf16", "fp4"):
         raise BadBackend(
             f"{where} has activation {candidate.activation!r}, which is neither bf16 nor fp4"
@@ -297,7 +308,7 @@ def origin(name: str) -> tuple[Path, str]:
 def load_all() -> tuple[dict[str, Backend], list[Broken]]:
     """Every backend that can be loaded, by name, and why each of the others cannot."""
     loaded: dict[str, Backend] = {}
-    broken: list[Broken] = []
+    broken = misnamed()
     for name in names():
         try:
             loaded[name] = load_one(name)

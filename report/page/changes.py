@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from ...autotune.publication.published import Standing
 from ...cache import state
 from ...cache.errors import StateError
 from ...cache.rows import Candidate, Choice
-from .numbers import positive
+from ..numbers import count, positive, when
+from ..wording import range_text
+from .heatmap import DASH
 
 Scoped = tuple[str, str, str, Any]
+_MOST = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,35 @@ class Change:
     where: str
     before: str
     after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is said of a generation and the one before it: notes, a sentence, and a table."""
+
+    notes: Sequence[str]
+    sentence: str
+    caption: str = ""
+    rows: tuple[Change, ...] = ()
+    more: int = 0
+
+
+def section(old: Standing | None, new: Standing, unread: Sequence[str]) -> Changes:
+    if old is None:
+        return Changes(unread, "No earlier generation is kept here.")
+    found = between(old, new)
+    since = f"Since generation {old.generation} of {when(old.meta.get('published'))}: "
+    if not found:
+        return Changes(unread, since + "nothing that shows here.")
+    counted = Counter(c.what for c in found)
+    said = ", ".join(count(number, what) for what, number in counted.items())
+    return Changes(
+        unread,
+        f"{since}{said}.",
+        f"Generation {old.generation} to {new.generation}; a time counts where intervals lie apart",
+        tuple(found[:_MOST]),
+        max(0, len(found) - _MOST),
+    )
 
 
 def previous(place: Path, generation: int) -> tuple[Standing | None, list[str]]:
@@ -125,7 +158,7 @@ def _said(choice: Choice | None) -> str:
 def where(arch: str, gpu: str, profile: str, bucket: Any) -> str:
     """A bucket in words."""
     b = bucket
-    m = str(b.m_hi) if b.m_lo == b.m_hi else f"{b.m_lo}\u2013{b.m_hi}"
+    m = range_text(b.m_lo, b.m_hi, DASH)
     return f"m={m} n={b.n} k={b.k} {b.format} {b.activation}, {gpu}, {profile}"
 
 

@@ -3,113 +3,146 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from ...cache.rows import Candidate
-from .heatmap import Names
-from .markup import el
-from .numbers import positive
+from ..numbers import positive
+from .heatmap import BackendNames
 
 WIDTH, HEIGHT = 420, 280
 LEFT, RIGHT, TOP, BOTTOM = 44, 34, 10, 34
-_DASHES = (None, "6 3", "2 3", "8 3 2 3")
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _APART = 12
 
 
-def lines(candidates: Sequence[Candidate], known: Names, label: str) -> Markup:
-    """A chart of those candidates that were timed; nothing where fewer than two m were.
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A grid line: where it is, across or down, and the number beside it."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLine:
+    """A backend's line and the bars of its intervals, as paths of SVG."""
+
+    css: str
+    dash: str
+    path: Markup
+    bars: Markup
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawing of WIDTH by HEIGHT: grid lines, lines, and letters (x, y, letter) at their ends."""
+
+    ms: tuple[Tick, ...]
+    times: tuple[Tick, ...]
+    lines: tuple[BackendLine, ...]
+    letters: tuple[tuple[float, float, str], ...]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Where an m and a time lie in the drawing."""
+
+    first: float
+    last: float
+    fastest: float
+    slowest: float
+
+    def x(self, m: int) -> float:
+        share = (math.log(m) - self.first) / (self.last - self.first)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, us: float) -> float:
+        share = (math.log(us) - self.fastest) / (self.slowest - self.fastest)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+def chart(candidates: Sequence[Candidate], known: BackendNames) -> Chart | None:
+    """A chart of those candidates that were timed; None where fewer than two m were.
 
     Each line has its backend's letter at its right end, a dash and a colour of its own.
     """
     timed = [c for c in candidates if positive(c.median_us) and c.bucket.m_hi > 0]
     ms = sorted({c.bucket.m_hi for c in timed})
     if len(ms) < 2:
-        return Markup("")
-    low = min(_low(c) for c in timed)
-    high = max(_high(c) for c in timed)
-    first, last = math.log(ms[0]), math.log(ms[-1])
-    bottom, top = math.log(low) - 0.05, math.log(high) + 0.05
-
-    def x(m: int) -> float:
-        return LEFT + (math.log(m) - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-
-    def y(us: float) -> float:
-        share = (math.log(us) - bottom) / (top - bottom)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
+        return None
+    low, high = min(_low(c) for c in timed), max(_high(c) for c in timed)
+    scale = Scale(math.log(ms[0]), math.log(ms[-1]), math.log(low) - 0.05, math.log(high) + 0.05)
     by_backend: dict[str, dict[int, Candidate]] = {}
     for candidate in timed:
         there = by_backend.setdefault(candidate.backend, {})
         best = there.get(candidate.bucket.m_hi)
         if best is None or _median(candidate) < _median(best):
             there[candidate.bucket.m_hi] = candidate
-    parts = _axes(ms, low, high, x, y)
-    ends = []
+    drawn, ends = [], []
     for name in sorted(by_backend, key=lambda n: known.order.index(n) if n in known.order else 99):
         row = [by_backend[name][m] for m in sorted(by_backend[name])]
-        at = known.order.index(name) if name in known.order else 0
-        aside = 2.5 * (at % 5 - 2)  # so that intervals do not hide each other
-        path = "".join(
-            f"{'L' if i else 'M'}{x(c.bucket.m_hi):.1f} {y(_median(c)):.1f}"
-            for i, c in enumerate(row)
-        )
-        bars = "".join(
-            f"M{x(c.bucket.m_hi) + aside:.1f} {y(_low(c)):.1f}V{y(_high(c)):.1f}"
-            for c in row
-            if positive(c.lo_us)
-        )
-        class_ = f"l{known.at(name)}"
-        dash = _DASHES[at % len(_DASHES)]
-        parts.append(el("path", d=Markup(path), class_=class_, stroke_dasharray=dash))
-        parts.append(el("path", d=Markup(bars), class_=f"{class_} bar"))
-        ends.append((y(_median(row[-1])), x(row[-1].bucket.m_hi), known.letter(name)))
-    parts += _letters(ends)
-    return el(
-        "figure",
-        el("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label),
-        el("figcaption", "Microseconds per call over m, both logarithmic; the table has the same."),
-        class_="chart",
+        drawn.append(_line(row, known, scale))
+        ends.append((scale.y(_median(row[-1])), scale.x(row[-1].bucket.m_hi), known.letter(name)))
+    return Chart(_ms(ms, scale), _times(low, high, scale), tuple(drawn), _letters(ends))
+
+
+def _line(row: Sequence[Candidate], known: BackendNames, scale: Scale) -> BackendLine:
+    """One backend's candidates, by m."""
+    name = row[0].backend
+    at = known.order.index(name) if name in known.order else 0
+    aside = 2.5 * (at % 5 - 2)  # so that intervals do not hide each other
+    path = "".join(
+        f"{'L' if i else 'M'}{scale.x(c.bucket.m_hi):.1f} {scale.y(_median(c)):.1f}"
+        for i, c in enumerate(row)
     )
+    bars = "".join(
+        f"M{scale.x(c.bucket.m_hi) + aside:.1f} {scale.y(_low(c)):.1f}V{scale.y(_high(c)):.1f}"
+        for c in row
+        if positive(c.lo_us)
+    )
+    dash = _DASHES[at % len(_DASHES)]
+    return BackendLine(f"l{known.at(name)}", dash, Markup(path), Markup(bars))
 
 
-def _axes(
-    ms: Sequence[int],
-    low: float,
-    high: float,
-    x: Callable[[int], float],
-    y: Callable[[float], float],
-) -> list[Markup]:
-    """Grid lines with their numbers."""
-    parts: list[Markup] = []
-    seen = -99.0
+def _ms(ms: Sequence[int], scale: Scale) -> tuple[Tick, ...]:
+    """Those m that have room for their number."""
+    out: list[Tick] = []
     for m in ms:
-        if x(m) - seen >= 30:
-            seen = x(m)
-            parts.append(el("path", d=f"M{seen:.1f} {TOP}V{HEIGHT - BOTTOM}", class_="grid"))
-            parts.append(el("text", m, x=f"{seen:.1f}", y=HEIGHT - BOTTOM + 14, class_="mid"))
-    parts.append(el("text", "m", x=WIDTH - RIGHT, y=HEIGHT - 4, class_="mid"))
+        if not out or scale.x(m) - out[-1].at >= 30:
+            out.append(Tick(scale.x(m), str(m)))
+    return tuple(out)
+
+
+def _times(low: float, high: float, scale: Scale) -> tuple[Tick, ...]:
+    out = []
     for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
         for digit in (1, 2, 5):
             us = digit * 10.0**power
             if low <= us <= high:
-                parts.append(el("path", d=f"M{LEFT} {y(us):.1f}H{WIDTH - RIGHT}", class_="grid"))
-                tick = (
+                label = (
                     f"{us:g}" if us < 1e4 else f"{us / 1000:g}k" if us < 1e6 else f"{us / 1e6:g}M"
                 )
-                parts.append(el("text", tick, x=LEFT - 5, y=f"{y(us) + 4:.1f}", class_="end"))
-    return parts
+                out.append(Tick(scale.y(us), label))
+    return tuple(out)
 
 
-def _letters(ends: list[tuple[float, float, str]]) -> list[Markup]:
+def _letters(ends: Iterable[tuple[float, float, str]]) -> tuple[tuple[float, float, str], ...]:
     """Letters at the right ends of the lines, moved apart where they would lie on each other."""
-    placed: list[Markup] = []
+    placed = []
     above = -99.0
     for at, x, letter in sorted(ends):
         above = max(at + 4, above + _APART)
-        placed.append(el("text", letter, x=f"{x + 6:.1f}", y=f"{above:.1f}", class_="name"))
-    return placed
+        placed.append((x + 6, above, letter))
+    return tuple(placed)
 
 
 def _median(c: Candidate) -> float:

@@ -6,21 +6,52 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
+from ...autotune.evidence.wording import told
 from ...cache.rows import Finding
-from ..terminal import tables
-from . import tiles
-from .markup import details, el, mark, short
-from .numbers import count
+from .tiles import TileFigure, figure, weight
 
 _MOST = 60
 """Kinds of findings that are shown."""
 _NUMBERS = 12
-_OPEN = 3
 _LOOKED_AT = 64
 GRADES = ("host sync", "plan per m")
 """Kinds that are no fault: what to make of them is up to the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class FindingKind:
+    """Findings of one kind: the one that shows most, how many there are in how many buckets, and
+    what else there is to say in a line."""
+
+    shown: Finding
+    findings: int
+    buckets: int
+    note: str = ""
+
+    @property
+    def graded(self) -> bool:
+        return self.shown.kind in GRADES
+
+    @property
+    def seen(self) -> str:
+        return ("" if self.shown.id is None else f"#{self.shown.id} ") + told(self.shown)
+
+    @property
+    def retest(self) -> str:
+        return _retest(self.shown.detail.get("retest"))
+
+    @property
+    def figure(self) -> TileFigure | None:
+        return figure(self.shown.detail.get("map"))
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """All kinds that are shown. `note` is in place of them where nothing can be said."""
+
+    kinds: tuple[FindingKind, ...] = ()
+    more: int = 0
+    note: str = ""
 
 
 def groups(findings: Sequence[Finding]) -> list[list[Finding]]:
@@ -32,90 +63,37 @@ def groups(findings: Sequence[Finding]) -> list[list[Finding]]:
     return list(found.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """Findings of one kind: the one that shows most, how many there are in how many buckets, and
-    what else there is to say in a line."""
-
-    shown: Finding
-    findings: int
-    buckets: int
-    note: str = ""
-
-
-def kinds(findings: Sequence[Finding]) -> list[Kind]:
+def kinds(findings: Sequence[Finding]) -> list[FindingKind]:
     """A node's findings by kind."""
     return [
-        Kind(_telling(group), len(group), len({f.bucket for f in group}), _numbers(group))
+        FindingKind(_telling(group), len(group), len({f.bucket for f in group}), _numbers(group))
         for group in groups(findings)
     ]
 
 
-def section(found: Sequence[Kind], first: Collection[str] = ()) -> Markup:
-    """All kinds of findings, the first few unfolded; those of the backends in `first` lead."""
-    if not found:
-        return el("p", mark("safe", "✓", "No findings are stored.", True))
-    found = sorted(found, key=lambda kind: kind.shown.backend not in first)
-    parts = [_kind(kind, at < _OPEN) for at, kind in enumerate(found[:_MOST])]
-    if len(found) > _MOST:
-        parts.append(el("p", f"and {len(found) - _MOST} more kinds: fp4tune show --findings"))
-    return Markup("").join(parts)
-
-
-def _kind(kind: Kind, open_: bool) -> Markup:
-    first = kind.shown
-    graded = first.kind in GRADES
-    summary = (
-        mark("inconclusive" if graded else "unsafe", "•" if graded else "✗",
-             f"{first.backend}: {first.kind}", seen=True),
-        el(
-            "span",
-            f" in {first.regime}, {first.data} data; {count(kind.findings, 'finding')} in "
-            f"{count(kind.buckets, 'bucket')}",
-            class_="soft",
-        ),
-    )  # fmt: skip
-    detail = first.detail
-    rows = [
-        ("seen", f"{_number(first)}{_described(first)}"),
-        ("tactic", short(first.tactic, 160)),
-        ("diagnosis", detail.get("diagnosis")),
-        ("tried again", _retest(detail.get("retest"))),
-        ("all of them", kind.note),
-    ]
-    listed = [(name, value) for name, value in rows if value]
-    body = el("dl", [el("div", el("dt", n), el("dd", v)) for n, v in listed], class_="finding")
-    return details(summary, body, tiles.figure(detail.get("map")), open_=open_)
+def section(found: Sequence[FindingKind], first: Collection[str] = ()) -> Findings:
+    """All kinds of findings; those of the backends in `first` lead."""
+    order = sorted(found, key=lambda kind: kind.shown.backend not in first)
+    return Findings(tuple(order[:_MOST]), max(0, len(order) - _MOST))
 
 
 def _telling(group: Sequence[Finding]) -> Finding:
     """The finding that shows most: the largest map of those that are not wrong everywhere, else
     the largest, else the first."""
-    return max(group[:_LOOKED_AT], key=lambda f: tiles.weight(f.detail.get("map")))
+    return max(group[:_LOOKED_AT], key=lambda f: weight(f.detail.get("map")))
 
 
-def _described(finding: Finding) -> str:
-    try:
-        return tables.describe(finding)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return "stored in a way that this version does not understand"
-
-
-def _retest(retest: Any) -> str | None:
+def _retest(retest: Any) -> str:
     try:
         if not retest or not retest["launches"]:
-            return None
+            return ""
         low, high = (float(x) for x in retest["rate"])
         return (
             f"{retest['kind']}: {retest['failures']} of {retest['launches']} launches failed, "
             f"a rate of {low:.2g} to {high:.2g} (95 %)"
         )
     except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _number(finding: Finding) -> str:
-    return "" if finding.id is None else f"#{finding.id} "
+        return ""
 
 
 def _numbers(group: Sequence[Finding]) -> str:

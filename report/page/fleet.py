@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from markupsafe import Markup
 
 from ...fleet import promote, report
 from ...fleet.warehouse import Warehouse
-from . import cohorts, fleetrows, heatmap, sections
-from . import findings as finding_parts
-from .markup import Child, details, el, mark, short, table
-from .numbers import count, when
-from .page import Section, facts, page
+from ..numbers import count
+from ..wording import range_text, scope_text
+from . import environments, findings, fleetrows, heatmap, render, times
+from .cohorts import cohorts
+from .fleetrows import CommonChoice
+from .heatmap import DASH, BackendNames, HeatCell, HeatGrid, Maps, ScopeMaps
+from .render import PageSection
 
-_MOST = 200
+MOST = 200
+"""Rows of a table that are shown."""
+_STEPS = 20
 _LOGIN = re.compile(r"//[^/@]*@")
 """What a URL may hold that is nobody's business."""
+_SPREAD = "between GPUs: the median, below it the middle half"
+
+
+@dataclass(frozen=True, slots=True)
+class FleetRows:
+    """Rows of a table: those shown, and a caption that says where that is not all."""
+
+    caption: str
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    builds: FleetRows
+    gpus: FleetRows
+    undetermined: FleetRows
+
+
+@dataclass(frozen=True, slots=True)
+class Generations:
+    """What a fleet's generations changed: a sentence, the rows (where, before, now), and the steps
+    taken, newest first."""
+
+    sentence: str
+    caption: str
+    rows: tuple[tuple[str, str, str], ...]
+    steps: Sequence[Mapping[str, Any]]
 
 
 def document(store: str, found: Mapping[str, Any] | None = None) -> str:
@@ -32,37 +62,57 @@ def document(store: str, found: Mapping[str, Any] | None = None) -> str:
         timed = fleetrows.times(warehouse)
         verdicts = fleetrows.verdicts(warehouse)
         kinds = fleetrows.findings(warehouse)
-        environments = fleetrows.environments(warehouse)
+        held = environments.environments(fleetrows.environments(warehouse))
         happened = promote.events(warehouse.place)
-    maps, times = [], []
+    maps, drawn = [], []
     for scope, mine in fleetrows.by_scope(choices).items():
         candidates = [c for c in timed if (c.arch, c.gpu) == scope[:2]]
-        known = heatmap.names([c.row for c in mine], candidates)
-        title = el("h3", sections.scope_title(*scope))
-        maps.append(title + cohorts.choices(mine, known))
-        spread = "between GPUs: the median, below it the middle half"
-        times.append(title + sections.times([c.row for c in mine], candidates, known, spread))
-    return page(
+        rows = [c.row for c in mine]
+        known = heatmap.names(rows, candidates)
+        maps.append(_maps(scope, mine, known))
+        drawn.append(times.scope_times(scope, rows, candidates, known, _SPREAD))
+    slow, apart = found["slow_gpus"], found["disagreements"]
+    return render.page(
         f"FP4 GEMM choices of {count(found['nodes'], 'node')}",
         f"{_LOGIN.sub('//', found['store'])}: {count(found['bundles'], 'bundle')}, "
         f"digest {found['digest'][:12]}",
         _glance(found),
         [
-            Section("suspects", "Suspects", _suspects(found)),
-            Section("choices", "Choices", Markup("").join(maps)),
-            Section("changes", "What changed", _changed(happened)),
-            Section("cohorts", "Cohorts", cohorts.evidence(found)),
-            Section("times", "Times", Markup("").join(times)),
-            Section("verdicts", "Verdicts", _verdicts(verdicts)),
-            Section("slow", "Slow GPUs", _slow(found["slow_gpus"])),
-            Section("disagreements", "Disagreements", _disagreements(found["disagreements"])),
-            Section("findings", "Findings", finding_parts.section(kinds)),
-            Section("environment", "Environment", sections.environments(environments)),
+            PageSection("suspects", "Suspects", _suspects(found)),
+            PageSection("choices", "Choices", maps),
+            PageSection("generations", "What changed", _generations(happened)),
+            PageSection("cohorts", "Cohorts", cohorts(found)),
+            PageSection("times", "Times", drawn),
+            PageSection("node-verdicts", "Verdicts", verdicts and _verdicts(verdicts)),
+            PageSection("slow", "Slow GPUs", slow and _first("Slower than their like", slow)),
+            PageSection("disagreements", "Disagreements", apart and _apart(apart)),
+            PageSection("findings", "Findings", findings.section(kinds)),
+            PageSection("environment", "Environment", held and (held, ())),
         ],
     )
 
 
-def _glance(found: Mapping[str, Any]) -> Markup:
+def _maps(
+    scope: tuple[str, str, str], rows: Sequence[CommonChoice], known: BackendNames
+) -> ScopeMaps:
+    """Maps of what most nodes chose, and of how many of them did."""
+    by_choice = {id(row.row): row for row in rows}
+    kinds = []
+    for kind, some in heatmap.by_kind(row.row for row in rows).items():
+        shares = {c.bucket: _agreement(by_choice[id(c)]) for c in some}
+        agreed: HeatGrid = heatmap.grid("Nodes that chose so, of those that chose", shares)
+        grids = heatmap.chosen(some, known), agreed
+        kinds.append(Maps(kind, heatmap.legend(some, known), grids))
+    return ScopeMaps(scope_text(*scope), tuple(kinds))
+
+
+def _agreement(row: CommonChoice) -> HeatCell:
+    share = row.nodes / row.all_nodes
+    step = sum(share >= limit for limit in (0.5, 0.75, 0.9, 0.99, 1.0))
+    return HeatCell(f"s{step}", text=f"{row.nodes:,} of {row.all_nodes:,}")
+
+
+def _glance(found: Mapping[str, Any]) -> list[tuple[str, object]]:
     named = (
         ("Nodes", "nodes"),
         ("Cohorts", "cohorts"),
@@ -75,109 +125,41 @@ def _glance(found: Mapping[str, Any]) -> Markup:
     def number(value: Any) -> str:
         return f"{value if isinstance(value, int) else len(value):,}"
 
-    return facts([(title, number(found[name])) for title, name in named])
+    return [(title, number(found[name])) for title, name in named]
 
 
-def _suspects(found: Mapping[str, Any]) -> Markup:
-    parts: list[Markup] = []
-    rows: list[Sequence[Child]]
-    if found["suspect_builds"]:
-        rows = [
-            (b["backend"], b["gpu"], _code(b["fingerprint"]), _code(b["code"]), _all_seen(b))
-            for b in found["suspect_builds"][:_MOST]
-        ]
-        headings = ("build of", "GPU model", "environment", "code digest", "what fails")
-        parts.append(
-            table(
-                _first("Builds that fail on all GPUs alike", found["suspect_builds"]),
-                headings,
-                rows,
-                class_="words",
-            )
-        )
-    if found["suspect_gpus"]:
-        rows = [
-            (_code(g["device"], 42), _code(g["node"]), g["gpu"], f"{g['odds']:.2g}", _gpu_seen(g))
-            for g in found["suspect_gpus"][:_MOST]
-        ]
-        headings = ("GPU", "node", "model", "odds", "what fails")
-        parts.append(
-            table(
-                _first("GPUs that fail by themselves", found["suspect_gpus"]),
-                headings,
-                rows,
-                (3,),
-                class_="words",
-            )
-        )
-    if found["undetermined"]:
-        rows = [
-            (
-                u["backend"],
-                f"{u['regime']}, {u['data']}",
-                f"{u['gpus_failing']} of {u['gpus']}",
-                u["gpu"],
-                _code(u["fingerprint"]),
-            )
-            for u in found["undetermined"][:_MOST]
-        ]
-        headings = ("backend", "where", "GPUs failing", "GPU model", "environment")
-        parts.append(
-            table(
-                _first(
-                    "Undetermined: neither the GPU nor the build is clear", found["undetermined"]
-                ),
-                headings,
-                rows,
-            )
-        )
-    if not parts:
-        parts.append(el("p", mark("safe", "✓", "No GPU and no build is under suspicion.", True)))
-    return Markup("").join(parts)
+def _first(caption: str, rows: Sequence[Mapping[str, Any]]) -> FleetRows:
+    if len(rows) > MOST:
+        caption = f"{caption} (the first {MOST} of {len(rows):,})"
+    return FleetRows(caption, rows[:MOST])
 
 
-def _all_seen(build: Mapping[str, Any]) -> Child:
-    return [
-        el(
-            "div",
-            f"{s['regime']}, {s['data']}: {s['gpus_failing']} of {s['gpus']} GPUs on "
-            f"{count(s['nodes_failing'], 'node')}, {s['failures']:,} of {s['trials']:,} problems",
-        )
-        for s in build["seen"][:12]
-    ]
+def _suspects(found: Mapping[str, Any]) -> Suspects:
+    return Suspects(
+        _first("Builds that fail on all GPUs alike", found["suspect_builds"]),
+        _first("GPUs that fail by themselves", found["suspect_gpus"]),
+        _first("Undetermined: neither the GPU nor the build is clear", found["undetermined"]),
+    )
 
 
-def _gpu_seen(gpu: Mapping[str, Any]) -> Child:
-    return [
-        el(
-            "div",
-            f"{s['backend']}, {s['regime']}, {s['data']}: {s['failures']:,} of {s['trials']:,} "
-            f"problems; {s['gpus']} GPUs in its cohort",
-        )
-        for s in gpu["seen"][:12]
-    ]
+def _verdicts(rows: Sequence[Mapping[str, Any]]) -> FleetRows:
+    return _first("Verdicts of all runs: on how many nodes and in how many buckets", rows)
 
 
-def _first(caption: str, rows: Sequence[object]) -> str:
-    """A caption that says so where not all rows are shown."""
-    return caption if len(rows) <= _MOST else f"{caption} (the first {_MOST} of {len(rows):,})"
+def _apart(rows: Sequence[Mapping[str, Any]]) -> FleetRows:
+    told = [{**row, "m": range_text(row["m_lo"], row["m_hi"], DASH)} for row in rows]
+    return _first("Nodes with the same environments that chose differently", told)
 
 
-def _code(value: object, longest: int = 13) -> Markup:
-    return el("code", short(value or "", longest))
-
-
-def _changed(happened: Sequence[Mapping[str, Any]]) -> Markup:
-    if not happened:
-        return el("p", "No generation of choices has been made yet.")
+def _generations(happened: Sequence[Mapping[str, Any]]) -> Generations:
     steps = [e for e in happened if "number" in e]
-    rows = [
-        (e["number"], e.get("stage"), when(e.get("at")), e.get("reason", "")) for e in steps[-20:]
-    ]
-    log = table("Steps of generations", ("generation", "stage", "at", "reason"), rows[::-1])
+    log = steps[-_STEPS:][::-1]
+    if not happened:
+        return Generations("No generation of choices has been made yet.", "", (), ())
     made = [e for e in steps if "choices" in e]
     if len(made) < 2:
-        return el("p", "There is one generation only, so nothing to compare with.") + log
+        alone = "There is one generation only, so nothing to compare with."
+        return Generations(alone, "", (), log)
     old, new = made[-2], made[-1]
     before, after = fleetrows.said(old["choices"]), fleetrows.said(new["choices"])
     changed = [
@@ -187,63 +169,7 @@ def _changed(happened: Sequence[Mapping[str, Any]]) -> Markup:
     ]
     title = f"Generation {old['number']} to {new['number']}"
     if not changed:
-        return el("p", f"{title}: the same choices.") + log
-    body = table(
-        _first(title, changed), ("where", "before", "now"), changed[:_MOST], class_="words"
-    )
-    return el("p", f"{title}: {count(len(changed), 'choice')} changed.") + body + log
-
-
-def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    listed = [
-        (
-            r["backend"],
-            r["gpu"],
-            r["profile"],
-            mark(r["status"], sections.SIGNS.get(r["status"], ""), r["status"], seen=True),
-            f"{r['nodes']:,}",
-            f"{r['buckets']:,}",
-        )
-        for r in rows[:_MOST]
-    ]
-    if not listed:
-        return Markup("")
-    headings = ("backend", "GPU model", "profile", "verdict", "nodes", "buckets")
-    said = _first("Verdicts of all runs: on how many nodes and in how many buckets", rows)
-    return table(said, headings, listed, (4, 5))
-
-
-def _slow(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    if not rows:
-        return Markup("")
-    listed = [
-        (
-            _code(r["device"], 42),
-            _code(r["node"]),
-            r["backend"],
-            f"{r['factor']:.3f}",
-            f"{r['z']:g}",
-            r["buckets"],
-        )
-        for r in rows[:_MOST]
-    ]
-    headings = ("GPU", "node", "backend", "times the median", "z", "buckets")
-    return table(_first("Slower than their like", rows), headings, listed, (3, 4, 5))
-
-
-def _disagreements(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    if not rows:
-        return Markup("")
-    listed = [
-        (
-            f"m {heatmap.range_text(r['m_lo'], r['m_hi'])}, n {r['n']}, k {r['k']}",
-            f"{r['gpu']}, {r['profile']}",
-            ", ".join(f"{c['backend']} on {count(c['nodes'], 'node')}" for c in r["choices"]),
-        )
-        for r in rows[:_MOST]
-    ]
-    caption = _first("Nodes with the same environments that chose differently", rows)
-    body = table(caption, ("bucket", "GPU model, profile", "choices"), listed, class_="words")
-    return details(
-        ("Disagreements", el("span", f" ({len(rows)})", class_="soft")), body, open_=True
-    )
+        return Generations(f"{title}: the same choices.", "", (), log)
+    sentence = f"{title}: {count(len(changed), 'choice')} changed."
+    caption = title if len(changed) <= MOST else f"{title} (the first {MOST} of {len(changed):,})"
+    return Generations(sentence, caption, tuple(changed[:MOST]), log)

@@ -9,9 +9,9 @@ from typing import Any
 
 from ...cache.rows import BucketKey, Candidate, Choice, Environment, Finding
 from ...fleet.warehouse import Warehouse
+from ..numbers import count
 from .changes import where
-from .findings import Kind
-from .numbers import count
+from .findings import FindingKind
 
 _BUCKET = ("format", "activation", "out_dtype", "groups", "m_lo", "m_hi", "n", "k")
 _COLUMNS = ", ".join(_BUCKET)
@@ -54,7 +54,7 @@ FROM environment GROUP BY ALL ORDER BY arch, backend, fingerprint
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
+class CommonChoice:
     """What most nodes chose in a bucket: `nodes` of `all_nodes`."""
 
     row: Choice
@@ -66,7 +66,7 @@ def _bucket(row: Mapping[str, Any]) -> BucketKey:
     return BucketKey(**{name: row[name] for name in _BUCKET})
 
 
-def choices(warehouse: Warehouse) -> list[Common]:
+def choices(warehouse: Warehouse) -> list[CommonChoice]:
     """For each (GPU model, profile, bucket) what most nodes have chosen."""
     best: dict[tuple[Any, ...], Choice] = {}
     votes: dict[tuple[Any, ...], dict[tuple[Any, ...], int]] = {}
@@ -77,7 +77,7 @@ def choices(warehouse: Warehouse) -> list[Common]:
         best.setdefault(key, Choice(*key, *what, row["status"], (), row["median_us"]))
         votes.setdefault(key, {})[what + (row["status"],)] = row["nodes"]
     return [
-        Common(choice, max(votes[key].values()), sum(votes[key].values()))
+        CommonChoice(choice, max(votes[key].values()), sum(votes[key].values()))
         for key, choice in sorted(best.items(), key=lambda item: _order(item[0]))
     ]
 
@@ -87,8 +87,8 @@ def _order(key: Sequence[Any]) -> tuple[Any, ...]:
     return (*key[:3], b.format, b.activation, b.out_dtype, b.groups, b.n, b.k, b.m_lo)
 
 
-def by_scope(rows: Iterable[Common]) -> dict[tuple[str, str, str], list[Common]]:
-    found: dict[tuple[str, str, str], list[Common]] = {}
+def by_scope(rows: Iterable[CommonChoice]) -> dict[tuple[str, str, str], list[CommonChoice]]:
+    found: dict[tuple[str, str, str], list[CommonChoice]] = {}
     for row in rows:
         key = row.row.scope
         found.setdefault(key, []).append(row)
@@ -130,10 +130,10 @@ def verdicts(warehouse: Warehouse) -> list[dict[str, Any]]:
     return warehouse.rows(_VERDICTS)
 
 
-def findings(warehouse: Warehouse) -> list[Kind]:
+def findings(warehouse: Warehouse) -> list[FindingKind]:
     """Findings of all nodes by kind, each with one example, where there is one with a map."""
     return [
-        Kind(
+        FindingKind(
             _finding(row),
             row["findings"],
             row["buckets"],

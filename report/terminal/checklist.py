@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ...autotune.doctor import Line
+from .console import console, styled
 
-
-def console() -> Console:
-    """Where tables go. Without a terminal lines are as long as they need to be."""
-    out = Console(highlight=False, soft_wrap=True)
-    return out if out.is_terminal else Console(highlight=False, width=200)
+_MARKS = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "red")}
 
 
 def print_doctor(lines: Iterable[Line]) -> None:
     """One line each: what, what was found, what to do."""
-    out = console()
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    marks = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+    made = Table(box=None, show_header=False, padding=(0, 2))
     for line in lines:
         do = f"→ {line.do}" if line.do else ""
-        table.add_row(marks[line.status], escape(line.what), escape(line.found), escape(do))
-    out.print(table)
+        made.add_row(styled(_MARKS[line.status]), line.what, line.found, do)
+    console().print(made)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from ...autotune.plan import Plan
 from ...autotune.runner import Progress
+from ...errors import printable
+from .console import InertConsole
 
 
 @contextmanager
@@ -31,25 +32,25 @@ def watching_all(plans: Sequence[Plan]) -> Iterator[dict[str, Progress]]:
     Which layer, and what its step is, come under names that start with ``layer``; everything else
     is a backend telling what it does.
     """
-    console = Console(stderr=True)
+    out = InertConsole(stderr=True)
     start = time.monotonic()
     for plan in plans:
         head = (
             f"probing {plan.target.name} ({plan.target.device.arch}), level {plan.level.name}, "
             f"profile {plan.profile.name}, seed {plan.seed}"
         )
-        console.print(head, highlight=False)
+        out.print(head)
     labels = [plan.target.label for plan in plans]
-    if console.is_terminal:
-        with _live(console, start, labels) as progress:
+    if out.is_terminal:
+        with _live(out, start, labels) as progress:
             yield progress
     else:
         alone = len(labels) == 1
-        yield {label: _plain(start, "" if alone else f"{label} ") for label in labels}
+        yield {label: _lines(start, "" if alone else f"{label} ") for label in labels}
 
 
 @contextmanager
-def _live(console: Console, start: float, labels: Sequence[str]) -> Iterator[dict[str, Progress]]:
+def _live(out: InertConsole, start: float, labels: Sequence[str]) -> Iterator[dict[str, Progress]]:
     doing: dict[str, dict[str, str]] = {label: {} for label in labels}
     layer = dict.fromkeys(labels, "")
     lock = Lock()
@@ -62,7 +63,7 @@ def _live(console: Console, start: float, labels: Sequence[str]) -> Iterator[dic
                 grid.add_row(name, text)
         return grid
 
-    with Live(table(), console=console, refresh_per_second=8, transient=True) as live:
+    with Live(table(), console=out, refresh_per_second=8, transient=True) as live:
 
         def progress(label: str, who: str, text: str) -> None:
             with lock:
@@ -76,12 +77,13 @@ def _live(console: Console, start: float, labels: Sequence[str]) -> Iterator[dic
         yield {label: partial(progress, label) for label in labels}
 
 
-def _plain(start: float, prefix: str) -> Progress:
+def _lines(start: float, prefix: str) -> Progress:
     """One line per step of a layer and per finished build; workers' own chatter is left out."""
 
     def progress(who: str, text: str) -> None:
         if who.startswith(("layer", "survey")) or text.startswith("built"):
             seconds = time.monotonic() - start
-            print(f"[{seconds:6.1f} s] {prefix}{who}: {text}", file=sys.stderr, flush=True)
+            line = printable(f"[{seconds:6.1f} s] {prefix}{who}: {text}")
+            print(line, file=sys.stderr, flush=True)
 
     return progress

@@ -34,3 +34,13 @@ def when(at: object) -> str:
 
 def count(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+SIGNS = {
+    "safe": "✓",
+    "unsafe": "✗",
+    "inconclusive": "?",
+    "unsupported": "–",
+    "reference": "=",
+}
+"""A sign for each verdict; colour only repeats what it says."""

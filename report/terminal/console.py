@@ -1,0 +1,68 @@
+"""The terminal: where tables and lines go, and nothing that a name holds is obeyed.
+
+Names and messages come from plugins, files and other machines. So what is given as text is shown
+as text: square brackets are no style, and a character that a terminal would obey is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from ...errors import printable
+
+
+class InertConsole(Console):
+    """A rich console that writes no control sequence but rich's own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # Before anything is laid out: what is replaced may have had another width. A line's end
+        # in a name would be a line of the program's own to whoever reads it.
+        return super().render_str(printable(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(printable(segment.text, keep="\n"), segment.style)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Texts one after the other, some with a style: (text, style)."""
+    made = Text()
+    for part in parts:
+        text, style = (part, "") if isinstance(part, str) else part
+        made.append(printable(text), style)
+    return made
+
+
+def lines(*texts: str) -> Text:
+    """Texts below each other."""
+    return Text("\n").join(map(styled, texts))
+
+
+def console(stderr: bool = False) -> InertConsole:
+    """Where tables go. Without a terminal lines are as long as they need to be."""
+    out = InertConsole(soft_wrap=True, stderr=stderr)
+    return out if out.is_terminal else InertConsole(width=200, stderr=stderr)
+
+
+def table(title: str, headings: Iterable[str], right: Iterable[str] = ()) -> Table:
+    """A table without rows; columns named in `right` are set flush right."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    numbers = set(right)
+    for heading in headings:
+        made.add_column(heading, justify="right" if heading in numbers else "left")
+    return made

@@ -1,0 +1,103 @@
+"""A finished probe, and what a state directory holds, as one screen of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ...autotune.evidence import audits
+from ...autotune.plan import Report
+from ...autotune.publication import published
+from ...autotune.stages import recall
+from ...cache.rows import Timing
+from ..documents import stored_findings
+from ..wording import WEIGHTS, range_text, scope_text
+from .console import console, styled, table
+from .findings import print_finding, print_findings
+from .tables import print_backends, print_bounds, print_choices, print_reasons
+
+_MOST_NOTES = 6
+
+
+def print_probe(report: Report) -> None:
+    """All of a finished probe: choices by layer, backends, findings, what could not run."""
+    out = console()
+    out.print()
+    out.print(styled((report.target.name, "bold"), f" ({report.target.device.arch})"))
+    if report.candidates:
+        print_choices(out, report.choices, report.candidates)
+        print_backends(out, report.candidates, report.build_seconds)
+        print_bounds(out, report.choices)
+        print_findings(out, report.findings)
+    print_reasons(out, "Audit", audits.remarks(report.audits))
+    _print_unsteady(out, report.timings)
+    _print_left(out, report.left)
+    print_reasons(out, "Did not load or build", report.broken)
+    print_reasons(out, "Cannot run here", report.unsupported)
+    said = recall.sentence(report.known)
+    if said:
+        out.print()
+        out.print(said)
+    if report.generation is not None:
+        out.print()
+        out.print(
+            f"probed in {report.seconds:.0f} s, after {report.build_wall_seconds:.0f} s of "
+            f"loading and building; stored as generation {report.generation}; run {report.run}"
+        )
+
+
+def _print_unsteady(out: Console, timings: Sequence[Timing]) -> None:
+    """Times that say of themselves that they are not to be trusted: each note once, with whose."""
+    notes: dict[tuple[int, int, str], dict[str, None]] = {}
+    for row in timings:
+        if note := row.detail.get("note"):
+            notes.setdefault((row.bucket.n, row.bucket.k, str(note)), {})[row.backend] = None
+    for (n, k, note), backends in list(notes.items())[:_MOST_NOTES]:
+        out.print(f"Unsteady times, n={n} k={k} ({', '.join(backends)}): {note}")
+    if len(notes) > _MOST_NOTES:
+        out.print(f"and {len(notes) - _MOST_NOTES} more; --json has them under timings")
+
+
+def _print_left(out: Console, left: Sequence[Mapping[str, Any]]) -> None:
+    """What the time budget did not reach."""
+    for row in left:
+        ranges = ", ".join(range_text(lo, hi) for lo, hi in row["m"])
+        weights = WEIGHTS.get(row["activation"], row["activation"])
+        out.print(
+            f"The time budget ended before anything was proven in {row['format']} {weights} "
+            f"n={row['n']} k={row['k']} at m={ranges}; what stood there stands, and the next probe "
+            "goes on there"
+        )
+
+
+def print_stored(place: Path, every_finding: bool) -> None:
+    """Choices, verdicts, findings and environments of a state directory."""
+    out = console()
+    stored = published.load(place)
+    found, runs = stored_findings(place)
+    out.print(f"{place}: generation {stored.generation}")
+    for scope, candidates in published.by_scope(stored.candidates).items():
+        out.print()
+        out.print(styled((scope_text(*scope), "bold")))
+        mine = [c for c in stored.choices if c.scope == scope]
+        print_choices(out, mine, candidates)
+        print_backends(out, candidates)
+        print_bounds(out, mine)
+    if every_finding:
+        for finding in found:
+            print_finding(out, finding)
+    else:
+        print_findings(out, found)
+    print_reasons(out, "Cannot run here", stored.meta.get("unsupported", {}))
+    made = table("Environments", ("backend", "fingerprint", "versions", "code digest"))
+    for environment in stored.environments:
+        facts = environment.facts
+        versions = ", ".join(f"{k} {v}" for k, v in facts["distributions"].items())
+        code = facts.get("code") or facts.get("code_how") or ""
+        made.add_row(environment.backend, environment.fingerprint[:12], versions, str(code)[:40])
+    out.print(made)
+    for run in runs[-5:]:
+        out.print(f"run {run.id}: {run.status}, level {run.level}, seed {run.seed}")
