@@ -29,6 +29,10 @@ Engine = Annotated[
 EngineArgs = Annotated[
     str, typer.Option(help="That engine's arguments, as one string, to see what it would run.")
 ]
+EnginePython = Annotated[
+    str | None,
+    typer.Option("--python", help="That engine's interpreter. Default: the one that runs this."),
+]
 OutDtype = Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")]
 Sign = Annotated[Path | None, typer.Option(help="PEM file of an Ed25519 private key to sign with.")]
 Keys = Annotated[

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import SAFE, UNSAFE, Refused
+from ..cache.rows import Environment
+from ..errors import NOT_ASSESSED, SAFE, UNSAFE
 from ._console import say
 
 
@@ -18,16 +19,32 @@ def assessed(
     arch: str | None = None,
     gpu: str | None = None,
     profile: str | None = None,
+    python: str | None = None,
 ) -> dict[str, Any] | None:
     """The document of ``--engine``; None without it. Raises Refused, StateError."""
     if engine is None:
         return None
-    from ..engines import applied, names, select
+    from ..engines import applied, installed, select
 
-    if engine not in names.ENGINES:
-        raise Refused(f"there is no engine {engine!r}; there are {', '.join(names.ENGINES)}")
+    home = installed.home(engine, python).required()
     reader = select.open_for(engine, state, arch=arch, gpu=gpu, profile=profile)
-    return applied.assess(select.select(reader, engine), shlex.split(engine_args))
+    return applied.assess(select.select(reader, engine, home=home), shlex.split(engine_args))
+
+
+def warn_of_other_versions(
+    profile: str, python: str | None, environments: Iterable[Environment]
+) -> None:
+    """Say on stderr where what was measured differs from what that engine is served with."""
+    from ..engines import installed, names, stack
+
+    if profile not in names.ENGINES:
+        return
+    versions: dict[str, str] = {}
+    for environment in environments:
+        versions |= environment.facts.get("distributions") or {}
+    versions.pop("python", None)
+    for sentence in stack.warnings(installed.home(profile, python), versions):
+        say(f"fp4tune: {sentence}", err=True)
 
 
 def print_assessed(documents: Sequence[dict[str, Any] | None]) -> None:
@@ -39,5 +56,9 @@ def print_assessed(documents: Sequence[dict[str, Any] | None]) -> None:
 
 
 def exit_code(documents: Sequence[dict[str, Any] | None]) -> int:
-    """0 where all that the engine would run is safe, 1 where it is not."""
-    return SAFE if documents and all(d and d["safe"] for d in documents) else UNSAFE
+    """0 where all that the engine would run is safe, 1 where some of it is not, 2 where that
+    cannot be told."""
+    said = [d["safe"] if d else False for d in documents]
+    if said and all(said):
+        return SAFE
+    return UNSAFE if not said or False in said else NOT_ASSESSED

@@ -12,6 +12,7 @@ from ._console import (
     Checkpoint,
     Engine,
     EngineArgs,
+    EnginePython,
     Json,
     OutDtype,
     State,
@@ -38,6 +39,7 @@ def choose(
     checkpoint: Checkpoint = None,
     engine: Engine = None,
     engine_args: EngineArgs = "",
+    python: EnginePython = None,
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +54,7 @@ def choose(
             named(PROFILES, profile, "profile")
         problem = Problem(format_, m, n, k, activation, out_dtype)
         decision = documents.decision(state, problem, profile)
-        verdict = _engine.assessed(engine, engine_args, state, profile=profile)
+        verdict = _engine.assessed(engine, engine_args, state, profile=profile, python=python)
         decision["engine"] = verdict
         decision["layer"] = documents.layer(state, problem, profile) if layer else None
         decision["checkpoint"] = weights = (

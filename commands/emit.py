@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import SAFE, UNSAFE, Refused
-from ._console import Json, State, one_sentence, print_json, say_lines
+from ..cache.errors import Missing
+from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
+from ._console import EnginePython, Json, State, one_sentence, print_json, say_lines
 
 Format = Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Whose choices, for which layers, and which interpreter's engine."""
+
+    format: str
+    activation: str | None
+    arch: str | None
+    gpu: str | None
+    profile: str | None
+    state: Path | None
+    python: str | None
 
 
 def emit(
@@ -34,6 +49,11 @@ def emit(
     profile: Annotated[
         str | None, typer.Option(help="Whose choices. Default: the engine's, else strict.")
     ] = None,
+    python: EnginePython = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="With json: every engine's names for every backend, too."),
+    ] = False,
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -45,53 +65,86 @@ def emit(
             raise Refused(
                 f"there is no emission for {target!r}; there are {', '.join(emitting.TARGETS)}"
             )
-        scope = {"arch": arch, "gpu": gpu_name, "profile": profile}
-        made = _emissions(target, out, format_, activation, scope, state)
-        if as_json or target == "json":
-            documents = {name: emission.json() for name, emission in made.items()}
-            print_json(documents if target == "json" else documents[target])
+        if explain and target != "json":
+            raise Refused("--explain is for the target json")
+        asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
+        if target == "json":
+            raise typer.Exit(_print_all(asked, explain))
+        made = _emission(target, out, asked)
+        if as_json:
+            print_json(made.json())
         else:
-            for emission in made.values():
-                say_lines(emission.shell().split("\n"))
-        found = any(emission.selection.backend for emission in made.values())
-        raise typer.Exit(SAFE if found else UNSAFE)
+            say_lines(made.shell().split("\n"))
+        if made.selection.backend:
+            raise typer.Exit(SAFE)
+        raise typer.Exit(NOT_ASSESSED if made.selection.unclear else UNSAFE)
 
 
-def _emissions(
-    target: str,
-    out: Path | None,
-    format_: str,
-    activation: str | None,
-    scope: dict[str, str | None],
-    state: Path | None,
-) -> dict[str, Any]:
-    from ..autotune.verdict.profiles import installed
+def _chosen(engine: str, asked: _Asked) -> tuple[Any, Any]:
+    """(reader, selection) for an engine. Raises Refused, StateError."""
+    from ..engines import installed, select
+
+    home = installed.home(engine, asked.python).required()
+    reader = select.open_for(
+        engine, asked.state, arch=asked.arch, gpu=asked.gpu, profile=asked.profile
+    )
+    chosen = select.select(
+        reader, engine, format=asked.format, activation=asked.activation, home=home
+    )
+    return reader, chosen
+
+
+def _print_all(asked: _Asked, explain: bool) -> int:
+    """Both engines' documents, and with `explain` what every engine calls our backends."""
     from ..engines import emit as emitting
-    from ..engines import names, select, tactics
+    from ..engines import names, others
 
-    def chosen(engine: str) -> tuple[Any, Any]:
-        reader = select.open_for(
-            engine, state, arch=scope["arch"], gpu=scope["gpu"], profile=scope["profile"]
-        )
-        return reader, select.select(reader, engine, format=format_, activation=activation)
+    documents: dict[str, Any] = {}
+    codes = []
+    for engine in names.ENGINES:
+        try:
+            selection = _chosen(engine, asked)[1]
+        except (Refused, Missing) as error:
+            documents[engine] = emitting.unknown(engine, str(error))
+            codes.append(NOT_ASSESSED)
+            continue
+        documents[engine] = emitting.emission(selection).json()
+        unclear = NOT_ASSESSED if selection.unclear else UNSAFE
+        codes.append(SAFE if selection.backend else unclear)
+    if explain:
+        reader = others.reader_for(asked.state, asked.arch, asked.gpu, asked.profile)
+        documents["explained"] = others.explained(reader)
+    print_json(documents)
+    return SAFE if SAFE in codes else UNSAFE if UNSAFE in codes else NOT_ASSESSED
 
-    here = installed()
-    engine = here if here in names.ENGINES else "sglang"
-    if target == "json":
-        return {name: emitting.emission(chosen(name)[1]) for name in names.ENGINES}
-    if target in names.ENGINES:
-        return {target: emitting.emission(chosen(target)[1])}
-    reader, selection = chosen(engine)
+
+def _emission(target: str, out: Path | None, asked: _Asked) -> Any:
+    from ..engines import emit as emitting
+    from ..engines import names, tactics
+
+    engine = target if target in names.ENGINES else _beside(asked.python)
+    reader, selection = _chosen(engine, asked)
+    if target == engine:
+        return emitting.emission(selection)
     if target == "env":
-        env = emitting.environment(selection) if selection.backend else {}
-        return {target: emitting.Emission(selection, [], env, emitting.evidence(selection))}
+        return emitting.plugin_environment(selection)
     if out is None:
         raise Refused("FlashInfer's tactics are pinned by two files: say where with --out")
-    emission = emitting.flashinfer(reader, selection)
-    write(emission.files, out)
-    emission.env[tactics.VARIABLE] = os.path.abspath(out / tactics.BLOCKLIST)
-    emission.env["FP4TUNE_FLASHINFER_CACHE"] = os.path.abspath(out / tactics.CACHE)
-    return {target: emission}
+    made = emitting.flashinfer(reader, selection)
+    write(dict(made.files), out)
+    env = {
+        tactics.VARIABLE: os.path.abspath(out / tactics.BLOCKLIST),
+        "FP4TUNE_FLASHINFER_CACHE": os.path.abspath(out / tactics.CACHE),
+    }
+    return replace(made, env=env)
+
+
+def _beside(python: str | None) -> str:
+    """The engine that is installed there; SGLang where both are, or none."""
+    from ..engines import installed, names
+
+    there = [name for name in names.ENGINES if installed.home(name, python).source.there]
+    return there[0] if there else names.ENGINES[0]
 
 
 def write(files: dict[str, Any], folder: Path) -> None:

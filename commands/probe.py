@@ -170,11 +170,18 @@ def probe(
         publish(reports, state_dir, weighed)
         verdicts = [
             _engine.assessed(
-                engine, engine_args, state_dir, arch=r.target.device.arch, gpu=r.target.name
+                engine,
+                engine_args,
+                state_dir,
+                arch=r.target.device.arch,
+                gpu=r.target.name,
+                python=python,
             )
             for r in reports
             if r.candidates
         ]
+        made = [environment for r in reports for environment in r.environments]
+        _engine.warn_of_other_versions(chosen_profile.name, python, made)
         if as_json:
             print_json(
                 [{**documents.probe_json(r), "engine": engine and verdicts} for r in reports]

@@ -12,6 +12,7 @@ from ._console import (
     Checkpoint,
     Engine,
     EngineArgs,
+    EnginePython,
     Json,
     State,
     one_sentence,
@@ -28,6 +29,7 @@ def show(
     checkpoint: Checkpoint = None,
     engine: Engine = None,
     engine_args: EngineArgs = "",
+    python: EnginePython = None,
     state: State = None,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +44,7 @@ def show(
             from ..autotune import reproduce as drawing
 
             drawing.pictures(documents.stored_findings(place)[0], pictures)
-        verdict = _engine.assessed(engine, engine_args, place)
+        verdict = _engine.assessed(engine, engine_args, place, python=python)
         weights = None if checkpoint is None else checkpoint_check.find(checkpoint, place)
         if as_json:
             print_json({**documents.as_json(place), "checkpoint": weights, "engine": verdict})

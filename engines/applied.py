@@ -5,19 +5,31 @@ Standard library only.
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from . import installed, names
-from .select import Selection
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+from . import holding, names
+from .asked import Configured, NotTaken, Unclear
+from .names import TUNER
+from .select import Bucket, Selection
 
 LEVELS = ("off", "emit", "process", "call")
 VARIABLE = "FP4TUNE_LEVEL"
+ACTING = ("process", "call")
+"""The levels at which a plugin changes what an engine runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class WouldRun:
+    """What an engine would run: `backend` by our name, `word` by its own, and where that is said.
+    Both None where it cannot be told, or where it would not start: `source` says so then."""
+
+    backend: str | None
+    word: str | None
+    source: str
+    clear: bool = True
 
 
 def level(environ: Mapping[str, str] | None = None) -> str:
@@ -26,95 +38,125 @@ def level(environ: Mapping[str, str] | None = None) -> str:
     return word if word in LEVELS else "emit"
 
 
-def configured(
-    engine: str, args: Sequence[str], environ: Mapping[str, str], selection: Selection
-) -> tuple[str | None, str]:
-    """(backend, where that is said). The backend is None for a word that means none of ours."""
-    said = _argument(engine, args, selection)
-    if said not in (None, "auto"):
-        return names.backend_of(engine, str(said), selection.activation), f"argument {said}"
-    off = environ.get("VLLM_DISABLED_KERNELS") if engine == "vllm" else None
-    plugged = off is None and level(environ) in ("process", "call") and _plugin(engine)
-    if plugged and selection.backend is not None:
-        return selection.backend, f"fp4tune's plugin, {VARIABLE}={level(environ)}"
-    for backend in names.defaults(engine, names.sm_of(selection.arch)):
-        if names.named(engine, backend, selection.format) not in (off or "").split(","):
-            where = "environment VLLM_DISABLED_KERNELS" if off else f"{engine}'s default"
-            return backend, where
-    if off and selection.word and selection.word not in off.split(","):
-        return selection.backend, "environment VLLM_DISABLED_KERNELS"
-    return None, "its kernels are all disabled" if off else f"{engine}'s default is not known here"
+def configured(args: Sequence[str], environ: Mapping[str, str], selection: Selection) -> WouldRun:
+    """What the engine of `selection` would run, by its own source, with those arguments and that
+    environment."""
+    home, kind = selection.home, selection.kind
+    given = Configured(tuple(args), environ)
+    asked = _asked(home.engine, given)
+    if asked is None and _plugged(selection, environ):
+        where = f"fp4tune's plugin, {VARIABLE}={level(environ)}"
+        return WouldRun(selection.backend, selection.word, where)
+    try:
+        word = home.source.runs(kind, given)
+    except NotTaken as error:
+        return WouldRun(None, None, str(error))
+    except Unclear as error:
+        return WouldRun(None, None, str(error), clear=False)
+    backend = names.backend_of(home.engine, word, kind.format, kind.sm)
+    return WouldRun(backend, word, asked or f"{home.engine}'s default")
+
+
+def _plugged(selection: Selection, environ: Mapping[str, str]) -> bool:
+    """Whether fp4tune's plugin fills in the choice where nothing was asked for."""
+    return level(environ) in ACTING and selection.home.plugin and selection.backend is not None
 
 
 def assess(
     selection: Selection, args: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The engine's document: what it would run, whether that is safe, and what it should run."""
+    """The engine's document: what it would run, whether that is safe, and what it should run.
+
+    ``safe`` is None where that cannot be told, which is never safe.
+    """
     env = os.environ if environ is None else environ
-    backend, source = configured(selection.engine, args, env, selection)
-    sm = names.sm_of(selection.arch)
-
-    def word(name: str) -> str | None:
-        return names.named(selection.engine, name, selection.format, sm)
-
-    # By the engine's word: two builds of one source may share it.
-    same = [b for b in (*selection.proven, *selection.rejected) if backend and word(b)]
-    same = [b for b in same if backend and word(b) == word(backend)]
-    safe = any(b in selection.proven for b in same)
-    reasons = [selection.rejected[b] for b in same if b in selection.rejected]
-    why = "proven in every bucket" if safe else next(iter(reasons), "it was not probed")
+    runs = configured(args, env, selection)
+    safe, why, tactics = _judged(selection, runs, Configured(tuple(args), env))
     return {
         "engine": selection.engine,
-        "version": installed.version(selection.engine),
-        "runs": backend,
-        "source": source,
+        "version": selection.version,
+        "runs": runs.backend,
+        "name": runs.word,
+        "source": runs.source,
         "safe": safe,
         "why": why,
+        "tactics": tactics,
         "choice": selection.backend,
         "generation": selection.generation,
     }
 
 
+def _judged(s: Selection, runs: WouldRun, given: Configured) -> tuple[bool | None, str, str | None]:
+    """(whether that is proven, why, what holds its tactics)."""
+    if runs.word is None:
+        return (False if runs.clear else None), runs.source, None
+    # By the engine's word: two builds of one source may share it.
+    same = [
+        b
+        for b in (*s.proven, *s.rejected)
+        if names.named(s.engine, b, s.format, s.kind.sm) == runs.word
+    ]
+    backend = next((b for b in same if b in s.proven), None)
+    if backend is None:
+        why = next((s.rejected[b] for b in same), "it was not probed")
+        return (None if any(b in s.unclear for b in same) else False), why, None
+    buckets = s.buckets if backend == s.backend else s.others[backend]
+    try:
+        held = _held(s, backend, buckets, given)
+    except NotTaken as error:
+        return False, str(error), None
+    return True, "proven in every bucket", str(held)
+
+
+def _held(s: Selection, backend: str, buckets: Sequence[Bucket], given: Configured) -> holding.Held:
+    """What holds an engine, started so, to the proven tactics of a backend. Raises NotTaken."""
+    held = holding.holding(s.home, backend, [d for *_, d in buckets], given)
+    if names.NAMES[backend].picks != TUNER:
+        return held
+    acting = level(given.env) in ACTING and s.home.plugin
+    if held.by == holding.PLUGIN and not acting:
+        raise NotTaken(
+            "proven with some of its tactics, and FlashInfer's tuner may pick others: they are "
+            f"pinned by fp4tune's plugin, and {VARIABLE} is {level(given.env)}"
+        )
+    if held.by == holding.UNTUNED and held.args and s.home.source.tuned(given):
+        raise NotTaken(
+            "proven with the default tactic, and FlashInfer's tuner may pick others: "
+            f"{' '.join(held.args)} keeps it off"
+        )
+    return held
+
+
 def line(document: Mapping[str, Any]) -> str:
     """An assessment in one line."""
     d = document
-    runs = d["runs"] or "an unknown backend"
-    text = f"{d['engine']} would run {runs} ({d['source']}): {'safe' if d['safe'] else d['why']}"
+    runs = d["runs"] or d["name"] or "an unknown backend"
+    said = "safe" if d["safe"] else d["why"]
+    if d["safe"] is None:
+        said = f"unknown: {said}"
+    source = f" ({d['source']})" if d["source"] != d["why"] else ""
+    text = f"{d['engine']} would run {runs}{source}: {said}"
+    if d["safe"] and d["tactics"]:
+        text += f"; {d['tactics']}"
     if d["choice"] and d["choice"] != d["runs"]:
         text += f"; fp4tune emit {d['engine']} gives it {d['choice']}"
     return text
 
 
-def _plugin(engine: str) -> bool:
-    from importlib import metadata
-
-    group = {"sglang": "sglang.srt.plugins", "vllm": "vllm.general_plugins"}[engine]
-    return any(entry.name == "fp4tune" for entry in metadata.entry_points(group=group))
-
-
-def _argument(engine: str, args: Sequence[str], selection: Selection) -> str | None:
-    """The last value given for the engine's option, None without one."""
-    given: dict[str, str] = {}
-    for at, word in enumerate(args):
-        option, equals, value = word.partition("=")
-        option = option.replace("_", "-")
-        if option.startswith("--"):
-            given[option] = value if equals else "".join(args[at + 1 : at + 2])
-    if engine == "sglang":
-        return given.get("--fp4-gemm-backend")
-    quant = "mxfp4" if selection.format == "mxfp4" else f"nvfp4_w4a{_bits(selection)}"
-    found = given.get("--linear-backend")
-    found = found.lower().replace("-", "_") if found else None
-    try:
-        config = json.loads(given.get("--kernel-config", "{}"))
-        own = (config.get("linear_backend_per_quant") or {}).get(quant)
-        found = own or found or config.get("linear_backend")
-    except (ValueError, AttributeError):
-        pass
-    dotted = given.get(f"--kernel-config.linear-backend-per-quant.{quant}")
-    return dotted or found
+_OPTIONS = {
+    "sglang": (("--fp4-gemm-backend",), ("SGLANG_FLASHINFER_FP4_GEMM_BACKEND",)),
+    "vllm": (
+        ("--linear-backend", "--kernel-config"),
+        ("VLLM_NVFP4_GEMM_BACKEND", "VLLM_DISABLED_KERNELS", "VLLM_BATCH_INVARIANT"),
+    ),
+}
 
 
-def _bits(selection: Selection) -> str:
-    weight_only = selection.activation == "bf16" and (names.sm_of(selection.arch) or 0) >= 100
-    return "16" if weight_only else "4"
+def _asked(engine: str, given: Configured) -> str | None:
+    """The option or variable that the user asks with, None without one."""
+    options, variables = _OPTIONS[engine]
+    said = given.options()
+    for name, value in said.items():
+        if name.partition(".")[0] in options and value not in ("", "auto"):
+            return f"argument {value}"
+    return next((f"environment {name}" for name in variables if given.env.get(name)), None)

@@ -6,42 +6,30 @@ files that pin FlashInfer's tactics.
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..errors import printable
-from . import names
+from .. import __version__
+from ..cache.reader import Reader
+from ..errors import Refused, printable
+from . import holding, names
 from .select import Selection
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
-    from ..cache.reader import Reader
 
 TARGETS = ("sglang", "vllm", "flashinfer", "env", "json")
 
 
+@dataclass(frozen=True, slots=True)
 class Emission:
     """`args` for the engine's command line, `env` for its environment, `files` by name for a
     directory of the user's, and `comments` that say what it all rests on."""
 
-    __slots__ = ("args", "comments", "env", "files", "selection")
-
-    def __init__(
-        self,
-        selection: Selection,
-        args: list[str],
-        env: dict[str, str],
-        comments: list[str],
-        files: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.selection = selection
-        self.args = args
-        self.env = env
-        self.files = dict(files or {})
-        self.comments = comments
+    selection: Selection
+    args: list[str]
+    env: dict[str, str]
+    comments: list[str]
+    files: Mapping[str, Any] = field(default_factory=dict)
 
     def shell(self) -> str:
         """A snippet for bash to source: exported variables, and FP4TUNE_ARGS for the engine."""
@@ -57,6 +45,7 @@ class Emission:
         return {
             "engine": s.engine,
             "version": s.version,
+            "python": s.home.python.program,
             "backend": s.backend,
             "name": s.word,
             "arch": s.arch,
@@ -68,9 +57,11 @@ class Emission:
             "args": self.args,
             "env": self.env,
             "files": sorted(self.files),
+            "tactics": {"held_by": s.held.by, "proven": list(s.held.tactics)} if s.held else None,
             "conditions": s.conditions,
             "layers": [list(layer) for layer in s.layers],
             "rejected": s.rejected,
+            "unclear": list(s.unclear),
             "default": s.default,
             "comments": self.comments,
         }
@@ -82,38 +73,25 @@ def emission(selection: Selection) -> Emission:
     comments = evidence(selection)
     if selection.backend is None:
         return Emission(selection, [], {}, comments)
-    if selection.engine == "sglang":
-        return Emission(selection, ["--fp4-gemm-backend", str(selection.word)], {}, comments)
-    return Emission(
-        selection,
-        ["--kernel-config", json.dumps({"linear_backend_per_quant": per_quant(selection)})],
-        {"VLLM_DISABLED_KERNELS": ",".join(disabled(selection))},
-        comments,
-    )
+    env = dict(selection.setting.env)
+    if selection.held is not None and selection.held.by == holding.PLUGIN:
+        env |= environment(selection)
+    return Emission(selection, list(selection.setting.args), env, comments)
 
 
-def per_quant(selection: Selection) -> dict[str, str]:
-    """vLLM's ``linear_backend_per_quant`` for this choice; empty without one."""
-    name = names.NAMES.get(selection.backend or "")
-    if name is None or name.linear is None:
-        return {}
-    if selection.format == "mxfp4":
-        return {"mxfp4": name.linear}
-    if selection.activation == "fp4":
-        return {"nvfp4_w4a4": name.linear}
-    # A weight-only kernel also serves a W4A4 checkpoint where there is no FP4 hardware.
-    both = (names.sm_of(selection.arch) or 0) < 100
-    return {key: name.linear for key in ("nvfp4_w4a4", "nvfp4_w4a16") if both or key[-3:] == "a16"}
+def unknown(engine: str, why: str) -> dict[str, Any]:
+    """The document of an engine of which nothing can be said."""
+    return {"engine": engine, "backend": None, "args": [], "env": {}, "unknown": why}
 
 
-def disabled(selection: Selection) -> list[str]:
-    """vLLM's kernels of this format, less the chosen one (and its emulation, the last resort)."""
-    every = names.VLLM_KERNELS.get(selection.format, ())
-    chosen = {selection.word}
-    if selection.activation == "bf16" and (names.sm_of(selection.arch) or 0) >= 100:
-        # Weight-only layers of a model whose other layers are W4A4: those keep their kernels.
-        return [k for k in every if "W4A16" in k and k not in chosen]
-    return [k for k in every if k not in chosen]
+def plugin_environment(selection: Selection) -> Emission:
+    """What makes the plugins act in every process of an engine. Raises Refused where the engine
+    does not load them."""
+    home = selection.home
+    if not home.plugin:
+        raise Refused(f"{home.no_plugin}: use fp4tune emit {home.engine}")
+    env = environment(selection) if selection.backend else {}
+    return Emission(selection, [], env, evidence(selection))
 
 
 def environment(selection: Selection, level: str = "process") -> dict[str, str]:
@@ -127,35 +105,41 @@ def environment(selection: Selection, level: str = "process") -> dict[str, str]:
 
 def evidence(s: Selection) -> list[str]:
     """What an emission rests on, line by line."""
-    from .. import __version__
-
     lines = [
         f"fp4tune {__version__}: generation {s.generation} of {s.place}",
         f"{s.gpu} ({s.arch}), profile {s.profile}, {s.format} with {s.activation} activations",
     ]
-    known = names.VERSIONS[s.engine]
-    if s.version is None:
-        lines.append(f"{s.engine} is not installed here; names are those of {known}")
-    elif s.version != known:
-        lines.append(f"{s.engine} {s.version} is installed; it knows this name, read from {known}")
-    else:
-        lines.append(f"{s.engine} {s.version} is installed")
+    source = s.home.source
     if s.backend is None:
+        lines.append(f"{source} is installed in {s.home.python}")
         lines.append(f"nothing that {s.engine} can name is proven in every bucket:")
     else:
-        decisions = [d for *_, d in s.buckets]
         lines.append(
-            f"{s.backend}: safe in all {len(decisions)} buckets of {len(s.layers)} layers, "
-            f"at least {min(d.launches for d in decisions)} launches of "
-            f"{min(d.problems for d in decisions)} problems in each regime"
+            f"{source} is installed in {s.home.python}; by its own source it runs {s.word} so"
         )
-        lines.append("layers (n x k): " + ", ".join(f"{n}x{k}" for n, k in s.layers))
-        lines.append("any other layer is unproven")
-        lines += [f"holds if {condition['text']}" for condition in s.conditions]
-        if s.default and s.default != s.backend:
-            lines.append(f"by itself {s.engine} would run {s.default}")
+        lines += _proof(s)
     lines += [f"{backend}: {why}" for backend, why in sorted(s.rejected.items())]
     return lines + s.notes
+
+
+def _proof(s: Selection) -> list[str]:
+    decisions = [d for *_, d in s.buckets]
+    held = s.held
+    plain = held is None or held.by in (holding.ONLY, holding.UNTUNED)
+    what = s.backend if plain else f"{s.backend} with the tactics below"
+    lines = [
+        f"{what}: safe in all {len(decisions)} buckets of {len(s.layers)} layers, "
+        f"at least {min(d.launches for d in decisions)} launches of "
+        f"{min(d.problems for d in decisions)} problems in each regime"
+    ]
+    if held is not None:
+        lines.append(f"it runs {held}")
+    lines.append("layers (n x k): " + ", ".join(f"{n}x{k}" for n, k in s.layers))
+    lines.append("any other layer is unproven")
+    lines += [f"holds if {condition['text']}" for condition in s.conditions]
+    if s.default and s.default != s.backend:
+        lines.append(f"by itself {s.engine} would run {s.default}")
+    return lines
 
 
 def flashinfer(reader: Reader, selection: Selection) -> Emission:
@@ -167,22 +151,13 @@ def flashinfer(reader: Reader, selection: Selection) -> Emission:
     if selection.backend is None or name is None or name.runner is None:
         what = selection.backend or "nothing"
         raise ValueError(f"the choice here is {what}, of which FlashInfer keeps no tactics")
-    pins = [
-        tactics.Pin(selection.backend, n, k, m_hi, d.tactic, selection.format)
-        for n, k, _, m_hi, d in selection.buckets
-        if m_hi > 0
-    ]
-    proven = {pin.tactic for pin in pins}
-    others = {
-        row["tactic"]
-        for row in reader.rows("candidate")
-        if row["backend"] == selection.backend and row["tactic"] not in proven
-    }
-    files = tactics.files(pins, {selection.backend: sorted(others)})
+    made = tactics.files(
+        *tactics.pins_of(reader, selection.backend, selection.buckets, selection.format)
+    )
     comments = [
         *evidence(selection),
         f"{tactics.CACHE}: the proven tactic of each bucket; load it with "
         "flashinfer.autotuner.AutoTuner.get().load_configs(), as fp4tune's plugins do",
         f"{tactics.BLOCKLIST}: every other tactic; the two belong together",
     ]
-    return Emission(selection, [], {}, comments, files)
+    return Emission(selection, [], {}, comments, made)

@@ -1,78 +1,79 @@
-"""Which engine is installed here, and which names it knows: read from its files, not imported.
+"""The engine that is installed: where, which version, and what its own source says it runs.
 
-Importing an engine takes seconds and may touch the GPU; its lists of names are literals in its
-source.
+Standard library only; nothing of the engine is imported.
 """
 
 from __future__ import annotations
 
-import ast
-import os
-from importlib import metadata, util
+from dataclasses import dataclass
 
-_DISTRIBUTIONS = {"sglang": "sglang", "vllm": "vllm", "flashinfer": "flashinfer-python"}
+from ..errors import Refused
+from . import interpreter
+from .interpreter import Interpreter
+from .names import ENGINES
+from .read_flashinfer import FlashInferSource
+from .read_sglang import GROUP as SGLANG_GROUP
+from .read_sglang import SGLangSource
+from .read_vllm import GROUP as VLLM_GROUP
+from .read_vllm import VllmSource
+
+GROUPS = {"sglang": SGLANG_GROUP, "vllm": VLLM_GROUP}
+"""The entry points that each engine loads plugins from."""
 
 
-def version(engine: str) -> str | None:
-    """The installed version, None without one."""
-    try:
-        return metadata.version(_DISTRIBUTIONS[engine])
-    except metadata.PackageNotFoundError:
-        return None
+@dataclass(frozen=True, slots=True)
+class EngineHome:
+    """An engine as it is installed for one Python.
 
-
-def words(engine: str) -> frozenset[str] | None:
-    """Every backend word the installed engine knows; None where it is not here or cannot be read.
-
-    For SGLang the values of ``--fp4-gemm-backend``, for vLLM those of ``linear_backend`` and the
-    names of its FP4 linear kernels.
+    source      what its own source says of it
+    flashinfer  the FlashInfer beside it, likewise
+    acts        whether this is a process of that engine, in which fp4tune's plugin may act
     """
-    if engine == "sglang":
-        return _strings(engine, ("srt/arg_groups/choices.py",), "FP4_GEMM_RUNNER_BACKEND_CHOICES")
-    if engine == "vllm":
-        values = _strings(engine, ("config/kernel.py",), "LinearBackend")
-        kernels = _strings(
-            engine, ("model_executor/kernels/linear/__init__.py",), "_POSSIBLE_NVFP4_KERNELS"
-        )
-        mxfp4 = _strings(
-            engine, ("model_executor/kernels/linear/__init__.py",), "_POSSIBLE_MXFP4_KERNELS"
-        )
-        if values is None or kernels is None:
-            return None
-        return values | kernels | (mxfp4 or frozenset())
-    return None
+
+    python: Interpreter
+    source: SGLangSource | VllmSource
+    flashinfer: FlashInferSource
+    acts: bool = False
+
+    @property
+    def engine(self) -> str:
+        return self.source.name
+
+    @property
+    def version(self) -> str | None:
+        return self.source.version
+
+    @property
+    def plugin(self) -> bool:
+        """Whether the engine loads fp4tune's plugin: it has plugins, and ours is beside it."""
+        if not self.source.has_plugins:
+            return False
+        return self.acts or "fp4tune" in self.python.plugins(GROUPS[self.engine])
+
+    @property
+    def no_plugin(self) -> str:
+        """Why it does not load fp4tune's plugin, in words."""
+        if not self.source.has_plugins:
+            return f"{self.source} loads no plugins"
+        return f"fp4tune is not installed beside {self.source}, in {self.python}"
+
+    def required(self) -> EngineHome:
+        """Itself. Raises Refused where the engine is not installed: what it runs is unknown."""
+        if not self.source.there:
+            raise Refused(
+                f"{self.engine} is not installed in {self.python}, so what it runs is unknown; "
+                "name its interpreter with --python"
+            )
+        return self
 
 
-def _strings(package: str, files: tuple[str, ...], variable: str) -> frozenset[str] | None:
-    """Every string and name in what `variable` is set to, in the first of `files` there is."""
-    try:
-        spec = util.find_spec(package)
-        roots = list(spec.submodule_search_locations or ()) if spec else []
-        for root in roots:
-            for file in files:
-                with open(os.path.join(root, file), encoding="utf-8") as source:
-                    tree = ast.parse(source.read())
-                for node in ast.walk(tree):
-                    if isinstance(node, ast.AnnAssign):
-                        targets: list[ast.expr] = [node.target]
-                    elif isinstance(node, ast.Assign):
-                        targets = node.targets
-                    else:
-                        continue
-                    if node.value and any(
-                        isinstance(t, ast.Name) and t.id == variable for t in targets
-                    ):
-                        return _words_in(node.value)
-    except (OSError, SyntaxError, ValueError, ImportError):
-        pass
-    return None
+def home(engine: str, program: str | None = None, acts: bool = False) -> EngineHome:
+    """The engine of that name for the Python `program`, by default the one that runs this.
 
-
-def _words_in(node: ast.expr) -> frozenset[str]:
-    found = set()
-    for part in ast.walk(node):
-        if isinstance(part, ast.Constant) and isinstance(part.value, str):
-            found.add(part.value)
-        elif isinstance(part, ast.Name):
-            found.add(part.id)
-    return frozenset(found)
+    Raises Refused for an engine that has no emission, and for a program that is no Python.
+    """
+    if engine not in ENGINES:
+        raise Refused(f"there is no engine {engine!r}; there are {', '.join(ENGINES)}")
+    python = interpreter.of(program)
+    source = SGLangSource(python) if engine == "sglang" else VllmSource(python)
+    return EngineHome(python, source, FlashInferSource(python), acts)

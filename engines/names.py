@@ -1,161 +1,114 @@
-"""What the engines call the backends, and what they take by themselves.
+"""What our backends are in the words of each engine.
 
-Read from SGLang 0.5.23, vLLM 0.33.0 and FlashInfer 0.7.2; `installed` says whether the engine here
-still knows a name. A backend without a name for an engine is never emitted for it. Standard
-library only.
+These are meanings, not promises: whether an installed engine knows a word, and what it runs without
+one, is read from its own source (`installed`). A backend without a word for an engine is never
+emitted for it. Standard library only.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 ENGINES = ("sglang", "vllm")
-VERSIONS = {"sglang": "0.5.23", "vllm": "0.33.0", "flashinfer": "0.7.2"}
-"""The versions that the names and orders here were read from."""
+"""Engines that there is an emission for."""
+
+TUNER, RULE = "tuner", "rule"
 
 
-class Name:
+@dataclass(frozen=True, slots=True)
+class EngineNames:
     """One backend's names.
 
-    sglang   value of ``--fp4-gemm-backend``
+    sglang   SGLang's word, as its ``--fp4-gemm-backend`` has it
     vllm     format -> the linear kernel's class
-    linear   value of vLLM's ``linear_backend``
-    sms      the SMs on which vLLM takes that class for this kernel; None: all that it supports
+    linear   vLLM's word for it, as ``linear_backend`` has it
+    sms      the SMs on which vLLM means this backend by that class; None: all
     api      ``backend=`` of ``flashinfer.mm_fp4``
     runner   FlashInfer's runner class, where its autotuner keeps tactics of it
+    rule     whether the library picks a tactic by a rule of its own, the one that was probed
     note     what a verdict of this backend does not cover there, by engine
-    only     the activation the names are for, where the engine uses them for another backend too
     """
 
-    __slots__ = ("only", "api", "linear", "note", "runner", "sglang", "sms", "vllm")
+    sglang: str | None = None
+    vllm: Mapping[str, str] = field(default_factory=dict)
+    linear: str | None = None
+    sms: tuple[int, ...] | None = None
+    api: str | None = None
+    runner: str | None = None
+    rule: bool = False
+    note: Mapping[str, str] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        sglang: str | None = None,
-        vllm: Mapping[str, str] | None = None,
-        linear: str | None = None,
-        sms: tuple[int, ...] | None = None,
-        api: str | None = None,
-        runner: str | None = None,
-        note: Mapping[str, str] | None = None,
-        only: str | None = None,
-    ) -> None:
-        self.sglang = sglang
-        self.vllm = vllm or {}
-        self.linear = linear
-        self.sms = sms
-        self.api = api
-        self.runner = runner
-        self.note = note or {}
-        self.only = only
+    @property
+    def picks(self) -> str | None:
+        """Who picks among its tactics in an engine: FlashInfer's ``tuner``, the library's own
+        ``rule``, or None: it has one."""
+        return TUNER if self.runner else RULE if self.rule else None
 
 
 def _nvfp4(name: str) -> dict[str, str]:
     return {"nvfp4": f"{name}NvFp4LinearKernel"}
 
 
-NAMES: dict[str, Name] = {
-    "flashinfer-cutlass": Name(
-        "flashinfer_cutlass",
-        _nvfp4("FlashInferCutlass"),
-        "flashinfer_cutlass",
+NAMES: dict[str, EngineNames] = {
+    "flashinfer-cutlass": EngineNames(
+        sglang="flashinfer_cutlass",
+        vllm=_nvfp4("FlashInferCutlass"),
+        linear="flashinfer_cutlass",
         api="cutlass",
         runner="CutlassFp4GemmRunner",
     ),
-    "flashinfer-cudnn": Name(
-        "flashinfer_cudnn",
-        _nvfp4("FlashInferCudnn"),
-        "flashinfer_cudnn",
+    "flashinfer-cudnn": EngineNames(
+        sglang="flashinfer_cudnn",
+        vllm=_nvfp4("FlashInferCudnn"),
+        linear="flashinfer_cudnn",
         api="cudnn",
         runner="CudnnFp4GemmRunner",
     ),
-    "flashinfer-trtllm": Name(
-        "flashinfer_trtllm",
-        _nvfp4("FlashInferTrtllm"),
-        "flashinfer_trtllm",
+    "flashinfer-trtllm": EngineNames(
+        sglang="flashinfer_trtllm",
+        vllm=_nvfp4("FlashInferTrtllm"),
+        linear="flashinfer_trtllm",
         api="trtllm",
         runner="TrtllmGemmRunner",
         note={"vllm": "vLLM gives it 8x4 scale factors up to m=32, and the probe gave it 128x4"},
     ),
     # On SM12x vLLM means another kernel (bf16 x FP4) by this name.
-    "flashinfer-cute-dsl": Name(
-        "flashinfer_cutedsl",
-        _nvfp4("FlashInferCuteDsl"),
-        "flashinfer_cutedsl",
+    "flashinfer-cute-dsl": EngineNames(
+        sglang="flashinfer_cutedsl",
+        vllm=_nvfp4("FlashInferCuteDsl"),
+        linear="flashinfer_cutedsl",
         sms=(100, 103),
         api="cute-dsl",
         runner="CuteDSLFp4GemmRunner",
     ),
-    "flashinfer-b12x": Name(
-        None,
-        _nvfp4("FlashInferB12x"),
-        "flashinfer_b12x",
+    "flashinfer-b12x": EngineNames(
+        vllm=_nvfp4("FlashInferB12x"),
+        linear="flashinfer_b12x",
         api="b12x",
         runner="B12xFp4GemmRunner",
     ),
-    # In 16-bit activations the engines mean FlashInfer's mm_bf16_fp4 by these.
-    "flashinfer-w4a16-cudnn": Name("flashinfer_cudnn", only="bf16"),
-    "flashinfer-w4a16-cute-dsl": Name(
-        "flashinfer_cutedsl",
-        {"nvfp4": "FlashInferCuteDslNvFp4W4A16LinearKernel"},
-        "flashinfer_cutedsl",
-        only="bf16",
+    # With 16-bit activations: FlashInfer's mm_bf16_fp4. SGLang runs it for W4A4 checkpoints, where
+    # a variable asks for it.
+    "flashinfer-w4a16-cute-dsl": EngineNames(
+        sglang="flashinfer_cutedsl:w4a16",
+        vllm={"nvfp4": "FlashInferCuteDslNvFp4W4A16LinearKernel"},
+        linear="flashinfer_cutedsl",
     ),
-    "flashinfer-cutedsl-low-latency": Name(api="cutedsl_low_latency"),
-    "flashinfer-cake": Name(api="cake"),
-    "marlin": Name(
-        "marlin",
-        _nvfp4("Marlin"),
-        "marlin",
+    "flashinfer-cutedsl-low-latency": EngineNames(api="cutedsl_low_latency"),
+    "flashinfer-cake": EngineNames(api="cake"),
+    "marlin": EngineNames(
+        sglang="marlin",
+        vllm=_nvfp4("Marlin"),
+        linear="marlin",
         note={"vllm": "proven with SGLang's build of Marlin; vLLM runs its own build"},
     ),
-    "vllm-marlin": Name(None, _nvfp4("Marlin"), "marlin"),
-    "vllm-cutlass": Name(None, _nvfp4("Cutlass"), "cutlass"),
-    "humming": Name(
-        None,
-        {"nvfp4": "HummingNvFp4LinearKernel", "mxfp4": "HummingMxFp4LinearKernel"},
-        "humming",
-    ),
-}
-
-VLLM_KERNELS = {
-    "nvfp4": (
-        "FlashInferCuteDslNvFp4LinearKernel",
-        "FlashInferCutlassNvFp4LinearKernel",
-        "FlashInferB12xNvFp4LinearKernel",
-        "CutlassNvFp4LinearKernel",
-        "FlashInferCuteDslNvFp4W4A16LinearKernel",
-        "MarlinNvFp4LinearKernel",
-        "FlashInferTrtllmNvFp4LinearKernel",
-        "FlashInferCudnnNvFp4LinearKernel",
-        "FbgemmNvFp4LinearKernel",
-        "B12xNvFp4LinearKernel",
-        "B12xNvFp4W4A16LinearKernel",
-        "TorchNvFp4LinearKernel",
-        "HummingNvFp4LinearKernel",
-    ),
-    "mxfp4": (
-        "FlashInferMxFp4LinearKernel",
-        "MarlinMxFp4LinearKernel",
-        "HummingMxFp4LinearKernel",
-        "B12xMxFp4LinearKernel",
-    ),
-}
-"""vLLM's kernels of each format in the order it tries them, its emulation left out."""
-
-_DEFAULTS: dict[str, tuple[tuple[tuple[int, int], tuple[str, ...]], ...]] = {
-    "sglang": (
-        ((80, 99), ("marlin",)),
-        ((100, 109), ("flashinfer-cute-dsl",)),
-        ((110, 999), ("flashinfer-cutlass",)),
-    ),
-    "vllm": (
-        ((90, 90), ("humming", "vllm-marlin")),
-        ((80, 99), ("vllm-marlin", "humming")),
-        ((100, 109), ("flashinfer-cute-dsl", "flashinfer-cutlass", "vllm-cutlass", "vllm-marlin")),
-        ((110, 999), ("flashinfer-cutlass", "flashinfer-b12x", "vllm-cutlass", "vllm-marlin")),
+    "vllm-marlin": EngineNames(vllm=_nvfp4("Marlin"), linear="marlin"),
+    "vllm-cutlass": EngineNames(vllm=_nvfp4("Cutlass"), linear="cutlass"),
+    "humming": EngineNames(
+        vllm={"nvfp4": "HummingNvFp4LinearKernel", "mxfp4": "HummingMxFp4LinearKernel"},
+        linear="humming",
+        rule=True,
     ),
 }
 
@@ -174,25 +127,12 @@ def named(engine: str, backend: str, fmt: str = "nvfp4", sm: int | None = None) 
     return name.api
 
 
-def backend_of(engine: str, word: str, activation: str) -> str | None:
-    """The backend that an engine's word means for layers with this activation; None for ``auto``
-    and unknown words."""
-    found = None
-    for backend, name in NAMES.items():
-        words = {name.sglang} if engine == "sglang" else {name.linear, *name.vllm.values()}
-        if word in words and name.only in (None, activation):
-            if name.only is not None:
-                return backend
-            found = found or backend
-    return found
-
-
-def defaults(engine: str, sm: int | None) -> tuple[str, ...]:
-    """What `engine` takes on that SM without advice: the first of these that is installed."""
-    for (low, high), backends in _DEFAULTS.get(engine, ()):
-        if sm is not None and low <= sm <= high:
-            return backends
-    return ()
+def backend_of(engine: str, word: str, fmt: str = "nvfp4", sm: int | None = None) -> str | None:
+    """The backend that an engine's word means, None for a word that means none of ours. Where two
+    builds of one source share it, the engine's own."""
+    found = [b for b in NAMES if named(engine, b, fmt, sm) == word]
+    own = [b for b in found if engine not in NAMES[b].note]
+    return next(iter(own or found), None)
 
 
 def sm_of(arch: str) -> int | None:

@@ -1,66 +1,35 @@
-"""What both engines' plugins share: how far they may go, what to apply, one line said about it.
-
-A plugin must never stop an engine from starting: whatever goes wrong is logged once, and the engine
-goes on as it would have without fp4tune.
-"""
+"""What both engines' plugins share: how far they may go, what to apply, one line said about it."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
+from collections.abc import Callable, Sequence
 
 from ..cache import gpulock, state
 from ..cache import reader as reading
-from ..cache.errors import Missing
-from ..errors import printable
-from . import applied, here, select
+from ..cache.gpulock import Share
+from . import applied, here, holding, installed, pinning, select
+from .notice import guarded, say_once
+from .select import Selection
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+__all__ = ["APPLIED", "CACHE", "advice", "guarded", "pinned_tactics", "run", "say_once"]
 
-    from ..cache.gpulock import Share
-    from .select import Selection
-
-log = logging.getLogger("fp4tune")
-
-CACHE = "FP4TUNE_FLASHINFER_CACHE"
-"""The autotune cache that ``fp4tune emit flashinfer`` wrote."""
+CACHE = pinning.CACHE
 APPLIED = "FP4TUNE_APPLIED"
 """Set for an engine's child processes: ``1`` where the option was left at auto, ``0`` where the
-user said what to run."""
-
-
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, but that it logs in one line whatever it would raise, and returns None."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            text = f"fp4tune does nothing here: {type(error).__name__}: {error}".splitlines()[0]
-            # That nobody has probed yet is nothing to be warned of at every start.
-            say_once(text, logging.INFO if isinstance(error, Missing) else logging.WARNING)
-            return None
-
-    return run
-
-
-@functools.lru_cache(maxsize=256)
-def say_once(sentence: str, severity: int = logging.INFO) -> None:
-    log.log(severity, "%s", printable(sentence))
+user said what to run, and the number of the process that only said what it would."""
+_TOLD = "told by "
 
 
 @functools.lru_cache(maxsize=8)
 def selection(engine: str) -> Selection:
     """What `engine` should run here, decided once per process from the generation that all of its
-    processes pin. Raises StateError."""
+    processes pin. Raises StateError, Refused."""
     reader = select.open_for(engine, pin=True)
     os.environ.setdefault(reading.VARIABLE, str(reader.generation))
-    return select.select(reader, engine)
+    return select.select(reader, engine, home=installed.home(engine, acts=True))
 
 
 def advice(engine: str) -> Selection | None:
@@ -79,6 +48,8 @@ def describe(found: Selection, did: str) -> str:
         f"fp4tune: {did} {found.word} ({found.backend}: safe in {len(found.buckets)} buckets on "
         f"{found.gpu}, generation {found.generation}"
     )
+    if found.held is not None and found.held.by in (holding.PLUGIN, holding.BY_RULE):
+        text += f"; {found.held}"
     if found.default and found.default != found.backend:
         text += f"; default {found.default}"
     if found.conditions:
@@ -86,10 +57,24 @@ def describe(found: Selection, did: str) -> str:
     return text + ")"
 
 
-def left_alone(engine: str, option: str, value: object) -> None:
-    """Say that the user's own option stands, and tell the engine's other processes."""
+def left_alone(engine: str, option: str, value: object, asked: Sequence[str] = ()) -> None:
+    """Say that the user's own option stands, and what speaks against what was `asked` so (as
+    arguments); and tell the engine's other processes."""
     os.environ[APPLIED] = "0"
-    say_once(f"fp4tune: {engine} keeps {option}={value}, which was asked for")
+    text = f"fp4tune: {engine} keeps {option}={value}, which was asked for"
+    against = _against(engine, asked)
+    if against:
+        text += f" and is not proven here: {against}"
+    say_once(text, logging.WARNING if against else logging.INFO)
+
+
+def _against(engine: str, asked: Sequence[str]) -> str | None:
+    """Why what the engine runs as it was asked is not proven; None where it is, or is not known."""
+    try:
+        document = applied.assess(selection(engine), asked)
+    except Exception:
+        return None
+    return None if document["safe"] or not document["runs"] else str(document["why"])
 
 
 def run(engine: str, would: str, wrap: Callable[[], None]) -> None:
@@ -101,16 +86,25 @@ def run(engine: str, would: str, wrap: Callable[[], None]) -> None:
         return
     hold_gpus()
     if level == "emit":
+        told = os.environ.get(APPLIED, "")
+        if told.startswith(_TOLD) and told != _mine():
+            return  # by the process that started this one
         found = advice(engine)
         if found is not None:
             say_once(describe(found, would))
+        os.environ[APPLIED] = _mine()
         return
     wrap()
     pinned_tactics()
+    pin_the_proven(engine)
     if level == "call":
         from . import per_call
 
         per_call.install()
+
+
+def _mine() -> str:
+    return f"{_TOLD}{os.getpid()}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -132,14 +126,16 @@ def hold_gpus() -> Share | None:
 def pinned_tactics() -> None:
     """Give FlashInfer's tuner the proven tactics that ``fp4tune emit flashinfer`` wrote, where the
     environment names both files: FP4TUNE_FLASHINFER_CACHE and FLASHINFER_TACTICS_BLOCKLIST."""
-    cache, blocklist = os.environ.get(CACHE), os.environ.get("FLASHINFER_TACTICS_BLOCKLIST")
-    if not cache:
-        return
-    if not blocklist:
-        raise ValueError(f"{CACHE} is set and FLASHINFER_TACTICS_BLOCKLIST is not: both, or none")
-    from flashinfer.autotuner import AutoTuner
+    pinning.from_files()
 
-    if AutoTuner.get().load_configs(cache):
-        say_once(f"fp4tune: FlashInfer runs the tactics of {cache}")
-    else:
-        say_once(f"fp4tune: FlashInfer refuses {cache}: made for another environment")
+
+@guarded
+def pin_the_proven(engine: str) -> None:
+    """Have FlashInfer's tuner hold the proven tactics of this store, once it is first asked."""
+    if os.environ.get(CACHE):
+        return
+    try:
+        found = selection(engine)
+    except Exception:
+        return  # said by whoever fills in the backend
+    pinning.when_asked(found)

@@ -8,37 +8,44 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..cache import reader as reading
+from ..cache.decision import Decision
 from ..cache.errors import Missing
-from . import here, installed, names
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-    from ..cache.reader import Decision, Reader
+from ..cache.reader import Reader
+from . import here, holding, installed, names, stack
+from .asked import Configured, LayerKind, NotTaken, Unclear
+from .holding import Held
+from .installed import EngineHome
 
 NOISE = 0.02
 """Backends within 2 % of the fastest count as equal, and their names decide."""
 
+Bucket = tuple[int, int, int, int, Decision]
+"""(n, k, m_lo, m_hi, decision)"""
 
+
+@dataclass(frozen=True, slots=True)
 class Selection:
-    """What `engine` should run on `arch`, and why.
+    """What an engine should run on `arch`, and why.
 
     backend    None where nothing that it can name is proven everywhere
     word       what the engine calls it
+    setting    what makes it run that: arguments and environment
+    held       what holds it to the proven tactics
     proven     every backend that it can name and that is proven everywhere, `backend` among them
     buckets    (n, k, m_lo, m_hi, decision of that backend) for each bucket it is proven in
+    others     backend -> its buckets, for the other proven ones
     rejected   every other backend measured here -> why it is not the one, in one sentence
-    default    what the engine would take by itself
+    unclear    backends that are proven and not in `proven` because what the engine makes of them
+               cannot be told, or because they were measured on other versions
+    default    what the engine would take by itself; None where that is not known
     """
 
-    __slots__ = (
-        "engine", "arch", "gpu", "profile", "generation", "format", "activation", "backend",
-        "word", "proven", "buckets", "rejected", "default", "place", "version", "notes",
-    )  # fmt: skip
-    engine: str
+    home: EngineHome
     arch: str
     gpu: str
     profile: str
@@ -47,17 +54,28 @@ class Selection:
     activation: str
     backend: str | None
     word: str | None
+    setting: Configured
+    held: Held | None
     proven: tuple[str, ...]
-    buckets: list[tuple[int, int, int, int, Decision]]
+    buckets: list[Bucket]
+    others: dict[str, list[Bucket]]
     rejected: dict[str, str]
+    unclear: tuple[str, ...]
     default: str | None
     place: str
-    version: str | None
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
 
-    def __init__(self, **values: Any) -> None:
-        for name in self.__slots__:
-            setattr(self, name, values[name])
+    @property
+    def engine(self) -> str:
+        return self.home.engine
+
+    @property
+    def version(self) -> str | None:
+        return self.home.version
+
+    @property
+    def kind(self) -> LayerKind:
+        return LayerKind(names.sm_of(self.arch) or 0, self.format, self.activation)
 
     @property
     def layers(self) -> list[tuple[int, int]]:
@@ -106,67 +124,41 @@ def select(
     format: str = "nvfp4",
     activation: str | None = None,
     out_dtype: str = "bf16",
+    home: EngineHome | None = None,
 ) -> Selection:
     """The backend `engine` should run in the generation of `reader`.
 
     `activation`: ``fp4`` or ``bf16``; None for what the engine computes an FP4 checkpoint with on
-    this SM: FP4 activations from SM100 on, 16-bit ones before. Raises Missing where no bucket of
-    that kind was probed.
+    this SM: FP4 activations from SM100 on, 16-bit ones before. `home`: where the engine is
+    installed, by default beside this. Raises Missing where no bucket of that kind was probed, and
+    Refused where the engine is not installed.
     """
+    where = (home or installed.home(engine)).required()
     scope = reader.scope()
     if scope is None:
         raise Missing(reader.path, reader.choose(1, 1, 1).reason)
-    arch, gpu, profile = scope
-    sm = names.sm_of(arch)
+    sm = names.sm_of(scope[0])
     wanted = activation or ("fp4" if (sm or 0) >= 100 else "bf16")
-    rows = [
-        row
-        for row in reader.rows("choice")
-        if (row["arch"], row["gpu"], row["profile"]) == scope
-        and (row["format"], row["activation"], row["out_dtype"]) == (format, wanted, out_dtype)
-        and row["groups"] == 1
-    ]
+    kind = LayerKind(sm or 0, format, wanted)
+    rows = _rows(reader, "choice", kind, out_dtype)
     if not rows:
         raise Missing(reader.path, f"no {format} problem with {wanted} activations was probed here")
-    known = installed.words(engine)
-    proven: dict[str, list[tuple[int, int, int, int, Decision]]] = {}
-    for row in rows:
-        shape = (row["n"], row["k"], format, wanted, out_dtype, 1)
-        for decision in reader.alternatives(row["m_hi"], *shape):
-            if decision.status == "safe":
-                bucket = (row["n"], row["k"], row["m_lo"], row["m_hi"], decision)
-                kept = proven.setdefault(decision.backend, [])
-                if not any(same[:4] == bucket[:4] for same in kept):
-                    kept.append(bucket)
-    measured = sorted(
-        {
-            c["backend"]
-            for c in reader.rows("candidate")
-            if (c["arch"], c["gpu"], c["profile"]) == scope
-            and (c["format"], c["activation"], c["out_dtype"]) == (format, wanted, out_dtype)
-        }
-        | set(proven)
-    )
+    proven = _proven(reader, rows, kind, out_dtype)
+    candidates = {row["backend"] for row in _rows(reader, "candidate", kind, out_dtype)}
+    measured = sorted(candidates | set(proven))
+    trial = _Trial(where, kind, reader, proven, len(rows))
     rejected: dict[str, str] = {}
-    cost: dict[str, float] = {}
-    quarantined = {q.backend: q for q in reader.quarantines}
+    able: dict[str, tuple[Configured, Held]] = {}
+    unclear = []
     for backend in measured:
-        word = names.named(engine, backend, format, sm)
-        missing = len(rows) - len(proven.get(backend, ()))
-        own = _own_build(engine, backend, word, measured, format, sm)
-        if word is None:
-            rejected[backend] = f"{engine} has no name for it on {arch}"
-        elif known is not None and word not in known:
-            rejected[backend] = f"the installed {engine} does not know {word}"
-        elif own is not None:
-            rejected[backend] = f"{engine} runs a build of its own, probed as {own}"
-        elif missing:
-            why = f"it is not proven in {missing} of {len(rows)} buckets"
-            if backend in quarantined:
-                why += f", and quarantined: {quarantined[backend].reason}"
-            rejected[backend] = why
-        else:
-            cost[backend] = _cost(proven[backend])
+        try:
+            able[backend] = trial.of(backend, measured)
+        except NotTaken as error:
+            rejected[backend] = str(error)
+        except Unclear as error:
+            rejected[backend] = str(error)
+            unclear.append(backend)
+    cost = {backend: _cost(proven[backend]) for backend in able}
     chosen = None
     if cost:
         fastest = min(cost.values())
@@ -175,49 +167,130 @@ def select(
             slower = cost[backend] / cost[chosen] - 1
             rejected[backend] = f"{slower:.0%} slower over all buckets (geometric mean)"
     return Selection(
-        engine=engine,
-        arch=arch,
-        gpu=gpu,
-        profile=profile,
+        home=where,
+        arch=scope[0],
+        gpu=scope[1],
+        profile=scope[2],
         generation=reader.generation,
         format=format,
         activation=wanted,
         backend=chosen,
         word=names.named(engine, chosen, format, sm) if chosen else None,
+        setting=able[chosen][0] if chosen else Configured(),
+        held=able[chosen][1] if chosen else None,
         proven=tuple(sorted(cost)),
         buckets=proven[chosen] if chosen else [],
+        others={b: proven[b] for b in able if b != chosen},
         rejected=rejected,
-        default=next(iter(names.defaults(engine, sm)), None),
+        unclear=tuple(unclear),
+        default=_default(where, kind),
         place=os.path.dirname(os.path.abspath(reader.path)) if reader.path else "",
-        version=installed.version(engine),
-        notes=_notes(engine, chosen, sm),
+        notes=_notes(where, kind, chosen),
     )
 
 
+class _Trial:
+    """What may be said against each backend, in the order it is looked at."""
+
+    def __init__(
+        self,
+        home: EngineHome,
+        kind: LayerKind,
+        reader: Reader,
+        proven: Mapping[str, list[Bucket]],
+        buckets: int,
+    ) -> None:
+        self._home = home
+        self._kind = kind
+        self._proven = proven
+        self._buckets = buckets
+        self._quarantined = {q.backend: q.reason for q in reader.quarantines}
+        self._versions = stack.measured(reader.rows("environment"))
+
+    def of(self, backend: str, measured: list[str]) -> tuple[Configured, Held]:
+        """What makes the engine run it, tactics and all. Raises NotTaken, Unclear."""
+        home, kind = self._home, self._kind
+        word = names.named(home.engine, backend, kind.format, kind.sm)
+        if word is None:
+            raise NotTaken(f"{home.engine} has no name for it on sm{kind.sm}")
+        own = _own_build(home.engine, backend, word, measured, kind)
+        if own is not None:
+            raise NotTaken(f"{home.engine} runs a build of its own, probed as {own}")
+        buckets = self._proven.get(backend, [])
+        if missing := self._buckets - len(buckets):
+            why = f"it is not proven in {missing} of {self._buckets} buckets"
+            if backend in self._quarantined:
+                why += f", and quarantined: {self._quarantined[backend]}"
+            raise NotTaken(why)
+        for print_ in {d.fingerprint for *_, d in buckets}:
+            wrong = stack.made_on_others(self._versions.get(print_ or "", {}), home)
+            if wrong:
+                raise Unclear(wrong)
+        setting = home.source.setting(word, kind)
+        held = holding.holding(home, backend, [d for *_, d in buckets], setting)
+        return setting.with_args(held.args), held
+
+
+def _rows(reader: Reader, table: str, kind: LayerKind, out_dtype: str) -> list[dict[str, Any]]:
+    """The dense problems of that kind in the scope of `reader`."""
+    scope = reader.scope()
+    return [
+        row
+        for row in reader.rows(table)
+        if (row["arch"], row["gpu"], row["profile"]) == scope
+        and (row["format"], row["activation"]) == (kind.format, kind.activation)
+        and (row["out_dtype"], row["groups"]) == (out_dtype, 1)
+    ]
+
+
+def _proven(
+    reader: Reader, rows: list[dict[str, Any]], kind: LayerKind, out_dtype: str
+) -> dict[str, list[Bucket]]:
+    """Backend to the buckets it is proven in."""
+    proven: dict[str, list[Bucket]] = {}
+    for row in rows:
+        shape = (row["n"], row["k"], kind.format, kind.activation, out_dtype, 1)
+        for decision in reader.alternatives(row["m_hi"], *shape):
+            if decision.status == "safe":
+                bucket = (row["n"], row["k"], row["m_lo"], row["m_hi"], decision)
+                kept = proven.setdefault(decision.backend, [])
+                if not any(same[:4] == bucket[:4] for same in kept):
+                    kept.append(bucket)
+    return proven
+
+
 def _own_build(
-    engine: str, backend: str, word: str | None, measured: list[str], fmt: str, sm: int | None
+    engine: str, backend: str, word: str, measured: list[str], kind: LayerKind
 ) -> str | None:
     """The backend that is the engine's own build of what `backend` is another's of, if probed."""
-    if word is None or engine not in names.NAMES[backend].note:
+    if engine not in names.NAMES[backend].note:
         return None
-    same = (b for b in measured if names.named(engine, b, fmt, sm) == word)
+    same = (b for b in measured if names.named(engine, b, kind.format, kind.sm) == word)
     return next((b for b in same if engine not in names.NAMES[b].note), None)
 
 
-def _cost(buckets: list[tuple[int, int, int, int, Decision]]) -> float:
+def _default(home: EngineHome, kind: LayerKind) -> str | None:
+    """What the engine takes by itself."""
+    try:
+        word = home.source.runs(kind, Configured())
+    except (NotTaken, Unclear):
+        return None
+    return names.backend_of(home.engine, word, kind.format, kind.sm) or word
+
+
+def _cost(buckets: list[Bucket]) -> float:
     """Geometric mean of the times, microseconds; an empty batch has none."""
     times = [d.median_us for _, _, _, m_hi, d in buckets if d.median_us and m_hi > 0]
     return math.exp(sum(map(math.log, times)) / len(times)) if times else math.inf
 
 
-def _notes(engine: str, backend: str | None, sm: int | None) -> list[str]:
-    found = []
-    note = names.NAMES[backend].note.get(engine) if backend else None
-    if note:
-        found.append(note)
-    if engine == "sglang" and sm is not None and 120 <= sm < 130:
+def _notes(home: EngineHome, kind: LayerKind, backend: str | None) -> list[str]:
+    note = names.NAMES[backend].note.get(home.engine) if backend else None
+    found = [note] if note else []
+    found += home.source.notes(kind)
+    if home.source.overrides:
+        models = ", ".join(home.source.overrides)
         found.append(
-            "SGLang tries a kernel of its own first on a few fixed shapes (try_qwen3x_nvfp4_gemm);"
-            " it has no off switch and was not probed"
+            f"{home.engine} sets its backend itself, where it is left at auto, for {models}"
         )
     return found

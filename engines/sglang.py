@@ -8,14 +8,11 @@ at auto; at ``call`` FlashInfer's `mm_fp4` is wrapped besides.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from . import plugin
+from .read_sglang import FIELD, OPTION
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-FIELD, OPTION = "fp4_gemm_runner_backend", "--fp4-gemm-backend"
 ARGUMENTS = "sglang.srt.server_args.ServerArgs"
 
 
@@ -50,11 +47,15 @@ def _fill_in(args: Any) -> None:
         return
     if value != "auto":
         if os.environ.get(plugin.APPLIED) != "1":
-            plugin.left_alone("SGLang", OPTION, value)
+            plugin.left_alone("sglang", OPTION, value, (OPTION, str(value)))
         return
     found = plugin.advice("sglang")
     if found is None:
         return
-    setattr(args, FIELD, found.word)
+    options = found.setting.options()
+    if OPTION in options:
+        setattr(args, FIELD, options[OPTION])
+    if "--disable-flashinfer-autotune" in options:
+        args.disable_flashinfer_autotune = True
     os.environ[plugin.APPLIED] = "1"
     plugin.say_once(plugin.describe(found, f"SGLang runs {OPTION}"))

@@ -9,18 +9,19 @@ Keys are built by FlashInfer's own code, so importing this imports it, and torch
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..cache.reader import Reader
 from . import names
+from .pinning import BLOCKLIST as VARIABLE
+from .pinning import FALLBACK, OP, value
+from .select import Bucket
+
+__all__ = ["BLOCKLIST", "CACHE", "FALLBACK", "OP", "VARIABLE", "Pin", "files", "keys", "value"]
 
 CACHE, BLOCKLIST = "flashinfer-autotune.json", "flashinfer-blocklist.json"
-VARIABLE = "FLASHINFER_TACTICS_BLOCKLIST"
-OP = "fp4_gemm"
-FALLBACK = -1
-"""FlashInfer's own default tactic; what `fp4tune probe` calls ``default``."""
 INTEGERS = 512
 """Runners that number their tactics have fewer than this; blocking a number there is not is
 harmless."""
@@ -30,7 +31,8 @@ _BLOCK = {"nvfp4": 16, "mxfp4": 32}
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """The proven tactic of one bucket: `tactic` as in choices.db, ``default`` or JSON."""
+    """The proven tactic of one bucket: `tactic` as in choices.db, ``default`` or JSON. Without
+    `m_lo`, FlashInfer's bucket around `m_hi` alone."""
 
     backend: str
     n: int
@@ -39,16 +41,15 @@ class Pin:
     tactic: str
     format: str = "nvfp4"
     out_dtype: str = "bf16"
+    m_lo: int | None = None
 
-
-def value(tactic: str) -> Any:
-    """A stored tactic as FlashInfer's JSON has it. Raises ValueError for one that is none."""
-    if tactic == "default":
-        return FALLBACK
-    try:
-        return json.loads(tactic)
-    except ValueError:
-        raise ValueError(f"{tactic!r} is not a FlashInfer tactic") from None
+    @property
+    def landmarks(self) -> list[int]:
+        """One m at least in each bucket of FlashInfer's that has an m of this one: they end at
+        powers of two and at multiples of 256."""
+        low = self.m_hi if self.m_lo is None else self.m_lo
+        ends = {1 << at for at in range(32)} | set(range(256, self.m_hi + 1, 256))
+        return sorted({max(low, 1), self.m_hi, *(m for m in ends if low <= m <= self.m_hi)})
 
 
 def _extras(runner: str, pin: Pin) -> tuple[Any, ...]:
@@ -62,6 +63,35 @@ def _extras(runner: str, pin: Pin) -> tuple[Any, ...]:
         types = importlib.import_module("flashinfer.tllm_enums").DtypeTrtllmGen
         return (False, int(types.E2m1), int(types.Bfloat16))
     return ()
+
+
+def _tuner() -> Any:
+    """The module of FlashInfer's tuner: a package since 0.7. Raises ImportError without FlashInfer,
+    ValueError where its tuner keeps no files."""
+    found = importlib.import_module("flashinfer.autotuner")
+    if not hasattr(found.AutoTuner, "load_configs"):
+        raise ValueError("this FlashInfer's tuner loads no tactics: use fp4tune's plugin")
+    if hasattr(found, "_collect_metadata"):
+        return found
+    return importlib.import_module("flashinfer.autotuner.autotuner")
+
+
+def pins_of(
+    reader: Reader, backend: str, buckets: Sequence[Bucket], fmt: str
+) -> tuple[list[Pin], dict[str, list[str]]]:
+    """The pins of these buckets, and by backend the tactics that are known and not among them."""
+    pins = [
+        Pin(backend, n, k, m_hi, d.tactic, fmt, m_lo=m_lo)
+        for n, k, m_lo, m_hi, d in buckets
+        if m_hi > 0
+    ]
+    proven = {pin.tactic for pin in pins}
+    others = {
+        row["tactic"]
+        for row in reader.rows("candidate")
+        if row["backend"] == backend and row["tactic"] not in proven
+    }
+    return pins, {backend: sorted(others)}
 
 
 def keys(pin: Pin) -> list[str]:
@@ -78,24 +108,28 @@ def keys(pin: Pin) -> list[str]:
     config = base._MM_FP4_TUNING_CONFIG_128x4
     columns = -(-(pin.k // _BLOCK[pin.format]) // 4) * 4
     rows = -(-pin.n // 128) * 128
-    found = []
-    for alpha in ((1,), ()) if pin.format == "nvfp4" else ((0,),):
+    alphas = ((1,), ()) if pin.format == "nvfp4" else ((0,),)
+    found: list[str] = []
+    for m, alpha in ((m, alpha) for m in pin.landmarks for alpha in alphas):
         shapes = (
-            (pin.m_hi, pin.k // 2),
+            (m, pin.k // 2),
             (pin.k // 2, pin.n),
             (128, columns),
             (columns, rows),
             alpha,
             (0,),
-            (pin.m_hi, pin.n),
+            (m, pin.n),
             (0,),
             (0,),
-            (1,),
+            (base.DEFAULT_WORKSPACE_SIZE,),  # part of the key before 0.7
         )
         profile = tuner.AutoTuner._find_nearest_profile(shapes, config)
-        key = tuner.ProfilingCacheKey(OP, runner, 0, profile, _extras(runner, pin))
-        found.append(key.file_key)
-    return found
+        if hasattr(tuner, "ProfilingCacheKey"):
+            key = tuner.ProfilingCacheKey(OP, runner, 0, profile, _extras(runner, pin))
+            found.append(key.file_key)
+        else:  # before 0.7
+            found.append(str((OP, runner, profile)))
+    return list(dict.fromkeys(found))
 
 
 def files(
@@ -109,18 +143,20 @@ def files(
     pins = list(pins)
     if not pins:
         raise ValueError("no tactic of FlashInfer's is proven here, so there is nothing to pin")
-    tuner = importlib.import_module("flashinfer.autotuner.autotuner")
+    tuner = _tuner()
     meta = tuner._collect_metadata()
     base = importlib.import_module("flashinfer.gemm.gemm_base")
-    policy = list(tuner.AutoTuner._profiling_policy(base._MM_FP4_TUNING_CONFIG_128x4))
+    # With the policy of FlashInfer's own tuner, or that would tune the bucket again.
+    policy = []
+    if hasattr(tuner.AutoTuner, "_profiling_policy"):
+        policy = [list(tuner.AutoTuner._profiling_policy(base._MM_FP4_TUNING_CONFIG_128x4))]
     cache: dict[str, Any] = {"_metadata": meta}
     proven: dict[str, list[Any]] = {}
     for pin in pins:
         tactic = value(pin.tactic)
         runner = names.NAMES[pin.backend].runner
         for key in keys(pin):
-            # With the policy of FlashInfer's own tuner, or that would tune the bucket again.
-            cache[key] = [runner, tactic, policy]
+            cache[key] = [runner, tactic, *policy]
         proven.setdefault(pin.backend, []).append(tactic)
     blocked: dict[str, list[Any]] = {}
     for backend, kept in proven.items():

@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import json
 import os
 import sys
+from typing import Any
 
-from . import emit, plugin
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from . import plugin
+from .asked import Configured
+from .read_vllm import BACKEND, CONFIG, DISABLED, LINEAR
 
 _MARK = "_fp4tune_wrapped"
 
@@ -48,17 +48,12 @@ def _configuring(original: Any) -> Any:
 
 @plugin.guarded
 def _fill_in(args: Any) -> None:
-    config = args.kernel_config
-    said = {
-        "--linear-backend": args.linear_backend,
-        "kernel_config.linear_backend": config.linear_backend,
-        "linear_backend_per_quant": config.linear_backend_per_quant or "auto",
-        "VLLM_DISABLED_KERNELS": os.environ.get("VLLM_DISABLED_KERNELS") or "auto",
-    }
-    explicit = next(((option, v) for option, v in said.items() if v != "auto"), None)
+    explicit = _explicit(args)
     if explicit is not None:
         if os.environ.get(plugin.APPLIED) != "1":
-            plugin.left_alone("vLLM", *explicit)
+            option, value = explicit
+            asked = (LINEAR, value) if option.endswith("linear_backend") else ()
+            plugin.left_alone("vllm", option, value, asked)
         return
     found = plugin.advice("vllm")
     if found is None:
@@ -69,11 +64,40 @@ def _fill_in(args: Any) -> None:
             f"fp4tune: vLLM would refuse {found.word} here, so it keeps auto: {refusal}"
         )
         return
-    mine = copy.copy(config)  # the default may be one object for all EngineArgs
-    mine.linear_backend_per_quant = emit.per_quant(found)
-    args.kernel_config = mine
+    _apply(args, found.setting)
     os.environ[plugin.APPLIED] = "1"
     plugin.say_once(plugin.describe(found, "vLLM runs linear layers with"))
+
+
+def _explicit(args: Any) -> tuple[str, str] | None:
+    """(option, value) that the user asks with; None where all is left at auto."""
+    config = getattr(args, "kernel_config", None)
+    said = {
+        "linear_backend": getattr(args, "linear_backend", None),
+        "kernel_config.linear_backend": getattr(config, "linear_backend", None),
+        "linear_backend_per_quant": getattr(config, "linear_backend_per_quant", None),
+        DISABLED: os.environ.get(DISABLED),
+        BACKEND: os.environ.get(BACKEND),
+    }
+    return next(((k, str(v)) for k, v in said.items() if v and v != "auto"), None)
+
+
+def _apply(args: Any, setting: Configured) -> None:
+    """Give the engine's arguments what `setting` has; its environment, for all its processes."""
+    options = setting.options()
+    asked = json.loads(options.get(CONFIG, "{}"))
+    if LINEAR in options:
+        asked["linear_backend"] = options[LINEAR]
+    if "--no-enable-flashinfer-autotune" in options:
+        asked["enable_flashinfer_autotune"] = False
+    if asked:
+        mine = copy.copy(args.kernel_config)  # the default may be one object for all EngineArgs
+        for name, value in asked.items():
+            setattr(mine, name, value)
+        args.kernel_config = mine
+        return  # the kernels that it turns off besides are a belt to these braces
+    for name, value in setting.env.items():
+        os.environ[name] = value
 
 
 def _refusal(word: str) -> str | None:
@@ -81,11 +105,19 @@ def _refusal(word: str) -> str | None:
 
     To name one that it cannot run is an error there, and would stop it from starting.
     """
-    linear = importlib.import_module("vllm.model_executor.kernels.linear")
-    for table in ("_POSSIBLE_NVFP4_KERNELS", "_POSSIBLE_MXFP4_KERNELS"):
-        for kernels in getattr(linear, table, {}).values():
+    try:
+        linear = importlib.import_module("vllm.model_executor.kernels.linear")
+    except ImportError:
+        return None  # before kernels were classes: its source has said that it takes the word
+    tables = [
+        getattr(linear, name)
+        for name in ("_POSSIBLE_NVFP4_KERNELS", "_POSSIBLE_MXFP4_KERNELS")
+        if hasattr(linear, name)
+    ]
+    for table in tables:
+        for kernels in table.values():
             for kernel in kernels:
                 if kernel.__name__ == word:
                     supported, why = kernel.is_supported()
                     return None if supported else str(why)
-    return "it has no such kernel"
+    return "it has no such kernel" if tables else None

@@ -94,3 +94,11 @@ def made_once(tmp_path_factory) -> Callable[[str, Make], Path]:
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def beside(tmp_path_factory):
+    """A folder in which stand-ins of both engines are installed."""
+    import engine_trees
+
+    return engine_trees.both(tmp_path_factory.mktemp("site"))

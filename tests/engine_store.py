@@ -57,12 +57,20 @@ def fill(
     tactic: str = "default",
     unsafe_at: dict[str, int] | None = None,
     conditions: tuple[dict, ...] = (),
+    versions: dict[str, str] | None = None,
 ) -> int:
-    """Publish what a probe of `arch` may find; `unsafe_at`: backend to the one m_lo it fails in."""
+    """Publish what a probe of `arch` may find; `unsafe_at`: backend to the one m_lo it fails in;
+    `versions`: what all of it was measured with."""
     gpu, activation = SCOPES[arch]
     field = FIELDS[arch] if field is None else field
     environments = {
-        name: Environment(name.encode().hex().ljust(64, "0")[:64], name, arch, {}) for name in field
+        name: Environment(
+            name.encode().hex().ljust(64, "0")[:64],
+            name,
+            arch,
+            {"distributions": versions} if versions else {},
+        )
+        for name in field
     }
     choices, candidates = [], []
     for n, k in LAYERS:

@@ -15,6 +15,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 
+import engine_trees
 import pytest
 import torch
 from engine_store import BUCKETS, CONDITION, FIELDS, LAYERS, SCOPES, fill
@@ -27,7 +28,16 @@ import fp4tune
 from fp4tune import cli
 from fp4tune.cache import quarantine, reader
 from fp4tune.cache.errors import Missing
-from fp4tune.engines import applied, emit, here, names, per_call, plugin, select
+from fp4tune.engines import (
+    applied,
+    emit,
+    here,
+    interpreter,
+    names,
+    per_call,
+    plugin,
+    select,
+)
 from fp4tune.engines import sglang as sglang_plugin
 from fp4tune.engines import vllm as vllm_plugin
 from fp4tune.probes.backends import registry
@@ -43,8 +53,10 @@ EXPECTED = {
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """No GPU, no advice of an earlier test, and none of its environment."""
+def fresh(monkeypatch, beside):
+    """No GPU, no advice of an earlier test, and none of its environment; both engines beside."""
+    monkeypatch.syspath_prepend(beside)
+    interpreter.of.cache_clear()
     for name in ("FP4TUNE_LEVEL", "FP4TUNE_GENERATION", "FP4TUNE_APPLIED", "VLLM_DISABLED_KERNELS"):
         monkeypatch.setenv(name, "")  # so that what a plugin sets is undone
         monkeypatch.delenv(name)
@@ -80,7 +92,7 @@ def test_the_fastest_proven_backend_that_the_engine_can_name(tmp_path, arch, eng
 def test_every_name_is_of_a_backend_there_is():
     assert set(names.NAMES) <= set(registry.names())
     classes = {c for name in names.NAMES.values() for c in name.vllm.values()}
-    assert classes <= {c for every in names.VLLM_KERNELS.values() for c in every}
+    assert classes <= {*engine_trees.KERNELS, "HummingMxFp4LinearKernel"}
 
 
 @settings(max_examples=12, deadline=None)
@@ -386,9 +398,7 @@ def vllm(monkeypatch, unsupported):
     module = types.ModuleType("vllm.engine.arg_utils")
     module.EngineArgs = EngineArgs
     linear = types.ModuleType("vllm.model_executor.kernels.linear")
-    linear._POSSIBLE_NVFP4_KERNELS = {
-        "cuda": [kernel(name) for name in names.VLLM_KERNELS["nvfp4"]]
-    }
+    linear._POSSIBLE_NVFP4_KERNELS = {"cuda": [kernel(name) for name in engine_trees.KERNELS]}
     for made in (
         types.ModuleType("vllm"),
         types.ModuleType("vllm.model_executor"),
@@ -471,6 +481,7 @@ def test_the_plugins_need_no_package_but_their_engine(tmp_path):
         import sys
         before = set(sys.modules)
         from fp4tune.engines import applied, emit, installed, names, plugin, select, sglang, vllm
+        from fp4tune.engines import pinning, stack
         loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - {"fp4tune"}
         sys.exit(str({n for n in loaded if n not in sys.stdlib_module_names} or ""))
     """
@@ -540,6 +551,50 @@ def test_what_was_not_proven_is_passed_through(wrapped, other):
     assert calls[-1][1] == other["backend"]
     wrapped(*operands(3, n=64), backend="cudnn")
     assert calls[-1][1] == "cudnn"
+
+
+def mm_fp4_74(a, b, a_descale, b_descale, alpha=None, out_dtype=torch.bfloat16, out=None,
+              backend="auto", *, batch_invariant=False, temperature=1.0):  # fmt: skip
+    """One with parameters that were not there when the wrapper was written."""
+    calls.append((a.shape[0], backend, batch_invariant))
+    return torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
+
+
+def test_a_parameter_that_is_not_known_is_passed_through_unless_at_its_default(tmp_path):
+    fill(tmp_path, "sm120", {"flashinfer-cutlass": 5.0, "flashinfer-cudnn": 6.0})
+    wrapped = per_call.wrap(mm_fp4_74, reader.open(tmp_path))
+    calls.clear()
+    for _ in range(2):  # the second time from what was answered before
+        wrapped(*operands(3), backend="cudnn")
+        wrapped(*operands(3), backend="cudnn", batch_invariant=False)
+        wrapped(*operands(3), backend="cudnn", batch_invariant=True)
+        wrapped(*operands(3), backend="cudnn", temperature=0.5)
+    backends = ["cutlass", "cutlass", "cudnn", "cudnn"]
+    assert [backend for _, backend, _ in calls] == backends * 2
+    assert calls[2][2] is True and calls[6][2] is True
+    with pytest.raises(TypeError):
+        wrapped(*operands(3), backend="cudnn", never_heard_of=1)
+
+
+def test_a_layer_that_was_not_probed_runs_what_is_known_bad_with_one_warning(wrapped, caplog):
+    for n in (64, 128, 64):
+        wrapped(*operands(3, n=n), backend="cutlass")
+        wrapped(*operands(3, n=n), backend="cudnn")
+    assert [backend for _, backend, _ in calls] == ["cutlass", "cudnn"] * 3
+    warned = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warned) == 1
+    assert "64x2048 runs flashinfer-cutlass, which is unsafe" in warned[0].getMessage()
+
+
+def test_what_was_answered_is_forgotten_with_the_readers_view(tmp_path):
+    fill(tmp_path, "sm120", {"flashinfer-cutlass": 5.0, "flashinfer-cudnn": 6.0})
+    wrapped = per_call.wrap(mm_fp4, found := reader.open(tmp_path))
+    calls.clear()
+    wrapped(*operands(3), backend="b12x")
+    fill(tmp_path, "sm120", {"flashinfer-cutlass": 7.0, "flashinfer-cudnn": 6.0})
+    found._due = 0.0
+    wrapped(*operands(3), backend="b12x")
+    assert [backend for _, backend, _ in calls] == ["cutlass", "cudnn"]
 
 
 def test_an_explicit_option_is_not_overridden_per_call(wrapped, monkeypatch):

@@ -1,0 +1,109 @@
+"""What the wrapper around `flashinfer.mm_fp4` costs per call, beside the bare call.
+
+The bare call is a Python function with FlashInfer's signature that returns at once, so that all
+that is measured is the wrapper; each number is the least of many short runs, since others use the
+machine too. Besides: what the plugin takes at an engine's start, by a store of two layers.
+
+    python benchmarks/per_call.py --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _machine import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+CALLS, REPEATS = 100, 4000
+
+
+def mm_fp4(
+    a: Any, b: Any, a_descale: Any, b_descale: Any, alpha: Any = None,
+    out_dtype: Any = torch.bfloat16, out: Any = None, block_size: int = 16,
+    use_8x4_sf_layout: bool = False, backend: str = "auto", use_nvfp4: bool = True,
+    enable_pdl: bool = True, *, batch_invariant: bool = False,
+) -> Any:  # fmt: skip
+    return out
+
+
+def operands(m: int, n: int, k: int) -> list[Any]:
+    a, b = torch.zeros(m, k // 2, dtype=torch.uint8), torch.zeros(k // 2, n, dtype=torch.uint8)
+    scales = [torch.zeros(x, k // 16, dtype=torch.float8_e4m3fn) for x in (m, n)]
+    return [a, b, scales[0], scales[1].T, torch.ones(1), torch.bfloat16]
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    return min(timeit.repeat(call, number=CALLS, repeat=REPEATS)) / CALLS * 1e6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    import engine_trees
+    from engine_store import LAYERS, fill
+
+    from fp4tune.cache import reader
+    from fp4tune.engines import installed, per_call, select
+    from fp4tune.engines.interpreter import Interpreter
+    from fp4tune.engines.read_flashinfer import FlashInferSource
+    from fp4tune.engines.read_sglang import SGLangSource
+
+    state = Path(tempfile.mkdtemp(prefix="per-call-"))
+    fill(state, "sm120", {"flashinfer-cutlass": 5.0, "flashinfer-cudnn": 6.0})
+    wrapped = per_call.wrap(mm_fp4, reader.open(state))
+    n, k = LAYERS[0]
+    kinds: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "left: a layer that was not probed": (operands(3, 64, k), {"backend": "cudnn"}),
+        "left: the proven backend was asked for": (operands(3, n, k), {"backend": "cutlass"}),
+        "left: another layout": (operands(3, n, k), {"backend": "trtllm"}),
+        "left: an unknown parameter": (
+            operands(3, n, k), {"backend": "cudnn", "batch_invariant": True},
+        ),
+        "left: as vLLM calls it": (
+            operands(3, 64, k), {"block_size": 16, "use_8x4_sf_layout": False, "backend": "cudnn"},
+        ),
+        "another backend": (operands(3, n, k), {"backend": "cudnn"}),
+    }  # fmt: skip
+    rows = {}
+    for name, (args, named) in kinds.items():
+        bare = microseconds(lambda args=args, named=named: mm_fp4(*args, **named))
+        with_it = microseconds(lambda args=args, named=named: wrapped(*args, **named))
+        rows[name] = {
+            "bare_us": round(bare, 3),
+            "wrapped_us": round(with_it, 3),
+            "ratio": round(with_it / bare, 2),
+        }
+        print(name, rows[name])
+    site = state / "site"
+    engine_trees.both(site)
+    python = Interpreter("stand-in", [str(site)])
+    began = time.perf_counter()
+    home = installed.EngineHome(python, SGLangSource(python), FlashInferSource(python))
+    select.select(select.open_for("sglang", state), "sglang", home=home)
+    decided = (time.perf_counter() - began) * 1e3
+    worst = max(row["ratio"] for name, row in rows.items() if name.startswith("left"))
+    document = {
+        "machine": machine(),
+        "per_call": rows,
+        "worst_ratio_of_a_call_that_is_left": worst,
+        "decision_ms": round(decided, 1),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "per-call.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(f"worst ratio of a call that is left as it is: {worst}; decision {decided:.1f} ms")
+    return 0 if worst < 8 else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
