@@ -1,11 +1,16 @@
-"""Audit real compiled units of FlashInfer's SM120 FP4 GEMM, as shipped and with its flag changed.
+"""Audit FlashInfer's FP4 modules as installed, as compiled units, and linked together; no GPU.
 
-    python benchmarks/audit_flashinfer.py build FOLDER --site 0.6.4=SITE --site 0.7.2.post1=SITE
-    python benchmarks/audit_flashinfer.py audit FOLDER --site ... --out RESULT.json
+    python benchmarks/audit_flashinfer.py build FOLDER --site 0.6.6=SITE --site 0.6.7=SITE
+    python benchmarks/audit_flashinfer.py installs --site 0.6.6=SITE ... --out RESULT.json
+    python benchmarks/audit_flashinfer.py units FOLDER --out RESULT.json
 
 SITE is a folder that holds the package `flashinfer`: an environment's site-packages or an unpacked
-wheel. No GPU is needed. One unit takes one to four minutes and 6 GB, so they are built one by one.
-CUTLASS includes cuRAND's headers: `pip install nvidia-curand` where the toolkit has none.
+wheel. One unit takes one to ten minutes and 6 GB, so they are built one by one. CUTLASS includes
+cuRAND's headers: `pip install nvidia-curand` where the toolkit has none.
+
+`installs` judges each version three times: by its absolute path, by a relative one, and inside a
+virtual environment that can also see the FlashInfer of the interpreter that runs this. CPU seconds
+are those of the audit and of the install's own interpreter; what nvcc took stands beside them.
 """
 
 from __future__ import annotations
@@ -18,15 +23,20 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
+import venv
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 from fp4tune.machine import codedigest
 from fp4tune.probes import audit
-from fp4tune.probes.audit import judge, sources
+from fp4tune.probes.audit import barrier, judge, sources
 
+VULNERABLE = ("0.5.3", "0.6.4", "0.6.5", "0.6.6")
+"""Versions whose SM120 FP4 GEMM was built without the wait (FlashInfer issues 2708 and 2716)."""
 UNIT = "fp4_gemm_cutlass___nv_bfloat16_128_128_128"
 MEMORY = 12 << 30
 """Address space one compiler may take, in bytes."""
@@ -61,31 +71,115 @@ def _curand() -> Iterator[str]:
             yield from ("-isystem", str(header.parent))
 
 
-def audited(folder: Path) -> list[dict]:
-    """One row per unit, judged by its machine code: beside it are neither flags nor sources."""
-    rows = []
-    for unit in sorted(folder.glob("*.o")):
-        start = time.monotonic()
-        (report,) = audit.audit([unit])
-        kernels = [k for k in report.kernels if k["mma"]]
-        rows.append(
-            {
-                "unit": unit.stem,
-                "verdict": report.verdict,
-                "authority": report.authority,
-                "launched_with_pdl": report.pdl,
-                "kernels": len(kernels),
-                "block_scaled_mma": sum(k["block_scaled"] for k in kernels),
-                "acqbulk": sum(k["waits"] for k in kernels),
-                "preexit": sum(k["triggers"] for k in kernels),
-                "waits": sorted(k["wait"] for k in kernels),
-                "first_access": [k["first_access"] for k in kernels],
-                "digest": report.digest,
-                "seconds": round(time.monotonic() - start, 1),
-                "evidence": list(report.evidence),
-            }
-        )
-    return rows
+def installs(sites: dict[str, Path], sm: int, forms: list[str]) -> Iterator[dict]:
+    """One row a version and form, for the FP4 GEMM, and what else was found in it."""
+    for version, site in sites.items():
+        for form in forms:
+            with tempfile.TemporaryDirectory() as scratch:
+                yield {"version": version, "form": form} | _install(form, site, Path(scratch), sm)
+
+
+def _install(form: str, site: Path, scratch: Path, sm: int) -> dict:
+    path = site.resolve()
+    if form == "relative":
+        os.chdir(site.parent)
+        path = Path(site.name)
+    elif form == "venv":
+        venv.create(scratch / "env", with_pip=False, symlinks=True)
+        (packages,) = (scratch / "env").glob("lib/python3*/site-packages")
+        for each in site.iterdir():
+            (packages / each.name).symlink_to(each.resolve())
+        seen = [sysconfig.get_path("purelib"), *(p for p in sys.path if "site-packages" in p)]
+        (packages / "others.pth").write_text("\n".join(dict.fromkeys(seen)) + "\n")
+        path = scratch / "env"
+    barrier._tried.cache_clear()
+    compiled = _Timed()
+    barrier._compiled, kept = compiled.around(barrier._compiled), barrier._compiled
+    before, start = _cpu(), time.monotonic()
+    try:
+        reports = list(audit.audits([path], audit.AuditOptions(sm, jobs=1)))
+    finally:
+        barrier._compiled = kept
+    own = _cpu() - before - compiled.seconds
+    gemm = [r for r in reports if r.module.name.startswith("fp4_gemm_cutlass")]
+    return {
+        "verdict": "/".join(sorted({r.verdict for r in gemm})),
+        "authority": "/".join(sorted({r.authority for r in gemm})),
+        "evidence": [line for r in gemm for line in r.evidence],
+        "others": {r.module.name: r.verdict for r in reports if r not in gemm},
+        "cpu_seconds_beside_nvcc": round(own, 1),
+        "cpu_seconds_of_nvcc": round(compiled.seconds, 1),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+class _Timed:
+    """CPU seconds of the processes that a function starts."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function):
+        def timed(*arguments):
+            before = _cpu()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds += _cpu() - before
+
+        return timed
+
+
+def _cpu() -> float:
+    """Of this process and its children that ended, in seconds."""
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def units(folder: Path) -> Iterator[dict]:
+    """One row a form of the compiled units: alone, stripped, linked together in either order."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        objects = sorted(folder.glob("*-stock.o"))
+        forms = {each.stem: each for each in objects}
+        for each in objects:
+            forms[f"{each.stem}, stripped"] = _made(["strip", "-o"], place / f"s-{each.name}", each)
+        for number, order in enumerate((objects, objects[::-1])):
+            linked = place / f"linked-{number}.so"
+            more = ["-cudart", "shared", "-Xlinker", "--allow-multiple-definition"]
+            _made(["nvcc", "-shared", *more, "-o"], linked, *order)
+            name = " + ".join(each.stem for each in order)
+            forms[f"{name}, linked"] = linked
+            forms[f"{name}, linked and stripped"] = _made(
+                ["strip", "-o"], place / f"stripped-{number}.so", linked
+            )
+        for name, file in forms.items():
+            yield {"unit": name} | _unit(file)
+
+
+def _made(command: list[str], to: Path, *sources_: Path) -> Path:
+    subprocess.run([*command, str(to), *map(str, sources_)], check=True, capture_output=True)
+    return to
+
+
+def _unit(file: Path) -> dict:
+    before, start = _cpu(), time.monotonic()
+    (report,) = audit.audit([file])
+    kernels = [k for k in report.kernels if k["mma"]]
+    return {
+        "verdict": report.verdict,
+        "authority": report.authority,
+        "launched_with_pdl": report.pdl,
+        "kernels": len(kernels),
+        "block_scaled_mma": sum(k["block_scaled"] for k in kernels),
+        "acqbulk": sum(k["waits"] for k in kernels),
+        "waits": sorted(k["wait"] for k in kernels),
+        "kernel_verdicts": sorted(k["verdict"] for k in kernels),
+        "digest": report.digest,
+        "cpu_seconds": round(_cpu() - before, 1),
+        "seconds": round(time.monotonic() - start, 1),
+        "evidence": list(report.evidence),
+    }
 
 
 def machine() -> dict:
@@ -105,32 +199,32 @@ def machine() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("build")
-    one.add_argument("folder", type=Path)
-    one.add_argument("--site", action="append", required=True, metavar="VERSION=FOLDER")
-    two = commands.add_parser("audit")
-    two.add_argument("folder", type=Path)
-    two.add_argument("--site", action="append", default=[], metavar="VERSION=FOLDER")
-    two.add_argument("--out", type=Path)
+    parser.add_argument("command", choices=("build", "installs", "units"))
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--site", action="append", default=[], metavar="VERSION=FOLDER")
+    parser.add_argument("--form", action="append", choices=("absolute", "relative", "venv"))
+    parser.add_argument("--arch", type=int, default=120)
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    sites = {v: Path(f) for v, _, f in (pair.partition("=") for pair in asked.site)}
+    sites = {v: Path(f).resolve() for v, _, f in (pair.partition("=") for pair in asked.site)}
+    out = asked.out.resolve() if asked.out else None
     if asked.command == "build":
         build(asked.folder, sites)
         return
-    installs = [
-        {key: report.json()[key] for key in ("verdict", "authority", "pdl", "evidence", "remedy")}
-        | {"version": version, "module": report.module.name, "sm": report.sm}
-        for version, site in sites.items()
-        for sm in sources.DEFAULT_SMS
-        for report in audit.audit([site], sm)
-    ]
-    _keep(asked.out, {"machine": machine(), "units": audited(asked.folder), "installs": installs})
+    rows = []
+    forms = asked.form or ["absolute", "relative", "venv"]
+    for row in (
+        installs(sites, asked.arch, forms) if asked.command == "installs" else units(asked.folder)
+    ):
+        print(json.dumps({k: v for k, v in row.items() if k != "evidence"}), flush=True)
+        if asked.command == "installs":
+            row["known"] = "vulnerable" if row["version"] in VULNERABLE else "fixed"
+        rows.append(row)
+    _keep(out, {"machine": machine(), asked.command: rows})
 
 
 def _keep(out: Path | None, result: dict) -> None:
-    """Print, and put into `out` beside what is there."""
-    print(json.dumps(result, indent=1))
+    """Put into `out` beside what is there."""
     if out:
         there = json.loads(out.read_text()) if out.exists() else {}
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ Json = Any
 EVIDENCE = ("passed", "failed", "not exercised", "not applicable", "skipped")
 VERDICTS = ("safe", "unsafe", "unsupported", "inconclusive")
 CHOICES = ("safe", "floor", "none")
-AUDITS = ("flagged", "clean", "unknown")
+AUDITS = ("flagged", "doubtful", "clean", "unknown")
 RUNS = ("running", "finished", "failed", "interrupted")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import NOT_ASSESSED, Refused
 from ._console import Json, State, one_sentence, print_json, say, say_lines
 
 
@@ -18,22 +21,97 @@ def audit(
     arch: Annotated[
         int | None, typer.Option(help="SM to audit for, e.g. 120. Default: the GPU here, else all.")
     ] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Only modules whose name or path has this (a regex).")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Disassemblers at once. Default: as cores and memory allow."),
+    ] = None,
+    coverage: Annotated[
+        bool,
+        typer.Option(
+            "--coverage", help="Say which SMs each kernel family has code for; judge nothing."
+        ),
+    ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="With --coverage: sglang, vllm or flashinfer, as installed here."),
+    ] = None,
     state: State = None,
     as_json: Json = False,
 ) -> None:
     """Judge compiled FP4 GEMM modules by their machine code; needs no GPU."""
     with one_sentence():
-        from ..probes.audit import text
+        try:
+            if match is not None:
+                re.compile(match)
+        except re.error as error:
+            raise Refused(f"--match {match!r} is no regular expression: {error}") from None
+        if engine and not coverage:
+            raise Refused("--engine goes with --coverage")
+        try:
+            if coverage:
+                code = _coverage([*(paths or ())], arch, engine, match, as_json)
+            else:
+                code = _judged([*(paths or ())], arch, match, jobs, state, as_json)
+        except (Refused, ValueError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            # Never with the code of a verdict.
+            raise Refused(f"the audit failed: {type(error).__name__}: {error}") from error
+        raise typer.Exit(code)
 
-        sm = text.arch(arch)  # before what takes seconds to import
-        from ..autotune.publication import audited as kept
-        from ..probes import audit as auditing
 
-        reports = auditing.audit(paths or (), sm, text.progress())
-        for remark in kept.remember(reports, state):
-            say(f"fp4tune: {remark}", err=True)
-        if as_json:
-            print_json([report.json() for report in reports])
-        else:
-            say_lines(text.lines(reports))
-        raise typer.Exit(text.exit_code(reports))
+def _judged(
+    paths: list[Path],
+    arch: int | None,
+    match: str | None,
+    jobs: int | None,
+    state: Path | None,
+    as_json: bool,
+) -> int:
+    """Verdicts, each printed as soon as it is known; the exit code."""
+    from ..engines import here
+    from ..probes import audit as auditing
+    from ..probes.audit import text
+
+    sm = text.sm(arch, [] if arch else [name for name, _ in here.gpus()])
+    options = auditing.AuditOptions(sm, text.progress(), match=match, jobs=jobs)
+    reports = []
+    for report in auditing.audits(paths, options):
+        reports.append(report)
+        if not as_json:
+            say_lines(text.lines(report))
+        elif sys.stderr.isatty():
+            say(f"{report.verdict}  {report.module.name}", err=True)
+    if match and not reports:
+        raise Refused(f"no module here has {match!r} in its name or path")
+    _remember(reports, state)
+    if as_json:
+        print_json([report.json() for report in reports])
+    else:
+        say(text.summary(reports))
+    return text.exit_code(reports)
+
+
+def _remember(reports: list, state: Path | None) -> None:
+    from ..autotune.publication import audited as kept
+
+    for remark in kept.remember(reports, state):
+        say(f"fp4tune: {remark}", err=True)
+
+
+def _coverage(
+    paths: list[Path], arch: int | None, engine: str | None, match: str | None, as_json: bool
+) -> int:
+    """Which SMs the kernels of these libraries have code for; the exit code."""
+    from ..probes.audit import coverage
+
+    sms = (arch,) if arch else coverage.DEFAULT_SMS
+    found = coverage.of_paths(paths, engine, sms, match)
+    if as_json:
+        print_json(coverage.document(found, sms))
+    else:
+        say_lines(coverage.lines(found, sms))
+    return 0 if found and not any(each.problem for each in found) else NOT_ASSESSED

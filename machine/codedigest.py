@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from . import elf
@@ -172,12 +172,15 @@ def mapped(path: str) -> Iterator[memoryview]:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise elf.BadElf("the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            view = memoryview(mapped)
-            try:
-                yield view
-            finally:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        view = memoryview(mapped)
+        try:
+            yield view
+        finally:
+            # An exception on its way may still hold a part of it, which then closes it at its end.
+            with suppress(BufferError):
                 view.release()
+                mapped.close()
 
 
 def _sentence(error: Exception) -> str:

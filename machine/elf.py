@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 EM_CUDA = 190
 MAGIC = b"\x7fELF"
@@ -24,6 +25,14 @@ class ElfSection:
     offset: int
     size: int
     """In bytes of the file; 0 for a section that takes no room in it."""
+    address: int = 0
+    kind: int = 0
+    flags: int = 0
+    link: int = 0
+    info: int = 0
+    """These as ELF has them: where it is loaded, and what other sections it belongs to."""
+    length: int = 0
+    """In bytes of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +68,32 @@ def parse(data: bytes | memoryview) -> Elf:
         raise BadElf("the file is cut off before its section table")
     first = _header(data, table)
     # Counts past 16 bits are kept in the first section's header.
-    count = count or first[3]
-    names = first[4] if names == 0xFFFF else names
+    count = count or first.size
+    names = first.link if names == 0xFFFF else names
     if table + size * count > len(data) or names >= max(count, 1):
         raise BadElf("the file is cut off inside its section table")
     raw = [_header(data, table + i * size) for i in range(count)]
-    if any(kind != _NOBITS and at + length > len(data) for _, kind, at, length, _ in raw):
+    if any(h.kind != _NOBITS and h.offset + h.size > len(data) for h in raw):
         raise BadElf("the file is cut off: a section reaches past its end")
     if not raw:
         return Elf(machine, flags, ())
-    _, _, at, length, _ = raw[names]
-    strings = bytes(data[at : at + length])
+    strings = bytes(data[raw[names].offset : raw[names].offset + raw[names].size])
     return Elf(
         machine,
         flags,
         tuple(
-            ElfSection(_string(strings, name), at, 0 if kind == _NOBITS else length)
-            for name, kind, at, length, _ in raw
+            ElfSection(
+                _string(strings, h.name),
+                h.offset,
+                0 if h.kind == _NOBITS else h.size,
+                h.address,
+                h.kind,
+                h.flags,
+                h.link,
+                h.info,
+                h.size,
+            )
+            for h in raw
         ),
     )
 
@@ -110,11 +128,22 @@ def functions(data: bytes | memoryview, parsed: Elf) -> Iterator[ElfFunction]:
             yield ElfFunction(index, _string(strings, name), parsed.sections[section], other)
 
 
-def _header(data: bytes | memoryview, at: int) -> tuple[int, int, int, int, int]:
-    """(name, type, offset, size, link) of the section header at `at`."""
-    name, kind = struct.unpack_from("<II", data, at)
-    offset, size, link = struct.unpack_from("<QQI", data, at + 24)
-    return name, kind, offset, size, link
+class _Header(NamedTuple):
+    """A section header. `name`: where its name begins in the section of names."""
+
+    name: int
+    kind: int
+    flags: int
+    address: int
+    offset: int
+    size: int
+    link: int
+    info: int
+
+
+def _header(data: bytes | memoryview, at: int) -> _Header:
+    """The section header at `at`."""
+    return _Header(*struct.unpack_from("<IIQQQQII", data, at))
 
 
 def _string(strings: bytes, at: int) -> str:

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from fp4tune.cli import app
 from fp4tune.machine import codedigest
 from fp4tune.probes import audit
-from fp4tune.probes.audit import barrier, disassemble, judge, launch, ninja, sources
-from fp4tune.probes.audit.disassemble import ArchKernel, Code
-from fp4tune.probes.audit.launch import Launch
-from fp4tune.probes.audit.sass import Kernel
+from fp4tune.probes.audit import barrier, disassemble, install, judge, launch, ninja, text
+from fp4tune.probes.audit.disassemble import ArchKernel, MachineCode
+from fp4tune.probes.audit.launch import PdlUse
+from fp4tune.probes.audit.sass import SassKernel
 
 KERNELS = r"""
 #define WAIT asm volatile("griddepcontrol.wait;" ::: "memory")
@@ -152,7 +152,7 @@ def test_a_jit_cache_is_judged_by_code_and_its_flags_are_told(build, tmp_path, m
     assert report.module.backend == "flashinfer-cutlass"
     assert any(flag in line for line in report.evidence) and "delete" in report.remedy
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
-    assert [m.path for m in sources._jit_cache()] == [report.module.path]
+    assert [m.path for m in install.jit_cache()] == [report.module.path]
 
 
 @pytest.mark.slow
@@ -199,47 +199,104 @@ def multiply(a, c, wait: tl.constexpr):
 """
 
 
+def kernel(wait: str, mma: str | None = "OMMA.SF", name: str = "k", **more) -> SassKernel:
+    """A kernel that loads global memory and waits, or not, as `wait` says."""
+    counts = {mma: 64} if mma else {}
+    scaled = 64 if mma and "SF" in mma else 0
+    return SassKernel(name, wait, int(wait != "no-wait"), 0, counts, scaled, "0x0 LDG", **more)
+
+
+def code_of(*kernels: SassKernel) -> MachineCode:
+    return MachineCode(tuple(ArchKernel(120, each) for each in kernels), (120,), "d")
+
+
+def verdict(module, code, use, **more) -> str:
+    return judge.decide(module, judge.AuditEvidence(code, use, **more)).verdict
+
+
+FILE = judge.GpuModule("m", "file", "/m.so")
+
+
 def test_machine_code_over_flags_over_version():
-    module = judge.Module("fp4_gemm_cutlass_sm120", "jit", "/x.so", "flashinfer-cutlass", "0.7.2")
-    flags = ("-DCUTLASS_ENABLE_GDC_FOR_SM100=1",)
-    pdl = Launch("yes", ("a source",))
-    bare = Code((ArchKernel(120, Kernel("k", "no-wait", 0, 0, {"OMMA.SF": 64}, 64)),), (120,), "d")
-    waits = replace(
-        bare, kernels=(ArchKernel(120, Kernel("k", "wait-present", 1, 0, {"OMMA": 1})),)
+    module = judge.GpuModule(
+        "fp4_gemm_cutlass_sm120", "jit", "/x.so", "flashinfer-cutlass", "0.7.2"
     )
-    assert judge.decide(module, bare, pdl, flags).verdict == "flagged"
-    clean = judge.decide(replace(module, version="0.6.4"), waits, pdl, ())
+    flags = ("-DCUTLASS_ENABLE_GDC_FOR_SM100=1",)
+    pdl = PdlUse("yes", ("a source",))
+    bare, waits = code_of(kernel("no-wait")), code_of(kernel("wait-present"))
+    assert verdict(module, bare, pdl, flags=flags) == "flagged"
+    old = replace(module, version="0.6.4")
+    clean = judge.decide(old, judge.AuditEvidence(waits, pdl, ()))
     assert clean.verdict == "clean" and judge.ABOUT_WAITS in clean.evidence
-    assert judge.decide(module, bare, Launch("no")).verdict == "clean"
-    assert judge.decide(module, bare, Launch("possible")).verdict == "unknown"
     partly = replace(waits, problem="x.so: nvdisasm failed")
-    assert judge.decide(module, partly, pdl, flags).verdict == "unknown"
+    assert verdict(module, partly, pdl, flags=flags) == "unknown"
     spec = replace(module, kind="spec", path=None)
-    empty = judge.Barrier(False, "barrier", "is empty")
-    assert judge.decide(spec, None, pdl, flags, empty).verdict == "flagged"
-    assert judge.decide(spec, None, pdl, flags, empty, ("own.cuh",)).verdict == "unknown"
-    assert judge.decide(spec, None, pdl, flags, judge.Barrier(True, "flags", "")).verdict == "clean"
-    assert judge.decide(spec, None, pdl, flags).verdict == "unknown", "a version decides nothing"
+    empty, full = judge.BarrierTrial(False, "barrier", ""), judge.BarrierTrial(True, "flags", "")
+    assert verdict(spec, None, pdl, barrier=empty) == "flagged"
+    assert verdict(spec, None, pdl, barrier=empty, hand_written=("own.cuh",)) == "unknown"
+    assert verdict(spec, None, pdl, barrier=full) == "clean"
+    assert verdict(spec, None, pdl, flags=flags) == "unknown", "a version decides nothing"
+    asked = PdlUse("possible", block_scaled=True)
+    assert verdict(spec, None, asked, barrier=empty) == "doubtful"
 
 
-def test_kernels_for_other_launches_in_one_module_are_no_false_alarm():
-    module = judge.Module("m", "file", "/m.so")
+@pytest.mark.parametrize(
+    ("mma", "use", "expected"),
+    [
+        ("OMMA.SF", PdlUse("yes", kernels={"k": "yes"}), "flagged"),
+        ("OMMA.SF", PdlUse("yes", kernels={"k": "no"}), "clean"),
+        ("OMMA.SF", PdlUse("yes"), "flagged"),
+        ("OMMA.SF", PdlUse("unknown"), "flagged"),
+        ("OMMA.SF", PdlUse("no"), "flagged"),  # not of this very kernel
+        ("OMMA.SF", PdlUse("no", every=True), "clean"),
+        ("HMMA", PdlUse("yes", kernels={"k": "yes"}), "flagged"),
+        ("HMMA", PdlUse("yes", kernels={"other": "yes"}), "unknown"),
+        ("HMMA", PdlUse("yes", every=True), "flagged"),
+        ("HMMA", PdlUse("possible"), "unknown"),
+        (None, PdlUse("yes", kernels={"k": "yes"}), "flagged"),  # a GEMV, a quantiser
+        (None, PdlUse("possible", kernels={"k": "possible"}), "unknown"),
+        (None, PdlUse("unknown"), "unknown"),
+        (None, PdlUse("no", every=True), "clean"),
+    ],
+)
+def test_a_kernel_without_a_wait_is_cleared_by_its_own_launch_alone(mma, use, expected):
+    assert verdict(FILE, code_of(kernel("no-wait", mma)), use) == expected
+    waits = kernel("wait-present", "OMMA.SF", "gemm")
+    for both in ((kernel("no-wait", mma), waits), (waits, kernel("no-wait", mma))):
+        assert verdict(FILE, code_of(*both), use) == expected
 
-    def of(mma: str, *kernels: tuple[str, str]) -> Code:
-        made = [Kernel(n, w, 0, 0, {mma: 1}, int("SF" in mma)) for n, w in kernels]
-        return Code(tuple(ArchKernel(120, kernel) for kernel in made), (120,), "d")
 
-    host, sources_ = Launch("yes", ()), Launch("yes", (), every=True)
-    switch = of("OMMA.SF", ("gemmILi4ELb1EE", "wait-present"), ("gemmILi4ELb0EE", "no-wait"))
-    assert judge.decide(module, switch, sources_).verdict == "clean"
-    mixed = (("one", "wait-present"), ("other", "no-wait"))
-    assert judge.decide(module, of("HMMA", *mixed), host).verdict == "unknown"
-    assert judge.decide(module, of("HMMA", *mixed), sources_).verdict == "flagged"
-    assert judge.decide(module, of("OMMA.SF", *mixed), host).verdict == "flagged"
+def test_no_name_excuses_a_kernel():
+    """A bad kernel beside a good one of the same name, or that differs in a bool."""
+    use = PdlUse("yes")
+    for good, bad in (("gemm", "gemm"), ("gemmILi4ELb1EE", "gemmILi4ELb0EE")):
+        kernels = (kernel("wait-present", name=good), kernel("no-wait", name=bad))
+        assert verdict(FILE, code_of(*kernels), use) == "flagged"
+        assert verdict(FILE, code_of(*kernels[::-1]), use) == "flagged"
+
+
+def test_a_wait_that_does_nothing_is_no_wait_and_doubts_are_a_verdict_of_their_own():
+    idle = kernel("access-before-wait", "HMMA", idle=True)
+    assert verdict(FILE, code_of(idle), PdlUse("yes", every=True)) == "flagged"
+    assert verdict(FILE, code_of(idle), PdlUse("no", every=True)) == "clean"
+    doubted = kernel("access-before-wait", "HMMA", doubts=("it stores first",))
+    report = judge.decide(FILE, judge.AuditEvidence(code_of(doubted), PdlUse("yes")))
+    assert report.verdict == "doubtful" and "it stores first" in report.evidence[-1]
+    assert text.exit_code([report]) == 2
+    assert verdict(FILE, code_of(doubted, kernel("no-wait")), PdlUse("yes")) == "flagged"
+    untouched = SassKernel("empty", "no-wait", 0, 0)
+    assert verdict(FILE, code_of(untouched), PdlUse("yes", every=True)) == "clean"
+
+
+def test_what_an_older_install_left_counts_for_nothing():
+    left = replace(FILE, kind="left-over")
+    flagged = judge.decide(left, judge.AuditEvidence(code_of(kernel("no-wait")), PdlUse("yes")))
+    clean = judge.decide(FILE, judge.AuditEvidence(code_of(kernel("wait-present")), PdlUse("yes")))
+    assert text.exit_code([flagged]) == 2 and text.exit_code([flagged, clean]) == 0
 
 
 def test_a_remedy_fits_the_install():
-    jit, aot, file = (judge.Module("m", kind, "/m.so") for kind in ("jit", "aot", "file"))
+    jit, aot, file = (judge.GpuModule("m", kind, "/m.so") for kind in ("jit", "aot", "file"))
     assert "delete /m.so" in judge.remedy(jit, True) and "tried" in judge.remedy(jit, True)
     assert "does not help" in judge.remedy(jit, False)
     assert "uninstall" in judge.remedy(aot) and "griddepcontrol.wait" in judge.remedy(file)
@@ -309,7 +366,7 @@ def test_the_barrier_is_tried_out_under_the_modules_own_flags(compiler, tmp_path
     header.parent.mkdir(parents=True)
     header.write_text(HEADER)
     target = "-gencode=arch=compute_120f,code=sm_120f"
-    bare = ninja.Build((f"-I{tmp_path}", target), (), (tmp_path,), "")
+    bare = ninja.NinjaBuild((f"-I{tmp_path}", target), (), (tmp_path,), "")
     flagged = replace(bare, flags=(*bare.flags, judge.FLAG))
     assert barrier.of(bare, 120).waits is False
     assert barrier.of(flagged, 120).waits is True

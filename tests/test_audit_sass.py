@@ -9,11 +9,11 @@ from audit_sass import EXIT, LOAD, MMA, PARAMETER, STORE, WAIT, section
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.audit import sass
+from fp4tune.probes.audit import flow, sass
 
 
-def read(*sections: str, block: int = 1 << 20) -> list[sass.Kernel]:
-    return list(sass.kernels(sass.pieces(io.BytesIO("".join(sections).encode()).read, block)))
+def read(*sections: str, block: int = 1 << 20) -> list[sass.SassKernel]:
+    return list(flow.kernels(sass.pieces(io.BytesIO("".join(sections).encode()).read, block)))
 
 
 def wait_of(*code: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ...cache.rows import Audit
 from ...probes import audit as auditing
-from ...probes.audit import CLEAN, FLAGGED, Report
+from ...probes.audit import CLEAN, FLAGGED, AuditReport
 
-RULES = 1
+RULES = 2
 """Raised whenever the same bytes would be judged differently: older audits then do not count."""
 
 
@@ -27,7 +27,7 @@ def content(path: str | Path) -> str:
     return sha.hexdigest()
 
 
-def row(report: Report, backend: str | None = None) -> Audit:
+def row(report: AuditReport, backend: str | None = None) -> Audit:
     """A report as the ledger keeps it; `backend` loads it where the module does not say."""
     (found,) = auditing.audit_findings([report], backend)
     path = found["path"]
@@ -53,7 +53,8 @@ def sentence(audit: Audit) -> str:
 
 
 def remarks(audits: Iterable[Audit]) -> dict[str, str]:
-    """What is to be said by backend: flagged and unknown modules. Clean ones need no word."""
+    """What is to be said by backend: flagged, doubtful and unknown modules. Of those in which no
+    fault was seen nothing is said."""
     said: dict[str, str] = {}
     for audit in sorted(audits, key=lambda a: a.verdict != FLAGGED):
         if audit.verdict != CLEAN:

@@ -8,12 +8,11 @@ from pathlib import Path
 from ...cache import state
 from ...cache.errors import StateError
 from ...cache.ledger import Ledger
-from ...probes.audit import Report
+from ...probes.audit import FLAGGED, AuditReport
 from ..evidence.audits import row
-from .publish import publish_audits
 
 
-def remember(reports: Sequence[Report], state_dir: Path | None = None) -> list[str]:
+def remember(reports: Sequence[AuditReport], state_dir: Path | None = None) -> list[str]:
     """Write reports to a ledger, and publish what they take away; what there is to say of it.
 
     The ledger is that of `state_dir`, made if need be; without one, that of the place writers use,
@@ -27,6 +26,10 @@ def remember(reports: Sequence[Report], state_dir: Path | None = None) -> list[s
         rows = [row(report) for report in reports]
         with Ledger.open(place) as ledger:
             ledger.add_all(rows)
+        if not any(each.verdict == FLAGGED for each in rows):
+            return []
+        from .publish import publish_audits  # with it comes torch, which takes seconds
+
         generation = publish_audits(rows, Path(place))
     except StateError as error:
         return [f"the audit was not stored: {error}"]

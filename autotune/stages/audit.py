@@ -36,7 +36,7 @@ def of_files(
     found: dict[str, list[Audit]] = {}
     for backend, paths in files.items():
         for path in paths:
-            if Path(path).suffix not in (".so", ".o", ".cubin") or not auditing.holds_code(path):
+            if not auditing.has_library_name(Path(path).name) or not auditing.holds_code(path):
                 continue
             one = _of_file(path, backend, sm, ledger, deadline - time.monotonic(), say)
             if one is not None:

@@ -4,25 +4,55 @@ early? `audit` finds and judges modules; `audit_findings` is what of it the ledg
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...machine import codedigest
 from . import barrier, launch, sources
-from .disassemble import SECONDS, TOOL, Progress, examine, holds_code
-from .judge import CLEAN, FIRST_SM, FLAGGED, UNKNOWN, Barrier, Module, Report, decide, remedy
-from .sources import Found
+from .disassemble import (
+    SECONDS,
+    TOOL,
+    MachineCode,
+    Progress,
+    ReadLimits,
+    cores,
+    examine,
+    holds_code,
+)
+from .install import FoundModule
+from .judge import (
+    CLEAN,
+    DOUBTFUL,
+    FIRST_SM,
+    FLAGGED,
+    UNKNOWN,
+    AuditEvidence,
+    AuditReport,
+    BarrierTrial,
+    GpuModule,
+    decide,
+    remedy,
+)
+from .memory import tidy
+from .sources import has_library_name
 
 __all__ = [
     "CLEAN",
+    "DOUBTFUL",
     "FLAGGED",
     "UNKNOWN",
-    "Module",
-    "Report",
+    "AuditOptions",
+    "AuditReport",
+    "GpuModule",
     "audit",
     "audit_findings",
+    "audits",
+    "has_library_name",
     "holds_code",
 ]
 
@@ -32,24 +62,80 @@ def audit(
     sm: int | None = None,
     progress: Progress | None = None,
     seconds: float = SECONDS,
-) -> list[Report]:
-    """Judge the FP4 GEMM modules in `paths`, or those an engine would load in this interpreter.
+) -> list[AuditReport]:
+    """All of `audits`."""
+    return list(audits(paths, AuditOptions(sm, progress, seconds)))
 
-    sm: only code that this SM runs, e.g. 120; None: all there is. seconds: for each file.
-    Raises Refused where there is nothing to audit at a path.
+
+@dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """sm: only code that this SM runs, e.g. 120; None: all there is. seconds: for each file.
+    match: a regular expression that module names or paths must contain. jobs: disassemblers at
+    once; None: as many as cores and memory allow."""
+
+    sm: int | None = None
+    progress: Progress | None = None
+    seconds: float = SECONDS
+    match: str | None = None
+    jobs: int | None = None
+
+
+def audits(paths: Sequence[Path], options: AuditOptions) -> Iterator[AuditReport]:
+    """Judge the modules in `paths`, or the FP4 GEMM modules an engine would load in this
+    interpreter, one by one as they are found.
+
+    A path with nothing to audit gives a report that says so, and the others are judged.
     """
-    with sources.modules(paths, sm) as found:
-        return [_report(each, progress, seconds) for each in found]
+    wanted = re.compile(options.match) if options.match else None
+    with sources.modules(paths, options.sm) as found:
+        named = (
+            each
+            for each in found
+            if wanted is None or wanted.search(f"{each.module.name} {each.module.path or ''}")
+        )
+        yield from _several(named, options)
+    tidy()
 
 
-def _report(found: Found, progress: Progress | None, seconds: float) -> Report:
+def _several(found: Iterator[FoundModule], options: AuditOptions) -> Iterator[AuditReport]:
+    """Their reports in order, some files ahead read while one is waited for."""
+    jobs = options.jobs or cores()
+    with ThreadPoolExecutor(jobs) as pool:
+        ahead: deque[Future[AuditReport]] = deque()
+        try:
+            for each in found:
+                ahead.append(pool.submit(_safely, each, options))
+                if len(ahead) > 2 * jobs:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _safely(found: FoundModule, options: AuditOptions) -> AuditReport:
+    """Its report; of a file that the audit itself fails on, that it is unknown."""
+    try:
+        return _report(found, options)
+    except Exception as error:
+        why = f"the audit of it failed: {type(error).__name__}: {error}"
+        code = MachineCode(problem=why, read=False)
+        return decide(found.module, AuditEvidence(code, launch.PdlUse(), sm=found.sm))
+
+
+def _report(found: FoundModule, options: AuditOptions) -> AuditReport:
     module, build = found.module, found.build
-    path = Path(module.path) if module.path else None
-    code = examine(path, found.sm, progress, seconds) if path else None
-    launches: list[launch.Launch] = []
+    path = Path(module.path) if module.path and not found.problem else None
+    limits = ReadLimits(options.seconds, None, options.jobs, None, options.progress)
+    code = examine(path, found.sm, limits) if path else None
+    launches: list[launch.PdlUse] = []
     waits: tuple[str, ...] = ()
-    if path:
-        launches.append(launch.of_host_code(path))
+    if path and code and code.read:
+        able = [k.kernel for k in code.kernels if k.sm >= FIRST_SM]
+        doubted = [k.name for k in able if k.unwaited or k.doubts]
+        if able:
+            launches.append(launch.of_host_code(path, doubted))
         launches.append(launch.of_triton(path))
     if build:
         own = launch.of_sources(build.sources, build.own)
@@ -60,16 +146,17 @@ def _report(found: Found, progress: Progress | None, seconds: float) -> Report:
     if unbuilt and build and found.flags_known and found.sm:
         asked = barrier.of(build, found.sm)
     if found.problem:
-        asked = Barrier(None, "none", found.problem)
-    report = decide(
-        module,
+        asked = BarrierTrial(None, "none", found.problem)
+    seen = AuditEvidence(
         code,
         launch.combined(launches),
         build.flags if build and found.flags_known else None,
         asked,
         waits,
         found.sm,
+        found.notes,
     )
+    report = decide(module, seen)
     if report.verdict == FLAGGED and build and module.kind in ("jit", "spec"):
         sm = found.sm or max(
             (k.sm for k in (code.kernels if code else ()) if k.sm >= FIRST_SM), default=0
@@ -82,12 +169,14 @@ def _no_tools() -> bool:
     return codedigest.disassembler() is None or codedigest.disassembler(TOOL) is None
 
 
-def audit_findings(reports: Iterable[Report], backend: str | None = None) -> list[dict[str, Any]]:
+def audit_findings(
+    reports: Iterable[AuditReport], backend: str | None = None
+) -> list[dict[str, Any]]:
     """What the ledger needs of each report, as plain JSON data.
 
     backend: whose findings, for modules that do not say by their name which backend loads them.
-    ``verdict`` is ``flagged``, ``clean`` or ``unknown``: a backend with a flagged module is not
-    safe, whatever a run showed; ``clean`` and ``unknown`` prove nothing. ``digest`` is
+    ``verdict`` is ``flagged``, ``doubtful``, ``clean`` or ``unknown``: a backend with a flagged
+    module is not safe, whatever a run showed; the others prove nothing. ``digest`` is
     `codedigest.of` that file: evidence holds for that code.
     """
     return [

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ...machine import codedigest, elf
 from ...machine.memory import free_memory
 from ...machine.processes import dying_with_parent
-from . import sass
+from . import containers, flow, memory, parameters, sass
 
 TOOL = "nvdisasm"
 SECONDS = 1800.0
@@ -36,11 +37,11 @@ class ArchKernel:
     """A kernel and the SM its code is for."""
 
     sm: int
-    kernel: sass.Kernel
+    kernel: sass.SassKernel
 
 
 @dataclass(frozen=True, slots=True)
-class Code:
+class MachineCode:
     """What a file holds for the SM asked for. `problem` says why something could not be read."""
 
     kernels: tuple[ArchKernel, ...] = ()
@@ -56,130 +57,151 @@ class Code:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadLimits:
+    """seconds: for the whole file. memory: bytes that disassemblers may take together; default
+    half of what is free. jobs: disassemblers at once; default one a core. only: the one kernel
+    wanted, and what it may call; a library's module of thousands of kernels would take seconds."""
+
+    seconds: float = SECONDS
+    memory: int | None = None
+    jobs: int | None = None
+    only: str | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Cubin:
     path: str
     sm: int
+    exact: bool
+    """Whether its code runs on that SM alone, as that of ``sm_90a`` does."""
     size: int
-    words: tuple[str, ...]
+    kernels: tuple[tuple[str, str], ...]
+    """Name and hash of each."""
     symbols: tuple[int, ...]
     """Of the functions to print; empty for all."""
+    parameters: Mapping[str, parameters.Parameters]
+
+    def runs_on(self, sm: int) -> bool:
+        return self.sm == sm if self.exact else runs_on(self.sm, sm)
 
 
 def examine(
-    path: str | os.PathLike[str],
-    sm: int | None = None,
-    progress: Progress | None = None,
-    seconds: float = SECONDS,
-    memory: int | None = None,
-    only: str | None = None,
-) -> Code:
-    """Disassemble the kernels in a ``.cubin``, ``.o`` or ``.so``; those an `sm` GPU could run.
+    path: str | os.PathLike[str], sm: int | None = None, limits: ReadLimits = ReadLimits()
+) -> MachineCode:
+    """Disassemble the kernels in a cubin, object, library, archive or fatbin; those an `sm` GPU
+    could run.
 
-    Never raises for what the file holds: `Code.problem` has one sentence instead.
-    seconds: for the whole file. memory: bytes that disassemblers may take together; default half
-    of what is free. only: the one kernel wanted, and what it may call; a library's module of
-    thousands of kernels would take seconds.
+    Never raises for what the file holds: `MachineCode.problem` has one sentence instead. A cubin
+    that was read before, here or by another process, is not disassembled again.
     """
     name = os.path.basename(path)
-    deadline = time.monotonic() + seconds
+    seconds = limits.seconds
     try:
-        with _cubins(os.fspath(path), seconds) as (files, took):
-            room = memory or free_memory() // 2
-            return _code(files, sm, progress, deadline, room, name, took, only)
+        with containers.cubins(os.fspath(path), seconds) as (files, took):
+            return _Reading(name, limits, took).code(files, sm)
     except subprocess.TimeoutExpired:
-        return Code(problem=f"{name}: cuobjdump took longer than {seconds:g} s", read=False)
+        return MachineCode(problem=f"{name}: cuobjdump took longer than {seconds:g} s", read=False)
     except OSError as error:
-        return Code(problem=f"{name}: {error.strerror or error}", read=False)
+        return MachineCode(problem=f"{name}: {error.strerror or error}", read=False)
     except (elf.BadElf, codedigest.NoCode) as error:
-        return Code(problem=f"{name}: {error}", read=False)
+        return MachineCode(problem=f"{name}: {error}", read=False)
 
 
-def holds_code(path: str | os.PathLike[str]) -> bool:
-    """Whether a file may hold GPU code: False only for a whole host library without any."""
-    try:
-        with codedigest.mapped(os.fspath(path)) as data:
-            parsed = elf.parse(data)
-    except (elf.BadElf, OSError):
-        return True
-    return parsed.machine == elf.EM_CUDA or any(s.size for s in codedigest.fatbins(parsed))
+class _Reading:
+    """The cubins of one file on their way to kernels."""
 
+    def __init__(self, name: str, limits: ReadLimits, took: float) -> None:
+        self.name = name
+        self.limits = limits
+        self.took = took
+        self.deadline = time.monotonic() + limits.seconds
+        self.memory = limits.memory or free_memory() // 2
+        self.jobs = limits.jobs or cores()
+        self.done = self.total = 0
+        self.lock = threading.Lock()
 
-@contextlib.contextmanager
-def _cubins(path: str, seconds: float) -> Iterator[tuple[tuple[str, ...], float]]:
-    """The cubins in a file, which may be one itself, and how long taking them out took."""
-    with codedigest.mapped(path) as data:
-        parsed = elf.parse(data)
-    if parsed.machine == elf.EM_CUDA:
-        yield (path,), 0.0
-        return
-    if not any(s.size for s in codedigest.fatbins(parsed)):
-        raise codedigest.NoCode("it is a host library without GPU code")
-    start = time.monotonic()
-    with codedigest.extracted(path, seconds) as files:
-        if not files:
-            raise codedigest.NoCode(codedigest.PTX_ONLY)
-        yield files, time.monotonic() - start
+    def code(self, files: Sequence[str], sm: int | None) -> MachineCode:
+        cubins = [_cubin(file, self.limits.only) for file in files]
+        words = [word for cubin in cubins for _, word in cubin.kernels]
+        # The same code is often in several cubins; once is enough, unless its names differ: how
+        # a kernel is launched depends on its name.
+        unique = {
+            (c.sm, c.kernels): c for c in cubins if c.kernels and (sm is None or c.runs_on(sm))
+        }
+        found: list[ArchKernel] = []
+        problems: list[str] = []
+        for cubin, kernels, problem in self._read(sorted(unique.values(), key=lambda c: -c.size)):
+            found += [ArchKernel(cubin.sm, kernel) for kernel in kernels]
+            if problem:
+                problems.append(problem)
+        return MachineCode(
+            kernels=tuple(found),
+            sms=tuple(sorted({c.sm for c in cubins})),
+            digest=codedigest.total(words) if words else None,
+            problem=f"{self.name}: {problems[0]}" if problems else None,
+            tool_seconds=self.took,
+        )
 
+    def _read(
+        self, wanted: Sequence[_Cubin]
+    ) -> Iterator[tuple[_Cubin, Sequence[sass.SassKernel], str | None]]:
+        """The kernels of each, several at once."""
+        self.total = sum(cubin.size for cubin in wanted)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for cubin, result in zip(wanted, pool.map(self._one, wanted), strict=True):
+                yield cubin, *result
 
-def _code(
-    files: Sequence[str],
-    sm: int | None,
-    progress: Progress | None,
-    deadline: float,
-    memory: int,
-    name: str,
-    took: float,
-    only: str | None,
-) -> Code:
-    cubins = [_cubin(file, only) for file in files]
-    words = [word for cubin in cubins for word in cubin.words]
-    # The same code is often in several cubins; once is enough.
-    unique = {(c.sm, c.words): c for c in cubins if c.words and (sm is None or runs_on(c.sm, sm))}
-    wanted = sorted(unique.values(), key=lambda c: -c.size)
-    found: list[ArchKernel] = []
-    problems: list[str] = []
-    if wanted:
+    def _one(self, cubin: _Cubin) -> tuple[Sequence[sass.SassKernel], str | None]:
+        with open(cubin.path, "rb") as file:
+            key = memory.key(file.read(), cubin.symbols)
+        known = memory.recall(key)
+        if known is not None:
+            self._progress(cubin)
+            return known, None
         tool = codedigest.disassembler(TOOL)
         if tool is None:
             raise codedigest.NoCode(
                 f"no disassembler: {TOOL} is not on PATH, in CUDA_HOME or in a wheel"
                 " (pip install nvidia-cuda-nvdisasm)"
             )
-        room = _Room(memory)
-        total, done, lock = sum(c.size for c in wanted), 0, threading.Lock()
+        sections = len(cubin.symbols or cubin.kernels)
+        with _ROOM.taken(_BASE + _FACTOR * cubin.size, self.memory, self.jobs):
+            kernels, problem, spent = disassembled(tool, cubin, sections, self.deadline)
+        with self.lock:
+            self.took += spent
+        if problem is None:
+            memory.remember(key, kernels)
+        self._progress(cubin)
+        return kernels, problem
 
-        def one(cubin: _Cubin) -> tuple[list[sass.Kernel], str | None, float]:
-            nonlocal done
-            with room.taken(_BASE + _FACTOR * cubin.size):
-                sections = len(cubin.symbols or cubin.words)
-                result = disassembled(tool, cubin.path, sections, deadline, cubin.symbols)
-            with lock:
-                done += cubin.size
-                if progress:
-                    progress(name, done, total)
-            return result
+    def _progress(self, cubin: _Cubin) -> None:
+        with self.lock:
+            self.done += cubin.size
+            if self.limits.progress:
+                self.limits.progress(self.name, self.done, self.total)
 
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-            for cubin, (kernels, problem, spent) in zip(wanted, pool.map(one, wanted), strict=True):
-                found += [ArchKernel(cubin.sm, kernel) for kernel in kernels]
-                took += spent
-                if problem:
-                    problems.append(problem)
-    return Code(
-        kernels=tuple(found),
-        sms=tuple(sorted({c.sm for c in cubins})),
-        digest=codedigest.total(words) if words else None,
-        problem=f"{name}: {problems[0]}" if problems else None,
-        tool_seconds=took,
-    )
+
+def cores() -> int:
+    """How many this process may use."""
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def holds_code(path: str | os.PathLike[str]) -> bool:
+    """Whether a file may hold GPU code: False only for a whole host library without any."""
+    return containers.may_hold_code(os.fspath(path))
 
 
 def _cubin(path: str, only: str | None) -> _Cubin:
     with codedigest.mapped(path) as data:
         parsed = elf.parse(data)
-        words = tuple(sorted(codedigest.kernel_words(data, parsed)))
+        if not parsed.sections:
+            raise elf.BadElf(containers.NO_HEADERS)
+        words = tuple(sorted(codedigest.words_by_kernel(data, parsed).items()))
         symbols = () if only is None else around(only, elf.functions(data, parsed))
-        return _Cubin(path, sm_of(data, parsed), len(data), words, symbols)
+        known = parameters.of_kernels(data, parsed)
+        exact = bool(re.search(r"\.sm_\d+a\.cubin$", path))
+        return _Cubin(path, sm_of(data, parsed), exact, len(data), words, symbols, known)
 
 
 def around(kernel: str, functions: Iterable[elf.ElfFunction]) -> tuple[int, ...]:
@@ -213,13 +235,13 @@ def runs_on(code: int, sm: int) -> bool:
 
 
 def disassembled(
-    tool: str, path: str, sections: int, deadline: float, symbols: Sequence[int] = ()
-) -> tuple[list[sass.Kernel], str | None, float]:
+    tool: str, cubin: _Cubin, sections: int, deadline: float
+) -> tuple[list[sass.SassKernel], str | None, float]:
     """(the kernels, why some are missing, seconds waited for nvdisasm).
 
-    sections: how many sections of machine code the cubin has, or that `symbols`, indices into its
-    symbol table, are in; all must have come out.
+    sections: how many sections of machine code are to come out.
     """
+    symbols, known = cubin.symbols, cubin.parameters
     waited = 0.0
     count = 0
 
@@ -237,7 +259,7 @@ def disassembled(
             yield piece
 
     process = subprocess.Popen(
-        [tool, "-c", *(("-fun", ",".join(map(str, symbols))) if symbols else ()), path],
+        [tool, "-c", *(("-fun", ",".join(map(str, symbols))) if symbols else ()), cubin.path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -250,7 +272,7 @@ def disassembled(
     errors = threading.Thread(target=lambda: said.append(process.stderr.read(1 << 16)))  # type: ignore[union-attr]
     errors.start()
     try:
-        kernels = list(sass.kernels(counted()))
+        kernels = list(flow.kernels(counted(), known))
         process.wait()
     finally:
         late.cancel()
@@ -272,21 +294,28 @@ def disassembled(
 
 
 class _Room:
-    """Memory that those running at once may take; one that needs more than all runs alone."""
+    """Memory and places for disassemblers, over all files that are read at once; one that needs
+    more than all of it runs alone."""
 
-    def __init__(self, size: int) -> None:
-        self._size = self._free = max(1, size)
+    def __init__(self) -> None:
+        self._used = self._running = 0
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def taken(self, size: int) -> Iterator[None]:
-        size = min(size, self._size)
+    def taken(self, size: int, most: int, jobs: int) -> Iterator[None]:
+        """Wait until `size` bytes are free of `most`, and fewer than `jobs` disassemblers run."""
+        size = min(size, most)
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
+            self._changed.wait_for(lambda: self._used + size <= most and self._running < jobs)
+            self._used += size
+            self._running += 1
         try:
             yield
         finally:
             with self._changed:
-                self._free += size
+                self._used -= size
+                self._running -= 1
                 self._changed.notify_all()
+
+
+_ROOM = _Room()

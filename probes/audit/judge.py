@@ -6,17 +6,18 @@ to disassemble; a version never decides.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import launch, sass
-from .disassemble import ArchKernel, Code
-from .launch import Launch
+from .disassemble import ArchKernel, MachineCode
+from .launch import PdlUse
+from .names import short, shortened
 
-FLAGGED, CLEAN, UNKNOWN = "flagged", "clean", "unknown"
+FLAGGED, DOUBTFUL, CLEAN, UNKNOWN = "flagged", "doubtful", "clean", "unknown"
+_WORST = (FLAGGED, DOUBTFUL, UNKNOWN, CLEAN)
 MACRO = "-DCUTLASS_ENABLE_GDC_FOR_SM"
 FLAG = MACRO + "100=1"
 FIRST_SM = 90
@@ -30,7 +31,7 @@ ABOUT_ACCESS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Barrier:
+class BarrierTrial:
     """Whether CUTLASS's ``wait_on_dependent_grids`` does anything under a module's build flags.
 
     `waits` is None where that could not be found out. `how` is ``barrier`` (it was compiled with
@@ -43,7 +44,7 @@ class Barrier:
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class GpuModule:
     """A module as found. `kind`: ``jit``, ``aot`` (prebuilt, loaded before any JIT build),
     ``spec`` (would be built here) or ``file``."""
 
@@ -55,11 +56,11 @@ class Module:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class AuditReport:
     """A module's verdict. `authority` is what decided: ``sass`` (its own machine code),
-    ``barrier`` or ``flags`` (see `Barrier`; for what is not built), or ``none``."""
+    ``barrier`` or ``flags`` (see `BarrierTrial`; for what is not built), or ``none``."""
 
-    module: Module
+    module: GpuModule
     verdict: str
     authority: str
     evidence: tuple[str, ...]
@@ -74,34 +75,43 @@ class Report:
         return asdict(self)
 
 
-def decide(
-    module: Module,
-    code: Code | None,
-    launched: Launch,
-    flags: Sequence[str] | None = None,
-    barrier: Barrier | None = None,
-    hand_written: Sequence[str] = (),
-    sm: int | None = None,
-) -> Report:
-    """The verdict of one module.
+@dataclass(frozen=True, slots=True)
+class AuditEvidence:
+    """What was seen of one module.
 
     code: what was disassembled, None where nothing is built. flags: those of its build file or
     spec, None where unknown. barrier: only for what is not built, or cannot be disassembled for
-    want of a tool. hand_written: its own sources that contain a wait.
+    want of a tool. hand_written: its own sources that contain a wait. sm: that was asked about.
+    notes: further lines, which decide nothing.
     """
-    if code is not None and not code.read and barrier is None:
+
+    code: MachineCode | None
+    launched: PdlUse
+    flags: Sequence[str] | None = None
+    barrier: BarrierTrial | None = None
+    hand_written: Sequence[str] = ()
+    sm: int | None = None
+    notes: Sequence[str] = ()
+
+
+def decide(module: GpuModule, seen: AuditEvidence) -> AuditReport:
+    """The verdict of one module."""
+    code, launched = seen.code, seen.launched
+    if code is not None and not code.read and seen.barrier is None:
         # Nothing is known of it: the sentence that says why is all there is to say.
-        why = (code.problem or "it could not be read",)
-        return Report(module, UNKNOWN, "none", why, None, launched.pdl, None, (), sm)
-    evidence = _about(module, code, flags, sm)
+        why = (*seen.notes, code.problem or "it could not be read")
+        return AuditReport(module, UNKNOWN, "none", why, None, launched.pdl, None, (), seen.sm)
+    evidence = [*_about(module, seen), *seen.notes]
+    kernels: tuple[Mapping[str, Any], ...] = ()
     if code is not None and code.read:
-        verdict, lines = _by_code(code, launched, sm)
+        verdict, lines = _by_code(code, launched, seen.sm)
         authority = "sass"
+        kernels = tuple(_row(k, launched) for k in code.kernels)
     else:
-        verdict, lines, authority = _by_barrier(launched, barrier, hand_written)
+        verdict, lines, authority = _by_barrier(seen)
     evidence += list(launched.evidence) or ["launch: nothing says whether PDL is used"]
     evidence += lines
-    return Report(
+    return AuditReport(
         module=module,
         verdict=verdict,
         authority=authority,
@@ -109,19 +119,18 @@ def decide(
         remedy=remedy(module) if verdict == FLAGGED else None,
         pdl=launched.pdl,
         digest=code.digest if code else None,
-        kernels=_kernels(code),
-        sm=sm,
+        kernels=kernels,
+        sm=seen.sm,
     )
 
 
-def _about(
-    module: Module, code: Code | None, flags: Sequence[str] | None, sm: int | None
-) -> list[str]:
+def _about(module: GpuModule, seen: AuditEvidence) -> list[str]:
     lines = []
+    code = seen.code
     if module.version:
         lines.append(f"version {module.version} (decides nothing)")
-    if flags is not None:
-        macros = sorted({flag for flag in flags if flag.startswith(MACRO)})
+    if seen.flags is not None:
+        macros = sorted({flag for flag in seen.flags if flag.startswith(MACRO)})
         lines.append(f"build flags: {' '.join(macros) or 'no ' + MACRO + '*'}")
     if code is None:
         lines.append("not built yet: judged by what its build would give")
@@ -130,25 +139,81 @@ def _about(
             lines.append(code.problem)
         if code.digest:
             lines.append(f"code digest {code.digest}")
-        if code.read and sm and not code.kernels:
+        if code.read and seen.sm and not code.kernels:
             there = ", ".join(f"SM{s}" for s in code.sms)
-            lines.append(f"no machine code for SM{sm}; there is code for {there}")
+            lines.append(f"no machine code for SM{seen.sm}; there is code for {there}")
     return lines
 
 
-def _by_code(code: Code, launched: Launch, sm: int | None) -> tuple[str, list[str]]:
+def judge_kernel(found: ArchKernel, launch_of_it: str) -> tuple[str, str | None]:
+    """The verdict of one kernel and why, None where no fault was seen.
+
+    Nothing is excused by its name: a kernel without a wait is cleared by its own launch alone,
+    and one that multiplies block-scaled operands is flagged until that launch is known.
+    """
+    kernel = found.kernel
+    if found.sm < FIRST_SM or launch_of_it == launch.NO:
+        return CLEAN, None
+    if kernel.unwaited:
+        what = "waits only after its last access" if kernel.idle else "never waits"
+        if launch_of_it == launch.YES:
+            return FLAGGED, f"{what}, and is launched with PDL"
+        if kernel.block_scaled:
+            return FLAGGED, f"{what}, and nothing shows that it is launched without PDL"
+        return UNKNOWN, f"{what}: safe only if it is launched without PDL, which is not known"
+    if kernel.doubts:
+        return DOUBTFUL, "; ".join(kernel.doubts)
+    return CLEAN, None
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """The verdict of a whole by those of its parts."""
+    return min(verdicts, key=_WORST.index, default=CLEAN)
+
+
+def _by_code(code: MachineCode, launched: PdlUse, sm: int | None) -> tuple[str, list[str]]:
     able = [k for k in code.kernels if k.sm >= FIRST_SM]
     tensor = [k for k in able if k.kernel.mma]
+    lines = _waits(tensor)
+    judged = [(k, *judge_kernel(k, launched.of(k.kernel.name))) for k in able]
+    grouped: dict[tuple[str, str], list[ArchKernel]] = {}
+    for k, verdict, why in judged:
+        if why is not None:
+            grouped.setdefault((verdict, why.partition(": 0x")[0]), []).append(k)
+    for (verdict, why), these in sorted(grouped.items(), key=lambda g: _WORST.index(g[0][0])):
+        some = ", ".join(dict.fromkeys(short(k.kernel.name) for k in these[:40]))
+        kind = "tensor-core kernel" if all(k.kernel.mma for k in these) else "kernel"
+        plural = "s" if len(these) > 1 else ""
+        lines.append(f"{verdict}: {len(these)} {kind}{plural}: {why} ({shortened(some)})")
+    never = [k for k, verdict, _ in judged if k.kernel.unwaited and verdict == CLEAN]
+    if never:
+        lines.append(f"{len(never)} kernels never wait, and are launched without PDL")
+    verdict = worst(v for _, v, _ in judged)
+    if verdict == FLAGGED:
+        return verdict, [*lines, "kernels that never wait, in a module that may start them early"]
+    if code.problem:
+        return UNKNOWN, [*lines, "part of the code could not be read"]
+    if not code.kernels:
+        return UNKNOWN, [*lines, "no kernels to judge"]
+    if not able:
+        return CLEAN, [*lines, "its code is for GPUs before SM90, which have no PDL"]
+    if verdict != CLEAN:
+        return verdict, lines
+    waiting = "every kernel that touches memory waits somewhere, or is launched without PDL"
+    return CLEAN, [*lines, f"no fault seen: {waiting}"]
+
+
+def _waits(tensor: Sequence[ArchKernel]) -> list[str]:
+    """What the tensor-core kernels multiply with and how they wait, a line a kind."""
     lines = []
-    for (where, wait), count in sorted(
-        Counter((k.sm, k.kernel.wait) for k in tensor).items(), key=str
-    ):
+    kinds = Counter((k.sm, k.kernel.wait) for k in tensor)
+    for (where, wait), count in sorted(kinds.items(), key=str):
         these = [k.kernel for k in tensor if (k.sm, k.kernel.wait) == (where, wait)]
         mma = sum((Counter(k.mma) for k in these), Counter[str]())
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(mma.items()))
+        with_what = ", ".join(f"{n} {kind}" for kind, n in sorted(mma.items()))
         waits, triggers = sum(k.waits for k in these), sum(k.triggers for k in these)
         lines.append(
-            f"SASS SM{where}: {count} kernels with {kinds}: {wait}"
+            f"SASS SM{where}: {count} kernels with {with_what}: {wait}"
             f" (ACQBULK {waits}, PREEXIT {triggers})"
         )
         if first := next((k.first_access for k in these if k.first_access), None):
@@ -159,65 +224,32 @@ def _by_code(code: Code, launched: Launch, sm: int | None) -> tuple[str, list[st
         lines.append(ABOUT_ACCESS)
     if any(k.kernel.unfollowed for k in tensor):
         lines.append("some indirect branches or calls could not be followed")
-    others = [k for k in able if not k.kernel.mma and k.kernel.wait == sass.NO_WAIT]
-    if others:
-        lines.append(f"SASS: {len(others)} kernels without tensor-core instructions never wait")
-    waiting = {_family(k) for k in tensor if k.kernel.wait != sass.NO_WAIT}
-    never = [k for k in tensor if k.kernel.wait == sass.NO_WAIT]
-    bare = [k for k in never if _family(k) not in waiting]
-    if len(bare) < len(never):
-        lines.append(
-            f"{len(never) - len(bare)} kernels that never wait differ only in a template switch"
-            " from ones that do: variants for launches without PDL"
-        )
-    if launched.pdl == launch.YES and bare:
-        if launched.every or not waiting or any(k.kernel.block_scaled for k in bare):
-            lines.append("tensor-core kernels that never wait, in a module that launches with PDL")
-            return FLAGGED, lines
-        lines.append("which of its kernels are launched with PDL is not known")
-    if code.problem:
-        return UNKNOWN, [*lines, "part of the code could not be read"]
-    if bare and launched.pdl == launch.NO:
-        return CLEAN, [*lines, "kernels that never wait are safe as they are launched without PDL"]
-    if bare:
-        return UNKNOWN, [*lines, "kernels that never wait are safe only if launched without PDL"]
-    if tensor:
-        return CLEAN, [*lines, "every tensor-core kernel waits somewhere"]
-    if not code.kernels:
-        return UNKNOWN, [*lines, "no kernels to judge"]
-    if not able:
-        return CLEAN, [*lines, "its code is for GPUs before SM90, which have no PDL"]
-    if others and launched.pdl in (launch.YES, launch.POSSIBLE):
-        return UNKNOWN, [*lines, "which of its kernels are launched with PDL is not known"]
-    return CLEAN, [*lines, "no kernel has tensor-core instructions"]
+    return lines
 
 
-def _family(k: ArchKernel) -> tuple[int, str]:
-    """A kernel's SM and name without the values of boolean template arguments (``Lb1E``)."""
-    return k.sm, re.sub(r"Lb[01]E", "LbE", k.kernel.name)
-
-
-def _by_barrier(
-    launched: Launch, barrier: Barrier | None, hand_written: Sequence[str]
-) -> tuple[str, list[str], str]:
+def _by_barrier(seen: AuditEvidence) -> tuple[str, list[str], str]:
+    barrier, launched = seen.barrier, seen.launched
     if barrier is None or barrier.waits is None:
         why = barrier.evidence if barrier else "there is no machine code to judge by"
         return UNKNOWN, [why], "none"
     lines = [barrier.evidence]
     if barrier.waits:
         return CLEAN, [*lines, "audit again once it is built: machine code decides"], barrier.how
-    if hand_written:
-        lines.append(f"waits written by hand in {', '.join(hand_written[:3])}: build it to know")
-        return UNKNOWN, lines, "none"
+    if seen.hand_written:
+        files = ", ".join(seen.hand_written[:3])
+        return UNKNOWN, [*lines, f"waits written by hand in {files}: build it to know"], "none"
     if launched.pdl == launch.YES:
         lines.append("its kernels would never wait, and it launches them with PDL")
         return FLAGGED, lines, barrier.how
     if launched.pdl == launch.NO:
         return CLEAN, [*lines, "its kernels are launched without PDL"], barrier.how
+    if launched.pdl == launch.POSSIBLE and launched.block_scaled:
+        lines.append("its block-scaled kernels would never wait, and PDL is decided as it runs")
+        return DOUBTFUL, lines, barrier.how
     return UNKNOWN, [*lines, "whether its kernels are launched with PDL is not known"], "none"
 
 
-def remedy(module: Module, flag_works: bool | None = None) -> str:
+def remedy(module: GpuModule, flag_works: bool | None = None) -> str:
     """What to do about a flagged module, for that kind of install.
 
     flag_works: whether the missing flag makes this install's CUTLASS wait on that SM; None where
@@ -247,7 +279,8 @@ def remedy(module: Module, flag_works: bool | None = None) -> str:
     )
 
 
-def _kernels(code: Code | None) -> tuple[Mapping[str, Any], ...]:
-    if code is None:
-        return ()
-    return tuple({"sm": k.sm, **asdict(k.kernel)} for k in code.kernels)
+def _row(found: ArchKernel, launched: PdlUse) -> Mapping[str, Any]:
+    of_it = launched.of(found.kernel.name)
+    verdict, why = judge_kernel(found, of_it)
+    judged = {"launched_with_pdl": of_it, "verdict": verdict, "why": why}
+    return {"sm": found.sm, **asdict(found.kernel), **judged}

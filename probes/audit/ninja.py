@@ -14,7 +14,7 @@ _FOREIGN = ("/cutlass/", "/cccl/", "/spdlog/", "/tvm_ffi/", "/cuda")
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
+class NinjaBuild:
     """A parsed ``build.ninja``."""
 
     flags: tuple[str, ...]
@@ -29,7 +29,7 @@ class Build:
         return tuple(p for p in self.includes if not any(f in f"{p}/" for f in _FOREIGN))
 
 
-def read(path: Path) -> Build | None:
+def read(path: Path) -> NinjaBuild | None:
     """Parse a build file; None where there is none."""
     try:
         text = path.read_text(errors="replace").replace("$\n", " ")
@@ -47,7 +47,7 @@ def read(path: Path) -> Build | None:
     includes = [Path(after.get(i, "")) for i, flag in enumerate(flags) if flag == "-isystem"]
     includes += [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
     nvcc = _expand(variables.get("nvcc", ""), variables)
-    return Build(tuple(flags), tuple(sources), tuple(dict.fromkeys(includes)), nvcc)
+    return NinjaBuild(tuple(flags), tuple(sources), tuple(dict.fromkeys(includes)), nvcc)
 
 
 def _expand(text: str, variables: dict[str, str], depth: int = 8) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...machine import codedigest, elf
-from ..audit.disassemble import examine
+from ..audit.disassemble import ReadLimits, examine
+from ..audit.parameters import of_kernels
+from ..audit.sass import NO_WAIT
 from .kernels import UNKNOWN, Wait
 from .shim import MOST_BYTES, RawBlob, RawFunction, RawLaunch
 
@@ -111,38 +112,10 @@ class CodeBook:
         return waits[0]
 
 
-_STRING, _PARAMETER, _BANK = 0x04, 0x17, 0x0A
-
-
 def parameters(data: bytes, parsed: elf.Elf) -> dict[str, tuple[int, ...]]:
-    """Sizes of each kernel's parameters in bytes, from its ``.nv.info`` section.
-
-    Its attributes are a byte of format, a byte of kind and 16 bits, of value or of the size of
-    what follows. A parameter's has its ordinal and offset (16 bits each, after 32) and its size
-    above bit 18 of the last word; compared with nvcc 13.0's code for SM90 and SM120. Kernels that
-    do not add up to the size of their constant bank's part are left out.
-    """
-    found = {}
-    for section in parsed.named(".nv.info."):
-        at, end = section.offset, section.offset + section.size
-        told: dict[int, tuple[int, int]] = {}
-        bank = -1
-        while at + 4 <= end:
-            kind, attribute, size = struct.unpack_from("<BBH", data, at)
-            at += 4
-            if kind != _STRING:
-                continue
-            if attribute == _PARAMETER and size == 12:
-                _, ordinal, offset, packed = struct.unpack_from("<IHHI", data, at)
-                told[ordinal] = offset, packed >> 18
-            elif attribute == _BANK and size == 8:
-                bank = struct.unpack_from("<IHH", data, at)[2]
-            at += size
-        whole = sorted(told) == list(range(len(told)))
-        if whole and max((sum(each) for each in told.values()), default=0) == max(bank, 0):
-            name = section.name.removeprefix(".nv.info.")
-            found[name] = tuple(told[i][1] for i in range(len(told)))
-    return found
+    """Sizes of each kernel's parameters in bytes, of kernels that tell them completely."""
+    known = of_kernels(data, parsed)
+    return {name: tuple(size for _, size in places) for name, places in known.items()}
 
 
 def _latest(functions: Sequence[RawFunction], seq: int) -> RawFunction | None:
@@ -168,7 +141,7 @@ def disassembled(data: bytes, name: str) -> Wait:
         path = os.path.join(folder, "module.cubin")
         with open(path, "wb") as file:
             file.write(data)
-        code = examine(path, seconds=JUDGE_SECONDS, only=name)
+        code = examine(path, limits=ReadLimits(JUDGE_SECONDS, only=name))
     for each in code.kernels:
         kernel = each.kernel
         if kernel.name != name:
@@ -176,6 +149,10 @@ def disassembled(data: bytes, name: str) -> Wait:
         how = f"SASS SM{each.sm}: ACQBULK {kernel.waits}, PREEXIT {kernel.triggers}"
         if kernel.unfollowed:
             how += f", {len(kernel.unfollowed)} indirect branches not followed"
-        return Wait(kernel.wait, kernel.first_access, how)
+        if kernel.idle:
+            how += ", the wait only after the last access"
+        # One that comes when nothing is left to do holds nothing back.
+        status = NO_WAIT if kernel.idle else kernel.wait
+        return Wait(status, kernel.first_access, how)
     problem = (code.problem or "").removeprefix("module.cubin: ")
     return Wait(UNKNOWN, how=problem or "it was not disassembled")
