@@ -33,7 +33,7 @@ def _e4m3_value(byte: int) -> float:
 
 
 @lru_cache(maxsize=64)
-def _table(name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _value_table(name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The values of an encoding, by code; ``pairs`` is (256, 2) for packed bytes."""
     if name == "e4m3":
         values = [_e4m3_value(byte) for byte in range(256)]
@@ -49,7 +49,7 @@ def _table(name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _look_up(name: str, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    table = _table(name, index.device, dtype)
+    table = _value_table(name, index.device, dtype)
     found = table.index_select(0, index.reshape(-1).to(torch.int32))
     return found.reshape(*index.shape, *table.shape[1:])
 
@@ -99,10 +99,10 @@ def encode_scale(x: torch.Tensor, fmt: Format | str) -> torch.Tensor:
     if _encoding(fmt) == "e8m0":
         if (wide < 0).any():
             raise ValueError("e8m0 has no sign, and the scales to encode hold a negative one")
-        powers = _table("e8m0", x.device, torch.float64)[:255]
+        powers = _value_table("e8m0", x.device, torch.float64)[:255]
         byte = (torch.bucketize(wide, powers, right=True) - 1).clamp(0, 254)
         return torch.where(torch.isnan(wide), 255, byte).to(torch.uint8)
-    values = _table("e4m3", x.device, torch.float64)[:127]
+    values = _value_table("e4m3", x.device, torch.float64)[:127]
     middles = (values[:-1] + values[1:]) / 2
     size = wide.abs()
     lower = torch.bucketize(size, middles)

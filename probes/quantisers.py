@@ -190,8 +190,8 @@ def compare(
         raise ValueError(f"{first[0].numel()} bytes of codes are not those of {m} x {k} elements")
     linear = [_linear(run[1], m, columns, layout) for run in (first, second)]
     codes = first[0].view(m, k // 2)
-    left_codes = _left(first[0], second[0]).view(m, k // 2)
-    left_scales = _left(*linear)
+    left_codes = _never_written(first[0], second[0]).view(m, k // 2)
+    left_scales = _never_written(*linear)
     scales = linear[0]
 
     global_scale = None if gsf is None else torch.ones_like(gsf) / gsf
@@ -220,7 +220,7 @@ def compare(
         bad_scales=int(bad_scale.sum()),
         wrong=int(wrong.sum()),
         padding=_padding(first[1], second[1], m, columns, layout),
-        worst=_worst(wrong, bad_scale, blocks, theirs, scales, ours.scales),
+        worst=_worst_element(wrong, bad_scale, blocks, theirs, scales, ours.scales),
         differs=int(differ.sum()),
     )
 
@@ -229,7 +229,7 @@ def _bytes(t: torch.Tensor) -> torch.Tensor:
     return t.contiguous().view(torch.uint8).reshape(-1)
 
 
-def _left(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _never_written(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Which bytes hold the poison of either run."""
     return (first == _POISONS[0]) & (second == _POISONS[1])
 
@@ -250,12 +250,12 @@ def _padding(first: torch.Tensor, second: torch.Tensor, m: int, columns: int, la
         inside = torch.zeros_like(whole, dtype=torch.bool)
         inside[:m, :columns] = True
         parts.append(whole[~inside])
-    if bool(_left(*parts).any()):
+    if bool(_never_written(*parts).any()):
         return "unwritten"
     return "zero" if not bool(parts[0].any()) else "other"
 
 
-def _worst(
+def _worst_element(
     wrong: torch.Tensor,
     bad_scale: torch.Tensor,
     blocks: torch.Tensor,
@@ -290,12 +290,12 @@ def _normal(m: int, k: int, key: int, device: Any) -> torch.Tensor:
     return normal_matrix(m, k, key, device)
 
 
-def _outliers(m: int, k: int, key: int, device: Any) -> torch.Tensor:
+def _outlier_channels(m: int, k: int, key: int, device: Any) -> torch.Tensor:
     channel = hash_rows(k, key + 1, device)
     return _normal(m, k, key, device) * torch.where((channel & 63) == 0, 47.0, 1.0)
 
 
-def _zeros(m: int, k: int, key: int, device: Any) -> torch.Tensor:
+def _zero_blocks(m: int, k: int, key: int, device: Any) -> torch.Tensor:
     """Blocks of zeros, with -0 among them, between ordinary ones."""
     keep = (hash_elements(m, k // 16, key + 2, device) & 3) != 0
     return _normal(m, k, key, device) * keep.repeat_interleave(16, dim=1)
@@ -318,8 +318,8 @@ def _wide(m: int, k: int, key: int, device: Any) -> torch.Tensor:
 
 DATA: Mapping[str, Callable[[int, int, int, Any], torch.Tensor]] = {
     "realistic": _normal,
-    "outliers": _outliers,
-    "zero-blocks": _zeros,
+    "outliers": _outlier_channels,
+    "zero-blocks": _zero_blocks,
     "ties": _ties,
     "wide-scales": _wide,
 }
@@ -360,7 +360,9 @@ def probe(
             blocks, differs = blocks + judged.blocks, differs + judged.differs
             paddings.add(judged.padding)
             if judged.kind:
-                result["bad"].append({"kind": judged.kind, "m": m, "seed": drawn, **_told(judged)})
+                result["bad"].append(
+                    {"kind": judged.kind, "m": m, "seed": drawn, **_counts(judged)}
+                )
         result["bad_launches"] = 2 * len(result["bad"])
         result["proof"] = {"blocks": blocks, "differ": differs, "padding": sorted(paddings)}
         results.append(result)
@@ -372,7 +374,7 @@ CALLS = 16
 since the operation before has just written it."""
 
 
-class Timing:
+class QuantiserTiming:
     """A quantiser ready to be timed on (m, k) for each m of `ms`, in bf16 or fp16."""
 
     def __init__(
@@ -403,7 +405,7 @@ class Timing:
         return [self._timed[index].sample() for index in indices]
 
 
-def _told(judged: Judged) -> dict[str, Any]:
+def _counts(judged: Judged) -> dict[str, Any]:
     found: dict[str, Any] = {
         "unwritten": judged.unwritten_codes + judged.unwritten_scales,
         "wrong": judged.wrong,

@@ -61,8 +61,8 @@ def libraries(monkeypatch):
     w4a16 = emulated_flashinfer.Prepared()
     monkeypatch.setattr(mm_fp4, "mm_fp4", lambda: multiply)
     monkeypatch.setattr(flashinfer_w4a16, "functions", lambda: (w4a16.prepare, w4a16.mm))
-    monkeypatch.setattr(cudnn_graph, "library", lambda: emulated_cudnn)
-    monkeypatch.setattr(cudnn_graph, "_version", emulated_cudnn.backend_version)
+    monkeypatch.setattr(cudnn_graph, "cudnn_library", lambda: emulated_cudnn)
+    monkeypatch.setattr(cudnn_graph, "_cudnn_version", emulated_cudnn.backend_version)
     monkeypatch.setattr(torch_scaled_mm, "operator", lambda: scaled_mm.scaled_mm_out)
     monkeypatch.setattr(cutlass, "operator", lambda name: vllm.cutlass_scaled_fp4_mm)
     # FlashInfer need not be installed: the shuffle it makes is in its documentation.
@@ -159,7 +159,7 @@ def test_only_trtllm_has_8x4_scales():
 @pytest.mark.parametrize("name", ["cudnn-graph", "cudnn-graph-w4a16"])
 def test_cudnn_plans_are_tactics(name, shapes_change, monkeypatch):
     if not shapes_change:
-        monkeypatch.setattr(cudnn_graph, "_version", lambda: cudnn_graph.OVERRIDE - 1)
+        monkeypatch.setattr(cudnn_graph, "_cudnn_version", lambda: cudnn_graph.OVERRIDE - 1)
     backend = registry.load_one(name)
     p = problem(backend)
     cpu = SimpleNamespace(torch=torch.device("cpu"))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes.check import tilemap
-from fp4tune.probes.check.diagnosis import Seen, diagnose
+from fp4tune.probes.check.diagnosis import Failure, diagnose
 from fp4tune.probes.data import FAMILIES
 from fp4tune.probes.regimes import REGIMES
 
@@ -16,10 +16,10 @@ M, N, K = 512, 640, 1024
 ALL = [(r, c) for r in range(4) for c in range(5)]
 
 
-def seen(tiles=ALL, **other) -> Seen:
+def seen(tiles=ALL, **other) -> Failure:
     values = {"kind": "wrong", "regime": "serial", "data": "exact", "wrong": 10, **other}
     m = values.pop("m", M)
-    return Seen(m=m, n=N, k=K, tiles=tilemap.of(m, N, tiles), **values)
+    return Failure(m=m, n=N, k=K, tiles=tilemap.of(m, N, tiles), **values)
 
 
 ROWS = {
@@ -170,5 +170,5 @@ def test_there_is_one_sentence_for_whatever_was_seen(
 
 
 def test_a_failure_without_a_place_begins_with_its_cause():
-    said = diagnose(Seen(kind="wrong", regime="quantiser", data="realistic", m=M, n=N, k=K))
+    said = diagnose(Failure(kind="wrong", regime="quantiser", data="realistic", m=M, n=N, k=K))
     assert said and not said.startswith((":", " ", ","))

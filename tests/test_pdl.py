@@ -25,7 +25,15 @@ from fp4tune.probes.problem import NVFP4, Fp4Tensor, Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.regimes.pdl import edges
 from fp4tune.probes.regimes.pdl.chain import arriving
-from fp4tune.probes.regimes.pdl.modes import NOTHING, ORDINARY, PDL, UNKNOWN, Mode, Seen, _classify
+from fp4tune.probes.regimes.pdl.modes import (
+    NOTHING,
+    ORDINARY,
+    PDL,
+    UNKNOWN,
+    Mode,
+    StepLaunch,
+    _classify,
+)
 from fp4tune.probes.regimes.pdl.pdl import _exempt
 from fp4tune.words import EXACT
 
@@ -33,10 +41,10 @@ RACES = ("pdl-raw", "pdl-war", "pdl-waw")
 CLEAN = SlotReport(0, 0, 0, 0, 0, None, ())
 WRONG = SlotReport(7, 0, 0, 1, 0, None, ())
 SEEN = {
-    PDL: Seen(PDL, "gemm"),
-    ORDINARY: Seen(ORDINARY, "gemm"),
-    NOTHING: Seen(NOTHING),
-    UNKNOWN: Seen(UNKNOWN),
+    PDL: StepLaunch(PDL, "gemm"),
+    ORDINARY: StepLaunch(ORDINARY, "gemm"),
+    NOTHING: StepLaunch(NOTHING),
+    UNKNOWN: StepLaunch(UNKNOWN),
 }
 
 

@@ -48,14 +48,14 @@ class InProcess:
 
     def ask(self, do, silence=None, **arguments):
         if do == "open_quantiser_timing":
-            self.timing = quantisers.Timing(self.quantiser, **arguments, device=CPU)
+            self.timing = quantisers.QuantiserTiming(self.quantiser, **arguments, device=CPU)
         return self.timing.sample(arguments["indices"]) if do == "sample" else None
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_quantiser_is_sampled_at_every_m_asked_for(format, dtype):
-    timing = quantisers.Timing(Ours(format), dtype, 64, [1, 4], 3, CPU)
+    timing = quantisers.QuantiserTiming(Ours(format), dtype, 64, [1, 4], 3, CPU)
     assert all(us > 0 for us in timing.sample([0, 1, 0]))
 
 

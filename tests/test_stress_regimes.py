@@ -77,7 +77,7 @@ class Quantised(rogues.Good):
 @pytest.mark.parametrize("regime", ON_CPU)
 @pytest.mark.parametrize(
     "make",
-    [rogues.Good, rogues.RoundsAlpha, lambda: good.OwnBuffer("own"), lambda: good.Slow("slow")],
+    [rogues.Good, rogues.RoundsAlpha, lambda: good.OwnBuffer("own"), lambda: good.InFp64("slow")],
 )
 def test_the_good_pass_and_the_regime_was_exercised(regime, make):
     outcome = run(regime, make(), (0, 1, 2, 7, 32))

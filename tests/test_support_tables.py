@@ -120,7 +120,7 @@ def test_torch_takes_what_we_say_it_takes(sm):
 @pytest.mark.parametrize("version", [91000, 91300, 91400, 92300, 92301, 92801, "no library"])
 @pytest.mark.parametrize("sm", SMS)
 def test_cudnns_versions(version, sm, monkeypatch):
-    monkeypatch.setattr(cudnn_graph, "_version", lambda: version)
+    monkeypatch.setattr(cudnn_graph, "_cudnn_version", lambda: version)
     for backend in cudnn_graph.backends():
         for fmt in ("nvfp4", "mxfp4"):
             reason = backend.unsupported(problem(backend, fmt), Device("cuda", sm))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes.backends.triton_w4a16._tactics import (
-    Config,
+    TileConfig,
     candidates,
     parse,
     shared_limit,
@@ -33,7 +33,7 @@ H200 = Device("cuda", 90)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 configs = st.builds(
-    Config,
+    TileConfig,
     st.sampled_from(("gemm", "tma")),
     *(st.integers(1, 512) for _ in range(6)),
 )
@@ -48,7 +48,7 @@ devices = st.sampled_from(SMS).map(lambda sm: Device("cuda", sm))
 
 
 @given(configs)
-def test_a_tactics_name_says_all_of_it(config: Config) -> None:
+def test_a_tactics_name_says_all_of_it(config: TileConfig) -> None:
     assert parse(config.name) == config
 
 
@@ -197,7 +197,7 @@ def test_the_interpreter_computes_exact_problems_exactly() -> None:
     assert done.stdout.strip() == "interpreted", done.stderr[-2000:]
 
 
-def machine_code(config: Config, sm: int, mx: bool, bf16: bool):
+def machine_code(config: TileConfig, sm: int, mx: bool, bf16: bool):
     """The gemm kernel of `config`, compiled for SM `sm` without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.launch.windows import Windows, offsets
+from fp4tune.probes.launch.windows import Windows, window_offsets
 
 
 @settings(deadline=None)
@@ -36,7 +36,7 @@ def test_without_rows_there_is_one_problem():
 def test_offsets_fit_the_pool_and_share_no_row(spare, m, count, data):
     rows = m + spare
     first = data.draw(st.integers(0, spare))
-    found = offsets(rows, m, count, first)
+    found = window_offsets(rows, m, count, first)
     assert 1 <= len(found) <= count
     assert all(start >= 0 and start + m <= rows for start in found)
     assert all(b - a >= m for a, b in zip(found, found[1:], strict=False))

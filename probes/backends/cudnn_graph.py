@@ -41,7 +41,7 @@ A, B, A_SCALE, B_SCALE, ALPHA, OUT = range(1, 7)
 _DISTRIBUTIONS = ("nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 
-def library() -> Any:
+def cudnn_library() -> Any:
     """nvidia-cudnn-frontend. Raises ImportError, or RuntimeError without a cuDNN library."""
     cudnn = importlib.import_module("cudnn")
     cudnn.backend_version()
@@ -49,10 +49,10 @@ def library() -> Any:
 
 
 @functools.cache
-def _version() -> int | str:
+def _cudnn_version() -> int | str:
     """cuDNN's version (9.23.1 is 92301), or why there is none."""
     try:
-        return int(library().backend_version())
+        return int(cudnn_library().backend_version())
     except Exception as error:  # ImportError, RuntimeError, what a broken library raises
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -97,7 +97,7 @@ def geometry(key: Key, m: int) -> dict[int, tuple[tuple[int, ...], tuple[int, ..
     return found
 
 
-def describe(cudnn: Any, graph: Any, key: Key) -> None:
+def build_graph(cudnn: Any, graph: Any, key: Key) -> None:
     """Write the computation into a `cudnn.pygraph`; plans are not made yet."""
     kinds = cudnn.data_type
     dtypes = {torch.bfloat16: kinds.BFLOAT16, torch.float16: kinds.HALF}
@@ -137,7 +137,7 @@ def describe(cudnn: Any, graph: Any, key: Key) -> None:
     result.set_uid(OUT)
 
 
-def plan(cudnn: Any, graph: Any) -> None:
+def make_plan(cudnn: Any, graph: Any) -> None:
     """Let cuDNN choose engines for a described graph. Raises what it raises if it has none."""
     graph.validate()
     graph.build_operation_graph()
@@ -172,7 +172,7 @@ class CudnnGraph:
         if device.sm not in SMS:
             listed = ", ".join(map(str, SMS))
             return f"cuDNN multiplies FP4 on SM {listed}, not on SM {device.sm}"
-        found = _version()
+        found = _cudnn_version()
         if isinstance(found, str):
             return f"{self.name} needs nvidia-cudnn-frontend and a cuDNN library ({found})"
         needed = LOWEST[self.activation]
@@ -213,11 +213,11 @@ class CudnnGraph:
         k = 2 * state.codes.shape[1]
         key = self._key(m, n, k, state.format.name, out.dtype)
         graph = self._graph(key, out.device)
-        pack = {B: _fp4(state.codes), B_SCALE: state.scales, OUT: out}
+        pack = {B: _fp4_view(state.codes), B_SCALE: state.scales, OUT: out}
         alpha: torch.Tensor | None
         if self.activation == "fp4":
             alpha = a.alpha(state)
-            pack |= {A: _fp4(a.codes), A_SCALE: a.scales}
+            pack |= {A: _fp4_view(a.codes), A_SCALE: a.scales}
         else:
             alpha = state.global_scale if state.format.has_global else None
             pack |= {A: a}
@@ -241,7 +241,7 @@ class CudnnGraph:
         graph.execute_plan_at_index(pack, workspace, index, handle=handle, **override)
 
     def _key(self, m: int, n: int, k: int, fmt: str, dtype: torch.dtype) -> Key:
-        version = _version()
+        version = _cudnn_version()
         one_for_all = isinstance(version, int) and version >= OVERRIDE
         has_alpha = FORMATS[fmt].has_global
         return Key(LARGEST_M if one_for_all else m, n, k, fmt, self.activation, dtype, has_alpha)
@@ -252,7 +252,7 @@ class CudnnGraph:
         with self._lock:
             graph = self._graphs.get(where)
             if graph is None:
-                cudnn = library()
+                cudnn = cudnn_library()
                 shared = {"is_override_shape_enabled": True} if key.m == LARGEST_M else {}
                 graph = cudnn.pygraph(
                     io_data_type=cudnn.data_type.FLOAT,
@@ -261,8 +261,8 @@ class CudnnGraph:
                     handle=self._handle(device),
                     **shared,
                 )
-                describe(cudnn, graph, key)
-                plan(cudnn, graph)
+                build_graph(cudnn, graph, key)
+                make_plan(cudnn, graph)
                 self._graphs[where] = graph
         return graph
 
@@ -274,12 +274,12 @@ class CudnnGraph:
         with self._lock:
             known = self._graphs.setdefault(("built", id(graph)), {})
             if tactic not in known:
-                known[tactic] = _compiled(graph, tactic)
+                known[tactic] = _compiled_plan(graph, tactic)
             return int(known[tactic])
 
     def _handle(self, device: torch.device) -> Any:
         """This thread's handle, on the current stream."""
-        cudnn = library()
+        cudnn = cudnn_library()
         handles = self._handles.by_device
         if device.index not in handles:
             handles[device.index] = cudnn.create_handle()
@@ -289,7 +289,7 @@ class CudnnGraph:
         return handles[device.index]
 
 
-def _compiled(graph: Any, tactic: str) -> int:
+def _compiled_plan(graph: Any, tactic: str) -> int:
     last: Exception | None = None
     for index in range(graph.get_execution_plan_count()):
         if tactic not in (DEFAULT_TACTIC, graph.get_plan_name_at_index(index)):
@@ -304,7 +304,7 @@ def _compiled(graph: Any, tactic: str) -> int:
     raise RuntimeError(f"cuDNN compiled no plan for {tactic}: {last}") from last
 
 
-def _fp4(codes: torch.Tensor) -> torch.Tensor:
+def _fp4_view(codes: torch.Tensor) -> torch.Tensor:
     """Packed codes under the dtype that tells cuDNN there are two in a byte."""
     dtype = getattr(torch, "float4_e2m1fn_x2", None)
     return codes if dtype is None else codes.view(dtype)

@@ -129,7 +129,7 @@ def _humming() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class HummingLayer:
     """What decides humming's schedules besides m: a layer's format, dtype and shape, and a GPU."""
 
     format: str
@@ -139,12 +139,12 @@ class Layer:
     index: int
 
     @classmethod
-    def of(cls, problem: Problem, index: int) -> Layer:
+    def of(cls, problem: Problem, index: int) -> HummingLayer:
         return cls(problem.format, problem.out_dtype, problem.n, problem.k, index)
 
 
 @functools.lru_cache(maxsize=4096)
-def layer_config(layer: Layer) -> Any:
+def layer_config(layer: HummingLayer) -> Any:
     """humming's description of a dense W4A16 layer; no tensors are needed for it."""
     h = _humming()
     dtype = DTYPES[layer.out_dtype]
@@ -162,7 +162,7 @@ def layer_config(layer: Layer) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def schedules(layer: Layer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def schedules(layer: HummingLayer) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The highest m of each of humming's intervals, ascending, and the tactic each runs."""
     device = torch.device("cuda", layer.index)
     options = json.loads(COMPUTE)
@@ -170,7 +170,7 @@ def schedules(layer: Layer) -> tuple[tuple[int, ...], tuple[str, ...]]:
     return tuple(high for _, high, _ in found), tuple(encode(tuning) for _, _, tuning in found)
 
 
-def schedule(layer: Layer, m: int) -> str:
+def schedule(layer: HummingLayer, m: int) -> str:
     """The tactic humming runs for `m` rows: that of the interval (low, high] m lies in.
 
     For m = 0, which no interval contains, that of the first.
@@ -180,10 +180,10 @@ def schedule(layer: Layer, m: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class HummingWeight:
     """A weight in humming's layout. `tensors` and `config` are what `humming_forward` takes."""
 
-    layer: Layer
+    layer: HummingLayer
     config: Any
     tensors: dict[str, torch.Tensor]
     locks: torch.Tensor
@@ -215,7 +215,7 @@ class Humming:
 
     def tactics(self, problem: Problem, device: Device) -> Sequence[str]:
         """The one schedule humming's heuristics run for the problem's m on this GPU."""
-        return (schedule(Layer.of(problem, device.index), problem.m),)
+        return (schedule(HummingLayer.of(problem, device.index), problem.m),)
 
     def build(self, problems: Sequence[Problem], device: Device, workers: int) -> None:
         """Compile the GEMM of each distinct schedule, and the kernel that repacks weights.
@@ -223,14 +223,14 @@ class Humming:
         Raises whatever humming raises; RuntimeError names the compiler's log.
         """
         index = device.index
-        wanted: dict[tuple[Layer, str], None] = {}
+        wanted: dict[tuple[HummingLayer, str], None] = {}
         for problem in problems:
-            layer = Layer.of(problem, index)
+            layer = HummingLayer.of(problem, index)
             wanted[layer, schedule(layer, problem.m)] = None
         for small in {(p.format, p.out_dtype): p for p in problems}.values():
-            self.prepare(_zeros(small, device.torch), small)
+            self.prepare(_zero_weight(small, device.torch), small)
         with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            list(pool.map(lambda item: _compile(*item), wanted))
+            list(pool.map(lambda item: _compile_schedule(*item), wanted))
         torch.cuda.synchronize(index)
 
     def call_source(self) -> str:
@@ -242,7 +242,7 @@ class Humming:
         kernels = _humming().HummingKernel._id2kernel.values()
         return sorted({Path(kernel.kernel_filename) for kernel in kernels})
 
-    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Weight:
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> HummingWeight:
         h = _humming()
         device = weight.codes.device
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -257,18 +257,18 @@ class Humming:
             param_dtype=problem.dtype,
             device=device,
         )
-        layer = Layer(weight.format.name, problem.out_dtype, n, k, index)
+        layer = HummingLayer(weight.format.name, problem.out_dtype, n, k, index)
         config = layer_config(layer)
         with torch.cuda.device(index):
             ready = h.transform_humming_tensors(config, standard)
-        return Weight(
+        return HummingWeight(
             layer=layer,
             config=config,
             tensors={name: tensor.clone() for name, tensor in ready.items()},
             locks=torch.zeros(LOCKS, dtype=torch.int32, device=device),
         )
 
-    def run(self, state: Weight, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+    def run(self, state: HummingWeight, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         """For m = 0 humming 0.1.19 raises RuntimeError (no interval of m holds 0), in vLLM too."""
         if tactic == DEFAULT_TACTIC:
             tactic = schedule(state.layer, a.shape[0])
@@ -284,13 +284,13 @@ class Humming:
         )
 
 
-def _compile(layer: Layer, tactic: str) -> None:
+def _compile_schedule(layer: HummingLayer, tactic: str) -> None:
     config = layer_config(layer).to_str()
     with torch.cuda.device(layer.index):
         _humming().HummingKernel.prepare_kernels(config, COMPUTE, tuning_json(tactic), layer.index)
 
 
-def _zeros(problem: Problem, device: torch.device) -> Fp4Tensor:
+def _zero_weight(problem: Problem, device: torch.device) -> Fp4Tensor:
     """The smallest weight of a problem's format that needs no padding, all zero."""
     fmt = FORMATS[problem.format]
     n, k = PAD_N, PAD_K

@@ -113,7 +113,7 @@ def census(run: Callable[[], None]) -> Census:
                 detach()
             else:
                 shim.watch(False)
-        return _taken(shim)
+        return _take_census(shim)
 
 
 def _learn(shim: Shim) -> None:
@@ -122,7 +122,7 @@ def _learn(shim: Shim) -> None:
     _process.blobs, _process.functions = counts.blobs, counts.functions
 
 
-def _taken(shim: Shim) -> Census:
+def _take_census(shim: Shim) -> Census:
     _learn(shim)
     counts, book = shim.counts(), _process.book
     launches = [raw for raw in shim.launches() if raw.result == 0]

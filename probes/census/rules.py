@@ -182,7 +182,7 @@ def _identical(one: Census, two: Census) -> bool:
     return None not in arguments and arguments == [k.arguments for k in two.kernels]
 
 
-def _code(census: Census) -> set[tuple[str, str | None]]:
+def _code_of_kernels(census: Census) -> set[tuple[str, str | None]]:
     return {kernel.code for kernel in census.kernels}
 
 
@@ -192,7 +192,9 @@ def _differ_elsewhere(
     for place, tactics in by_place.items():
         if place != bucket and a in tactics and b in tactics:
             both = set(tactics[a]) & set(tactics[b])
-            if any(_code(tactics[a][m]) != _code(tactics[b][m]) for m in both):
+            if any(
+                _code_of_kernels(tactics[a][m]) != _code_of_kernels(tactics[b][m]) for m in both
+            ):
                 return True
     return False
 
@@ -210,9 +212,9 @@ def _guilty(
 
     def own(tactic: str) -> float:
         """How much of what it ran here it runs elsewhere, too; 1 where it runs nowhere else."""
-        here = set().union(*(_code(c) for c in by_place[bucket][tactic].values()))
+        here = set().union(*(_code_of_kernels(c) for c in by_place[bucket][tactic].values()))
         elsewhere = [
-            _code(census)
+            _code_of_kernels(census)
             for place, tactics in by_place.items()
             if place != bucket
             for census in tactics.get(tactic, {}).values()

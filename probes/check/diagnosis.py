@@ -57,7 +57,7 @@ _DATA = {
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Failure:
     """All that a diagnosis is made of; what is not known is left out.
 
     `passed` and `failed` are the regimes in which the same tactic was right and wrong in the same
@@ -101,7 +101,7 @@ def seen(
     shape: tuple[int, int, int],
     passed: frozenset[str] = frozenset(),
     failed: frozenset[str] = frozenset(),
-) -> Seen:
+) -> Failure:
     """What a worker reported of one failure (`session.describe` and what came with it)."""
     m, n, k = shape
     tiles = None
@@ -114,7 +114,7 @@ def seen(
 
         tiles = unpack(bad["map"])
     counts = {name: int(bad.get(name) or 0) for name in ("wrong", "unwritten", "not_finite")}
-    return Seen(
+    return Failure(
         kind=str(bad["kind"]),
         regime=regime,
         data=data,
@@ -135,17 +135,17 @@ def seen(
     )
 
 
-def diagnose(seen: Seen) -> str:
+def diagnose(seen: Failure) -> str:
     """One sentence: where, when, and what that is consistent with."""
     if seen.kind in _ENDED:
         return _ended(seen)
     if seen.kind in _KINDS:
         return _KINDS[seen.kind]
-    parts = [part for part in (_where(seen), _when(seen)) if part]
+    parts = [part for part in (_shape_in_output(seen), _when(seen)) if part]
     return ": ".join(filter(None, (", ".join(parts), _cause(seen))))
 
 
-def _conditions(regime: str) -> set[str]:
+def _regime_traits(regime: str) -> set[str]:
     """What is special about a regime, from its name."""
     found = set()
     if "pdl" in regime:
@@ -159,9 +159,9 @@ def _conditions(regime: str) -> set[str]:
     return found
 
 
-def _ended(seen: Seen) -> str:
+def _ended(seen: Failure) -> str:
     what = _ENDED[seen.kind]
-    conditions = _conditions(seen.regime)
+    conditions = _regime_traits(seen.regime)
     if seen.kind == "hang" and _LANES in conditions:
         return (
             f"{what}, with several calls under way at once: consistent with a lock, counter or "
@@ -179,7 +179,7 @@ def _ended(seen: Seen) -> str:
     return what
 
 
-def _where(seen: Seen) -> str:
+def _shape_in_output(seen: Failure) -> str:
     """The shape of the failure in the output."""
     tiles = seen.tiles
     alone = seen.alone
@@ -213,7 +213,7 @@ def _where(seen: Seen) -> str:
     return f"{kind} blocks aligned to 128 rows and columns ({len(tiles.bad)} tiles)"
 
 
-def _elements(seen: Seen) -> str:
+def _elements(seen: Failure) -> str:
     total = seen.m * seen.n
     bad = seen.alone.get("bad")
     if bad and bad < total:
@@ -221,7 +221,7 @@ def _elements(seen: Seen) -> str:
     return "elements in every tile"
 
 
-def _whole_output(seen: Seen) -> bool:
+def _whole_output(seen: Failure) -> bool:
     total = seen.m * seen.n
     return bool(seen.alone.get("bad") == total > 0)
 
@@ -251,11 +251,11 @@ def _contiguous(tiles: TileMap) -> bool:
     return not left
 
 
-def _when(seen: Seen) -> str:
+def _when(seen: Failure) -> str:
     """The launch conditions it needs, as far as they are known."""
     parts = []
     calm = seen.calm
-    conditions = _conditions(seen.regime)
+    conditions = _regime_traits(seen.regime)
     if _OVERLAP in conditions and calm:
         parts.append("only when the previous kernel overlaps")
     elif conditions >= {_LANES, _GRAPH} and calm:
@@ -278,14 +278,14 @@ def _when(seen: Seen) -> str:
     return ", ".join(parts)
 
 
-def _others(seen: Seen) -> str:
+def _others(seen: Failure) -> str:
     shown = ", ".join(map(str, seen.right_at[:4]))
     return f" (right at m={shown})" if shown else ""
 
 
-def _cause(seen: Seen) -> str:
+def _cause(seen: Failure) -> str:
     """What the pattern is consistent with; ordered from the most telling to the least."""
-    conditions = _conditions(seen.regime)
+    conditions = _regime_traits(seen.regime)
     calm = seen.calm
     mostly_unwritten = 2 * seen.unwritten >= seen.wrong > 0
     if _OVERLAP in conditions and calm:
@@ -318,10 +318,10 @@ def _cause(seen: Seen) -> str:
             "NaN or infinity from valid data: consistent with an overflow of an intermediate "
             "result, a division by zero, or padding read as data"
         )
-    return _values(seen)
+    return _values_found(seen)
 
 
-def _unwritten(seen: Seen) -> str:
+def _unwritten(seen: Failure) -> str:
     if _whole_output(seen) or (seen.tiles and seen.tiles.whole and seen.unwritten == seen.wrong):
         whole = seen.alone.get("bad") in (None, seen.m * seen.n)
         if whole:
@@ -329,7 +329,7 @@ def _unwritten(seen: Seen) -> str:
                 "never written: consistent with a call that returns early, takes an older call for "
                 "this one, or writes elsewhere"
             )
-    where = _where(seen)
+    where = _shape_in_output(seen)
     if "last" in where:
         return "never written: consistent with a tail that is skipped"
     if "row" in where:
@@ -337,7 +337,7 @@ def _unwritten(seen: Seen) -> str:
     return "never written: consistent with tiles that no block takes"
 
 
-def _anatomy(seen: Seen) -> str:
+def _anatomy(seen: Failure) -> str:
     """What the wrong values are, where the launch fails alone as well."""
     alone = seen.alone
     if alone.get("rows_from"):
@@ -371,7 +371,7 @@ def _anatomy(seen: Seen) -> str:
     return ""
 
 
-def _values(seen: Seen) -> str:
+def _values_found(seen: Failure) -> str:
     worst = seen.worst
     if seen.alone.get("relative", 1.0) < _CLOSE:
         return _PRECISION

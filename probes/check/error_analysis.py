@@ -60,7 +60,7 @@ def examine(backend: Backend, cases: Sequence[Case], launch: Launch) -> Facts:
     }
     written = bad & (out.view(torch.int16) != POISON)
     if bool(written.any()):
-        facts.update(_values(out, lo, hi, written))
+        facts.update(_value_statistics(out, lo, hi, written))
         if "ratio" in facts:
             facts["alpha"] = alpha_of(case.operands)
         for name, found in (
@@ -76,7 +76,7 @@ def examine(backend: Backend, cases: Sequence[Case], launch: Launch) -> Facts:
     return facts
 
 
-def _values(
+def _value_statistics(
     out: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, written: torch.Tensor
 ) -> dict[str, float]:
     """Share of zeros among the wrong values, their median relative error, and the factor that most
@@ -126,7 +126,7 @@ def _stop(case: Case, launch: Launch, out: torch.Tensor, rows: torch.Tensor) -> 
         stop = k // step * step
         if not 0 < stop < k or stop % block:
             continue
-        shorter = _shorter(cut, stop, block)
+        shorter = _cut_at(cut, stop, block)
         problem = replace(case.problem, m=chosen.numel(), k=stop)
         right = expect(shorter, problem)
         if bool(((out[chosen] >= right.lo) & (out[chosen] <= right.hi)).all()):
@@ -140,7 +140,7 @@ def _pick(a: torch.Tensor | Fp4Tensor, rows: torch.Tensor) -> torch.Tensor | Fp4
     return a[rows]
 
 
-def _shorter(operands: Operands, k: int, block: int) -> Operands:
+def _cut_at(operands: Operands, k: int, block: int) -> Operands:
     """The operands up to `k`, a multiple of the block."""
 
     def cut(t: Fp4Tensor) -> Fp4Tensor:

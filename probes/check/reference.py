@@ -82,7 +82,7 @@ def alpha_of(operands: Operands) -> float:
     return alpha
 
 
-def _left(operands: Operands, start: int, stop: int) -> torch.Tensor:
+def _left_operand(operands: Operands, start: int, stop: int) -> torch.Tensor:
     a = operands.a
     if isinstance(a, Fp4Tensor):
         part = replace(a, codes=a.codes[start:stop], scales=a.scales[start:stop])
@@ -90,24 +90,29 @@ def _left(operands: Operands, start: int, stop: int) -> torch.Tensor:
     return a[start:stop].double()
 
 
-def _parts(
+def _output_parts(
     operands: Operands, chunk_rows: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
     """(rows, columns, A float64, B float64) of each part of the output, without global scales."""
     weight, a = operands.weight, operands.a
     m = (a.codes if isinstance(a, Fp4Tensor) else a).shape[0]
     n = weight.codes.shape[0]
-    whole = _left(operands, 0, m) if m <= chunk_rows else None
+    whole = _left_operand(operands, 0, m) if m <= chunk_rows else None
     for first in range(0, n, _COLUMNS):
         cols = slice(first, min(n, first + _COLUMNS))
         part = replace(weight, codes=weight.codes[cols], scales=weight.scales[cols])
         b = dequantise(part, torch.float64, with_global=False)
         for start in range(0, m, chunk_rows):
             rows = slice(start, min(m, start + chunk_rows))
-            yield rows, cols, whole if whole is not None else _left(operands, start, rows.stop), b
+            yield (
+                rows,
+                cols,
+                whole if whole is not None else _left_operand(operands, start, rows.stop),
+                b,
+            )
 
 
-def _shape(operands: Operands, problem: Problem) -> tuple[int, int]:
+def _output_shape(operands: Operands, problem: Problem) -> tuple[int, int]:
     """The output's (m, n), after checking that the operands fit the problem."""
     a = operands.a
     m, k = a.shape
@@ -127,10 +132,10 @@ def reference64(
     `alpha` replaces the operands' factor, to judge a backend that rounds it. Raises ValueError
     where operands do not fit the problem.
     """
-    m, n = _shape(operands, problem)
+    m, n = _output_shape(operands, problem)
     factor = alpha_of(operands) if alpha is None else alpha
     out = torch.empty(m, n, dtype=torch.float64, device=operands.weight.codes.device)
-    for rows, cols, a, b in _parts(operands, chunk_rows):
+    for rows, cols, a, b in _output_parts(operands, chunk_rows):
         out[rows, cols] = (a @ b.T).mul_(factor)
     return out
 
@@ -138,9 +143,9 @@ def reference64(
 def spread(operands: Operands, problem: Problem, chunk_rows: int = 4096) -> torch.Tensor:
     """``|alpha| * sqrt((A*A) @ (B*B).T)`` in float32 (m, n): what a sum of products of random signs
     comes to."""
-    m, n = _shape(operands, problem)
+    m, n = _output_shape(operands, problem)
     out = torch.empty(m, n, dtype=torch.float32, device=operands.weight.codes.device)
-    for rows, cols, a, b in _parts(operands, chunk_rows):
+    for rows, cols, a, b in _output_parts(operands, chunk_rows):
         out[rows, cols] = ((a * a) @ (b * b).T).sqrt_().mul_(abs(alpha_of(operands))).float()
     return out
 
@@ -172,17 +177,17 @@ def expect(
     Memory: 4096 columns and `chunk_rows` rows in float64 at once, besides the result. Raises
     ValueError where operands do not fit the problem.
     """
-    m, n = _shape(operands, problem)
+    m, n = _output_shape(operands, problem)
     dtype, device = problem.dtype, operands.weight.codes.device
     factor = alpha_of(operands) if alpha is None else alpha
     lo = torch.empty(m, n, dtype=dtype, device=device)
     if operands.width is not None:
-        for rows, cols, a, b in _parts(operands, chunk_rows):
+        for rows, cols, a, b in _output_parts(operands, chunk_rows):
             lo[rows, cols] = round_nearest((a @ b.T).mul_(factor), dtype)
         return Expectation(lo, lo, exact=True)
     hi = torch.empty_like(lo)
     ref = torch.empty(m, n, dtype=torch.float32, device=device)
-    for rows, cols, a, b in _parts(operands, chunk_rows):
+    for rows, cols, a, b in _output_parts(operands, chunk_rows):
         centre = a @ b.T
         sizes = a.abs() @ b.T.abs()
         slack = tolerance(centre, sizes, factor, problem.k, dtype, roundings)

@@ -16,7 +16,7 @@ OVERFLOW = {torch.bfloat16: (2 - 2.0**-8) * 2.0**127, torch.float16: 65520.0}
 """Magnitudes from here on round to infinity."""
 
 
-def _step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _move_by_one(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """Each 16-bit float moved to the next one up or down where asked."""
     bits = x.view(torch.int16).to(torch.int32)
     # Sign and magnitude to a monotone integer: both zeros become 0, neighbours differ by 1.
@@ -31,14 +31,14 @@ def round_down(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The largest value of `dtype` (bfloat16 or float16) that is <= x (float64)."""
     near = x.float().to(dtype)
     wrong = near.double() > x
-    return _step(near, torch.zeros_like(wrong), wrong)
+    return _move_by_one(near, torch.zeros_like(wrong), wrong)
 
 
 def round_up(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The smallest value of `dtype` (bfloat16 or float16) that is >= x (float64)."""
     near = x.float().to(dtype)
     wrong = near.double() < x
-    return _step(near, wrong, torch.zeros_like(wrong))
+    return _move_by_one(near, wrong, torch.zeros_like(wrong))
 
 
 def round_nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

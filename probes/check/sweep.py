@@ -116,7 +116,7 @@ class Checker:
             ]
             self._table = torch.tensor(addresses, dtype=torch.int64, device=device)
             self._tile_table = _tile_table(tiles, self._first_tile, self._columns, device)
-            self._aligned = all(map(_aligned, self.slots))
+            self._aligned = all(map(_rows_aligned, self.slots))
 
     @property
     def sweeps(self) -> int:
@@ -196,7 +196,7 @@ class Checker:
         ]
 
 
-def _aligned(s: Slot) -> bool:
+def _rows_aligned(s: Slot) -> bool:
     """Whether each row of what a sweep reads begins at a multiple of 16 bytes: eight elements at a
     time then, instead of one."""
     return s.out.shape[1] % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in (s.out, s.lo, s.hi))

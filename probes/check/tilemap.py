@@ -124,7 +124,7 @@ def svg(tiles: TileMap, title: str = "", note: str = "") -> str:
         f'<rect x="{left}" y="{top}" width="{across}" height="{down}" fill="#e8ecef"/>',
     ]
     for row, group in groupby(sorted(tiles.bad), key=lambda place: place[0]):
-        for first, last in _runs([col for _, col in group]):
+        for first, last in _column_runs([col for _, col in group]):
             x, y = left + first * cell, top + row * cell
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{(last - first + 1) * cell}" height="{cell}" '
@@ -147,7 +147,7 @@ def svg(tiles: TileMap, title: str = "", note: str = "") -> str:
     return "\n".join(parts) + "\n"
 
 
-def _runs(columns: Sequence[int]) -> list[tuple[int, int]]:
+def _column_runs(columns: Sequence[int]) -> list[tuple[int, int]]:
     """First and last of each run of consecutive numbers in an ascending sequence."""
     runs: list[tuple[int, int]] = []
     for col in columns:

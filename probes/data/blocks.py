@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..problem import Format, Fp4Tensor
-from .generator import below, fill_rows, hash_elements, hash_rows, mix, normal
+from .generator import Drawn, below, fill_rows, hash_elements, hash_rows, mix, normal
 
 GROUP = 128
 """Rows that share a hash in `random_fp4`: those of one tile of the output."""
@@ -22,16 +22,15 @@ def normal_matrix(rows: int, k: int, key: int, device: Device) -> torch.Tensor:
 
 
 def random_fp4(
-    rows: int,
-    k: int,
+    drawn: Drawn,
     fmt: Format,
-    key: int,
-    device: Device,
     scale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     global_scale: float = 1.0,
 ) -> Fp4Tensor:
     """Uniform codes, and raw scales from `scale(block hashes (r, k/block), hashes of their
     groups of 128 rows (r, 1))`."""
+
+    rows, k, key, device = drawn.rows, drawn.k, drawn.key, drawn.device
 
     def codes(first: int, count: int) -> torch.Tensor:
         return (hash_elements(count, k // 2, key, device, first) & 255).to(torch.uint8)

@@ -14,9 +14,9 @@ import torch
 
 from ..formats import dequantise, pack
 from ..problem import FORMATS, Format, Fp4Tensor, Problem
-from .generator import below, fill_rows, hash_elements, hash_rows, mix, stream_key
+from .generator import Drawn, below, fill_rows, hash_elements, hash_rows, mix, stream_key
 from .operands import Operands
-from .plan import MAX_BINADES, Plan, Style, plan
+from .plan import MAX_BINADES, ExactPlan, Style, plan_exact
 
 WIDTHS = (24, 18, 14, 11, 8)
 """The accumulator widths that are graded, in bits, widest first."""
@@ -73,17 +73,11 @@ def _unit_exponent(style: Style) -> int:
     return 0 if style.kind == "ones" else _base(style) - 1 - 3 * style.mantissas
 
 
-def _fp4(
-    rows: int,
-    k: int,
-    fmt: Format,
-    style: Style,
-    mask: _Mask,
-    shift: int,
-    key: int,
-    device: torch.device | str,
+def _fp4_operand(
+    drawn: Drawn, fmt: Format, style: Style, mask: _Mask, shift: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (rows, k/2) and raw scales (rows, k/block); `shift` is added to scale exponents."""
+    rows, k, key, device = drawn.rows, drawn.k, drawn.key, drawn.device
     span = 4 if style.kind == "ones" else style.binades + 1
     # A scale of 2**s needs the code of 2**-s: 4, 2, 1 or a half, to make a one.
     inverse = torch.tensor([6, 4, 2, 1], dtype=torch.uint8, device=device)
@@ -115,18 +109,19 @@ def _fp4(
 
 
 def _integers(
-    rows: int, k: int, style: Style, mask: _Mask, exponent: int, key: int, problem: Problem, device
+    drawn: Drawn, style: Style, mask: _Mask, exponent: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(rows, k) of the style's integers times 2**exponent under the mask, in its dtype."""
+    """(rows, k) of the style's integers times 2**exponent under the mask, in `dtype`."""
+    rows, k, key, device = drawn.rows, drawn.k, drawn.key, drawn.device
 
     def draw(first: int, count: int) -> torch.Tensor:
         bits = hash_elements(count, k, key, device, first)
         size = below(bits, 16, 15, style.top + 1 - style.bottom) + style.bottom
         size = size * mask(bits, first, key)
         value = torch.where(_negative(bits, first, key), -size, size)
-        return (value.float() * 2.0**exponent).to(problem.dtype)
+        return (value.float() * 2.0**exponent).to(dtype)
 
-    out = torch.empty(rows, k, dtype=problem.dtype, device=device)
+    out = torch.empty(rows, k, dtype=dtype, device=device)
     return fill_rows(out, draw, k)
 
 
@@ -169,7 +164,7 @@ def exact(problem: Problem, width: int, seed: int, device: torch.device | str) -
         raise ValueError("exact problems are drawn for one group")
     for attempt, boost in enumerate(_BOOSTS):
         key = stream_key(seed, f"exact/{width}/{attempt}")
-        found = _attempt(problem, width, plan(problem, width, seed, boost), key, device)
+        found = _attempt(problem, width, plan_exact(problem, width, seed, boost), key, device)
         if found:
             return Operands(*found, family="exact", width=width, seed=seed)
     raise ValueError(
@@ -178,7 +173,7 @@ def exact(problem: Problem, width: int, seed: int, device: torch.device | str) -
 
 
 def _attempt(
-    problem: Problem, width: int, chosen: Plan, key: int, device: torch.device | str
+    problem: Problem, width: int, chosen: ExactPlan, key: int, device: torch.device | str
 ) -> tuple[torch.Tensor | Fp4Tensor, Fp4Tensor] | None:
     """Draw by a plan and adjust the weights' density until the largest sum fits, or None."""
     fmt, rows = FORMATS[problem.format], max(1, problem.m)
@@ -192,12 +187,14 @@ def _attempt(
     global_a = alpha // 2 if w4a4 else 0
 
     thin = _Mask(stride=chosen.stride)
+    left = Drawn(rows, problem.k, mix(key + 20), device)
+    right = Drawn(problem.n, problem.k, mix(key + 21), device)
     a: torch.Tensor | Fp4Tensor
     if w4a4:
-        made = _fp4(rows, problem.k, fmt, chosen.a, thin, 0, mix(key + 20), device)
+        made = _fp4_operand(left, fmt, chosen.a, thin)
         a = Fp4Tensor(fmt, *made, _scalar(global_a, device))
     else:
-        a = _integers(rows, problem.k, chosen.a, thin, unit_a, mix(key + 20), problem, device)
+        a = _integers(left, chosen.a, thin, unit_a, problem.dtype)
 
     cover = 16
     while cover * chosen.density < 2 and cover < 1 << 15:
@@ -206,11 +203,11 @@ def _attempt(
     share, known_low, known_high = chosen.density, 0.0, 1.0
     for _ in range(_STEPS):
         mask = _Mask(share=round(65536 * max(0.0, share - 1 / cover)), cover=cover)
-        made = _fp4(problem.n, problem.k, fmt, chosen.b, mask, shift, mix(key + 21), device)
+        made = _fp4_operand(right, fmt, chosen.b, mask, shift)
         weight = Fp4Tensor(fmt, *made, _scalar(alpha - global_a, device))
         found = largest_sum(a, weight)
         if limit / 2 < found <= limit:
-            return (_rows(a, problem.m), weight)
+            return (_first_rows(a, problem.m), weight)
         if (found <= limit and share >= 1) or known_high - known_low < 2.0**-16:
             return None
         # Larger shares keep every element of smaller ones: the sum is monotone in the share.
@@ -221,7 +218,7 @@ def _attempt(
     return None
 
 
-def _rows(a: torch.Tensor | Fp4Tensor, m: int) -> torch.Tensor | Fp4Tensor:
+def _first_rows(a: torch.Tensor | Fp4Tensor, m: int) -> torch.Tensor | Fp4Tensor:
     if isinstance(a, Fp4Tensor):
         return Fp4Tensor(a.format, a.codes[:m], a.scales[:m], a.global_scale)
     return a[:m]

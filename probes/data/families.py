@@ -16,7 +16,7 @@ from ...words import Condition
 from ..formats import quantise
 from ..problem import FORMATS, Fp4Tensor, Problem
 from .blocks import normal_matrix, random_fp4, uniform_bytes
-from .generator import below, hash_elements, hash_rows, stream_key
+from .generator import Drawn, below, hash_elements, hash_rows, stream_key
 from .operands import Operands
 
 Device = torch.device | str
@@ -42,13 +42,13 @@ class Family:
     """The family just inside `condition`: only where that passes is the condition known to hold."""
 
 
-def _activation(x: torch.Tensor, problem: Problem) -> torch.Tensor | Fp4Tensor:
+def _in_format(x: torch.Tensor, problem: Problem) -> torch.Tensor | Fp4Tensor:
     if problem.activation == "fp4":
         return quantise(x, FORMATS[problem.format])
     return x.to(problem.dtype)
 
 
-def _plain(problem: Problem, seed: int, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
+def _normal_pair(problem: Problem, seed: int, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
     """Normal float32 activation (m, k), deviation 1, and weight (n, k), deviation 0.02."""
     a = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
     weight = normal_matrix(problem.n, problem.k, stream_key(seed, "weight"), device).mul_(
@@ -62,26 +62,26 @@ def _operands(name: str, seed: int, a: torch.Tensor | Fp4Tensor, weight: Fp4Tens
 
 
 def _realistic(problem: Problem, seed: int, device: Device) -> Operands:
-    a, weight = _plain(problem, seed, device)
+    a, weight = _normal_pair(problem, seed, device)
     return _operands(
-        "realistic", seed, _activation(a, problem), quantise(weight, FORMATS[problem.format])
+        "realistic", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
     )
 
 
-def _outliers(problem: Problem, seed: int, device: Device) -> Operands:
-    a, weight = _plain(problem, seed, device)
+def _outlier_operands(problem: Problem, seed: int, device: Device) -> Operands:
+    a, weight = _normal_pair(problem, seed, device)
     channel = hash_rows(problem.k, stream_key(seed, "channels"), device)
     a *= torch.where((channel & 63) == 0, 47.0, 1.0)
     row = hash_rows(problem.n, stream_key(seed, "rows"), device).unsqueeze(1)
     weight *= torch.where((row & 31) == 0, 11.0, 1.0)
     return _operands(
-        "outliers", seed, _activation(a, problem), quantise(weight, FORMATS[problem.format])
+        "outliers", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
     )
 
 
 def _zero_blocks(problem: Problem, seed: int, device: Device) -> Operands:
     fmt = FORMATS[problem.format]
-    a, weight = _plain(problem, seed, device)
+    a, weight = _normal_pair(problem, seed, device)
 
     def thin(x: torch.Tensor, key: int, whole: torch.Tensor) -> torch.Tensor:
         keep = (hash_elements(x.shape[0], problem.k // fmt.block, key, device) & 3) != 0
@@ -94,7 +94,7 @@ def _zero_blocks(problem: Problem, seed: int, device: Device) -> Operands:
     a = thin(a, stream_key(seed, "zero a"), index % every == at)
     rows = hash_rows(problem.n, stream_key(seed, "zero rows"), device)
     weight = thin(weight, stream_key(seed, "zero weight"), (rows & 7) == 0)
-    return _operands("zero-blocks", seed, _activation(a, problem), quantise(weight, fmt))
+    return _operands("zero-blocks", seed, _in_format(a, problem), quantise(weight, fmt))
 
 
 def _max_scales(problem: Problem, seed: int, device: Device) -> Operands:
@@ -105,23 +105,22 @@ def _max_scales(problem: Problem, seed: int, device: Device) -> Operands:
     if problem.out_dtype == "fp16":  # no sum can exceed this bound on k * |a| * |b|
         scale = _FP16_TOP / (problem.k * 2688.0 * (2688.0 if w4a4 else 4.9))
     share = scale**0.5 if w4a4 else scale
-    weight = random_fp4(
-        problem.n, problem.k, fmt, stream_key(seed, "weight"), device, largest, share
-    )
+    drawn = Drawn(problem.n, problem.k, stream_key(seed, "weight"), device)
+    weight = random_fp4(drawn, fmt, largest, share)
     if w4a4:
-        key = stream_key(seed, "a")
-        a = random_fp4(problem.m, problem.k, fmt, key, device, largest, share)
+        drawn = Drawn(problem.m, problem.k, stream_key(seed, "a"), device)
+        a = random_fp4(drawn, fmt, largest, share)
         return _operands("max-scales", seed, a, weight)
     a16 = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
-    return _operands("max-scales", seed, _activation(a16, problem), weight)
+    return _operands("max-scales", seed, _in_format(a16, problem), weight)
 
 
 def _overflow(problem: Problem, seed: int, device: Device) -> Operands:
     """Outputs with a deviation near 65504: about a third of them are infinite in fp16."""
-    a, weight = _plain(problem, seed, device)
+    a, weight = _normal_pair(problem, seed, device)
     weight *= 2.0 ** round(math.log2(2.0**16 / (_WEIGHT_STD * problem.k**0.5)))
     quantised = quantise(weight, FORMATS[problem.format])
-    return _operands("overflow", seed, _activation(a, problem), quantised)
+    return _operands("overflow", seed, _in_format(a, problem), quantised)
 
 
 def _with_weight_scales(
@@ -134,9 +133,9 @@ def _with_weight_scales(
 ) -> Operands:
     """A normal activation and a weight of random codes with the given block scales."""
     a = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
-    fmt, key = FORMATS[problem.format], stream_key(seed, "weight")
-    weight = random_fp4(problem.n, problem.k, fmt, key, device, scale, global_scale)
-    return _operands(name, seed, _activation(a, problem), weight)
+    drawn = Drawn(problem.n, problem.k, stream_key(seed, "weight"), device)
+    weight = random_fp4(drawn, FORMATS[problem.format], scale, global_scale)
+    return _operands(name, seed, _in_format(a, problem), weight)
 
 
 def _min_normal_scales(problem: Problem, seed: int, device: Device) -> Operands:
@@ -162,12 +161,12 @@ def _fraction(seed: int, stream: str) -> float:
 
 
 def _alpha_small(problem: Problem, seed: int, device: Device) -> Operands:
-    a, weight = _plain(problem, seed, device)
+    a, weight = _normal_pair(problem, seed, device)
     exponent = -24 if problem.out_dtype == "fp16" else -40
     quantised = quantise(weight, FORMATS[problem.format])
     tiny = torch.tensor(_fraction(seed, "alpha") * 2.0**exponent, device=device)
     return _operands(
-        "alpha-small", seed, _activation(a, problem), replace(quantised, global_scale=tiny)
+        "alpha-small", seed, _in_format(a, problem), replace(quantised, global_scale=tiny)
     )
 
 
@@ -178,9 +177,9 @@ def _alpha_large(problem: Problem, seed: int, device: Device) -> Operands:
     found = _with_weight_scales("alpha-large", scale, problem, seed, device, large)
     if problem.activation == "bf16":
         return found
-    fmt, key = FORMATS[problem.format], stream_key(seed, "a")
+    drawn = Drawn(problem.m, problem.k, stream_key(seed, "a"), device)
     own = _fraction(seed, "alpha a")
-    return replace(found, a=random_fp4(problem.m, problem.k, fmt, key, device, scale, own))
+    return replace(found, a=random_fp4(drawn, FORMATS[problem.format], scale, own))
 
 
 def _wide_scales(problem: Problem, seed: int, device: Device) -> Operands:
@@ -222,7 +221,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "outliers",
-            _outliers,
+            _outlier_operands,
             None,
             "activation channels 47 times, weight rows 11 times as large as the rest",
         ),

@@ -7,12 +7,23 @@ depends on the order or size of what is drawn, so a window of rows equals the sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 25
 """Elements hashed at once: bounds the int32 temporaries to some hundred MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A matrix to be drawn: its rows, its length along k, the key of its stream, its device."""
+
+    rows: int
+    k: int
+    key: int
+    device: torch.device | str
 
 
 def _signed(x: int) -> int:

@@ -76,7 +76,7 @@ def _moments(style: Style) -> tuple[float, float, float, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExactPlan:
     """Styles of both operands; one activation in `stride` is non-zero, weights with `density`."""
 
     a: Style
@@ -106,18 +106,20 @@ def _density(k: int, a: Style, b: Style, stride: int, block: int, budget: float)
     return density
 
 
-def plan(problem: Problem, width: int, seed: int, boost: float = 1.0) -> Plan:
+def plan_exact(problem: Problem, width: int, seed: int, boost: float = 1.0) -> ExactPlan:
     """The plan for one exact problem; the seed alternates which operand gets the richer values.
 
     Among all styles and strides whose density is in a useful range the richest wins; with none in
     range (very small or very large k), the nearest. `boost` asks for larger sums than the estimate
     says, for problems too small for the estimate to hold. Nothing is promised: `exact` measures.
     """
-    return _plan(problem.format, problem.activation, problem.k, width, seed & 3, boost)
+    return _best_plan(problem.format, problem.activation, problem.k, width, seed & 3, boost)
 
 
 @lru_cache(maxsize=1024)
-def _plan(format: str, activation: str, k: int, width: int, flavour: int, boost: float) -> Plan:
+def _best_plan(
+    format: str, activation: str, k: int, width: int, flavour: int, boost: float
+) -> ExactPlan:
     fmt = FORMATS[format]
     budget = boost * _TARGET * 2.0**width
     styles_b = _fp4_styles(fmt.scale)
@@ -125,7 +127,7 @@ def _plan(format: str, activation: str, k: int, width: int, flavour: int, boost:
     styles_a = styles_b if activation == "fp4" else [Style("integers", top=t) for t in tops]
     rich_a, rich_b = ((1.0, 2.0), (2.0, 1.0))[flavour & 1]
     mantissas = bool(flavour & 2)
-    best: tuple[tuple[float, float], Plan] | None = None
+    best: tuple[tuple[float, float], ExactPlan] | None = None
     for a, b, stride in product(styles_a, styles_b, (1, 2, 4, 8, 16)):
         if a.kind == "integers" and stride > 2:
             # Few to a block: none so small that dropping the block drowns in the output's rounding.
@@ -139,6 +141,6 @@ def _plan(format: str, activation: str, k: int, width: int, flavour: int, boost:
         score += 0.1 * log2(min(density, 1.0))
         key = (-miss, score)
         if best is None or key > best[0]:
-            best = key, Plan(a, b, stride, min(density, 1.0))
+            best = key, ExactPlan(a, b, stride, min(density, 1.0))
     assert best is not None
     return best[1]

@@ -133,6 +133,27 @@ def prepared_activation(backend: Backend, a: torch.Tensor | Fp4Tensor) -> Any:
         return prepare(a)
 
 
+def own_quantiser(backend: Backend) -> Callable[[torch.Tensor, torch.Tensor], Any] | None:
+    """The backend's `quantise`, which engines launch before a W4A4 GEMM; None if it has none, or
+    takes 16-bit activations."""
+    return getattr(backend, "quantise", None) if backend.activation == "fp4" else None
+
+
+def quantise_and_run(
+    backend: Backend,
+    state: Any,
+    a: torch.Tensor,
+    global_scale: torch.Tensor,
+    out: torch.Tensor,
+    tactic: str,
+) -> None:
+    """Enqueue the quantiser on a (m, k), 16-bit floats, and the GEMM behind it, into out (m, n)."""
+    quantise = own_quantiser(backend)
+    assert quantise is not None
+    with blame(backend):
+        backend.run(state, quantise(a, global_scale), out, tactic)
+
+
 def batches(cases: Sequence[Case], launches: Sequence[Launch], limit: int) -> list[list[Launch]]:
     """Split `launches`, in order, so that the slots of one batch fit in `limit` bytes."""
     split: list[list[Launch]] = [[]]

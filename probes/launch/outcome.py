@@ -68,6 +68,12 @@ def need_cuda(cases: Sequence[Case], what: str) -> None:
         raise NotApplicable(f"a CPU has no {what}")
 
 
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all work; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fill with NaN where the type has one, with a conspicuous byte where not."""
     if tensor.dtype in (torch.bfloat16, torch.float16):
@@ -81,14 +87,9 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 def repeat(once: Callable[[], Any], budget: Budget, device: torch.device) -> float:
     """Call `once` as often as the budget says, without waiting between; the seconds it took."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     start = time.perf_counter()
     once()
-    wait()
+    wait(device)
     each = max(time.perf_counter() - start, 1e-6)
     repeats = max(budget.least, min(budget.most, int(budget.seconds / each))) - 1
     done = 0
@@ -97,7 +98,7 @@ def repeat(once: Callable[[], Any], budget: Budget, device: torch.device) -> flo
         for _ in range(min(16, max(1, int(1 / each)), repeats - done)):
             once()
             done += 1
-        wait()
+        wait(device)
         budget.beat()
         if done + 1 >= budget.least and time.perf_counter() - start > budget.seconds:
             break

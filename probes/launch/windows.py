@@ -33,7 +33,7 @@ class Windows:
         return True
 
 
-def offsets(rows: int, m: int, count: int, first: int) -> list[int]:
+def window_offsets(rows: int, m: int, count: int, first: int) -> list[int]:
     """Up to `count` windows of `m` rows of a pool that share none, from row `first` on.
 
     `first` must leave room for one; it is moved back as far as the others need.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..launch.outcome import Budget, NotApplicable, Outcome, Regime
 from .concurrent.lanes import LANES, graph_streams, streams
-from .concurrent.neighbours import neighbours, settled, start
+from .concurrent.neighbours import neighbours, settled, start_neighbour
 from .concurrent.threads import threads
 from .memory.memory import churn, regrow
 from .memory.rewrite import rewrite
@@ -57,7 +57,7 @@ REGIMES: dict[str, Regime] = {
     "graph-streams": graph_streams,
 }
 
-STARTS = {"neighbours": start}
+STARTS = {"neighbours": start_neighbour}
 """What a regime needs that takes seconds to start: called with the device, returns at once."""
 
 COPIES = {

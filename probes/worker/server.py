@@ -324,10 +324,10 @@ class Server:
 
     def do_open_quantiser_timing(self, dtype: str, k: int, ms: list[int], seed: int) -> None:
         """Prepare the quantiser for timing at each m; `do_sample` takes the samples."""
-        from ..quantisers import Timing
+        from ..quantisers import QuantiserTiming
 
         self._census(False)
-        self._layer = Timing(self._backend, dtype, k, ms, seed, self._device)
+        self._layer = QuantiserTiming(self._backend, dtype, k, ms, seed, self._device)
 
     def do_open_timing(self, items: list[dict[str, Any]], cache_bytes: int) -> list[float | None]:
         # First uses load code, which is seen then or never; launches are recorded by a census only.

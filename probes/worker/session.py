@@ -20,7 +20,7 @@ from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, cas
 from ..launch.item import Item
 from ..launch.summary import MOST_BAD, Result, launched, summarise
 from ..launch.timing import Timed, buffers, weight_copies
-from ..launch.windows import Windows, offsets
+from ..launch.windows import Windows, window_offsets
 from ..problem import Device, Problem
 from ..regimes import COPIES, REGIMES, Budget, NotApplicable, Outcome
 from ..seeds import derive
@@ -100,7 +100,7 @@ class OpenLayer:
         for index, item in enumerate(items):
             for m in item.ms:
                 first = rng.randint(0, self.problem.m - m)
-                for offset in offsets(self.problem.m, m, windows, first):
+                for offset in window_offsets(self.problem.m, m, windows, first):
                     found.append(Launch(rng.randrange(cases), offset, m, item.tactic, index))
         return found
 

@@ -26,7 +26,7 @@ def _e4m3(byte):
 
 
 @triton.jit
-def _weight(codes, scales, col, n, k, first, HALF: tl.constexpr):
+def _weight_bytes(codes, scales, col, n, k, first, HALF: tl.constexpr):
     """Bytes of codes (HALF, BN) from byte `first` of each row, and the scale byte of each."""
     byte = (first + tl.arange(0, HALF))[:, None]
     there = (byte < k // 2) & (col < n)
@@ -88,7 +88,7 @@ def gemm(
     if WHEN == "zeroed":
         tl.store(place, tl.zeros((BM, BN), out.dtype.element_ty), mask=inside)
         gdc_wait()
-    code, raw = _weight(codes, scales, col, n, k, 0, HALF)
+    code, raw = _weight_bytes(codes, scales, col, n, k, 0, HALF)
     if WHEN == "weights":
         gdc_wait()
     if FP4:
@@ -112,7 +112,7 @@ def gemm(
         # A code times its scale has 6 significand bits: exact in bf16 and fp16.
         acc = tl.dot(even, (_e2m1(code & 15) * scale).to(even.dtype), acc)
         acc = tl.dot(odd, (_e2m1(code >> 4) * scale).to(even.dtype), acc)
-        code, raw = _weight(codes, scales, col, n, k, first + HALF, HALF)
+        code, raw = _weight_bytes(codes, scales, col, n, k, first + HALF, HALF)
     factor = tl.load(alpha)
     if FP4:
         factor *= tl.load(a_alpha)

@@ -7,7 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _code(x):
+def _nearest_code(x):
     """The e2m1 code nearest to x, saturating; a tie goes to the even code."""
     size = tl.abs(x)
     code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
@@ -40,8 +40,8 @@ def quantise(
     factor = tl.load(global_scale)
     scale = tl.minimum(largest / 6 / factor, 448.0).to(tl.float8e4nv)
     step = scale.to(tl.float32)[:, None] * factor
-    low = _code(tl.where(step > 0, even / step, 0.0))
-    high = _code(tl.where(step > 0, odd / step, 0.0))
+    low = _nearest_code(tl.where(step > 0, even / step, 0.0))
+    high = _nearest_code(tl.where(step > 0, odd / step, 0.0))
     both = (low | (high << 4)).to(tl.uint8)
     tl.store(codes + block[:, None] * 8 + pair, both, mask=inside[:, None])
     tl.store(scales + block, scale.to(tl.uint8, bitcast=True), mask=inside)

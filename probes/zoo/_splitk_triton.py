@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from ._gemm_triton import _e2m1, _e4m3, _weight
+from ._gemm_triton import _e2m1, _e4m3, _weight_bytes
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _partial(a, codes, scales, row, col, m, n, k, stride, begin, end, BM, BN, HA
         there = (row < m) & (byte < k // 2)
         even = tl.load(a + row * stride + 2 * byte, mask=there, other=0)
         odd = tl.load(a + row * stride + 2 * byte + 1, mask=there, other=0)
-        code, raw = _weight(codes, scales, col, n, k, first, HALF)
+        code, raw = _weight_bytes(codes, scales, col, n, k, first, HALF)
         scale = _e4m3(raw)
         acc = tl.dot(even, (_e2m1(code & 15) * scale).to(even.dtype), acc)
         acc = tl.dot(odd, (_e2m1(code >> 4) * scale).to(even.dtype), acc)

@@ -11,7 +11,7 @@ import torch
 from ..backends import Backend
 from ..backends.torch.dequant import not_dense, torch_dequant
 from ..problem import NVFP4, Device, Fp4Tensor, Problem
-from .pdl import PdlGemm, launch
+from .pdl import PdlGemm, launch_gemm
 
 _WAITS = PdlGemm("right", "first")
 _PLAIN = PdlGemm("right", "never", pdl=False)
@@ -40,7 +40,7 @@ class Right:
             if problem.format == NVFP4.name and problem.m:
                 a = torch.zeros(problem.m, problem.k, dtype=problem.dtype, device=device.torch)
                 out = torch.empty(problem.m, problem.n, dtype=problem.dtype, device=device.torch)
-                right_gemm(a, _zeros(problem, device.torch), out)
+                right_gemm(a, _zero_weight_codes(problem, device.torch), out)
 
     def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         self.product_into(state, a, out)
@@ -73,10 +73,10 @@ def right_gemm(a: torch.Tensor, weight: Fp4Tensor, out: torch.Tensor) -> None:
     """The zoo's GEMM without a fault, with PDL where the GPU has it. NVFP4, 16-bit activations."""
     if out.shape[0]:
         has_pdl = torch.cuda.get_device_capability(a.device) >= (9, 0)
-        launch(_WAITS if has_pdl else _PLAIN, a, weight, out)
+        launch_gemm(_WAITS if has_pdl else _PLAIN, a, weight, out)
 
 
-def _zeros(problem: Problem, device: torch.device) -> Fp4Tensor:
+def _zero_weight_codes(problem: Problem, device: torch.device) -> Fp4Tensor:
     n, k = problem.n, problem.k
     return Fp4Tensor(
         NVFP4,

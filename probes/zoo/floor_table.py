@@ -225,7 +225,7 @@ FLOOR = (
         good.OwnBuffer,
         passes=True,
     ),
-    Mutant("zoo-slow", "none: slow", "the sum is taken in fp64", good.Slow, passes=True),
+    Mutant("zoo-slow", "none: slow", "the sum is taken in fp64", good.InFp64, passes=True),
     Mutant(
         "zoo-random-order",
         "none: not deterministic",

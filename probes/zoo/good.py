@@ -46,7 +46,7 @@ class OwnBuffer(Right):
         out.copy_(self.product(state, a, out.shape[1]))
 
 
-class Slow(Right):
+class InFp64(Right):
     """Multiplies in fp64; on a CPU one row after the other, without a matrix product."""
 
     def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:

@@ -65,13 +65,13 @@ class PdlGemm:
             kernels.zero[(-(-m * n // 1024),)](
                 out, m * n, BLOCK=1024, **({"launch_pdl": True} if self.pdl else {})
             )
-        launch(self, a, weight, target)
+        launch_gemm(self, a, weight, target)
         if self.own_output:
             out.copy_(target)
             target.zero_()
 
 
-def launch(what: PdlGemm, a: Any, weight: Fp4Tensor, out: torch.Tensor) -> None:
+def launch_gemm(what: PdlGemm, a: Any, weight: Fp4Tensor, out: torch.Tensor) -> None:
     """Enqueue the GEMM; out (m, n) with m at least 1."""
     from . import _gemm_triton as kernels
 

@@ -17,7 +17,7 @@ _HALF = 32
 _BN = 64
 
 
-def _rows(m: int) -> int:
+def _rows_a_block(m: int) -> int:
     return 16 if m <= 16 else 64
 
 
@@ -67,7 +67,7 @@ class SharedLocks(SplitK):
         (m, n), tensor = out.shape, weight.tensor
         if m == 0:
             return
-        bm = _rows(m)
+        bm = _rows_a_block(m)
         sums = torch.empty(out.shape, dtype=torch.float32, device=out.device)
         kernels.in_turn[(-(-m // bm) * -(-n // _BN), _TURNS)](
             a,
@@ -97,7 +97,7 @@ def split_k(weight: Fp4Tensor, a: torch.Tensor, sums: torch.Tensor, out: torch.T
     if m == 0:
         return
     sums.zero_()
-    bm = _rows(m)
+    bm = _rows_a_block(m)
     kernels.accumulate[(-(-m // bm), -(-n // _BN), SPLITS)](
         a,
         weight.codes,

@@ -72,7 +72,7 @@ class Halves:
 
 
 def test_a_quantiser_s_time_grows_with_what_it_reads():
-    timing = quantisers.Timing(Halves(), "bf16", 8192, [1, 8192], 3, Device("cuda", None))
+    timing = quantisers.QuantiserTiming(Halves(), "bf16", 8192, [1, 8192], 3, Device("cuda", None))
     for _ in range(3):
         small, large = timing.sample([0, 1])
     # 128 MiB in and 32 MiB out: no GPU moves more than 20 TB/s, nor less than 0.1.

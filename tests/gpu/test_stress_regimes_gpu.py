@@ -14,7 +14,12 @@ from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget
-from fp4tune.probes.regimes.memory.allocator import FreeMemory, changed, free_blocks, take
+from fp4tune.probes.regimes.memory.allocator import (
+    FreeMemory,
+    changed_words,
+    free_blocks,
+    take_poisoned,
+)
 from fp4tune.probes.zoo.floor import Right
 
 pytestmark = pytest.mark.gpu
@@ -78,11 +83,11 @@ def test_memory_taken_is_filled_and_a_word_changed_in_it_is_counted():
     held.clear()
     torch.cuda.synchronize()
     blocks = free_blocks(torch.device("cuda", 0))
-    taken = take(blocks, torch.device("cuda", 0))
+    taken = take_poisoned(blocks, torch.device("cuda", 0))
     assert sum(2 * each.numel() for each in taken) == sum(block.size for block in blocks) > 3 << 20
-    assert changed(taken) == 0
+    assert changed_words(taken) == 0
     taken[0][3] = 0
-    assert changed(taken) == 1
+    assert changed_words(taken) == 1
 
 
 @pytest.mark.parametrize("size", [1000, 1 << 20, 3 << 20, 30 << 20])

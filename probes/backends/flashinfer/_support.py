@@ -22,7 +22,7 @@ from ...problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ShapeLimits:
     """What one kernel family takes.
 
     k_step        each format it computes, and what k must be a multiple of in it
@@ -59,14 +59,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class MmFp4Kernel:
     """One `mm_fp4` backend: its name there and its limits by compute capability.
 
     `limits` maps the major compute capability to limits, None to those of every other.
     """
 
     api: str
-    limits: dict[int | None, Limits]
+    limits: dict[int | None, ShapeLimits]
     layout: str = "swizzled"
     needs: str | None = None
     """``cudnn`` or ``cute-dsl``, where a further package must be installed."""
@@ -77,31 +77,32 @@ class Spec:
 
 _DSL = ("nvidia-cutlass-dsl",)
 
-SPECS: dict[str, Spec] = {
+SPECS: dict[str, MmFp4Kernel] = {
     # SM10x and SM11x: the host code checks n % 32 and k % 32. SM12x has no check; its kernels
     # load 16 bytes of k (32 codes) and store 16 bytes of n (8 outputs) at a time.
-    "flashinfer-cutlass": Spec(
-        "cutlass", {None: Limits({"nvfp4": 32}, n_step=32), 12: Limits({"nvfp4": 32}, n_step=8)}
+    "flashinfer-cutlass": MmFp4Kernel(
+        "cutlass",
+        {None: ShapeLimits({"nvfp4": 32}, n_step=32), 12: ShapeLimits({"nvfp4": 32}, n_step=8)},
     ),
     # cuDNN decides for itself when it builds a plan.
-    "flashinfer-cudnn": Spec(
+    "flashinfer-cudnn": MmFp4Kernel(
         "cudnn",
-        {None: Limits({"nvfp4": 16, "mxfp4": 32})},
+        {None: ShapeLimits({"nvfp4": 16, "mxfp4": 32})},
         needs="cudnn",
         distributions=("nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
     ),
     # The weight shuffle works on 128 rows.
-    "flashinfer-trtllm": Spec(
+    "flashinfer-trtllm": MmFp4Kernel(
         "trtllm",
-        {None: Limits({"nvfp4": 16}, n_step=128, out_dtypes=("bf16",))},
+        {None: ShapeLimits({"nvfp4": 16}, n_step=128, out_dtypes=("bf16",))},
         layout="shuffled",
         distributions=("flashinfer-cubin",),
     ),
-    "flashinfer-cute-dsl": Spec(
+    "flashinfer-cute-dsl": MmFp4Kernel(
         "cute-dsl",
         {
-            None: Limits({"nvfp4": 32, "mxfp4": 32}, n_step=8),
-            12: Limits(
+            None: ShapeLimits({"nvfp4": 32, "mxfp4": 32}, n_step=8),
+            12: ShapeLimits(
                 {"nvfp4": 64},
                 n_step=64,
                 out_dtypes=("bf16",),
@@ -113,19 +114,21 @@ SPECS: dict[str, Spec] = {
         needs="cute-dsl",
         distributions=_DSL,
     ),
-    "flashinfer-cutedsl-low-latency": Spec(
+    "flashinfer-cutedsl-low-latency": MmFp4Kernel(
         "cutedsl_low_latency",
-        {None: Limits({"nvfp4": 64, "mxfp4": 128}, m_max=8)},
+        {None: ShapeLimits({"nvfp4": 64, "mxfp4": 128}, m_max=8)},
         needs="cute-dsl",
         distributions=_DSL,
     ),
-    "flashinfer-b12x": Spec(
+    "flashinfer-b12x": MmFp4Kernel(
         "b12x",
-        {None: Limits({"nvfp4": 32, "mxfp4": 32}, cuda={"nvfp4": (12, 9), "mxfp4": (13, 0)})},
+        {None: ShapeLimits({"nvfp4": 32, "mxfp4": 32}, cuda={"nvfp4": (12, 9), "mxfp4": (13, 0)})},
         needs="cute-dsl",
         distributions=_DSL,
     ),
-    "flashinfer-cake": Spec("cake", {None: Limits({"nvfp4": 256}, n_step=8)}, per_token=True),
+    "flashinfer-cake": MmFp4Kernel(
+        "cake", {None: ShapeLimits({"nvfp4": 256}, n_step=8)}, per_token=True
+    ),
 }
 
 
@@ -196,7 +199,7 @@ def unsupported_sm(name: str, sm: int) -> str | None:
     return f"FlashInfer {version()} runs {api} on SM {listed}, not on SM {sm}"
 
 
-def limits(name: str, sm: int) -> Limits:
+def limits(name: str, sm: int) -> ShapeLimits:
     """The limits of backend `name` on a compute capability."""
     by_major = SPECS[name].limits
     return by_major.get(sm // 10, by_major[None])

@@ -20,7 +20,7 @@ import torch
 from ...problem import Device, Fp4Tensor, Problem
 from .._block_scaled import swizzled
 from ..torch.dequant import not_dense
-from ._support import Limits, Unavailable, mm_fp4, version
+from ._support import ShapeLimits, Unavailable, mm_fp4, version
 from ._support import cudnn_version as _cudnn_version
 
 _BF16 = ("bf16",)
@@ -28,12 +28,12 @@ _INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class W4A16Kernel:
     """One backend of `mm_bf16_fp4`. `refused` are compute capabilities its table lists and its
     preparation refuses. `cudnn` is the lowest version; `needs` a package."""
 
     api: str
-    limits: Limits
+    limits: ShapeLimits
     refused: tuple[int, ...] = ()
     cudnn: int | None = None
     needs: str | None = None
@@ -42,32 +42,32 @@ class Spec:
 
 _DSL = ("nvidia-cutlass-dsl",)
 
-SPECS: dict[str, Spec] = {
-    "flashinfer-w4a16-cudnn": Spec(
+SPECS: dict[str, W4A16Kernel] = {
+    "flashinfer-w4a16-cudnn": W4A16Kernel(
         "cudnn",
-        Limits({"nvfp4": 16}, out_dtypes=_BF16),
+        ShapeLimits({"nvfp4": 16}, out_dtypes=_BF16),
         cudnn=92301,
         distributions=("nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
     ),
     # SM12x repacks tiles of 64 columns and multiplies 64 of k at a time; SM10x asks for 16.
-    "flashinfer-w4a16-cute-dsl": Spec(
+    "flashinfer-w4a16-cute-dsl": W4A16Kernel(
         "cute-dsl",
-        Limits({"nvfp4": 64}, n_step=64, out_dtypes=_BF16),
+        ShapeLimits({"nvfp4": 64}, n_step=64, out_dtypes=_BF16),
         refused=(110,),
         needs="cutlass",
         distributions=_DSL,
     ),
-    "flashinfer-w4a16-cute-dsl-native": Spec(
+    "flashinfer-w4a16-cute-dsl-native": W4A16Kernel(
         "cute-dsl-native",
-        Limits({"nvfp4": 16}, out_dtypes=_BF16, m_min=1, max_elements=_INT32),
+        ShapeLimits({"nvfp4": 16}, out_dtypes=_BF16, m_min=1, max_elements=_INT32),
         needs="cutlass",
         distributions=_DSL,
     ),
-    "flashinfer-w4a16-blackwell-native": Spec(
-        "blackwell-native", Limits({"nvfp4": 16}, out_dtypes=_BF16, m_min=1)
+    "flashinfer-w4a16-blackwell-native": W4A16Kernel(
+        "blackwell-native", ShapeLimits({"nvfp4": 16}, out_dtypes=_BF16, m_min=1)
     ),
-    "flashinfer-w4a16-blackwell-tiled": Spec(
-        "blackwell-tiled", Limits({"nvfp4": 16}, n_step=64, out_dtypes=_BF16, m_min=1)
+    "flashinfer-w4a16-blackwell-tiled": W4A16Kernel(
+        "blackwell-tiled", ShapeLimits({"nvfp4": 16}, n_step=64, out_dtypes=_BF16, m_min=1)
     ),
 }
 
@@ -108,7 +108,7 @@ def unsupported(name: str, problem: Problem, sm: int) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedFp4Weight:
     """What `prepare_bf16_fp4_weights` gave, to be handed back as it is."""
 
     codes: torch.Tensor
@@ -158,23 +158,27 @@ class FlashInferW4A16:
         roots = [env.FLASHINFER_JIT_DIR, env.FLASHINFER_AOT_DIR]
         return sorted(f for root in roots for f in Path(root).glob("*bf16_fp4*/*.so"))
 
-    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Prepared:
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> PreparedFp4Weight:
         return self._of(weight.codes, weight.scales, weight.global_scale)
 
     def _of(
         self, codes: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor
-    ) -> Prepared:
+    ) -> PreparedFp4Weight:
         prepare, _ = functions()
         alpha = global_scale.reshape(1)
-        return Prepared(*prepare(codes, swizzled(scales), alpha, backend=self._spec.api))
+        return PreparedFp4Weight(*prepare(codes, swizzled(scales), alpha, backend=self._spec.api))
 
-    def run(self, state: Prepared, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+    def run(
+        self, state: PreparedFp4Weight, a: torch.Tensor, out: torch.Tensor, tactic: str
+    ) -> None:
         if a.shape[0] == 0:
             return
         _, multiply = functions()
         self._call(multiply, state, a, out)
 
-    def _call(self, multiply: Any, state: Prepared, a: torch.Tensor, out: torch.Tensor) -> None:
+    def _call(
+        self, multiply: Any, state: PreparedFp4Weight, a: torch.Tensor, out: torch.Tensor
+    ) -> None:
         multiply(
             a,
             state.codes,

@@ -93,7 +93,7 @@ def prepare_global_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class MarlinWeight:
     """A weight in Marlin's layout, with all a call needs besides activations.
 
     weight        int32 (k/16, 2n), both padded
@@ -154,7 +154,7 @@ class Marlin:
     def files(self) -> Sequence[Path]:
         return _build.loaded_files()
 
-    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Weight:
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> MarlinWeight:
         device = weight.codes.device
         facts = torch.cuda.get_device_properties(device)
         sm = 10 * facts.major + facts.minor
@@ -165,7 +165,7 @@ class Marlin:
         packed = torch.empty(padded_k // TILE, 2 * padded_n, dtype=torch.int32, device=device)
         _, repack = _build.load("repack", sm)
         repack(codes.view(torch.int32).T.contiguous(), no_int, packed, padded_k, padded_n, 4)
-        return Weight(
+        return MarlinWeight(
             gemm=_build.load(f"gemm_{problem.out_dtype}", sm)[1],
             weight=packed,
             scales=prepare_scales(weight.scales, padded_n, padded_k, problem.dtype),
@@ -180,7 +180,7 @@ class Marlin:
             atomic=uses_atomic_add(padded_n, padded_k, problem.dtype, sm),
         )
 
-    def run(self, state: Weight, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+    def run(self, state: MarlinWeight, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         m = a.shape[0]
         if m == 0:  # as SGLang's wrapper does
             return

@@ -36,7 +36,7 @@ Expand = Callable[..., torch.Tensor]
 _INT32_MAX = 2**31 - 1
 
 
-def _values(nibble: torch.Tensor) -> torch.Tensor:
+def _e2m1_values(nibble: torch.Tensor) -> torch.Tensor:
     """int32 codes 0..15 -> float32, by arithmetic that vectorises (a look-up does not on CPUs).
 
     Without the sign, e2m1 is convex in its code: the largest of three straight lines.
@@ -57,7 +57,7 @@ def _pack(low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return (low & 0xFFFF) | (high << 16)
 
 
-def _expand(
+def _expand_block(
     codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """codes uint8 (b, block/2), scales uint8 (b,) -> pairs of `dtype`, packed, (b, block/2).
@@ -66,7 +66,7 @@ def _expand(
     """
     byte = codes.int()
     scale = table[scales.int()].unsqueeze(1)
-    return _pack(_values(byte & 15) * scale, _values(byte >> 4) * scale, dtype)
+    return _pack(_e2m1_values(byte & 15) * scale, _e2m1_values(byte >> 4) * scale, dtype)
 
 
 @contextmanager
@@ -90,7 +90,9 @@ class _Kernels:
             if made is None:
                 # Dynamo counts compilations per code object and gives up after eight: each
                 # variant gets a code object of its own.
-                own = FunctionType(_expand.__code__.replace(), _expand.__globals__, "expand")
+                own = FunctionType(
+                    _expand_block.__code__.replace(), _expand_block.__globals__, "expand"
+                )
                 made = self._made[key] = torch.compile(own, fullgraph=True)
         return made
 

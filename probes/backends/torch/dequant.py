@@ -147,7 +147,7 @@ def first_if_default(tactic: str, known: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class DequantWeight:
     """A weight in the plain layout with the tables each tactic decodes it by."""
 
     tensor: Fp4Tensor
@@ -176,14 +176,14 @@ class TorchDequant:
     def tactics(self, problem: Problem, device: Device) -> Sequence[str]:
         return exact_tactics(problem, device.kind)
 
-    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Weight:
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> DequantWeight:
         device = weight.codes.device
         names = exact_tactics(problem, device.type)
-        return Weight(
+        return DequantWeight(
             weight, {t: Decoder.of(weight.format, TACTIC_DTYPES[t], device) for t in names}
         )
 
-    def run(self, state: Weight, a: Any, out: torch.Tensor, tactic: str) -> None:
+    def run(self, state: DequantWeight, a: Any, out: torch.Tensor, tactic: str) -> None:
         decode = state.decoders[first_if_default(tactic, state.decoders)]
         alpha = state.tensor.global_scale
         if isinstance(a, Fp4Tensor):

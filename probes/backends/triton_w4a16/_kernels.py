@@ -145,7 +145,7 @@ def _mxfp4_scale(byte):
 
 
 @triton.jit
-def _code(word, S: tl.constexpr, E1: tl.constexpr, E0: tl.constexpr, M: tl.constexpr):
+def _code_at(word, S: tl.constexpr, E1: tl.constexpr, E0: tl.constexpr, M: tl.constexpr):
     """Value of the code whose bits are at these places of `word`, as fp32 (no inline PTX)."""
     m = (word >> M) & 1
     e = ((word >> E0) & 1) | (((word >> E1) & 1) << 1)
@@ -167,23 +167,23 @@ def _plain_dequantise(word, scale, MX: tl.constexpr, BF16: tl.constexpr):
         s0 = (((both & 0xFF) << 20) + (98 << 23)).to(tl.float32, bitcast=True)
         s1 = (((both >> 8) << 20) + (98 << 23)).to(tl.float32, bitcast=True)
     if BF16:
-        a0 = _code(word, 15, 8, 7, 6) * s0
-        a1 = _code(word, 31, 24, 23, 22) * s0
-        b0 = _code(word, 12, 5, 4, 3) * s0
-        b1 = _code(word, 28, 21, 20, 19) * s0
-        c0 = _code(word, 9, 2, 1, 0) * s1
-        c1 = _code(word, 25, 18, 17, 16) * s1
-        d0 = _code(word, 14, 13, 11, 10) * s1
-        d1 = _code(word, 30, 29, 27, 26) * s1
+        a0 = _code_at(word, 15, 8, 7, 6) * s0
+        a1 = _code_at(word, 31, 24, 23, 22) * s0
+        b0 = _code_at(word, 12, 5, 4, 3) * s0
+        b1 = _code_at(word, 28, 21, 20, 19) * s0
+        c0 = _code_at(word, 9, 2, 1, 0) * s1
+        c1 = _code_at(word, 25, 18, 17, 16) * s1
+        d0 = _code_at(word, 14, 13, 11, 10) * s1
+        d1 = _code_at(word, 30, 29, 27, 26) * s1
     else:
-        a0 = _code(word, 15, 11, 10, 9) * s0
-        a1 = _code(word, 31, 27, 26, 25) * s0
-        b0 = _code(word, 12, 8, 7, 6) * s0
-        b1 = _code(word, 28, 24, 23, 22) * s0
-        c0 = _code(word, 14, 5, 4, 3) * s1
-        c1 = _code(word, 30, 21, 20, 19) * s1
-        d0 = _code(word, 13, 2, 1, 0) * s1
-        d1 = _code(word, 29, 18, 17, 16) * s1
+        a0 = _code_at(word, 15, 11, 10, 9) * s0
+        a1 = _code_at(word, 31, 27, 26, 25) * s0
+        b0 = _code_at(word, 12, 8, 7, 6) * s0
+        b1 = _code_at(word, 28, 24, 23, 22) * s0
+        c0 = _code_at(word, 14, 5, 4, 3) * s1
+        c1 = _code_at(word, 30, 21, 20, 19) * s1
+        d0 = _code_at(word, 13, 2, 1, 0) * s1
+        d1 = _code_at(word, 29, 18, 17, 16) * s1
     return a0, a1, b0, b1, c0, c1, d0, d1
 
 

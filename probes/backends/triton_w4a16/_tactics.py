@@ -13,7 +13,7 @@ TILE_K = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class TileConfig:
     """One tactic: tiles are bm x bn; `split` cuts k; `group` columns of tiles share the L2.
 
     `kernel` says how activations are read: ``gemm`` through pointers, ``tma`` by the copy engine.
@@ -49,7 +49,7 @@ _FIELDS = {"bm": "bm", "bn": "bn", "sk": "split", "w": "warps", "s": "stages", "
 
 
 @lru_cache(maxsize=4096)
-def parse(tactic: str) -> Config:
+def parse(tactic: str) -> TileConfig:
     """The configuration a tactic's name stands for. ValueError for a name that is not one."""
     kernel, *parts = tactic.split("-")
     values: dict[str, int] = {}
@@ -58,7 +58,7 @@ def parse(tactic: str) -> Config:
         if key in _FIELDS and len(part) > len(key):
             values[_FIELDS[key]] = int(part[len(key) :])
     if kernel in ("gemm", "tma") and {"bm", "bn"} <= values.keys():
-        config = Config(kernel, **values)
+        config = TileConfig(kernel, **values)
         if config.name == tactic:
             return config
     raise ValueError(f"triton-w4a16 has no tactic {tactic!r}")
@@ -150,19 +150,19 @@ _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...
 )
 
 
-def candidates(problem: Problem, device: Device) -> Iterator[Config]:
+def candidates(problem: Problem, device: Device) -> Iterator[TileConfig]:
     """Configurations worth timing for the problem, best guess first, each once.
 
     Where the GPU (before SM90) or Triton (before 3.4) lacks TMA, pointers take its place; stages
     are taken away until a block fits its shared memory.
     """
     rows = next(rows for most, rows in _TABLE if problem.m <= most)
-    seen: set[Config] = set()
+    seen: set[TileConfig] = set()
     for kernel, bm, bn, warps, stages, waves in rows:
         if kernel == "best":
             tma = (device.sm or 0) >= 90 and _has_descriptors()
             kernel = "tma" if tma else "gemm"
-        config = Config(kernel, bm, bn, splits(problem, device, bm, bn, waves), warps, stages)
+        config = TileConfig(kernel, bm, bn, splits(problem, device, bm, bn, waves), warps, stages)
         while config.shared() > shared_limit(device):
             config = replace(config, stages=config.stages - 1)
         if config.stages > 1 and config not in seen:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ...problem import FORMATS, Device, Fp4Tensor, Problem
-from ._tactics import TILE_K, Config, candidates, parse
+from ._tactics import TILE_K, TileConfig, candidates, parse
 
 PAD_N = 128
 """Rows of the packed weight are padded to this."""
@@ -105,7 +105,7 @@ def pack(weight: Fp4Tensor, dtype: torch.dtype) -> Packed:
     return Packed(words, scales, gscale, n, k, dtype)
 
 
-def _aligned(t: torch.Tensor) -> bool:
+def _tma_aligned(t: torch.Tensor) -> bool:
     return t.data_ptr() % 16 == 0
 
 
@@ -114,7 +114,9 @@ def _readable(a: torch.Tensor) -> bool:
 
     The stride's factor is the one `compile_for` assumes, so that no call compiles another kernel.
     """
-    return _aligned(a) and a.stride(1) == 1 and a.stride(0) % 16 == 0 and a.stride(0) >= a.shape[1]
+    return (
+        _tma_aligned(a) and a.stride(1) == 1 and a.stride(0) % 16 == 0 and a.stride(0) >= a.shape[1]
+    )
 
 
 class TritonW4A16:
@@ -150,7 +152,7 @@ class TritonW4A16:
             return
         if not _readable(a):
             a = a.clone(memory_format=torch.contiguous_format)
-        if _aligned(out):
+        if _tma_aligned(out):
             launch(state, a, out, config)
         else:
             whole = torch.empty_like(out)
@@ -186,7 +188,7 @@ _REDUCE_BLOCK = 512
 
 
 @lru_cache(maxsize=1024)
-def _constants(config: Config, mx: bool, bf16: bool) -> dict[str, Any]:
+def _constants(config: TileConfig, mx: bool, bf16: bool) -> dict[str, Any]:
     return {
         "BM": config.bm,
         "BN": config.bn,
@@ -206,7 +208,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _activation(a: torch.Tensor, config: Config) -> Any:
+def _activation_argument(a: torch.Tensor, config: TileConfig) -> Any:
     """What the kernel takes for activations `a` (m, k)."""
     if config.kernel != "tma":
         return a
@@ -215,7 +217,7 @@ def _activation(a: torch.Tensor, config: Config) -> Any:
     return TensorDescriptor(a, list(a.shape), list(a.stride()), [config.bm, TILE_K])
 
 
-def launch(state: Packed, a: torch.Tensor, out: torch.Tensor, config: Config) -> None:
+def launch(state: Packed, a: torch.Tensor, out: torch.Tensor, config: TileConfig) -> None:
     """Enqueue the product; a (m, k) and out (m, n) aligned to 16 bytes, m >= 1."""
     from . import _kernels as kernels
 
@@ -226,7 +228,7 @@ def launch(state: Packed, a: torch.Tensor, out: torch.Tensor, config: Config) ->
     tiles_k, n_pad = state.words.shape[:2]
     grid = (-(-m // config.bm) * -(-n // config.bn), split)
     kernels.gemm[grid](
-        _activation(a, config),
+        _activation_argument(a, config),
         state.words,
         state.scales,
         state.gscale,
@@ -246,20 +248,20 @@ def launch(state: Packed, a: torch.Tensor, out: torch.Tensor, config: Config) ->
         )
 
 
-def compile_for(problem: Problem, config: Config) -> None:
+def compile_for(problem: Problem, config: TileConfig) -> None:
     """Compile and load what `launch` needs for the problem, on the current CUDA device."""
     _compile_gemm(problem, config)
     if config.split > 1:
         _compile_reduce(problem, config)
 
 
-def _compile_gemm(problem: Problem, config: Config) -> None:
+def _compile_gemm(problem: Problem, config: TileConfig) -> None:
     from . import _kernels as kernels
 
     mx, k = problem.format == "mxfp4", problem.k
     a: Any = problem.dtype
     if config.kernel == "tma":
-        a = _activation(torch.empty((1, k), dtype=problem.dtype, device="meta"), config)
+        a = _activation_argument(torch.empty((1, k), dtype=problem.dtype, device="meta"), config)
     compiled = kernels.gemm.warmup(
         a,
         torch.int32,
@@ -278,7 +280,7 @@ def _compile_gemm(problem: Problem, config: Config) -> None:
     _ = compiled.run  # loads the module now, rather than in a graph capture
 
 
-def _compile_reduce(problem: Problem, config: Config) -> None:
+def _compile_reduce(problem: Problem, config: TileConfig) -> None:
     from . import _kernels as kernels
 
     compiled = kernels.reduce.warmup(

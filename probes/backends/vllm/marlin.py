@@ -34,7 +34,7 @@ STEPS = (64, 64)
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class VllmMarlinWeight:
     """A layer as vLLM's Marlin takes it."""
 
     codes: torch.Tensor
@@ -71,7 +71,7 @@ class VllmMarlin:
     def files(self) -> Sequence[Path]:
         return compiled_modules()
 
-    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Weight:
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> VllmMarlinWeight:
         """vLLM prepares a layer in place; what it takes is the checkpoint's plain layout."""
         n, k = weight.shape
         kind = torch.float8_e4m3fn if weight.format.has_global else torch.uint8
@@ -91,7 +91,7 @@ class VllmMarlin:
         changed = [v for name, v in now.items() if v is not None and v is not held[name]]
         if weight.format.has_global and len(changed) != 1:
             raise RuntimeError("this vLLM calls a layer's global scale by another name")
-        return Weight(
+        return VllmMarlinWeight(
             layer.weight.data,
             layer.weight_scale.data,
             changed[0].data if changed else None,
@@ -101,11 +101,11 @@ class VllmMarlin:
             k,
         )
 
-    def run(self, state: Weight, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+    def run(self, state: VllmMarlinWeight, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         m = a.shape[0]
         if m == 0:
             return
-        parts = _parts()
+        parts = _vllm_gemm()
         whole = state.padded_n == state.n
         c = out if whole else a.new_empty(m, state.padded_n)
         atomic = parts.should_use_atomic_add_reduce(
@@ -135,7 +135,7 @@ class VllmMarlin:
 
 
 @functools.cache
-def _parts() -> SimpleNamespace:
+def _vllm_gemm() -> SimpleNamespace:
     """vLLM's GEMM and what it is called with. Raises ImportError and AttributeError."""
     marlin = importlib.import_module(f"{_UTILS}.marlin_utils")
     return SimpleNamespace(
@@ -149,7 +149,7 @@ def _parts() -> SimpleNamespace:
 def _missing() -> str | None:
     """What this vLLM lacks, in one sentence."""
     try:
-        parameters = inspect.signature(_parts().gemm).parameters
+        parameters = inspect.signature(_vllm_gemm().gemm).parameters
         importlib.import_module(f"{_UTILS}.marlin_utils_fp4")
     except Exception as error:  # importing an engine may raise anything
         return f"vLLM's Marlin cannot be imported ({type(error).__name__}: {error})"

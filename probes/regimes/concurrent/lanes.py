@@ -26,6 +26,7 @@ from ...launch.outcome import (
     outcome,
     repeat,
 )
+from ..stamps import LaneStamps
 
 LANES = 4
 """Streams (or threads) at once: what engines use for overlapped layers, and enough to collide."""
@@ -37,7 +38,7 @@ def streams(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
     """Several lanes at once with the same prepared weight, launched eagerly."""
-    lanes = _lanes(backend, cases, launches)
+    lanes = lanes_of(backend, cases, launches)
     calls = [call for lane in lanes for call in lane]
     checker = Checker([c.slot for c in calls])
     if device_of(cases).type == "cpu":
@@ -51,7 +52,7 @@ def streams(
         return outcome(checker, calls, cases, seconds, missed, proof)
 
     side = [torch.cuda.Stream() for _ in lanes]
-    stamps = _Stamps(len(lanes), device_of(cases))
+    stamps = LaneStamps(len(lanes), device_of(cases))
     gate = [0.01]
 
     def gated() -> None:
@@ -75,11 +76,11 @@ def graph_streams(
 ) -> Outcome:
     """Several streams at once with the same prepared weight, inside one CUDA graph."""
     need_cuda(cases, "CUDA graphs")
-    lanes = _lanes(backend, cases, launches)
+    lanes = lanes_of(backend, cases, launches)
     calls = [call for lane in lanes for call in lane]
     checker = Checker([c.slot for c in calls])
     side = [torch.cuda.Stream() for _ in lanes]
-    stamps = _Stamps(len(lanes), device_of(cases))
+    stamps = LaneStamps(len(lanes), device_of(cases))
 
     def chain() -> None:
         _fork_join(lanes, side, stamps)
@@ -98,7 +99,9 @@ def graph_streams(
     return outcome(checker, calls, cases, seconds, missed, proof)
 
 
-def _lanes(backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]) -> list[list[Call]]:
+def lanes_of(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]
+) -> list[list[Call]]:
     """Every launch once in each lane, on other rows in each, each starting elsewhere in the chain.
 
     Lanes share the prepared weight and nothing else: on equal rows, a shared scratch buffer would
@@ -120,7 +123,7 @@ def _moved(cases: Sequence[Case], launch: Launch, lane: int) -> Launch:
 
 
 def _fork_join(
-    lanes: Sequence[Sequence[Call]], side: Sequence[torch.cuda.Stream], stamps: _Stamps
+    lanes: Sequence[Sequence[Call]], side: Sequence[torch.cuda.Stream], stamps: LaneStamps
 ) -> None:
     """Run each lane on its own stream, between two points of the current stream."""
     main = torch.cuda.current_stream()
@@ -193,27 +196,3 @@ def run_threads(
         raise errors[0]
     spans.sort()
     return any(later[0] < earlier[1] for earlier, later in pairwise(spans))
-
-
-class _Stamps:
-    """When each lane began and ended, by the GPU's own clock, and how often lanes overlapped."""
-
-    def __init__(self, lanes: int, device: torch.device) -> None:
-        self._times = torch.zeros((lanes, 2), dtype=torch.int64, device=device)
-        self._rounds = torch.zeros(2, dtype=torch.int64, device=device)
-
-    def take(self, lane: int, end: int) -> None:
-        from .._stamp_triton import stamp
-
-        stamp[(1,)](self._times, 2 * lane + end)
-
-    def count(self) -> None:
-        """Count this round, and whether any lane began before one that began earlier ended."""
-        starts, order = self._times[:, 0].sort()
-        ends = self._times[:, 1][order].cummax(0).values
-        overlapped = (starts[1:] < ends[:-1]).any()
-        self._rounds += torch.stack([torch.ones_like(self._rounds[0]), overlapped.long()])
-
-    def proof(self) -> dict[str, int]:
-        rounds, overlapped = self._rounds.tolist()
-        return {"rounds": rounds, "overlapped": overlapped}

@@ -101,10 +101,10 @@ def _end_all() -> None:
         _running.popitem()[1].end()
 
 
-def start(device: Device) -> None:
+def start_neighbour(device: Device) -> None:
     """Start the process that `neighbours` needs, paused; where one is running, nothing is done."""
     if device.kind == "cuda":
-        _neighbour(f"cuda:{device.index}")
+        _running_neighbour(f"cuda:{device.index}")
 
 
 def settled(beat: Callable[[], None]) -> None:
@@ -113,7 +113,7 @@ def settled(beat: Callable[[], None]) -> None:
         other.wait_past(-1, _START, beat)
 
 
-def _neighbour(name: str) -> Neighbour:
+def _running_neighbour(name: str) -> Neighbour:
     other = _running.get(name)
     if other is None or not other.alive:
         other = _running[name] = Neighbour(name)
@@ -134,10 +134,10 @@ def neighbours(
     checker = Checker([call.slot for call in calls])
     device = device_of(cases)
     name = f"cuda:{device.index or 0}"
-    other = _neighbour(name)
+    other = _running_neighbour(name)
     try:
         if not other.wait_past(-1, _START, budget.beat):
-            return _without(other, name)
+            return _not_started(other, name)
         other.tell(GO)
         other.wait_past(other.rounds, 5.0, budget.beat)
         before = other.rounds
@@ -160,7 +160,7 @@ def neighbours(
     return outcome(checker, calls, cases, seconds, missed, {"neighbour_rounds": done})
 
 
-def _without(other: Neighbour, name: str) -> Outcome:
+def _not_started(other: Neighbour, name: str) -> Outcome:
     """What to say where the other process cannot start."""
     words = other.last_words()
     other.end()

@@ -12,7 +12,7 @@ from ...backends import Backend
 from ...check.sweep import Checker
 from ...launch.case import Call, Case, Launch
 from ...launch.outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome
-from .lanes import _lanes, repeat_threads, run_threads
+from .lanes import lanes_of, repeat_threads, run_threads
 
 
 def threads(
@@ -27,7 +27,7 @@ def threads(
     device = device_of(cases)
     if device.type != "cuda":
         raise NotApplicable("a CPU has the threads already in the streams regime")
-    lanes = _lanes(backend, cases, launches)
+    lanes = lanes_of(backend, cases, launches)
     calls = [call for lane in lanes for call in lane]
     checker = Checker([call.slot for call in calls])
     side = [torch.cuda.Stream(device) for _ in lanes]
@@ -36,7 +36,7 @@ def threads(
     def once() -> bool:
         torch.cuda._sleep(int(gate[0] * CYCLES))
         start = time.perf_counter()
-        overlapped = _launch(lanes, side, device)
+        overlapped = _launch_in_threads(lanes, side, device)
         gate[0] = min(1.5 * (time.perf_counter() - start), 0.05)
         checker.sweep()
         return overlapped
@@ -45,7 +45,7 @@ def threads(
     return outcome(checker, calls, cases, seconds, missed, proof)
 
 
-def _launch(
+def _launch_in_threads(
     lanes: Sequence[Sequence[Call]], side: Sequence[torch.cuda.Stream], device: torch.device
 ) -> bool:
     """Run every lane in a thread, between two points of the current stream; whether any overlap."""

@@ -51,7 +51,9 @@ def free_blocks(device: torch.device) -> list[Block]:
     return found
 
 
-def take(blocks: Sequence[Block], device: torch.device, word: int = POISON) -> list[torch.Tensor]:
+def take_poisoned(
+    blocks: Sequence[Block], device: torch.device, word: int = POISON
+) -> list[torch.Tensor]:
     """Allocate the free `blocks` and fill them with `word`: int16, one tensor a block.
 
     Largest first, so that the allocator's best fit for each is the block it describes. Filled on
@@ -64,7 +66,7 @@ def take(blocks: Sequence[Block], device: torch.device, word: int = POISON) -> l
     return held
 
 
-def changed(held: Sequence[torch.Tensor]) -> int:
+def changed_words(held: Sequence[torch.Tensor]) -> int:
     """How many 16-bit words of memory taken with `take` are no longer the poison; waits."""
     if not held:
         return 0

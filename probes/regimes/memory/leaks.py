@@ -26,7 +26,7 @@ _QUARTERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class CallSeries:
     """For each call the seconds it took on the host, and live bytes before the first and after.
 
     ``kept`` is what was still there when the device had caught up: work that waits takes memory.
@@ -118,7 +118,7 @@ def slope(series: Sequence[int]) -> float:
 
 
 def leaks(
-    new: Series, steady: Sequence[Series], distinct: int
+    new: CallSeries, steady: Sequence[CallSeries], distinct: int
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The leak with the most bytes a call, as an error, and all slopes as evidence.
 

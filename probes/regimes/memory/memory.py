@@ -17,8 +17,8 @@ from ...launch.case import BackendRaised, Call, Case, Launch, bind, blame, map_t
 from ...launch.case import prepared_activation as prepared
 from ...launch.outcome import Budget, Outcome, capture, device_of, need_cuda, outcome, repeat
 from ...problem import Fp4Tensor
-from ..concurrent.lanes import _Stamps
-from .allocator import FreeMemory, changed, free_blocks, take
+from ..stamps import LaneStamps
+from .allocator import FreeMemory, changed_words, free_blocks, take_poisoned
 
 _TRAFFIC = 64 << 20
 """Bytes that the neighbour stream copies at a time."""
@@ -43,7 +43,7 @@ def churn(
     calls = [call for launch in launches for call in _twice(backend, again, launch)]
     random.Random(len(calls)).shuffle(calls)
     checker = Checker([call.slot for call in calls])
-    with FreeMemory(device) as free, _neighbour(device) as traffic:
+    with FreeMemory(device) as free, _bus_traffic(device) as traffic:
         # What the backend keeps from its first calls is not fresh any more.
         def each() -> None:
             for call in calls:
@@ -99,7 +99,7 @@ class _Traffic:
         self._target = torch.empty_like(self._source)
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
-            self._stamps = _Stamps(2, device)
+            self._stamps = LaneStamps(2, device)
 
     def begin(self) -> None:
         if not self._cuda:
@@ -135,7 +135,7 @@ class _Traffic:
 
 
 @contextmanager
-def _neighbour(device: torch.device) -> Iterator[_Traffic]:
+def _bus_traffic(device: torch.device) -> Iterator[_Traffic]:
     traffic = _Traffic(device)
     if device.type == "cuda":
         yield traffic
@@ -179,10 +179,10 @@ def regrow(
     checker.sweep()
     torch.cuda.synchronize(device)
     gc.collect()
-    held = take(free_blocks(device), device)
+    held = take_poisoned(free_blocks(device), device)
     torch.cuda.synchronize(device)
     seconds = repeat(captured.replay, budget, device)
-    stray = changed(held)
+    stray = changed_words(held)
     proof = {
         "captured_up_to": ordered[-1].m,
         "grown_to": rows,

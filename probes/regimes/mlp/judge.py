@@ -50,12 +50,12 @@ class TileJudge:
     def reports(self) -> list[SlotReport]:
         """One report a slot; every element of a bad tile counts as wrong. Waits for the device."""
         return [
-            _report(s, bad.tolist(), int(launches))
+            _tile_report(s, bad.tolist(), int(launches))
             for s, bad, launches in zip(self._subjects, self._bad, self._launches, strict=True)
         ]
 
 
-def _report(subject: ByTiles, bad: list[list[int]], launches: int) -> SlotReport:
+def _tile_report(subject: ByTiles, bad: list[list[int]], launches: int) -> SlotReport:
     m, n = subject.ref.shape
     tiles = []
     for row, marks in enumerate(bad):

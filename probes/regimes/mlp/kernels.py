@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..pdl.chain import BLOCK, Clock, Move, Moves, Step
+from ..pdl.chain import BLOCK, DelayClock, Move, Moves, Step
 from .layers import SiluAndMultiply
 
 _SILU_BLOCK = 1024
@@ -16,7 +16,7 @@ _SILU_BLOCK = 1024
 class LateKernels:
     """Kernels in front of the steps of a chain: they trigger, wait as they should, and are late."""
 
-    def __init__(self, clock: Clock, device: torch.device, pdl: bool) -> None:
+    def __init__(self, clock: DelayClock, device: torch.device, pdl: bool) -> None:
         self._clock = clock
         self._device = device
         self._options: dict[str, Any] = {"PDL": pdl, "num_warps": 8}
@@ -69,7 +69,7 @@ class LateKernels:
 
 def silu_with(device: torch.device, pdl: bool) -> SiluAndMultiply:
     """The chain's own SiLU-and-multiply, by itself and without a delay: the same bits."""
-    clock = Clock([Step(lambda: None)], device, late=False)
+    clock = DelayClock([Step(lambda: None)], device, late=False)
     kernels = LateKernels(clock, device, pdl)
 
     def silu(y: torch.Tensor, scale: float, hidden: torch.Tensor) -> None:

@@ -91,11 +91,11 @@ def second(
     scale = 2.0 ** (_GATE_LOG2 - ceil(log2(largest))) if largest else 1.0
     hidden = torch.empty(right.shape[0], problem.k, dtype=right.dtype, device=right.device)
     seed = derive(first.operands.seed, "mlp", problem.n, problem.k)
-    weight = _weight(problem, seed, right.device)
+    weight = _second_weight(problem, seed, right.device)
     while True:
         beat()
         silu(right, scale, hidden)
-        a = _quantised(hidden, problem) if problem.activation == "fp4" else hidden
+        a = _quantised_hidden(hidden, problem) if problem.activation == "fp4" else hidden
         operands = Operands(a, weight, family="mlp", width=None, seed=seed)
         found = case(backend, problem.at(right.shape[0]), operands)
         beat()
@@ -106,7 +106,7 @@ def second(
         scale /= 4
 
 
-def _weight(problem: Problem, seed: int, device: torch.device) -> Fp4Tensor:
+def _second_weight(problem: Problem, seed: int, device: torch.device) -> Fp4Tensor:
     for width in WIDTHS:
         try:
             return exact(problem.at(_ROWS), width, seed, device).weight
@@ -115,7 +115,7 @@ def _weight(problem: Problem, seed: int, device: torch.device) -> Fp4Tensor:
     raise NotApplicable(f"no exact weight of n={problem.n}, k={problem.k}")
 
 
-def _quantised(hidden: torch.Tensor, problem: Problem) -> Fp4Tensor:
+def _quantised_hidden(hidden: torch.Tensor, problem: Problem) -> Fp4Tensor:
     fmt = FORMATS[problem.format]
     if not fmt.has_global:
         return quantise(hidden, fmt)

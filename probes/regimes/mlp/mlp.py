@@ -36,12 +36,11 @@ import torch
 
 from ...backends import Backend
 from ...check.sweep import SlotReport
-from ...launch.case import Case, Launch
+from ...launch.case import Case, Launch, own_quantiser
 from ...launch.outcome import Budget, NotApplicable, Outcome, capture, device_of, repeat
-from ..pdl.chain import Chain, Clock, Move, Step
-from ..pdl.control import Control
+from ..pdl.chain import Chain, DelayClock, Move, Step
+from ..pdl.control import PairOfCopies
 from ..pdl.modes import run_modes
-from ..pdl.quantised import own_quantiser
 from .judge import ByTiles, Judge
 from .kernels import LateKernels, silu_with
 from .layers import device_of_problem, second, second_problem, second_tactics, silu_on_cpu
@@ -99,7 +98,7 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-Ran = tuple[float, str | None, dict[str, Any]]
+ChainRun = tuple[float, str | None, dict[str, Any]]
 """Seconds, why it was not exercised, and the proof."""
 
 
@@ -109,7 +108,7 @@ def _without_pdl(
     judge: Judge,
     budget: Budget,
     device: torch.device,
-) -> Ran:
+) -> ChainRun:
     """On a CPU, and on GPUs where a kernel starts when the one before is done."""
     passing = _passing(layers, device)
 
@@ -117,13 +116,13 @@ def _without_pdl(
         build.spoil()
         waiting: list[Move] = []
         for each, silu in zip(layers, passing, strict=True):
-            _copy([*waiting, *each.before])
+            _copy_moves([*waiting, *each.before])
             each.first.enqueue()
             silu()
-            _copy(each.between)
+            _copy_moves(each.between)
             each.second.enqueue()
             waiting = [each.last]
-        _copy(waiting)
+        _copy_moves(waiting)
         judge.sweep()
 
     if device.type == "cpu":
@@ -139,7 +138,7 @@ def _without_pdl(
 def _passing(layers: Sequence[Layers], device: torch.device) -> list[Callable[[], None]]:
     """For each step: keep a copy of y, and make of it what the second GEMM reads."""
     if device.type == "cuda":
-        kernels = LateKernels(Clock([Step(_nothing)], device, late=False), device, pdl=False)
+        kernels = LateKernels(DelayClock([Step(_nothing)], device, late=False), device, pdl=False)
         return [
             kernels.silu(0, each.y, each.kept[0].out, each.hidden, each.scale) for each in layers
         ]
@@ -158,7 +157,7 @@ def _nothing() -> None:
     pass
 
 
-def _copy(moves: Sequence[Move]) -> None:
+def _copy_moves(moves: Sequence[Move]) -> None:
     for source, target in moves:
         target.copy_(source)
 
@@ -169,12 +168,12 @@ def _with_pdl(
     judge: Judge,
     budget: Budget,
     device: torch.device,
-) -> Ran:
+) -> ChainRun:
     """Each GEMM behind a kernel that lets it start at once; two controls end the chain."""
-    control = Control("raw", device, layers[0].y.dtype)
+    control = PairOfCopies("raw", device, layers[0].y.dtype)
     steps = [step for each in layers for step in (each.first, each.second)]
     steps.append(Step(_nothing))  # behind it, the last result is read
-    clock = Clock([*steps, *control.steps], device)
+    clock = DelayClock([*steps, *control.steps], device)
     kernels = LateKernels(clock, device, pdl=True)
     strikes: list[Callable[[], None]] = []
     waiting: list[Move] = []

@@ -13,10 +13,17 @@ from ...backends import Backend
 from ...check.reference import right, tile_limit
 from ...check.sweep import Slot, slot
 from ...data import WIDTHS
-from ...launch.case import BackendRaised, Case, Launch, blame, prepared_activation
+from ...launch.case import (
+    BackendRaised,
+    Case,
+    Launch,
+    blame,
+    own_quantiser,
+    prepared_activation,
+    quantise_and_run,
+)
 from ...problem import Fp4Tensor
 from ..pdl.chain import Move, Step, arriving, duration_ns
-from ..pdl.quantised import own_quantiser, quantise_and_run
 from .judge import ByTiles
 from .layers import Arena, Second, aligned, nbytes
 
@@ -95,9 +102,9 @@ class Builder:
         self._count += 1
         m, n, dtype = launch.m, first.problem.n, first.problem.dtype
         outputs, hiddens = self._outputs[pair], self._hidden[turn]
-        y = _take(outputs, (m, n), dtype)
-        z = _take(outputs, (m, behind.case.problem.n), dtype)
-        hidden = _take(hiddens, (m, n // 2), dtype)
+        y = _view_of_arena(outputs, (m, n), dtype)
+        z = _view_of_arena(outputs, (m, behind.case.problem.n), dtype)
+        hidden = _view_of_arena(hiddens, (m, n // 2), dtype)
 
         self._inputs[turn].restart()
         a, before = arriving(self._prepared(first, launch), self._inputs[turn].like)
@@ -183,6 +190,6 @@ def _first_that_runs(tactics: Sequence[str], run: Callable[[str], None]) -> str:
     return tactics[-1]
 
 
-def _take(arena: Arena, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _view_of_arena(arena: Arena, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     arena.restart()
     return arena.like(torch.empty(shape, dtype=dtype, device="meta"))

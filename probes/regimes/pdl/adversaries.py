@@ -13,7 +13,7 @@ import torch
 
 from ...check.sweep import POISON, TILE
 from ...launch.outcome import poison
-from .chain import BLOCK, Clock, Moves, Step
+from .chain import BLOCK, DelayClock, Moves, Step
 
 OVERWRITTEN = -75
 """The bits 0xFFB5, what ``waw`` stores: a NaN, and not the one that means unwritten."""
@@ -31,7 +31,12 @@ class Adversary:
     """
 
     def __init__(
-        self, kind: str, steps: Sequence[Step], clock: Clock, device: torch.device, first: int = 0
+        self,
+        kind: str,
+        steps: Sequence[Step],
+        clock: DelayClock,
+        device: torch.device,
+        first: int = 0,
     ) -> None:
         self._kind = kind
         self._steps = tuple(steps)

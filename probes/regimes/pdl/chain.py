@@ -35,7 +35,7 @@ class Step:
     duration_ns: int = 0
 
 
-class Clock:
+class DelayClock:
     """How long the adversary of each step waits, round by round, and when it had waited.
 
     The delay of each step changes from round to round: two short ones, and one longer than the
@@ -73,7 +73,7 @@ class Chain:
     """Steps, and the adversary in front of each, ready to be enqueued any number of times."""
 
     steps: tuple[Step, ...]
-    clock: Clock
+    clock: DelayClock
     strike: Callable[[int], None]
     """Launches the adversary of a step."""
     reset: Callable[[], None]

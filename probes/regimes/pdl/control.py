@@ -6,13 +6,13 @@ import torch
 
 from ...check.sweep import Checker, slot
 from .adversaries import Adversary
-from .chain import Clock, Move, Step
+from .chain import DelayClock, Move, Step
 
 _SHAPE = (64, 512)
 _COPY = 1024
 
 
-class Control:
+class PairOfCopies:
     """How often the two were flagged, and how often they started before they might."""
 
     def __init__(self, kind: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -53,7 +53,7 @@ class Control:
 
         return Step(enqueue, (place,), moves)
 
-    def join(self, clock: Clock, first: int) -> Adversary:
+    def join(self, clock: DelayClock, first: int) -> Adversary:
         """The adversary in front of both, which are steps `first` and the next of the chain."""
         self._clock = clock
         self._adversary = Adversary(self._kind, self.steps, clock, self._device, first)

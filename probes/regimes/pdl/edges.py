@@ -18,7 +18,7 @@ _KERNEL = 0
 _PROGRAMMATIC = 1
 
 
-class CannotSee(Exception):
+class EdgesHidden(Exception):
     """The driver does not tell; the message says why."""
 
 
@@ -60,17 +60,17 @@ def _driver() -> ctypes.CDLL:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise CannotSee(f"no CUDA driver ({error})") from None
+        raise EdgesHidden(f"no CUDA driver ({error})") from None
     for name in ("cuStreamGetCaptureInfo_v3", "cuGraphGetEdges_v2"):
         if not hasattr(driver, name):
-            raise CannotSee(f"this CUDA driver has no {name}")
+            raise EdgesHidden(f"this CUDA driver has no {name}")
     return driver
 
 
 def _call(name: str, *arguments: Any) -> None:
     code = getattr(_driver(), name)(*arguments)
     if code:
-        raise CannotSee(f"{name} failed with CUDA error {code}")
+        raise EdgesHidden(f"{name} failed with CUDA error {code}")
 
 
 def _state(stream: int) -> tuple[ctypes.c_void_p, tuple[Node, ...]]:
@@ -89,7 +89,7 @@ def _state(stream: int) -> tuple[ctypes.c_void_p, tuple[Node, ...]]:
         ctypes.byref(count),
     )
     if status.value != 1:
-        raise CannotSee("the stream is not being captured")
+        raise EdgesHidden("the stream is not being captured")
     return graph, tuple(nodes[i] or 0 for i in range(count.value))
 
 
@@ -98,7 +98,7 @@ def tail(stream: int) -> tuple[Node, ...]:
     return _state(stream)[1]
 
 
-def edges(stream: int) -> tuple[Edge, ...]:
+def captured_edges(stream: int) -> tuple[Edge, ...]:
     """Every edge of the graph that `stream` is captured into, as it is now."""
     graph, _ = _state(stream)
     size = 1024
@@ -133,7 +133,7 @@ def name(node: Node) -> str:
         else:
             _call("cuKernelGetName", ctypes.byref(text), ctypes.c_void_p(params.kernel))
         return (text.value or b"").decode(errors="replace")
-    except (CannotSee, AttributeError):
+    except (EdgesHidden, AttributeError):
         return "a kernel"
 
 

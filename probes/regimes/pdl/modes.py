@@ -12,7 +12,7 @@ import torch
 from ...launch.outcome import CYCLES, Budget, repeat
 from . import edges
 from .chain import TURNS, Chain
-from .control import Control
+from .control import PairOfCopies
 
 _SHARE = 0.5
 """The bad control must be flagged in this share of the rounds for a mode to count."""
@@ -20,7 +20,7 @@ UNKNOWN, NOTHING, ORDINARY, PDL = "unknown", "nothing", "ordinary", "pdl"
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class StepLaunch:
     """What a step's call turned out to be, from the edges of the captured graph."""
 
     kind: str
@@ -72,11 +72,11 @@ class Mode:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class ModesRun:
     """Both modes of one chain. `seen` has what each step's call was, controls last."""
 
     modes: tuple[Mode, ...]
-    seen: tuple[Seen, ...]
+    seen: tuple[StepLaunch, ...]
     seconds: float
     uncaptured: str | None
 
@@ -110,11 +110,11 @@ class Ran:
 
 def run_modes(
     chain: Chain,
-    control: Control,
+    control: PairOfCopies,
     check: Callable[[], None],
     budget: Budget,
     device: torch.device,
-) -> Ran:
+) -> ModesRun:
     """Run the chain, half of the budget eagerly and half as a graph; `check` ends each round."""
 
     def finish() -> None:
@@ -126,7 +126,7 @@ def run_modes(
     half = replace(budget, least=max(budget.least, TURNS), seconds=budget.seconds / 2)
     half = replace(half, most=max(half.least, half.most))
     modes = [_eager(chain, control, finish, half, device)]
-    seen = (Seen(UNKNOWN),) * len(chain.steps)
+    seen = (StepLaunch(UNKNOWN),) * len(chain.steps)
     uncaptured = None
     try:
         captured, seen = _capture(chain, finish)
@@ -136,11 +136,11 @@ def run_modes(
         uncaptured = f"not captured: {type(error).__name__}: {first}"
     else:
         modes.append(_counted("graph", captured.replay, control, half, device))
-    return Ran(tuple(modes), seen, time.perf_counter() - start, uncaptured)
+    return ModesRun(tuple(modes), seen, time.perf_counter() - start, uncaptured)
 
 
 def _counted(
-    name: str, once: Callable[[], Any], control: Control, budget: Budget, device: torch.device
+    name: str, once: Callable[[], Any], control: PairOfCopies, budget: Budget, device: torch.device
 ) -> Mode:
     before = control.totals()
     repeat(once, budget, device)
@@ -150,7 +150,7 @@ def _counted(
 
 def _eager(
     chain: Chain,
-    control: Control,
+    control: PairOfCopies,
     finish: Callable[[], None],
     budget: Budget,
     device: torch.device,
@@ -172,7 +172,7 @@ def _eager(
 
 def _capture(
     chain: Chain, finish: Callable[[], None]
-) -> tuple[torch.cuda.CUDAGraph, tuple[Seen, ...]]:
+) -> tuple[torch.cuda.CUDAGraph, tuple[StepLaunch, ...]]:
     """The chain as a graph, and what each step's call is in it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -184,7 +184,7 @@ def _capture(
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     tails: dict[tuple[int, str], tuple[edges.Node, ...]] = {}
-    seen = [Seen(UNKNOWN)] * len(chain.steps)
+    seen = [StepLaunch(UNKNOWN)] * len(chain.steps)
 
     def note(index: int, when: str) -> None:
         tails[index, when] = edges.tail(stream.cuda_stream)
@@ -194,11 +194,11 @@ def _capture(
         chain.reset()
         try:
             edges.tail(stream.cuda_stream)
-        except edges.CannotSee:
+        except edges.EdgesHidden:
             chain.enqueue()
         else:
             chain.enqueue(note)
-            found = edges.edges(stream.cuda_stream)
+            found = edges.captured_edges(stream.cuda_stream)
             seen = [_classify(found, tails, index) for index in range(len(chain.steps))]
         finish()
     return captured, tuple(seen)
@@ -208,11 +208,11 @@ def _classify(
     found: Sequence[edges.Edge],
     tails: dict[tuple[int, str], tuple[edges.Node, ...]],
     index: int,
-) -> Seen:
+) -> StepLaunch:
     """What follows an adversary in the graph: nothing, an ordinary launch, or one with PDL."""
     adversary, end = tails[index, "adversary"], tails[index, "call"]
     if adversary == end:
-        return Seen(NOTHING)
+        return StepLaunch(NOTHING)
     first = edges.after(found, adversary)
     inside = {edge.target for edge in first}
     inner: list[str] = []
@@ -225,4 +225,4 @@ def _classify(
                 queue.append(edge.target)
             inside.add(edge.target)
     kind = PDL if any(edge.programmatic for edge in first) else ORDINARY
-    return Seen(kind, ", ".join(edges.name(edge.target) for edge in first), tuple(inner))
+    return StepLaunch(kind, ", ".join(edges.name(edge.target) for edge in first), tuple(inner))

@@ -47,14 +47,13 @@ import torch
 from ...backends import Backend
 from ...check.sweep import Checker, SlotReport, slot
 from ...formats import dequantise
-from ...launch.case import Case, Launch, bind, rebind
+from ...launch.case import Case, Launch, bind, own_quantiser, quantise_and_run, rebind
 from ...launch.outcome import Budget, NotApplicable, Outcome, device_of, need_cuda
 from ...problem import Fp4Tensor
 from .adversaries import Adversary
-from .chain import Chain, Clock, Step, arriving, duration_ns
-from .control import Control
-from .modes import Ran, Seen, run_modes
-from .quantised import own_quantiser, quantise_and_run
+from .chain import Chain, DelayClock, Step, arriving, duration_ns
+from .control import PairOfCopies
+from .modes import ModesRun, StepLaunch, run_modes
 
 MOST_PAIRS = 8
 MOST_QUANTISED = 8
@@ -114,14 +113,14 @@ def attack(
     for launch in launches:
         attacked.append(_alone(kind, backend, cases, launch))
         budget.beat()
-    attacked += [_pair(kind, backend, cases, *pair) for pair in _pairs(launches, cases)]
+    attacked += [_pair(kind, backend, cases, *pair) for pair in _call_pairs(launches, cases)]
     if kind == "raw":
-        attacked += _quantised(backend, cases, launches)
+        attacked += _behind_own_quantiser(backend, cases, launches)
     budget.beat()
 
-    control = Control(kind, device, cases[0].problem.dtype)
+    control = PairOfCopies(kind, device, cases[0].problem.dtype)
     steps = [each.step for each in attacked]
-    clock = Clock([*steps, *control.steps], device)
+    clock = DelayClock([*steps, *control.steps], device)
     adversary = Adversary(kind, steps, clock, device)
     behind = control.join(clock, len(steps))
     checker = Checker([slot for step in steps for slot in step.slots])
@@ -172,21 +171,21 @@ def _pair(
     return _Attacked(step, (first, second))
 
 
-def _pairs(launches: Sequence[Launch], cases: Sequence[Case]) -> list[tuple[Launch, Launch]]:
+def _call_pairs(launches: Sequence[Launch], cases: Sequence[Case]) -> list[tuple[Launch, Launch]]:
     """Neighbours in the chain, each item's first launch once, on rows further down the pool."""
     firsts = list({launch.item: launch for launch in reversed(launches) if launch.m}.values())
-    moved = [_moved(cases, launch) for launch in firsts]
+    moved = [_further_down(cases, launch) for launch in firsts]
     if len(moved) == 1:
         moved.append(firsts[0])
     return list(zip(moved[::2], moved[1::2], strict=False))[:MOST_PAIRS]
 
 
-def _moved(cases: Sequence[Case], launch: Launch) -> Launch:
+def _further_down(cases: Sequence[Case], launch: Launch) -> Launch:
     places = cases[launch.case].problem.m - launch.m + 1
     return replace(launch, offset=(launch.offset + max(1, places // 2)) % places)
 
 
-def _quantised(
+def _behind_own_quantiser(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]
 ) -> list[_Attacked]:
     """Calls behind the backend's own quantiser, which reads a late 16-bit activation."""
@@ -230,7 +229,7 @@ def _outcome(
     cases: Sequence[Case],
     checker: Checker,
     adversary: Adversary,
-    ran: Ran,
+    ran: ModesRun,
 ) -> Outcome:
     launches = [launch for each in attacked for launch in each.launches]
     reports = [_with_early(r, adversary, i) for i, r in enumerate(checker.reports())]
@@ -264,7 +263,9 @@ def _with_early(report: SlotReport, adversary: Adversary, place: int) -> SlotRep
     )
 
 
-def _exempt(pairs: Sequence[tuple[Launch, SlotReport]], seen: Sequence[Seen]) -> dict[int, str]:
+def _exempt(
+    pairs: Sequence[tuple[Launch, SlotReport]], seen: Sequence[StepLaunch]
+) -> dict[int, str]:
     """Items that launch nothing with PDL behind an adversary, and came out right."""
     reasons: dict[int, str] = {}
     attacked: set[int] = set()

@@ -10,7 +10,7 @@ import torch
 from ...backends import Backend
 from ...check.sweep import GUARD, POISON, TILE, SlotReport
 from ...launch.case import BackendRaised, Case, Launch, blame, prepared_activation, tensors
-from ...launch.outcome import Budget, NotApplicable, Outcome, device_of
+from ...launch.outcome import Budget, NotApplicable, Outcome, device_of, wait
 from ...problem import Fp4Tensor
 
 ELEMENTS = 1 << 31
@@ -68,7 +68,7 @@ def past(
     proof = {"m": m, "output_elements": m * n, "activation_elements": m * k}
     period = min(_PERIOD, case.problem.m - 1 | 1) if case.problem.m else 1
     index = torch.arange(m, device=device) % period
-    activation = prepared_activation(backend, _rows(case, index))
+    activation = prepared_activation(backend, _pool_rows(case, index))
     guard = TILE * n
     memory = torch.full((m * n + 2 * guard,), GUARD, dtype=torch.int16, device=device)
     inside = memory[guard : guard + m * n]
@@ -77,9 +77,9 @@ def past(
     try:
         with blame(backend):
             backend.run(case.state, activation, out, largest.tactic)
-        _wait(device)
+        wait(device)
     except (RuntimeError, BackendRaised) as error:
-        _wait(device)  # raises where the context is lost
+        wait(device)  # raises where the context is lost
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         exempt[largest.item] = f"m={m} was refused: {first[:200]}"
         return Outcome(0, (), 0, 0.0, proof=proof, exempt=exempt)
@@ -90,7 +90,7 @@ def past(
     return Outcome(1, ((launch, report),), changed, 0.0, proof=proof, exempt=exempt)
 
 
-def _rows(case: Case, index: torch.Tensor) -> torch.Tensor | Fp4Tensor:
+def _pool_rows(case: Case, index: torch.Tensor) -> torch.Tensor | Fp4Tensor:
     a = case.rows(0, case.problem.m)
     if isinstance(a, Fp4Tensor):
         return replace(a, codes=a.codes[index], scales=a.scales[index])
@@ -122,7 +122,7 @@ def _compare(out: torch.Tensor, case: Case, index: torch.Tensor, stray: int) -> 
             values = (float(x[row, col]) for x in (part, lo, hi))
             found, low, high = values
             witness = (first + row, col, found, low, high)
-        _mark(bad, first // TILE, tiles)
+        _mark_tiles(bad, first // TILE, tiles)
     return SlotReport(
         wrong=wrong,
         unwritten=unwritten,
@@ -134,7 +134,7 @@ def _compare(out: torch.Tensor, case: Case, index: torch.Tensor, stray: int) -> 
     )
 
 
-def _mark(bad: torch.Tensor, first: int, tiles: Tiles) -> None:
+def _mark_tiles(bad: torch.Tensor, first: int, tiles: Tiles) -> None:
     """Count the bad elements of each tile, for the first few tiles."""
     if len(tiles) >= _MOST_TILES:
         return
@@ -144,8 +144,3 @@ def _mark(bad: torch.Tensor, first: int, tiles: Tiles) -> None:
     counts = whole.view(-1, TILE, whole.shape[1] // TILE, TILE).sum(dim=(1, 3))
     for row, col in counts.nonzero()[: _MOST_TILES - len(tiles)].tolist():
         tiles[first + row, col] = int(counts[row, col])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

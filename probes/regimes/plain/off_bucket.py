@@ -15,8 +15,8 @@ from ... import census
 from ...backends import Backend
 from ...check.sweep import Checker, slot_bytes
 from ...launch.case import Call, Case, Launch, bind
-from ...launch.outcome import CYCLES, Budget, Outcome, device_of, outcome
-from ..memory.leaks import Series, leaks, live_bytes, open_handles
+from ...launch.outcome import CYCLES, Budget, Outcome, device_of, outcome, wait
+from ..memory.leaks import CallSeries, leaks, live_bytes, open_handles
 
 MOST = 48
 """Different m in one run."""
@@ -38,7 +38,7 @@ def off_bucket(
     """
     device = device_of(cases)
     rng = random.Random(len(launches))
-    chosen = spread(cases, launches, rng)
+    chosen = spread_over_m(cases, launches, rng)
     calls = [bind(backend, cases, launch) for launch in chosen]
     checker = Checker([call.slot for call in calls])
     start = time.perf_counter()
@@ -52,23 +52,23 @@ def off_bucket(
         call.enqueue()
     first = [call for call in calls if largest[call.launch.item] is not call]
     rng.shuffle(first)
-    new = _walk(first, device, checker)
-    known: list[Series] = []
+    new = _call_each(first, device, checker)
+    known: list[CallSeries] = []
     while len(known) < 2 or (
         len(known) < min(budget.most, _PASSES) and time.perf_counter() - start < budget.seconds
     ):
-        known.append(_walk(rng.sample(calls, len(calls)), device, checker))
+        known.append(_call_each(rng.sample(calls, len(calls)), device, checker))
         budget.beat()
     # The first of them makes the second call of each m, which may still settle something.
     errors, proof = leaks(new, known[1:], len(first))
     if errors:
         # An allocator's own records may grow for a while, and then they stop: looked at for longer,
         # and without what CUPTI keeps of each launch in a process that took a census.
-        _wait(device)
+        wait(device)
         census.leave()
         later = []
         for _ in range(_PASSES):
-            later.append(_walk(rng.sample(calls, len(calls)), device, checker))
+            later.append(_call_each(rng.sample(calls, len(calls)), device, checker))
             budget.beat()
         errors, proof = leaks(new, later, len(first))
     graded: list[dict[str, Any]] = []
@@ -90,7 +90,9 @@ def off_bucket(
     )
 
 
-def spread(cases: Sequence[Case], launches: Sequence[Launch], rng: random.Random) -> list[Launch]:
+def spread_over_m(
+    cases: Sequence[Case], launches: Sequence[Launch], rng: random.Random
+) -> list[Launch]:
     """`launches`, and others of m between each item's smallest and largest, in random order."""
     found = list(launches)
     room = _BYTES
@@ -122,9 +124,9 @@ def _sample(numbers: range, most: int, rng: random.Random) -> list[int]:
     return rng.sample(numbers, min(most, len(numbers)))
 
 
-def _walk(calls: Sequence[Call], device: torch.device, checker: Checker) -> Series:
+def _call_each(calls: Sequence[Call], device: torch.device, checker: Checker) -> CallSeries:
     """Make every call, reading the counters of memory in between, and check what came out."""
-    _wait(device)
+    wait(device)
     before = open_handles()
     names = live_bytes(device).keys()
     memory: dict[str, list[int]] = {name: [0] * (len(calls) + 1) for name in names}
@@ -138,13 +140,13 @@ def _walk(calls: Sequence[Call], device: torch.device, checker: Checker) -> Seri
         for name, value in live_bytes(device).items():
             memory[name][index + 1] = value
     checker.sweep()
-    _wait(device)
+    wait(device)
     kept = {name: value - memory[name][0] for name, value in live_bytes(device).items()}
     handles = {name: value - before[name] for name, value in open_handles().items()}
-    return Series([call.launch.m for call in calls], seconds, memory, kept, handles)
+    return CallSeries([call.launch.m for call in calls], seconds, memory, kept, handles)
 
 
-def _plan_times(new: Series, again: Series, proof: dict[str, Any]) -> list[dict[str, Any]]:
+def _plan_times(new: CallSeries, again: CallSeries, proof: dict[str, Any]) -> list[dict[str, Any]]:
     """Host time of the first call of an m against that of its second."""
     later: dict[int, list[float]] = {}
     for m, seconds in zip(again.ms, again.seconds, strict=True):
@@ -188,8 +190,3 @@ def _host_syncs(calls: Sequence[Call], proof: dict[str, Any]) -> list[dict[str, 
         return []
     text = f"{waited} of {len(calls)} calls waited for the GPU before they returned"
     return [{"kind": "host sync", "message": text}]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

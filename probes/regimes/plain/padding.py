@@ -36,7 +36,7 @@ def padding(
         calls.append(around)
         scale_bytes += found
         if launch.m > 1:
-            calls.append(_inside(backend, cases, launch))
+            calls.append(_nan_inside(backend, cases, launch))
             nan_rows += launch.m // 2
     checker = Checker([call.slot for call in calls])
 
@@ -69,7 +69,7 @@ def _around(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Ca
     return rebind(backend, cases, bind(backend, cases, launch), activation), differ
 
 
-def _inside(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
+def _nan_inside(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
     """The launch with NaN in its second half, and only the first half of its output checked."""
     real = launch.m - launch.m // 2
     rows = _surrounded(cases[launch.case].rows(launch.offset, launch.m))
