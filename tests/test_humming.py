@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4tune.probes.backends import humming as adapter
-from fp4tune.probes.backends.humming import Humming, Layer, decode, encode, schedule, schedules
+from fp4tune.probes.backends.humming import (
+    Humming,
+    HummingLayer,
+    decode,
+    encode,
+    schedule,
+    schedules,
+)
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
 
 H200 = Device("cuda", 90)
@@ -106,7 +113,7 @@ def gpu(monkeypatch) -> Device:
 def test_every_m_has_the_schedule_of_its_interval(
     gpu: Device, format_name: str, n: int, k: int
 ) -> None:
-    layer = Layer(format_name, "bf16", n, k, 0)
+    layer = HummingLayer(format_name, "bf16", n, k, 0)
     highs, tactics = schedules(layer)
     assert list(highs) == sorted(set(highs)) and highs[-1] >= 2**30
     low = 0
@@ -121,7 +128,7 @@ def test_every_m_has_the_schedule_of_its_interval(
 def test_a_tactic_is_the_schedule_humming_chose(gpu: Device) -> None:
     problem = Problem("nvfp4", 17, 4096, 4096)
     (name,) = Humming().tactics(problem, gpu)
-    config = adapter.layer_config(Layer.of(problem, 0))
+    config = adapter.layer_config(HummingLayer.of(problem, 0))
     chosen = adapter._humming().get_heuristics_config(config, gemm_type="dense", device=0)
     own = next(tuning for low, high, tuning in chosen if low < 17 <= high)
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in own.items()}
