@@ -211,7 +211,7 @@ class Interpreted(checks.Checker):
         self._table = torch.tensor(places)
         device = torch.device("cpu")
         self._tile_table = checks._tile_table(tiles, self._first_tile, self._columns, device)
-        self._aligned = all(map(checks._aligned, slots))
+        self._aligned = all(map(checks._rows_aligned, slots))
         self._on_cuda = True
 
 
