@@ -26,6 +26,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..launch.process import Snapshot, differences, snapshot
 from . import NAME, Backend
 
 GROUP = "fp4tune.backends"
@@ -67,6 +70,7 @@ BUILTIN: dict[str, str] = {
 """Name to ``module:attribute`` in this package; the attribute is what an entry point may be."""
 
 _ALLOWED = "up to 128 letters, digits, dots, dashes, underscores and plus signs"
+_HOST = torch.device("cpu")
 _TEXT_MEMBERS = ("name", "activation", "layout")
 _METHODS = {
     "unsupported": ("problem", "device"),
@@ -256,11 +260,50 @@ def _unknown(name: str) -> UnknownBackend:
     return UnknownBackend(f"there is no backend {name!r}; {hint}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A backend, the name it was loaded by, and the process's settings around that."""
+
+    backend: Backend
+    spec: str
+    before: Snapshot
+    after: Snapshot
+
+
+_loaded: dict[int, _Loaded] = {}
+"""By the id of the backend."""
+
+
 def load_one(name: str) -> Backend:
     """The backend called `name`, or the one in the file ``FILE.py:NAME``.
 
     Raises UnknownBackend or BadBackend (both ValueError), one sentence each.
     """
+    before = snapshot(_HOST)
+    backend = _load(name)
+    _loaded[id(backend)] = _Loaded(backend, name, before, snapshot(_HOST))
+    return backend
+
+
+def effects_of(backend: Backend) -> dict[str, str]:
+    """What loading the backend changed of the process, by setting (`launch.process`)."""
+    found = _loaded.get(id(backend))
+    return differences(found.before, found.after) if found else {}
+
+
+def settings_of(backend: Backend) -> Snapshot:
+    """What the process was set to when the backend had been loaded; empty where it was not."""
+    found = _loaded.get(id(backend))
+    return found.after if found else {}
+
+
+def spec_of(backend: Backend) -> str | None:
+    """The name that the backend was loaded by; None for one that was made otherwise."""
+    found = _loaded.get(id(backend))
+    return found.spec if found else None
+
+
+def _load(name: str) -> Backend:
     if is_file(name):
         return load_file(name)
     if name in BUILTIN:

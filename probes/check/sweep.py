@@ -62,15 +62,15 @@ class SlotReport:
         return self.wrong == 0 and self.guard == 0 and self.early == 0
 
 
-def slot(lo: torch.Tensor, hi: torch.Tensor) -> Slot:
+def slot(lo: torch.Tensor, hi: torch.Tensor, guard: int | None = None) -> Slot:
     """A poisoned slot for outputs between `lo` and `hi` (m, n), with guard zones around it.
 
     The zones hold a whole tile of rows (at most 1 MiB each), since a kernel that runs over the end
-    writes rows.
+    writes rows; or `guard` elements at least, where many slots are wanted.
     """
     m, n = lo.shape
     # A multiple of 1 KiB keeps the output as aligned as the allocator made the buffer.
-    guard = -(-min(TILE * n, 1 << 19) // 512) * 512
+    guard = -(-(min(TILE * n, 1 << 19) if guard is None else guard) // 512) * 512
     buffer = torch.full((2 * guard + m * n,), GUARD, dtype=torch.int16, device=lo.device)
     inside = buffer[guard : guard + m * n]
     inside.fill_(POISON)

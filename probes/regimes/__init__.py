@@ -10,6 +10,9 @@ from ..launch.outcome import Budget, NotApplicable, Outcome, Regime
 from .concurrent.lanes import LANES, graph_streams, streams
 from .concurrent.neighbours import neighbours, settled, start_neighbour
 from .concurrent.threads import threads
+from .host.effects import effects
+from .host.history import history
+from .host.weights import weights
 from .memory.memory import churn, regrow
 from .memory.rewrite import rewrite
 from .mlp.mlp import mlp_chain
@@ -48,6 +51,9 @@ REGIMES: dict[str, Regime] = {
     "padding": padding,
     "strided": strided,
     "off-bucket": off_bucket,
+    "weights": weights,
+    "effects": effects,
+    "history": history,
     "churn": churn,
     "regrow": regrow,
     "neighbours": neighbours,

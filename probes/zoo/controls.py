@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..backends import Backend
 from ..problem import Device, Fp4Tensor, Problem
-from . import hosts, splitk, wrong
+from . import effects, history, hosts, splitk, weights, wrong
 from .floor import Right, twin
 
 NAME = "controls"
@@ -90,6 +91,19 @@ CONTROLS: dict[str, Control] = {
     "off-bucket": Control("host-leak", "keeps memory of every call", hosts.LeaksOnTheHost),
     "churn": Control(
         "uninitialised", "reads memory that nobody has written", hosts.PadsWithGarbage
+    ),
+    "weights": Control(
+        "one-answer-an-activation",
+        "answers for one weight with another's result",
+        weights.AnswersByActivation,
+    ),
+    "history": Control(
+        "counter-wraps",
+        "leaves one call in a thousand unwritten",
+        partial(history.CounterWraps, bits=10),
+    ),
+    "effects": Control(
+        "draws-from-python", "draws from Python's random numbers", effects.DrawsFromPython
     ),
     "regrow": Control("resized", "replaces a buffer that a graph uses", hosts.Resizes),
     "streams": _SHARED,

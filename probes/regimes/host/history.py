@@ -1,0 +1,199 @@
+"""Calls by the hundred thousand: what depends on how many there were, or on when the last one was.
+
+A counter of 16 bits that wraps, a buffer that is changed over every ten thousand calls, a plan that
+is thrown away after a pause: none shows in a few hundred calls, and replays of a graph, which call
+no host code, never show it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...backends import Backend
+from ...check.reference import Expectation, expect
+from ...check.sweep import SlotReport
+from ...data import window
+from ...launch.case import Case, Launch, blame, prepared_activation
+from ...launch.outcome import Budget, Outcome, poison, wait
+from .small import small_problem
+from .weights import smallest_of_each
+
+CALLS = (1 << 17) + (1 << 10)
+"""Calls that are aimed at: counters of 15, 16 and 17 bits wrap, and 1 call in 10,000 comes 13
+times."""
+_RING = 65
+"""Outputs that are checked at once: the last has another activation than the first."""
+_TURNS = 3
+"""Activations that take turns: the answer of the call before is wrong."""
+_LEAST = 1 << 11
+"""Calls that are made whatever the time."""
+_TIMES, _LONG_TIMES = 4, 40
+"""How many budgets of seconds the calls may take: the second from level `standard` on."""
+LONG = 0.2
+"""Seconds of a budget from which on calls go on for long, and pauses are made."""
+PAUSE = 2.5
+"""Seconds between two calls, in which nothing is called."""
+_done: dict[tuple[int, str], Backend] = {}
+"""Backends and tactics that have had their many calls in this process, by id: once is enough."""
+
+
+def history(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """Eager calls of one launch of each tactic, every output checked, then a pause, and more calls.
+
+    On a CPU they are made on the smallest shape that the backend takes, where a call costs little
+    but itself. `proof` says how many were made; a tactic that has had its many calls in this
+    process is called a few times more.
+    """
+    start = time.perf_counter()
+    reports: list[tuple[Launch, SlotReport]] = []
+    errors: dict[int, dict[str, str]] = {}
+    proof: dict[str, Any] = {"calls": 0, "pause_seconds": 0.0}
+    for launch in smallest_of_each(launches):
+        key = id(backend), launch.tactic
+        seconds = budget.seconds * (_LONG_TIMES if budget.seconds >= LONG else _TIMES)
+        if key in _done:
+            seconds = budget.seconds
+        elif budget.seconds >= LONG:
+            _done[key] = backend
+        series, small = _series(backend, cases, launch)
+        limits = _Limits(CALLS, max(seconds, 0.02), budget.beat)
+        series.run(limits)
+        if budget.seconds >= LONG and key in _done and not proof["pause_seconds"]:
+            end = time.monotonic() + PAUSE
+            while time.monotonic() < end:
+                budget.beat()
+                time.sleep(0.25)
+            proof["pause_seconds"] = PAUSE
+            series.run(replace(limits, calls=_RING))
+        proof["calls"] += series.made
+        if small:
+            # What failed is not the launch's own shape: it is said in words.
+            reports.append((launch, SlotReport(0, 0, 0, 0, 0, None, ())))
+            if series.bad:
+                errors[launch.item] = {"kind": "wrong", "message": series.said()}
+        else:
+            reports.append((launch, series.report()))
+    return Outcome(
+        repeats=proof["calls"] // max(1, len(reports)),
+        reports=tuple(reports),
+        changed_inputs=sum(case.unchanged.changed() for case in cases),
+        seconds=time.perf_counter() - start,
+        proof=proof,
+        errors=errors,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """When a series of calls ends."""
+
+    calls: int
+    seconds: float
+    beat: Callable[[], None]
+
+
+class _Series:
+    """Calls of one state into a ring of outputs, on activations that take turns.
+
+    state as `prepare` gave it; turns: activation (m, k) and answer (m, n) of each.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        state: Any,
+        turns: Sequence[tuple[Any, Expectation]],
+        tactic: str,
+    ) -> None:
+        right = turns[0][1].lo
+        m, n = right.shape
+        self._n = n
+        self._ring = poison(torch.empty(_RING, m, n, dtype=right.dtype, device=right.device))
+        order = [index % len(turns) for index in range(_RING)]
+        self._lo = torch.stack([turns[index][1].lo for index in order])
+        self._hi = torch.stack([turns[index][1].hi for index in order])
+        self._bad = torch.zeros(_RING, dtype=torch.int64, device=right.device)
+        self._first = torch.full((1,), CALLS * 8, dtype=torch.int64, device=right.device)
+        self._place = torch.arange(1, _RING + 1, device=right.device)
+        outs = list(self._ring)
+
+        def round_() -> None:
+            with blame(backend):
+                for index, turn in enumerate(order):
+                    backend.run(state, turns[turn][0], outs[index], tactic)
+
+        self._round = round_
+        self.made = 0
+
+    def run(self, limits: _Limits) -> None:
+        """Call, and check each output, until a limit is reached."""
+        device = self._ring.device
+        end = time.perf_counter() + limits.seconds
+        first = self.made
+        beaten = time.perf_counter()
+        while self.made - first < limits.calls and (
+            self.made < _LEAST or time.perf_counter() < end
+        ):
+            self._round()
+            wrong = ~((self._ring >= self._lo) & (self._ring <= self._hi)).flatten(1).all(dim=1)
+            self._bad += wrong
+            at = torch.where(wrong, self._place + self.made, CALLS * 8)
+            self._first = torch.minimum(self._first, at.min())
+            poison(self._ring)
+            self.made += _RING
+            if time.perf_counter() > beaten + 0.5:
+                wait(device)
+                limits.beat()
+                beaten = time.perf_counter()
+        wait(device)
+
+    @property
+    def bad(self) -> int:
+        """Calls that came out wrong; waits for the device."""
+        return int(self._bad.sum())
+
+    def said(self) -> str:
+        """The failures in words."""
+        return (
+            f"{self.bad} of {self.made} calls in a row came out wrong, the first of them call "
+            f"{int(self._first)} (m={self._ring.shape[1]}, n={self._n})"
+        )
+
+    def report(self) -> SlotReport:
+        """The failures as those of one launch; `first` is the number of the first bad call."""
+        bad = self.bad
+        return SlotReport(bad, 0, 0, bad, 0, None, (), first=int(self._first) if bad else 0)
+
+
+def _series(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[_Series, bool]:
+    """Calls of the launch, and whether on another, smaller shape."""
+    case = cases[launch.case]
+    small = small_problem(backend, cases, case, rows=_TURNS)
+    if small is None:
+        places = max(1, min(_TURNS, case.problem.m // launch.m))
+        offsets = [(launch.offset + i * launch.m) % (case.problem.m - launch.m + 1)
+                   for i in range(places)]  # fmt: skip
+        turns = [
+            (
+                prepared_activation(backend, case.rows(offset, launch.m)),
+                case.expectation.window(offset, offset + launch.m),
+            )
+            for offset in offsets
+        ]
+        return _Series(backend, case.state, turns, launch.tactic), False
+    problem, operands = small
+    right = expect(operands, problem)
+    with blame(backend):
+        state = backend.prepare(operands.weight, problem)
+    turns = []
+    for index in range(_TURNS):
+        one = window(operands, index, index + 1)
+        turns.append((prepared_activation(backend, one.a), right.window(index, index + 1)))
+    return _Series(backend, state, turns, launch.tactic), True

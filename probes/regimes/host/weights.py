@@ -1,0 +1,374 @@
+"""Which weight a call is about: several of one shape, many at once, old ones gone, new data in one.
+
+A table of plans, scratch or decoded weights that is keyed by shape, by address or by a slot of a
+fixed number answers with the weight of another layer. Engines have dozens of layers of one shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...backends import Backend
+from ...check.reference import expect
+from ...check.sweep import Checker, Slot
+from ...data.generator import hash_rows, mix
+from ...launch.case import Call, Case, Launch, bind, blame, prepared_activation, tensors
+from ...launch.outcome import (
+    Budget,
+    Outcome,
+    capture,
+    device_of,
+    outcome,
+    poison,
+    repeat,
+    together,
+    wait,
+)
+from ...launch.variants import SIGNS, Variant, same_place, variant
+from ...problem import Fp4Tensor, Problem
+from ..memory.leaks import live_bytes
+from .small import small_problem
+
+MOST = 1056
+"""Weights alive at once: more than any table of 1,024 has slots."""
+_LEAST = 9
+"""Weights alive at once where memory or time allow no more: one more than a table of 8."""
+_TIMES = 3
+"""How many budgets of seconds the crowd may take."""
+_SMALL_SECONDS = 1.0
+_SHARE = 4
+"""One part in so many of a device's free memory may be taken by the crowd."""
+_LOADS = 4
+"""Weights that are loaded one after the other at one address."""
+HELD = 10
+"""Times a weight's own bytes that a backend may hold for it: fp32 takes 7.1, fp64 14."""
+_SLACK = 64 << 10
+_ONCE = 2
+"""Weights that are prepared before memory is looked at: what is held once for all is there then."""
+
+
+def weights(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """Calls in which only the weight tells the answers apart.
+
+    *In turn*: A, B, A at one m, each with the activation of the first (as q, k and v have one) and
+    with its own. *Crowd*: hundreds of weights of this shape alive at once, each called twice, in
+    two orders. *Loaded*: a weight is let go, another is put at its address and prepared. *Updated*:
+    the prepared weight gets new values in place, where the backend has `update`; on a GPU under a
+    captured graph, too. What the crowd holds is held against what its weights take (`memory held`).
+    """
+    parts = [_in_turn(backend, cases, launches, budget)]
+    smallest = smallest_of_each(launches)
+    if smallest:
+        parts.append(_crowd(backend, cases, smallest, budget))
+        budget.beat()
+        parts.append(_loaded(backend, cases, smallest))
+        update = getattr(backend, "update", None)
+        if update is not None:
+            parts.append(_updated(backend, cases, smallest, update))
+    return together(parts)
+
+
+def smallest_of_each(launches: Sequence[Launch]) -> list[Launch]:
+    """The smallest launch of each item that has a row."""
+    found: dict[int, Launch] = {}
+    for launch in launches:
+        if launch.m and launch.m < found.get(launch.item, launch).m + 1:
+            found[launch.item] = launch
+    return list(found.values())
+
+
+def _in_turn(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """A, B, A on one activation, whose answers with both are known, and on one's own each."""
+    others = [_sharing(backend, cases, launch) for launch in launches]
+    calls: list[Call] = []
+    for launch, other in zip(launches, others, strict=True):
+        own = bind(backend, cases, launch)
+        calls += [own, other.call(backend, launch, own.activation)]
+        calls += [bind(backend, cases, launch)]
+        if len(cases) > 1:
+            swapped = replace(launch, case=(launch.case + 1) % len(cases))
+            calls += [bind(backend, cases, swapped), bind(backend, cases, launch)]
+    checker = Checker([call.slot for call in calls])
+
+    def once() -> None:
+        for call in calls:
+            call.enqueue()
+        checker.sweep()
+
+    seconds = repeat(once, replace(budget, seconds=budget.seconds / 4), device_of(cases))
+    return outcome(checker, calls, cases, seconds, None, {"in_turn": checker.sweeps})
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A variant of a weight, prepared."""
+
+    variant: Variant
+    weight: Fp4Tensor
+    state: Any
+
+    def call(self, backend: Backend, launch: Launch, activation: Any) -> Call:
+        """The launch with this weight, on an activation of its case."""
+        place = self.variant.slot(launch.offset, launch.m, guard=512)
+        return bound(backend, self.state, launch, activation, place)
+
+
+def bound(backend: Backend, state: Any, launch: Launch, activation: Any, place: Slot) -> Call:
+    """A call of any state, as `launch.case.bind` makes them of a case's."""
+
+    def enqueue() -> None:
+        with blame(backend):
+            backend.run(state, activation, place.out, launch.tactic)
+
+    return Call(launch, activation, place, enqueue)
+
+
+def _prepared(backend: Backend, case: Case, index: int) -> _Prepared:
+    made = variant(case, index)
+    weight = made.weight
+    with blame(backend):
+        return _Prepared(made, weight, backend.prepare(weight, case.problem))
+
+
+def _sharing(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Prepared:
+    """Another weight of the launch's shape, whose answer to the launch's activation is known."""
+    return _prepared(backend, cases[launch.case], 1)
+
+
+def _crowd(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """As many weights as memory and time allow, all alive; each called in two orders."""
+    device = device_of(cases)
+    start = time.perf_counter()
+    end = start + _TIMES * max(budget.seconds, 0.05)
+    launch = launches[0]
+    case = cases[launch.case]
+    activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
+    size = sum(t.nbytes for t in tensors(case.operands.weight))
+    room = _room(device)
+    before = live_bytes(device)
+    crowd: list[_Prepared] = []
+    calls: list[Call] = []
+    while len(crowd) < MOST:
+        enough = time.perf_counter() > end or _grown(before, device) > room
+        if len(crowd) >= _LEAST and enough:
+            break
+        crowd.append(_prepared(backend, case, len(crowd) + 1))
+        calls.append(crowd[-1].call(backend, launch, activation))
+        # Called as it comes: what is decoded at a first call is decoded, and the time is known.
+        calls[-1].enqueue()
+        if len(crowd) == _ONCE:
+            wait(device)
+            before = live_bytes(device)
+        if len(crowd) % 64 == 0:
+            wait(device)
+            budget.beat()
+    wait(device)
+    errors = _holding(_grown(before, device), size, calls[_ONCE:])
+    for other in launches[1:]:
+        # Tactics share what was prepared.
+        if other.case == launch.case:
+            rows = prepared_activation(backend, case.rows(other.offset, other.m))
+            calls += [each.call(backend, other, rows) for each in crowd[:_LEAST]]
+    checker = Checker([call.slot for call in calls])
+    for call in calls[len(crowd) :]:
+        call.enqueue()
+    checker.sweep()
+    _again(calls[::-1], checker)
+    small = _small_ones(backend, cases, launch)
+    budget.beat()
+    _again(calls, checker)
+    if time.perf_counter() < end:
+        _again(calls[::2] + calls[1::2], checker)
+    proof = {"alive": len(crowd)}
+    if small is not None:
+        proof["small_alive"] = len(small.states)
+        errors = errors or small.mistaken()
+    found = outcome(checker, calls, cases, time.perf_counter() - start, None, proof)
+    return replace(found, errors={each.item: errors for each in launches} if errors else {})
+
+
+@dataclass(frozen=True, slots=True)
+class _SmallOnes:
+    """Weights of a small shape, which make a crowd large where the layer's own are too costly.
+
+    outs, right: (weights, 1, n) in the output dtype, what came out and what should.
+    """
+
+    backend: Backend
+    problem: Problem
+    tactic: str
+    activation: Any
+    states: list[Any]
+    outs: torch.Tensor
+    right: torch.Tensor
+
+    def run(self, index: int) -> None:
+        """One call of one weight."""
+        with blame(self.backend):
+            self.backend.run(self.states[index], self.activation, self.outs[index], self.tactic)
+
+    def mistaken(self) -> dict[str, str]:
+        """An error where a further call of any of them gives another answer than its own."""
+        count = len(self.states)
+        wrong = _unlike(self.outs[:count], self.right[:count])
+        poison(self.outs)
+        for index in reversed(range(count)):
+            self.run(index)
+        wrong = max(wrong, _unlike(self.outs[:count], self.right[:count]))
+        if not wrong:
+            return {}
+        n, k = self.problem.n, self.problem.k
+        text = f"{wrong} of {count} weights of n={n}, k={k}, all alive, did not give their answer"
+        return {"kind": "wrong", "message": text}
+
+
+def _unlike(outs: torch.Tensor, right: torch.Tensor) -> int:
+    """How many of the outputs (weights, m, n) differ from the right ones."""
+    return int((~(outs == right)).flatten(1).any(dim=1).sum())
+
+
+def _small_ones(backend: Backend, cases: Sequence[Case], launch: Launch) -> _SmallOnes | None:
+    """Up to `MOST` weights of a shape that costs little, prepared and called once; on a CPU only,
+    where nothing is compiled for a shape."""
+    case = cases[launch.case]
+    found = small_problem(backend, cases, case, rows=1)
+    if found is None:
+        return None
+    problem, operands = found
+    n = problem.n
+    right = expect(operands, problem).lo
+    # Each with its rows moved and its sign by a hash: two that share a slot of a table differ.
+    bits = hash_rows(MOST, mix(1), "cpu")
+    rows = (torch.arange(n) - (bits & 0xFFFF).unsqueeze(1)) % n
+    negated = (bits >> 20 & 1).bool()
+    weight = operands.weight
+    codes = weight.codes[rows] ^ (negated * SIGNS).to(torch.uint8)[:, None, None]
+    scales = weight.scales[rows]
+    answers = right[:, rows].transpose(0, 1) * torch.where(negated, -1, 1)[:, None, None]
+    outs = poison(torch.empty(MOST, 1, n, dtype=problem.dtype))
+    a = operands.a
+    made = _SmallOnes(
+        backend, problem, launch.tactic, prepared_activation(backend, a), [], outs, answers
+    )
+    end = time.process_time() + _SMALL_SECONDS
+    while len(made.states) < MOST and time.process_time() < end:
+        at = len(made.states)
+        own = replace(weight, codes=codes[at], scales=scales[at])
+        with blame(backend):
+            made.states.append(backend.prepare(own, problem))
+        made.run(at)
+    return made
+
+
+def _grown(before: dict[str, int], device: torch.device) -> int:
+    """Bytes in use more than `before`, by torch's account on a GPU, by `malloc`'s on a CPU."""
+    now = live_bytes(device)
+    name = "allocator" if "allocator" in now else "host"
+    return now.get(name, 0) - before.get(name, 0)
+
+
+def _again(calls: Sequence[Call], checker: Checker) -> None:
+    for call in calls:
+        call.enqueue()
+    checker.sweep()
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that a crowd may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // _SHARE
+    return 1 << 30
+
+
+def _holding(held: int, size: int, calls: Sequence[Call]) -> dict[str, str]:
+    """An error where the weights of `calls`, of `size` bytes each, take far more than they should.
+
+    held: bytes in use since before they were prepared, their own and their outputs' among them.
+    """
+    if len(calls) < _LEAST - _ONCE:
+        return {}
+    places = [call.slot for call in calls]
+    ours = sum(s.guarded.nbytes + s.lo.nbytes + s.hi.nbytes for s in places)
+    each = (held - ours) / len(calls) - size
+    if each <= HELD * size + _SLACK:
+        return {}
+    text = (
+        f"{each / 1024:.0f} KiB stay for each of {len(calls)} prepared weights of "
+        f"{size / 1024:.0f} KiB"
+    )
+    return {"kind": "memory held", "message": text}
+
+
+def _loaded(backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]) -> Outcome:
+    """Weights that come one after the other at one address, each when the last is gone."""
+    device = device_of(cases)
+    start = time.perf_counter()
+    parts: list[Outcome] = []
+    again = 0
+    for launch in launches:
+        case = cases[launch.case]
+        place = variant(case, 0).weight
+        activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
+        seen: set[int] = set()
+        for index in range(_LOADS):
+            chosen = variant(case, 2 * index + 1)
+            same_place(place, chosen.weight)
+            with blame(backend):
+                state = backend.prepare(place, case.problem)
+            call = bound(backend, state, launch, activation, chosen.slot(launch.offset, launch.m))
+            checker = Checker([call.slot])
+            for _ in range(2):
+                call.enqueue()
+                checker.sweep()
+            wait(device)
+            own = {t.data_ptr() for t in tensors(state) if t.numel()}
+            again += bool(own & seen)
+            seen |= own
+            parts.append(outcome(checker, [call], cases, 0.0))
+            del state, call
+    proof = {"loaded": len(parts), "at_an_address_used_before": again}
+    seconds = time.perf_counter() - start
+    return replace(together(parts), proof=proof, seconds=seconds)
+
+
+def _updated(
+    backend: Backend,
+    cases: Sequence[Case],
+    launches: Sequence[Launch],
+    update: Callable[[Any, Fp4Tensor, Any], None],
+) -> Outcome:
+    """New values in a prepared weight, by the backend's own `update`; a graph stays what it is."""
+    device = device_of(cases)
+    parts: list[Outcome] = []
+    for launch in launches:
+        case = cases[launch.case]
+        made = _prepared(backend, case, 0)
+        activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
+        call = made.call(backend, launch, activation)
+        captured = capture(call.enqueue) if device.type == "cuda" else None
+        poison(call.slot.out)
+        for index in range(1, _LOADS):
+            chosen = variant(case, index)
+            with blame(backend):
+                update(made.state, chosen.weight, case.problem)
+            place = chosen.slot(launch.offset, launch.m)
+            again = replace(call, slot=Slot(call.slot.out, place.lo, place.hi, call.slot.guarded))
+            checker = Checker([again.slot])
+            again.enqueue()
+            checker.sweep()
+            if captured is not None:
+                captured.replay()
+                checker.sweep()
+            parts.append(outcome(checker, [again], cases, 0.0))
+    return replace(together(parts), proof={"updated": len(parts)})
