@@ -31,6 +31,7 @@ _STRESS = (
     "padding",
     "strided",
     "off-bucket",
+    "history",
     "churn",
     "regrow",
     "threads",

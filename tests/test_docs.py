@@ -366,6 +366,8 @@ def test_finding_kinds():
         "probes/census/rules.py",
         "probes/regimes/plain/off_bucket.py",
         "probes/regimes/memory/leaks.py",
+        "probes/regimes/host/weights.py",
+        "probes/regimes/host/effects.py",
     )
     seen = {
         describe(SlotReport(*counts, 1, guard, None, (), early))["kind"]
@@ -381,7 +383,11 @@ def test_finding_kinds():
     assert said == seen | fatal | {"input modified", "error", FLAGGED} | {
         PDL_WITHOUT_WAIT,
         SILENT_FALLBACK,
-    } | {"host leak", "device leak", "host sync", "plan per m"}
+    } | {"host leak", "device leak", "host sync", "plan per m"} | {
+        "memory held",
+        "side effect",
+        "setting changed",
+    }
     assert fatal == {"crash", "hang", "poisoned"}
 
 

@@ -27,7 +27,7 @@ BUDGET = {"least": 3, "most": 20, "seconds": 0.05}
 TRIES = 3
 """A bad control that was missed is tried again: some faults need two calls to collide."""
 _MEMORY = 1 << 28
-_FAULTS = ("host leak", "device leak")
+_FAULTS = ("host leak", "device leak", "memory held", "side effect", "wrong")
 """Errors that are what a regime says of a backend, and not an exception that one raised."""
 
 

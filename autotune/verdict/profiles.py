@@ -57,6 +57,9 @@ _ENGINE = (
     "rewrite",
     "padding",
     "off-bucket",
+    "weights",
+    "effects",
+    "history",
     "churn",
     "regrow",
 )

@@ -29,6 +29,9 @@ class Backend(Protocol):
         W4A4 only: enqueue the backend's own quantiser on the current stream, and return what `run`
         takes. a (m, k) in the problem's 16-bit dtype, global_scale float32 () on its device: the
         multiplier of the result, 1 in MXFP4. Regimes attack it together with the GEMM behind it.
+    ``update(state, weight, problem) -> None``
+        give a prepared weight new values in place: `state` answers for `weight` (an `Fp4Tensor`)
+        from now on, in graphs captured before, too. Not timed.
     ``distributions`` (tuple of str)
         the Python distributions whose versions the evidence depends on; torch is always included.
     ``files() -> Sequence[Path]``

@@ -2,7 +2,7 @@
 
 They show what the prober catches (``fp4tune selftest``). They load by name like any backend, but
 belong to no ordinary probe and are never chosen. `floor_table` lists those that a CPU can run,
-`gpu_table` those that need a GPU.
+`host_table` those of what is kept between calls, `gpu_table` those that need a GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ PREFIX = "zoo-"
 def _everyone() -> dict[str, Mutant]:
     from .floor_table import FLOOR
     from .gpu_table import ON_GPU
+    from .host_table import HOST
 
-    return {mutant.name: mutant for mutant in (*FLOOR, *ON_GPU)}
+    return {mutant.name: mutant for mutant in (*FLOOR, *HOST, *ON_GPU)}
 
 
 def mutants(device_kind: str) -> tuple[Mutant, ...]:

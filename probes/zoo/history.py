@@ -13,7 +13,7 @@ from .floor import Right
 
 
 class CounterWraps(Right):
-    """Numbers the calls of each weight with `bits` bits, and takes number 0 for one without rows."""
+    """Numbers the calls of each weight in `bits` bits, and takes number 0 for one without rows."""
 
     def __init__(self, name: str, bits: int) -> None:
         super().__init__(name)

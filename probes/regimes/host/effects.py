@@ -26,7 +26,8 @@ def effects(
 
     A change of what others compute with (`process.DECIDES`: random states, default dtype and
     device, TF32, the current stream, ...) is a fault of the kind `side effect`, set back where it
-    can be; any other is told as a grade, `setting changed`. What the import changed was noted when it was loaded.
+    can be; any other is told as a grade, `setting changed`. What the import changed was noted when
+    the backend was loaded.
     """
     device = device_of(cases)
     calls = [bind(backend, cases, launch) for launch in launches]

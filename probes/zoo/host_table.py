@@ -1,0 +1,212 @@
+"""Mutants of what a backend keeps on its host: of other weights, earlier calls, and the process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import effects, history, weights
+from .mutant import GPU, Mutant
+
+_OTHER = "another weight's answer"
+_COUNTED = "depends on how many calls there were"
+_EFFECT = "side effect on the process"
+_WEIGHTS, _HISTORY, _EFFECTS = ("weights",), ("history",), ("effects",)
+SLOTS = (8, 60, 1024)
+WRAPS = 15
+"""Bits of the counter of a mutant that wraps; for a CPU that takes a soak."""
+
+HOST = (
+    Mutant(
+        "zoo-decoded-by-shape",
+        _OTHER,
+        "a decoded weight is kept by n, k and m",
+        weights.DecodedByShape,
+        ("serial", *_WEIGHTS),
+    ),
+    Mutant(
+        "zoo-one-answer-an-activation",
+        _OTHER,
+        "a call with the activation of the call before gets its result",
+        weights.AnswersByActivation,
+        _WEIGHTS,
+    ),
+    *(
+        Mutant(
+            f"zoo-table-of-{slots}",
+            _OTHER,
+            f"decoded weights are kept in {slots} slots, by turns",
+            partial(weights.DecodedInSlots, slots=slots),
+            _WEIGHTS,
+        )
+        for slots in SLOTS
+    ),
+    Mutant(
+        "zoo-decoded-by-address",
+        _OTHER,
+        "a decoded weight is kept by the address of its codes",
+        weights.DecodedByAddress,
+        _WEIGHTS,
+    ),
+    Mutant(
+        "zoo-decoded-by-identity",
+        _OTHER,
+        "a decoded weight is kept by the identity of an object that is gone",
+        weights.DecodedByIdentity,
+        _WEIGHTS,
+        devices=("cpu",),
+    ),
+    Mutant(
+        "zoo-update-of-the-scale",
+        "a weight's old values",
+        "a weight changed in place is decoded as it was",
+        weights.UpdatesTheScale,
+        _WEIGHTS,
+    ),
+    Mutant(
+        "zoo-update-of-a-half",
+        "a weight's old values",
+        "half of a weight changed in place stays as it was",
+        weights.UpdatesElsewhere,
+        _WEIGHTS,
+    ),
+    Mutant(
+        "zoo-copies-held",
+        "memory held",
+        "four more decoded copies of each weight are kept",
+        weights.HoldsCopies,
+        _WEIGHTS,
+    ),
+    Mutant(
+        "zoo-products-held",
+        "memory held",
+        "each weight is kept twice in fp64 from its first call on",
+        weights.HoldsWhatItMet,
+        _WEIGHTS,
+    ),
+    Mutant(
+        "zoo-counter-wraps-early",
+        _COUNTED,
+        "call 1,024 of a weight is taken for one without rows",
+        partial(history.CounterWraps, bits=10),
+        _HISTORY,
+    ),
+    Mutant(
+        "zoo-buffers-swapped",
+        _COUNTED,
+        "every 1,500th call answers with the result before",
+        partial(history.SwapsBuffers, every=1500),
+        _HISTORY,
+    ),
+    Mutant(
+        "zoo-counter-wraps",
+        _COUNTED,
+        f"call 2^{WRAPS} of a weight is taken for one without rows",
+        partial(history.CounterWraps, bits=WRAPS),
+        _HISTORY,
+        level="soak",
+    ),
+    Mutant(
+        "zoo-swapped-once-in-ten-thousand",
+        _COUNTED,
+        "every 10,000th call answers with the result before",
+        partial(history.SwapsBuffers, every=10_000),
+        _HISTORY,
+        level="soak",
+    ),
+    Mutant(
+        "zoo-zeros-after-a-pause",
+        "depends on the time since the last call",
+        "the first call after a second without one gives zeros",
+        history.ForgetsAfterAPause,
+        _HISTORY,
+        level="soak",
+    ),
+    Mutant(
+        "zoo-stale-after-a-pause",
+        "depends on the time since the last call",
+        "the first call after a second without one gives the result before",
+        history.AnswersLateAfterAPause,
+        _HISTORY,
+        level="soak",
+    ),
+    Mutant(
+        "zoo-seeds-torch",
+        _EFFECT,
+        "each call seeds torch's random numbers",
+        effects.SeedsTorch,
+        _EFFECTS,
+    ),
+    Mutant(
+        "zoo-draws-from-python",
+        _EFFECT,
+        "each call draws from Python's random numbers",
+        effects.DrawsFromPython,
+        _EFFECTS,
+    ),
+    Mutant(
+        "zoo-default-dtype-left",
+        _EFFECT,
+        "the default dtype is fp16 after `prepare`",
+        effects.LeavesTheDefaultDtype,
+        _EFFECTS,
+    ),
+    Mutant(
+        "zoo-tf32-allowed",
+        _EFFECT,
+        "TF32 is allowed for everybody's products",
+        effects.AllowsTf32,
+        _EFFECTS,
+    ),
+    Mutant("zoo-gradients-off", _EFFECT, "gradients stay off", effects.TurnsGradientsOff, _EFFECTS),
+    Mutant(
+        "zoo-folder-changed",
+        _EFFECT,
+        "the working directory is another one after `prepare`",
+        effects.ChangesFolder,
+        _EFFECTS,
+    ),
+    Mutant(
+        "zoo-stream-left",
+        _EFFECT,
+        "a stream of its own stays the current one",
+        effects.LeavesItsStream,
+        ("effects", "graph", "side-stream", "streams", "graph-streams", "threads"),
+        devices=GPU,
+    ),
+    Mutant(
+        "zoo-seeds-the-gpu",
+        _EFFECT,
+        "each call seeds the GPU's random numbers",
+        effects.SeedsTheGpu,
+        _EFFECTS,
+        devices=GPU,
+    ),
+    Mutant(
+        "zoo-decoded-beside",
+        "none: memory held, within reason",
+        "each weight is kept in fp32, and decoded anew when it changes in place",
+        weights.DecodedPerWeight,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-counts-its-calls",
+        "none: a counter that wraps",
+        "calls are counted in 15 bits, and nothing comes of it",
+        history.CountsItsCalls,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-settings-put-back",
+        "none: settings changed for a while",
+        "dtype and precision are set for a call, and set back",
+        effects.PutsSettingsBack,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-draws-its-own",
+        "none: random numbers of its own",
+        "each call draws from generators of its own",
+        effects.DrawsItsOwn,
+        passes=True,
+    ),
+)
