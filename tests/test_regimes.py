@@ -28,7 +28,17 @@ PROBLEM = Problem("nvfp4", 8, 320, 256)
 ONCE = Budget(1, 1, 0.0)
 OFTEN = Budget(3, 20, 0.1)
 ON_CPU = ("serial", "streams")
-STRESS = ("rewrite", "padding", "strided", "off-bucket", "churn", "mlp-chain")
+STRESS = (
+    "weights",
+    "effects",
+    "history",
+    "rewrite",
+    "padding",
+    "strided",
+    "off-bucket",
+    "churn",
+    "mlp-chain",
+)
 """On a CPU as well; tested in test_stress_regimes and test_mlp_chain."""
 
 
@@ -92,11 +102,17 @@ def test_lanes_share_one_prepared_weight_and_run_in_threads_of_their_own():
     assert len(weights) == 2 and len(seen) == len(threads) * len(weights)
 
 
+KINDS = frozenset({"one m", "many m"})
+
+
 @pytest.mark.parametrize(("overlaps_in", "rounds"), [(1, 1), (7, 7), (inf, ROUNDS)])
 def test_threads_too_quick_to_overlap_are_sent_again_until_they_do(overlaps_in, rounds):
     numbers = count(1)
     _, missed, proof = repeat_threads(
-        lambda: next(numbers) >= overlaps_in, ONCE, torch.device("cpu")
+        lambda: KINDS if next(numbers) >= overlaps_in else frozenset(),
+        KINDS,
+        ONCE,
+        torch.device("cpu"),
     )
     assert proof["rounds"] == rounds and proof["overlapped"] == (rounds < ROUNDS)
     assert (missed is None) == (rounds < ROUNDS)

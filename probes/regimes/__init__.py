@@ -67,9 +67,9 @@ STARTS = {"neighbours": start_neighbour}
 """What a regime needs that takes seconds to start: called with the device, returns at once."""
 
 COPIES = {
-    "streams": LANES,
-    "graph-streams": LANES,
-    "threads": LANES,
+    "streams": 3 * LANES,
+    "graph-streams": 3 * LANES,
+    "threads": 3 * LANES,
     "rewrite": 2,
     "padding": 2,
     "strided": 2,

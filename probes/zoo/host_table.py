@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import effects, history, weights
+from . import dying, effects, history, splitk, weights, wrong
+from .floor import twin
 from .mutant import GPU, Mutant
 
+_AT_ONCE = "workspace shared by concurrent calls"
+_ONE_M = ("streams", "graph-streams", "threads")
 _OTHER = "another weight's answer"
 _COUNTED = "depends on how many calls there were"
 _EFFECT = "side effect on the process"
@@ -82,6 +85,22 @@ HOST = (
         "each weight is kept twice in fp64 from its first call on",
         weights.HoldsWhatItMet,
         _WEIGHTS,
+    ),
+    Mutant(
+        "zoo-scratch-by-m",
+        _AT_ONCE,
+        "the activation, or the sums of split-k, pass through one buffer for each shape and m",
+        twin(wrong.ScratchByM, splitk.WorkspaceByM),
+        _ONE_M,
+    ),
+    Mutant(
+        "zoo-locks-by-m",
+        "lock shared by concurrent calls",
+        "two calls of one m at once wait for each other",
+        dying.LocksByM,
+        _ONE_M,
+        ends=True,
+        devices=("cpu",),
     ),
     Mutant(
         "zoo-counter-wraps-early",
@@ -186,6 +205,13 @@ HOST = (
         "none: memory held, within reason",
         "each weight is kept in fp32, and decoded anew when it changes in place",
         weights.DecodedPerWeight,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-scratch-by-m-and-caller",
+        "none: a buffer for each caller",
+        "the activation passes through a buffer for each m, thread and stream",
+        wrong.ScratchByMAndCaller,
         passes=True,
     ),
     Mutant(

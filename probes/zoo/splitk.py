@@ -52,6 +52,20 @@ class SharedWorkspace(SplitK):
         split_k(weight.tensor, a, sums[: out.shape[0]], out)
 
 
+class WorkspaceByM(SplitK):
+    """The same in workspaces of all layers, one for each m and n."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.kept: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        key = tuple(out.shape)
+        if key not in self.kept:
+            self.kept[key] = torch.empty(key, dtype=torch.float32, device=out.device)
+        split_k(state.tensor, a, self.kept[key], out)
+
+
 class SharedLocks(SplitK):
     """Splits take turns by locks of the layer: two launches at once wait for each other."""
 

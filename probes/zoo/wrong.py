@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from itertools import count
@@ -209,3 +210,33 @@ class RaisesAtOneM(Right):
         if a.shape[0] == ERROR_M:
             raise RuntimeError(f"no plan for m={ERROR_M}\nand a second line")
         super().run(state, a, out, tactic)
+
+
+class ScratchByM(Right):
+    """Keeps its activation in a scratch buffer for each m and k, of all layers and callers."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.kept: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def scratch(self, a: torch.Tensor) -> torch.Tensor:
+        """The buffer that a call on `a` uses."""
+        return self.kept.setdefault(tuple(a.shape), torch.empty_like(a))
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        scratch = self.scratch(a)
+        scratch.copy_(a)
+        if not a.is_cuda:
+            time.sleep(0.001)
+        super().run(state, scratch, out, tactic)
+
+
+class ScratchByMAndCaller(ScratchByM):
+    """The same with a buffer for each thread and stream, as is right."""
+
+    def scratch(self, a: torch.Tensor) -> torch.Tensor:
+        stream = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else 0
+        key = (threading.get_ident(), stream, *a.shape)
+        if key not in self.kept:
+            self.kept[key] = torch.empty_like(a)
+        return self.kept[key]

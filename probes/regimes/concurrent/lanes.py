@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,66 +26,88 @@ from ...launch.outcome import (
     outcome,
     repeat,
 )
-from ..stamps import LaneStamps
+from ..stamps import Holder, LaneStamps
 
 LANES = 4
 """Streams (or threads) at once: what engines use for overlapped layers, and enough to collide."""
+IN_A_ROW = 4
+"""Calls of one m that each lane makes, so that lanes meet."""
+MOST_M = 16
+"""Different m that are run in all lanes at once."""
 ROUNDS = 200
 """Threads with calls too short to overlap every time are sent at most so often until they do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Calls that are made at once: one list a lane, each lane's calls in order.
+
+    `one_m`: whether all are of one m; their launches then share whatever is keyed by shape and m.
+    """
+
+    lanes: tuple[tuple[Call, ...], ...]
+    one_m: bool
+
+    @property
+    def kind(self) -> str:
+        return "one m" if self.one_m else "many m"
 
 
 def streams(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
-    """Several lanes at once with the same prepared weight, launched eagerly."""
-    lanes = lanes_of(backend, cases, launches)
-    calls = [call for lane in lanes for call in lane]
-    checker = Checker([c.slot for c in calls])
-    if device_of(cases).type == "cpu":
+    """Several lanes at once with the same prepared weight, launched eagerly.
 
-        def once() -> bool:
-            overlapped = run_threads(lanes, lambda lane: nullcontext())
+    First every launch in each lane, so that different m meet; then each m in all lanes at once, on
+    one weight and on two weights of one shape. On a GPU a kernel holds most of it meanwhile, so
+    that blocks of the lanes trickle in among each other.
+    """
+    rounds = rounds_of(backend, cases, launches)
+    calls = calls_of(rounds)
+    checker = Checker([c.slot for c in calls])
+    device = device_of(cases)
+    if device.type == "cpu":
+
+        def once() -> frozenset[str]:
+            overlapped = run_threads(rounds, lambda lane: nullcontext())
             checker.sweep()
             return overlapped
 
-        seconds, missed, proof = repeat_threads(once, budget, device_of(cases))
+        seconds, missed, proof = repeat_threads(once, kinds_of(rounds), budget, device)
         return outcome(checker, calls, cases, seconds, missed, proof)
 
-    side = [torch.cuda.Stream() for _ in lanes]
-    stamps = LaneStamps(len(lanes), device_of(cases))
+    forks = _Forks(rounds, device)
     gate = [0.01]
 
     def gated() -> None:
-        # A closed gate lets the work queue up, so that the lanes overlap on the GPU even where
-        # the host enqueues more slowly than the GPU computes.
-        torch.cuda._sleep(int(gate[0] * CYCLES))
-        start = time.perf_counter()
-        _fork_join(lanes, side, stamps)
-        gate[0] = min(1.5 * (time.perf_counter() - start), 0.1)
+        for number, together in enumerate(rounds):
+            # A closed gate lets the work queue up, so that the lanes overlap on the GPU even where
+            # the host enqueues more slowly than the GPU computes.
+            torch.cuda._sleep(int(gate[0] * CYCLES))
+            start = time.perf_counter()
+            forks.enqueue(number, together)
+            gate[0] = min(1.5 * (time.perf_counter() - start), 0.1)
         checker.sweep()
-        stamps.count()
 
-    seconds = repeat(gated, budget, device_of(cases))
-    proof = {"lanes": "streams", **stamps.proof()}
-    missed = None if proof["overlapped"] else "the streams never overlapped on the GPU"
+    seconds = repeat(gated, budget, device)
+    missed, proof = forks.proof("streams")
     return outcome(checker, calls, cases, seconds, missed, proof)
 
 
 def graph_streams(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
-    """Several streams at once with the same prepared weight, inside one CUDA graph."""
+    """The lanes of `streams` as branches of one CUDA graph."""
     need_cuda(cases, "CUDA graphs")
-    lanes = lanes_of(backend, cases, launches)
-    calls = [call for lane in lanes for call in lane]
+    rounds = rounds_of(backend, cases, launches)
+    calls = calls_of(rounds)
     checker = Checker([c.slot for c in calls])
-    side = [torch.cuda.Stream() for _ in lanes]
-    stamps = LaneStamps(len(lanes), device_of(cases))
+    forks = _Forks(rounds, device_of(cases))
 
     def chain() -> None:
-        _fork_join(lanes, side, stamps)
+        for number, together in enumerate(rounds):
+            forks.enqueue(number, together)
         checker.sweep()
-        stamps.count()
 
     def one_by_one() -> None:
         for call in calls:
@@ -94,25 +116,44 @@ def graph_streams(
     # Warmed without overlap: that belongs to the replay.
     captured = capture(chain, warm=one_by_one)
     seconds = repeat(captured.replay, budget, device_of(cases))
-    proof = {"lanes": "graph branches", **stamps.proof()}
-    missed = None if proof["overlapped"] else "the graph's branches never overlapped on the GPU"
+    missed, proof = forks.proof("graph branches")
     return outcome(checker, calls, cases, seconds, missed, proof)
 
 
-def lanes_of(
+def rounds_of(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]
-) -> list[list[Call]]:
-    """Every launch once in each lane, on other rows in each, each starting elsewhere in the chain.
+) -> list[Together]:
+    """Every launch once in each lane, each lane starting elsewhere in the chain; then one m at a
+    time in all lanes, on one weight and on two.
 
-    Lanes share the prepared weight and nothing else: on equal rows, a shared scratch buffer would
-    hold what each lane expects, whoever wrote it.
+    Lanes work on rows of their own: on equal rows, a shared scratch buffer would hold what each
+    lane expects, whoever wrote it.
     """
-    lanes = []
+    chains = []
     for lane in range(LANES):
         shift = lane * len(launches) // LANES
         order = [*launches[shift:], *launches[:shift]]
-        lanes.append([bind(backend, cases, _moved(cases, launch, lane)) for launch in order])
-    return lanes
+        chains.append(tuple(bind(backend, cases, _moved(cases, x, lane)) for x in order))
+    rounds = [Together(tuple(chains), one_m=False)]
+    by_m = list({(x.tactic, x.m): x for x in launches if x.m}.values())
+    for launch in by_m[:: -(-len(by_m) // MOST_M) or 1]:
+        for weights in sorted({1, min(2, len(cases))}):
+            lanes = []
+            for lane in range(LANES):
+                chosen = replace(launch, case=(launch.case + lane % weights) % len(cases))
+                lanes.append((bind(backend, cases, _moved(cases, chosen, lane)),) * IN_A_ROW)
+            rounds.append(Together(tuple(lanes), one_m=True))
+    return rounds
+
+
+def calls_of(rounds: Sequence[Together]) -> list[Call]:
+    """Every call of the rounds, once each."""
+    return [call for each in rounds for lane in each.lanes for call in dict.fromkeys(lane)]
+
+
+def kinds_of(rounds: Sequence[Together]) -> frozenset[str]:
+    """The kinds of rounds there are: each must have overlapped."""
+    return frozenset(each.kind for each in rounds)
 
 
 def _moved(cases: Sequence[Case], launch: Launch, lane: int) -> Launch:
@@ -122,66 +163,116 @@ def _moved(cases: Sequence[Case], launch: Launch, lane: int) -> Launch:
     return replace(launch, offset=(launch.offset + lane * step) % places)
 
 
-def _fork_join(
-    lanes: Sequence[Sequence[Call]], side: Sequence[torch.cuda.Stream], stamps: LaneStamps
-) -> None:
-    """Run each lane on its own stream, between two points of the current stream."""
-    main = torch.cuda.current_stream()
-    fork = main.record_event()
-    for index, (lane, stream) in enumerate(zip(lanes, side, strict=True)):
-        stream.wait_event(fork)
-        with torch.cuda.stream(stream):
-            stamps.take(index, 0)
-            for call in lane:
-                call.enqueue()
-            stamps.take(index, 1)
-        main.wait_event(stream.record_event())
+class _Forks:
+    """Rounds on streams of their own between two points of the current one, with what proves that
+    lanes ran at once."""
+
+    def __init__(self, rounds: Sequence[Together], device: torch.device) -> None:
+        self._side = [torch.cuda.Stream(device) for _ in range(LANES)]
+        self._holding = torch.cuda.Stream(device)
+        self._stamps = {kind: LaneStamps(LANES, device) for kind in kinds_of(rounds)}
+        self._holder = Holder(device)
+
+    def enqueue(self, number: int, together: Together) -> None:
+        """Fork, run each lane on its stream, join; with a holder where all are of one m."""
+        stamps = self._stamps[together.kind]
+        main = torch.cuda.current_stream()
+        fork = main.record_event()
+        if together.one_m:
+            self._holding.wait_event(fork)
+            with torch.cuda.stream(self._holding):
+                self._holder.hold(number)
+        for index, (lane, stream) in enumerate(zip(together.lanes, self._side, strict=True)):
+            stream.wait_event(fork)
+            with torch.cuda.stream(stream):
+                if together.one_m:
+                    self._holder.let_begin()
+                stamps.take(index, 0)
+                for call in lane:
+                    call.enqueue()
+                stamps.take(index, 1)
+            main.wait_event(stream.record_event())
+        if together.one_m:
+            main.wait_event(self._holding.record_event())
+        stamps.count()
+
+    def proof(self, lanes: str) -> tuple[str | None, dict[str, Any]]:
+        """Why the regime was not exercised (None if it was), and the numbers."""
+        found = {kind: stamps.proof() for kind, stamps in self._stamps.items()}
+        missed = [kind for kind, each in found.items() if not each["overlapped"]]
+        totals = {
+            name: sum(each[name] for each in found.values()) for name in ("rounds", "overlapped")
+        }
+        proof = {"lanes": lanes, **totals, **found}
+        why = f"the {lanes} never overlapped on the GPU, of {' and '.join(missed)}"
+        return (why if missed else None), proof
 
 
 def repeat_threads(
-    once: Callable[[], bool], budget: Budget, device: torch.device
+    once: Callable[[], frozenset[str]],
+    kinds: frozenset[str],
+    budget: Budget,
+    device: torch.device,
 ) -> tuple[float, str | None, dict[str, Any]]:
-    """`repeat` rounds of threads, and on until one overlapped, `ROUNDS` at most: on a busy host a
-    short lane ends before the next thread has begun.
+    """`repeat` rounds of threads, and on until each kind overlapped, `ROUNDS` at most: on a busy
+    host a short lane ends before the next thread has begun.
 
-    `once` says whether its round overlapped. Returns seconds, why the regime was not exercised
+    `once` says which kinds of rounds overlapped. Returns seconds, why the regime was not exercised
     (None if it was), and the proof.
     """
-    overlaps: list[bool] = []
+    overlaps: list[frozenset[str]] = []
+
+    def missing() -> frozenset[str]:
+        return kinds.difference(*overlaps)
+
     start = time.perf_counter()
     repeat(lambda: overlaps.append(once()), budget, device)
-    while not any(overlaps) and len(overlaps) < ROUNDS:
+    while missing() and len(overlaps) < ROUNDS:
         overlaps.append(once())
     seconds = time.perf_counter() - start
-    proof = {"lanes": "threads", "rounds": len(overlaps), "overlapped": sum(overlaps)}
-    missed = None if any(overlaps) else "no two threads were inside the backend at once"
-    return seconds, missed, proof
+    proof = {
+        "lanes": "threads",
+        "rounds": len(overlaps),
+        "overlapped": sum(found >= kinds for found in overlaps),
+        **{kind: sum(kind in found for found in overlaps) for kind in sorted(kinds)},
+    }
+    missed = " and ".join(sorted(missing()))
+    why = f"no two threads were inside the backend at once, with {missed}"
+    return seconds, (why if missed else None), proof
 
 
 def run_threads(
-    lanes: Sequence[Sequence[Call]], inside: Callable[[int], AbstractContextManager[object]]
-) -> bool:
-    """Run each lane in a thread of its own; whether two were inside the backend at once.
+    rounds: Sequence[Together], inside: Callable[[int], AbstractContextManager[object]]
+) -> frozenset[str]:
+    """Run each lane in a thread of its own, round after round; the kinds of rounds in which two
+    were inside the backend at once.
 
-    A thread enters ``inside(lane)`` first, and no thread launches before all have. What the first
-    call to fail raised is raised when all threads have ended.
+    A thread enters ``inside(lane)`` first, and no thread begins a round before all have come so
+    far. What the first call to fail raised is raised when all threads have ended.
     """
-    barrier = threading.Barrier(len(lanes))
-    spans: list[tuple[float, float]] = []
+    barrier = threading.Barrier(LANES)
+    spans: list[list[tuple[float, float]]] = [[] for _ in rounds]
     errors: list[BaseException] = []
 
     def work(index: int) -> None:
         with inside(index):
-            barrier.wait()
-            start = time.perf_counter()
-            try:
-                for call in lanes[index]:
-                    call.enqueue()
-            except BaseException as error:
-                errors.append(error)
-            spans.append((start, time.perf_counter()))
+            for together, mine in zip(rounds, spans, strict=True):
+                try:
+                    barrier.wait()
+                    start = time.perf_counter()
+                    try:
+                        for call in together.lanes[index]:
+                            call.enqueue()
+                    finally:
+                        mine.append((start, time.perf_counter()))
+                except threading.BrokenBarrierError:
+                    return
+                except BaseException as error:
+                    errors.append(error)
+                    barrier.abort()
+                    return
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(lanes))]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(LANES)]
     usual = sys.getswitchinterval()
     # Small calls would else run to their end before the interpreter lets another thread in.
     sys.setswitchinterval(1e-5)
@@ -194,5 +285,9 @@ def run_threads(
         sys.setswitchinterval(usual)
     if errors:
         raise errors[0]
-    spans.sort()
-    return any(later[0] < earlier[1] for earlier, later in pairwise(spans))
+    found = set()
+    for together, mine in zip(rounds, spans, strict=True):
+        mine.sort()
+        if any(later[0] < earlier[1] for earlier, later in pairwise(mine)):
+            found.add(together.kind)
+    return frozenset(found)

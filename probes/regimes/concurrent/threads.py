@@ -10,9 +10,17 @@ import torch
 
 from ...backends import Backend
 from ...check.sweep import Checker
-from ...launch.case import Call, Case, Launch
+from ...launch.case import Case, Launch
 from ...launch.outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome
-from .lanes import lanes_of, repeat_threads, run_threads
+from .lanes import (
+    LANES,
+    Together,
+    calls_of,
+    kinds_of,
+    repeat_threads,
+    rounds_of,
+    run_threads,
+)
 
 
 def threads(
@@ -27,28 +35,28 @@ def threads(
     device = device_of(cases)
     if device.type != "cuda":
         raise NotApplicable("a CPU has the threads already in the streams regime")
-    lanes = lanes_of(backend, cases, launches)
-    calls = [call for lane in lanes for call in lane]
-    checker = Checker([call.slot for call in calls])
-    side = [torch.cuda.Stream(device) for _ in lanes]
+    rounds = rounds_of(backend, cases, launches)
+    calls = calls_of(rounds)
+    checker = Checker([c.slot for c in calls])
+    side = [torch.cuda.Stream(device) for _ in range(LANES)]
     gate = [0.01]
 
-    def once() -> bool:
+    def once() -> frozenset[str]:
         torch.cuda._sleep(int(gate[0] * CYCLES))
         start = time.perf_counter()
-        overlapped = _launch_in_threads(lanes, side, device)
+        overlapped = _launch_in_threads(rounds, side, device)
         gate[0] = min(1.5 * (time.perf_counter() - start), 0.05)
         checker.sweep()
         return overlapped
 
-    seconds, missed, proof = repeat_threads(once, budget, device)
+    seconds, missed, proof = repeat_threads(once, kinds_of(rounds), budget, device)
     return outcome(checker, calls, cases, seconds, missed, proof)
 
 
 def _launch_in_threads(
-    lanes: Sequence[Sequence[Call]], side: Sequence[torch.cuda.Stream], device: torch.device
-) -> bool:
-    """Run every lane in a thread, between two points of the current stream; whether any overlap."""
+    rounds: Sequence[Together], side: Sequence[torch.cuda.Stream], device: torch.device
+) -> frozenset[str]:
+    """Run every lane in a thread, between two points of the current stream; what overlapped."""
     main = torch.cuda.current_stream(device)
     fork = main.record_event()
 
@@ -60,7 +68,7 @@ def _launch_in_threads(
             yield
 
     try:
-        return run_threads(lanes, inside)
+        return run_threads(rounds, inside)
     finally:
         for stream in side:
             main.wait_stream(stream)
