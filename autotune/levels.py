@@ -32,6 +32,7 @@ _STRESS = (
     "strided",
     "off-bucket",
     "history",
+    "scratch",
     "churn",
     "regrow",
     "threads",

@@ -32,6 +32,8 @@ STRESS = (
     "weights",
     "effects",
     "history",
+    "callers",
+    "first-calls",
     "rewrite",
     "padding",
     "strided",

@@ -45,6 +45,8 @@ KINDS = {
     "zoo-rows-behind-leak": "not finite",
     "zoo-host-leak": "host leak",
     "zoo-plan-per-m": "host leak",
+    "zoo-plan-half-made": "unwritten",
+    "zoo-counter-wraps-early": "wrong",
     "zoo-copies-held": "memory held",
     "zoo-products-held": "memory held",
     **{

@@ -98,6 +98,10 @@ def _limits() -> dict[str, tuple[int, int]]:
     return found
 
 
+def _fills_memory() -> bool:
+    return bool(getattr(torch.utils.deterministic, "fill_uninitialized_memory", True))
+
+
 def _umask() -> int:
     with suppress(OSError, ValueError), open("/proc/self/status") as lines:
         for line in lines:
@@ -140,7 +144,7 @@ _ANYWHERE: dict[str, Callable[[], Any]] = {
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.deterministic,
     ),
-    "filling of uninitialised memory": lambda: torch.utils.deterministic.fill_uninitialized_memory,
+    "filling of uninitialised memory": _fills_memory,
     "benchmarks of cuDNN": lambda: (torch.backends.cudnn.benchmark, torch.backends.cudnn.enabled),
     "gradients": torch.is_grad_enabled,
     "inference mode": torch.is_inference_mode_enabled,
@@ -194,9 +198,9 @@ def snapshot(device: torch.device) -> Snapshot:
 
 def restore(device: torch.device, before: Snapshot, names: Collection[str]) -> None:
     """Set these settings back to what they were, as far as there is a way to."""
-    for name in sorted(names & _WAYS_BACK.keys()):
+    for name in sorted(_WAYS_BACK.keys() & set(names)):
         _WAYS_BACK[name](before[name])
-    if device.type == "cuda" and names & {"current device", "current stream"}:
+    if device.type == "cuda" and set(names) & {"current device", "current stream"}:
         torch.cuda.set_device(before["current device"])
         stream = before["current stream"]
         torch.cuda.set_stream(

@@ -7,11 +7,14 @@ streams, on a CPU they are threads; a regime a device does not have is `not appl
 from __future__ import annotations
 
 from ..launch.outcome import Budget, NotApplicable, Outcome, Regime
+from .concurrent.callers import callers
 from .concurrent.lanes import LANES, graph_streams, streams
 from .concurrent.neighbours import neighbours, settled, start_neighbour
 from .concurrent.threads import threads
 from .host.effects import effects
+from .host.first_calls import first_calls
 from .host.history import history
+from .host.scratch import scratch
 from .host.weights import weights
 from .memory.memory import churn, regrow
 from .memory.rewrite import rewrite
@@ -53,6 +56,9 @@ REGIMES: dict[str, Regime] = {
     "off-bucket": off_bucket,
     "weights": weights,
     "effects": effects,
+    "callers": callers,
+    "first-calls": first_calls,
+    "scratch": scratch,
     "history": history,
     "churn": churn,
     "regrow": regrow,
@@ -70,6 +76,7 @@ COPIES = {
     "streams": 3 * LANES,
     "graph-streams": 3 * LANES,
     "threads": 3 * LANES,
+    "first-calls": LANES,
     "rewrite": 2,
     "padding": 2,
     "strided": 2,

@@ -19,7 +19,7 @@ import torch
 
 from ..backends import Backend
 from ..problem import Device, Fp4Tensor, Problem
-from . import effects, history, hosts, splitk, weights, wrong
+from . import callers, effects, history, hosts, splitk, weights, wrong
 from .floor import Right, twin
 
 NAME = "controls"
@@ -102,6 +102,16 @@ CONTROLS: dict[str, Control] = {
         "leaves one call in a thousand unwritten",
         partial(history.CounterWraps, bits=10),
     ),
+    "callers": Control(
+        "ready-in-one-thread",
+        "is set up for one thread only",
+        callers.ReadyInOneThread,
+    ),
+    "first-calls": Control(
+        "table-half-made",
+        "shows a second caller a table that is half made",
+        callers.TableHalfMade,
+    ),
     "effects": Control(
         "draws-from-python", "draws from Python's random numbers", effects.DrawsFromPython
     ),
@@ -121,6 +131,7 @@ INTERNAL: dict[str, str] = {
 
 NONE_NEEDED: dict[str, str] = {
     "neighbours": "`serial` beside another process, which must have worked meanwhile",
+    "scratch": "canaries in a process of its own, where no memory came from them it says so",
     "huge": "`serial` on problems past 2^31, which are too large to run twice more",
 }
 """Regimes whose harness is another's, under conditions that they prove by themselves."""

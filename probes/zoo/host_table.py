@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import dying, effects, history, splitk, weights, wrong
+from . import callers, dying, effects, history, splitk, weights, wrong
 from .floor import twin
 from .mutant import GPU, Mutant
 
 _AT_ONCE = "workspace shared by concurrent calls"
 _ONE_M = ("streams", "graph-streams", "threads")
+_FIRST = "first calls at once"
+_AT_FIRST = ("first-calls", "streams", "threads")
 _OTHER = "another weight's answer"
 _COUNTED = "depends on how many calls there were"
 _EFFECT = "side effect on the process"
@@ -101,6 +103,42 @@ HOST = (
         _ONE_M,
         ends=True,
         devices=("cpu",),
+    ),
+    Mutant(
+        "zoo-table-half-made",
+        _FIRST,
+        "a table of a weight is seen before its first call has filled it",
+        callers.TableHalfMade,
+        _AT_FIRST,
+    ),
+    Mutant(
+        "zoo-plan-half-made",
+        _FIRST,
+        "a plan for an m is used by a second caller while the first still makes it",
+        callers.PlanHalfMade,
+        _AT_FIRST,
+    ),
+    Mutant(
+        "zoo-process-half-made",
+        _FIRST,
+        "the second caller of a process does not wait for what the first one loads",
+        callers.ProcessHalfMade,
+        ("first-calls",),
+        level="soak",
+    ),
+    Mutant(
+        "zoo-ready-in-one-thread",
+        "depends on who calls",
+        "the first call of a thread that did not prepare gives zeros",
+        callers.ReadyInOneThread,
+        ("callers", *_AT_FIRST),
+    ),
+    Mutant(
+        "zoo-answers-by-thread",
+        "depends on who calls",
+        "a thread with the number of an earlier one gets that one's answer first",
+        callers.AnswersByThread,
+        ("callers", *_AT_FIRST),
     ),
     Mutant(
         "zoo-counter-wraps-early",
@@ -212,6 +250,20 @@ HOST = (
         "none: a buffer for each caller",
         "the activation passes through a buffer for each m, thread and stream",
         wrong.ScratchByMAndCaller,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-one-makes-it",
+        "none: made at a first call",
+        "a table is made at a weight's first call, under a lock",
+        callers.OneMakesIt,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-buffer-by-thread",
+        "none: a buffer for each caller",
+        "each thread computes in a buffer of its own",
+        callers.BufferByThread,
         passes=True,
     ),
     Mutant(

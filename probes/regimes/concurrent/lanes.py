@@ -242,13 +242,16 @@ def repeat_threads(
 
 
 def run_threads(
-    rounds: Sequence[Together], inside: Callable[[int], AbstractContextManager[object]]
+    rounds: Sequence[Together],
+    inside: Callable[[int], AbstractContextManager[object]],
+    stagger: float = 0.0,
 ) -> frozenset[str]:
     """Run each lane in a thread of its own, round after round; the kinds of rounds in which two
     were inside the backend at once.
 
     A thread enters ``inside(lane)`` first, and no thread begins a round before all have come so
-    far. What the first call to fail raised is raised when all threads have ended.
+    far; each begins `stagger` seconds after the one before it. What the first call to fail raised
+    is raised when all threads have ended.
     """
     barrier = threading.Barrier(LANES)
     spans: list[list[tuple[float, float]]] = [[] for _ in rounds]
@@ -259,6 +262,8 @@ def run_threads(
             for together, mine in zip(rounds, spans, strict=True):
                 try:
                     barrier.wait()
+                    if stagger:
+                        time.sleep(index * stagger)
                     start = time.perf_counter()
                     try:
                         for call in together.lanes[index]:

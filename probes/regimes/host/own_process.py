@@ -1,0 +1,110 @@
+"""A process of its own for one question: the backend is loaded there anew, and nothing was called.
+
+The child is this interpreter with this environment; it gets the question as JSON, loads the backend
+by the name that it was loaded by here, and leaves its answer in a file. What it prints is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...backends import Backend
+from ...backends.registry import spec_of
+from ...problem import Problem
+
+_BOOTSTRAP = Path(__file__).parents[2] / "worker" / "bootstrap.py"
+_PROGRAM = """
+import runpy, sys
+runpy.run_path(sys.argv[1])["_package"]()
+from fp4tune.probes.regimes.host.child import main
+main(sys.argv[2], sys.argv[3])
+"""
+SECONDS = 120.0
+"""For a child to load torch and the backend, and to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a child is asked: a task of `child.TASKS`, a backend, and a problem to draw.
+
+    `ms` and `tactics` go together: what is called. `device` is torch's name of it.
+    """
+
+    task: str
+    spec: str
+    problem: Problem
+    width: int
+    seed: int
+    ms: tuple[int, ...]
+    tactics: tuple[str, ...]
+    device: str
+
+    @staticmethod
+    def of(text: str) -> Question:
+        """The question that `ask` wrote."""
+        fields = json.loads(text)
+        fields["problem"] = Problem(**fields["problem"])
+        fields["ms"], fields["tactics"] = tuple(fields["ms"]), tuple(fields["tactics"])
+        return Question(**fields)
+
+
+class NoAnswer(Exception):
+    """A child that gave no answer. `kind` is ``hang`` or ``crash``."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def loaded_by(backend: Backend) -> str | None:
+    """The name by which a child can load the backend; None where it was made in this process."""
+    return spec_of(backend)
+
+
+def name_of(device: torch.device) -> str:
+    """Torch's name of a device, with its number."""
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
+def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) -> dict[str, Any]:
+    """The child's answer. Raises NoAnswer where it died, or took longer than `seconds`."""
+    with tempfile.TemporaryDirectory(prefix="fp4tune-own-process-") as folder:
+        asked, answer = Path(folder, "question.json"), Path(folder, "answer.json")
+        asked.write_text(json.dumps(asdict(question)))
+        with Path(folder, "log").open("wb") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(_BOOTSTRAP), str(asked), str(answer)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+            try:
+                end = time.monotonic() + seconds
+                while child.poll() is None:
+                    if time.monotonic() > end:
+                        raise NoAnswer(
+                            "hang", f"silent for {seconds:.0f} s in a process of its own"
+                        )
+                    beat()
+                    with suppress(subprocess.TimeoutExpired):
+                        child.wait(0.25)
+            finally:
+                child.kill()
+                child.wait()
+        if not answer.is_file():
+            words = Path(folder, "log").read_text(errors="replace").strip().splitlines()
+            last = words[-1][:200] if words else "it said nothing"
+            raise NoAnswer("crash", f"its own process ended with {child.returncode}: {last}")
+        found: dict[str, Any] = json.loads(answer.read_text())
+        return found
