@@ -32,6 +32,7 @@ STRESS = (
     "weights",
     "effects",
     "history",
+    "addresses",
     "callers",
     "first-calls",
     "rewrite",

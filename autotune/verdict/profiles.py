@@ -57,6 +57,7 @@ _ENGINE = (
     "rewrite",
     "padding",
     "off-bucket",
+    "addresses",
     "weights",
     "effects",
     "callers",

@@ -16,6 +16,7 @@ from .host.first_calls import first_calls
 from .host.history import history
 from .host.scratch import scratch
 from .host.weights import weights
+from .memory.addresses import addresses
 from .memory.memory import churn, regrow
 from .memory.rewrite import rewrite
 from .mlp.mlp import mlp_chain
@@ -54,6 +55,7 @@ REGIMES: dict[str, Regime] = {
     "padding": padding,
     "strided": strided,
     "off-bucket": off_bucket,
+    "addresses": addresses,
     "weights": weights,
     "effects": effects,
     "callers": callers,
@@ -77,6 +79,7 @@ COPIES = {
     "graph-streams": 3 * LANES,
     "threads": 3 * LANES,
     "first-calls": LANES,
+    "addresses": 8,
     "rewrite": 2,
     "padding": 2,
     "strided": 2,

@@ -19,7 +19,7 @@ import torch
 
 from ..backends import Backend
 from ..problem import Device, Fp4Tensor, Problem
-from . import callers, effects, history, hosts, splitk, weights, wrong
+from . import addresses, callers, effects, history, hosts, splitk, weights, wrong
 from .floor import Right, twin
 
 NAME = "controls"
@@ -101,6 +101,9 @@ CONTROLS: dict[str, Control] = {
         "counter-wraps",
         "leaves one call in a thousand unwritten",
         partial(history.CounterWraps, bits=10),
+    ),
+    "addresses": Control(
+        "rounds-its-output", "rounds the address of its output down", addresses.RoundsItsOutput
     ),
     "callers": Control(
         "ready-in-one-thread",

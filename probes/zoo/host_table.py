@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import callers, dying, effects, history, splitk, weights, wrong
+from . import addresses, callers, dying, effects, history, splitk, weights, wrong
 from .floor import twin
 from .mutant import GPU, Mutant
 
@@ -12,6 +12,7 @@ _AT_ONCE = "workspace shared by concurrent calls"
 _ONE_M = ("streams", "graph-streams", "threads")
 _FIRST = "first calls at once"
 _AT_FIRST = ("first-calls", "streams", "threads")
+_ADDRESS = "an address taken to be rounder than it is"
 _OTHER = "another weight's answer"
 _COUNTED = "depends on how many calls there were"
 _EFFECT = "side effect on the process"
@@ -141,6 +142,27 @@ HOST = (
         ("callers", *_AT_FIRST),
     ),
     Mutant(
+        "zoo-activation-address-rounded",
+        _ADDRESS,
+        "the activation is read from a multiple of 64 bytes",
+        addresses.RoundsItsActivation,
+        ("addresses", "strided"),
+    ),
+    Mutant(
+        "zoo-output-address-rounded",
+        _ADDRESS,
+        "the output is written at a multiple of 64 bytes",
+        addresses.RoundsItsOutput,
+        ("addresses",),
+    ),
+    Mutant(
+        "zoo-output-head-unwritten",
+        _ADDRESS,
+        "what lies before the first multiple of 64 bytes stays unwritten",
+        addresses.LeavesTheHead,
+        ("addresses",),
+    ),
+    Mutant(
         "zoo-counter-wraps-early",
         _COUNTED,
         "call 1,024 of a weight is taken for one without rows",
@@ -264,6 +286,13 @@ HOST = (
         "none: a buffer for each caller",
         "each thread computes in a buffer of its own",
         callers.BufferByThread,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-copies-what-is-odd",
+        "none: copies what is not aligned",
+        "an activation or output that is no multiple of 64 bytes is copied",
+        addresses.CopiesWhatIsOdd,
         passes=True,
     ),
     Mutant(
