@@ -48,6 +48,7 @@ KINDS = {
     "zoo-activation-address-rounded": "not finite",
     "zoo-output-address-rounded": "unwritten",
     "zoo-output-head-unwritten": "unwritten",
+    "zoo-pairs-share-a-scale": "not finite",
     "zoo-plan-half-made": "unwritten",
     "zoo-counter-wraps-early": "wrong",
     "zoo-copies-held": "memory held",

@@ -97,6 +97,44 @@ def _zero_blocks(problem: Problem, seed: int, device: Device) -> Operands:
     return _operands("zero-blocks", seed, _in_format(a, problem), quantise(weight, fmt))
 
 
+def _activation_range(problem: Problem, seed: int, device: Device) -> Operands:
+    """Each activation row has a magnitude of its own, a power of two from 2^-20 to 2^15."""
+    a, weight = _normal_pair(problem, seed, device)
+    low, high = (-12, 10) if problem.out_dtype == "fp16" else (-20, 15)
+    bits = hash_rows(problem.m, stream_key(seed, "magnitudes"), device)
+    anywhere = below(bits, 0, 16, high - low + 1)
+    near = below(bits, 0, 16, 3)
+    third = torch.arange(problem.m, device=device) % 3
+    # The smallest, the largest, and any, by turns: even one row is far from 1.
+    power = (
+        torch.where(third == 0, near, torch.where(third == 1, high - low - near, anywhere)) + low
+    )
+    a *= torch.exp2(power.float()).unsqueeze(1)
+    return _operands(
+        "activation-range", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
+    )
+
+
+def _odd_rows(problem: Problem, seed: int, device: Device) -> Operands:
+    """Rows 500 times as large as their neighbours, rows with one element of 2^14 (2^10 for fp16),
+    rows equal to the one before, and -0 for one element in four."""
+    a, weight = _normal_pair(problem, seed, device)
+    kind = hash_rows(problem.m, stream_key(seed, "kinds"), device) & 7
+    a *= torch.where(kind == 1, 500.0, 1.0).unsqueeze(1)
+    minus = (hash_elements(problem.m, problem.k, stream_key(seed, "zeros"), device) & 3) == 0
+    a = torch.where(minus, -0.0, a)
+    spike = 2.0**10 if problem.out_dtype == "fp16" else 2.0**14
+    column = (hash_rows(problem.m, stream_key(seed, "columns"), device) & 0xFFFF) % problem.k
+    row = torch.arange(problem.m, device=device)
+    huge = (kind == 2) | (row == problem.m // 2)
+    a[row, column] = torch.where(huge, spike, a[row, column])
+    equal = (kind == 3) & (row > 0)
+    a = torch.where(equal.unsqueeze(1), a.roll(1, 0), a)
+    return _operands(
+        "odd-rows", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
+    )
+
+
 def _max_scales(problem: Problem, seed: int, device: Device) -> Operands:
     fmt = FORMATS[problem.format]
     largest = uniform_bytes(0x7D, 0x7E)
@@ -230,6 +268,18 @@ FAMILIES: dict[str, Family] = {
             _zero_blocks,
             None,
             "a quarter of the blocks and an eighth of the rows are zero, with -0 among them",
+        ),
+        Family(
+            "activation-range",
+            _activation_range,
+            None,
+            "activation rows with magnitudes from 2^-20 to 2^15 (2^-12 to 2^10 for fp16)",
+        ),
+        Family(
+            "odd-rows",
+            _odd_rows,
+            None,
+            "activation rows 500 times their neighbours, with one huge element, equal, and -0",
         ),
         Family(
             "max-scales",

@@ -81,7 +81,7 @@ COPIES = {
     "first-calls": LANES,
     "addresses": 8,
     "rewrite": 2,
-    "padding": 2,
+    "padding": 6,
     "strided": 2,
     "churn": 2,
     "pdl-raw": 3,

@@ -66,3 +66,19 @@ def _sum_up(state: Any, products: Iterable[torch.Tensor], out: torch.Tensor) -> 
     for product in products:
         total = (total.float() + product).bfloat16()
     torch.mul(total.float(), state.tensor.global_scale, out=out)
+
+
+class ScaledByRow(Right):
+    """Divides each row by a power of two near its largest value, and multiplies again at the end.
+
+    A row of zeros, of infinities or of NaN is left as it is.
+    """
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        largest = a.float().abs().amax(dim=1, keepdim=True) if a.numel() else a.float()[:, :1]
+        usual = (largest > 0) & largest.isfinite()
+        power = torch.where(usual, largest, 1.0).frexp().exponent.clamp(-60, 60)
+        scaled = torch.ldexp(a.float(), -power).to(a.dtype)
+        weight = decoded(state)
+        total = scaled.float() @ weight.t() * state.tensor.global_scale
+        out.copy_(torch.ldexp(total, power))

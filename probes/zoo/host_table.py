@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import addresses, callers, dying, effects, history, splitk, weights, wrong
+from . import addresses, callers, dying, effects, good, history, splitk, weights, wrong
 from .floor import twin
 from .mutant import GPU, Mutant
 
@@ -13,6 +13,7 @@ _ONE_M = ("streams", "graph-streams", "threads")
 _FIRST = "first calls at once"
 _AT_FIRST = ("first-calls", "streams", "threads")
 _ADDRESS = "an address taken to be rounder than it is"
+_ROWS = "a row changes others"
 _OTHER = "another weight's answer"
 _COUNTED = "depends on how many calls there were"
 _EFFECT = "side effect on the process"
@@ -163,6 +164,41 @@ HOST = (
         ("addresses",),
     ),
     Mutant(
+        "zoo-stops-at-nan",
+        _ROWS,
+        "rows behind one of NaN stay zero",
+        wrong.StopsAtNan,
+        ("padding",),
+    ),
+    Mutant(
+        "zoo-stops-at-zeros",
+        _ROWS,
+        "rows behind one of zeros stay zero",
+        wrong.StopsAtZeros,
+        ("padding", "zero-blocks"),
+    ),
+    Mutant(
+        "zoo-pairs-share-a-scale",
+        _ROWS,
+        "a row of NaN reaches the one that shares its largest value",
+        wrong.PairsShareAScale,
+        ("padding",),
+    ),
+    Mutant(
+        "zoo-activation-through-fp16",
+        "activations of other magnitudes",
+        "bf16 activations pass through fp16",
+        wrong.Fp16Inside,
+        ("activation-range", "odd-rows"),
+    ),
+    Mutant(
+        "zoo-one-scale-for-all-rows",
+        "activations of other magnitudes",
+        "activations are rounded to 2^-17 of the largest of all rows",
+        wrong.ScaledByTensor,
+        ("activation-range", "odd-rows"),
+    ),
+    Mutant(
         "zoo-counter-wraps-early",
         _COUNTED,
         "call 1,024 of a weight is taken for one without rows",
@@ -293,6 +329,13 @@ HOST = (
         "none: copies what is not aligned",
         "an activation or output that is no multiple of 64 bytes is copied",
         addresses.CopiesWhatIsOdd,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-scaled-by-row",
+        "none: rows with a scale of their own",
+        "each row is divided by a power of two and multiplied again",
+        good.ScaledByRow,
         passes=True,
     ),
     Mutant(

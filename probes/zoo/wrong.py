@@ -240,3 +240,51 @@ class ScratchByMAndCaller(ScratchByM):
         if key not in self.kept:
             self.kept[key] = torch.empty_like(a)
         return self.kept[key]
+
+
+class StopsAtNan(Right):
+    """Takes a row of NaN for the end of the batch, and leaves the rows behind it at zero."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        super().run(state, a, out, tactic)
+        out.mul_(self.before(a).unsqueeze(1))
+
+    def before(self, a: torch.Tensor) -> torch.Tensor:
+        """1 for the rows before the first that ends the batch, and 0 from there on."""
+        return (~a.isnan().any(dim=1)).to(a.dtype).cumprod(0)
+
+
+class StopsAtZeros(StopsAtNan):
+    """Takes a row of zeros for the end of the batch."""
+
+    def before(self, a: torch.Tensor) -> torch.Tensor:
+        return (a != 0).any(dim=1).to(a.dtype).cumprod(0)
+
+
+class PairsShareAScale(Right):
+    """Normalises its activation by a largest value for each two rows: NaN gets into the other."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        super().run(state, a, out, tactic)
+        largest = a.float().abs().amax(dim=1).clamp(min=1)
+        even = len(largest) // 2 * 2
+        pairs = largest[:even].view(-1, 2)
+        pairs.copy_(pairs.sum(dim=1, keepdim=True).expand(-1, 2))
+        out.mul_((largest / largest).unsqueeze(1))
+
+
+class Fp16Inside(Right):
+    """Takes its activation through fp16 on the way, where 2^-20 is little and 2^16 infinite."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        super().run(state, (a.half() * 2).to(a.dtype) / 2, out, tactic)
+
+
+class ScaledByTensor(Right):
+    """Takes its activation through e5m2 halves with one scale for all rows: small rows drown."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        largest = a.float().abs().amax().clamp(min=2.0**-30) if a.numel() else 1.0
+        unit = largest / 2.0**17
+        whole = (a.float() / unit).round() * unit
+        super().run(state, whole.to(a.dtype), out, tactic)

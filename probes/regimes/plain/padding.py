@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -27,10 +29,12 @@ def padding(
     *Around*: the activation lies between rows of NaN, and what pads scale layouts is NaN (0x7F in
     e4m3, 0xFF in e8m0) instead of zero. *In*: as in a CUDA graph captured for more rows than there
     are, the second half of the m rows is NaN, and only the first half of the output is asked for;
-    there, a sum or a largest value over all rows shows.
+    there, a sum or a largest value over all rows shows. *Scattered*: rows at random places are NaN,
+    and then zero, the last row or an only one among them; what comes of the others is asked for,
+    and of rows of zeros that they give zeros.
     """
     calls: list[Call] = []
-    nan_rows = scale_bytes = 0
+    nan_rows = scale_bytes = scattered = 0
     for launch in launches:
         around, found = _around(backend, cases, launch)
         calls.append(around)
@@ -38,6 +42,10 @@ def padding(
         if launch.m > 1:
             calls.append(_nan_inside(backend, cases, launch))
             nan_rows += launch.m // 2
+        if launch.m:
+            for rows, zeros in product(_some_rows(launch), (False, True)):
+                scattered += len(rows)
+                calls.append(_with_rows(backend, cases, launch, rows, zeros))
     checker = Checker([call.slot for call in calls])
 
     def once() -> None:
@@ -49,6 +57,7 @@ def padding(
     proof = {
         "rows_around": (LEAD + TRAIL) * len(launches),
         "rows_inside": nan_rows,
+        "rows_scattered": scattered,
         "scale_padding_bytes": scale_bytes,
     }
     return outcome(checker, calls, cases, seconds, None, proof)
@@ -85,6 +94,49 @@ def _nan_inside(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call
     # Rows after the real ones hold what it may: no zone to guard on that side, so on neither.
     inner = whole.guarded[guard : guard + size]
     return replace(call, slot=Slot(whole.out[:real], whole.lo[:real], whole.hi[:real], inner))
+
+
+def _some_rows(launch: Launch) -> list[list[int]]:
+    """A third of the rows twice, at random: once without the last, and once with it and without
+    the first. An only row is taken alone."""
+    m = launch.m
+    if m == 1:
+        return [[0]]
+    rng = random.Random(f"{launch.case}/{launch.offset}/{m}/{launch.tactic}")
+    count = max(1, m // 3)
+    early, late = rng.sample(range(m - 1), count), rng.sample(range(1, m), count)
+    return [sorted(early), sorted({*late, m - 1})]
+
+
+def _with_rows(
+    backend: Backend, cases: Sequence[Case], launch: Launch, chosen: Sequence[int], zeros: bool
+) -> Call:
+    """The launch with these rows all zero, which must give zeros, or all NaN, which may not spread:
+    what they give themselves is not asked for."""
+    case = cases[launch.case]
+    rows = _surrounded(case.rows(launch.offset, launch.m))
+    at = torch.tensor(list(chosen), dtype=torch.int64, device=device_of(cases))
+    if isinstance(rows, Fp4Tensor):
+        rows.scales[at] = 0 if zeros else SCALE_NAN[rows.format.scale]
+        if zeros:
+            # In e8m0 no scale is zero: the codes are.
+            rows.codes[at] = 0
+    else:
+        rows[at] = 0.0 if zeros else float("nan")
+    bound = bind(backend, cases, launch)
+    call = rebind(backend, cases, bound, prepared_activation(backend, rows))
+    whole = bound.slot
+    lo, hi = whole.lo.clone(), whole.hi.clone()
+    lo[at], hi[at] = 0.0, 0.0
+    place = Slot(whole.out, lo, hi, whole.guarded)
+    if zeros:
+        return replace(call, slot=place)
+
+    def enqueue() -> None:
+        call.enqueue()
+        whole.out[at] = 0.0
+
+    return replace(call, slot=place, enqueue=enqueue)
 
 
 def _surrounded(rows: torch.Tensor | Fp4Tensor) -> torch.Tensor | Fp4Tensor:
