@@ -14,7 +14,7 @@ the formats leave it free:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -22,8 +22,9 @@ from typing import Any, Protocol
 
 import torch
 
+from .data.activations import ACTIVATIONS as DATA
 from .data.blocks import normal_matrix
-from .data.generator import hash_elements, hash_rows, stream_key
+from .data.generator import stream_key
 from .formats import GSF_NUMERATOR, decode_scale, encode_e2m1, quantise, unpack
 from .launch.timing import Sampler
 from .layouts import padded, unswizzle_8x4, unswizzle_128x4
@@ -283,49 +284,6 @@ def _worst_element(
     }
 
 
-# -- what is quantised
-
-
-def _normal(m: int, k: int, key: int, device: Any) -> torch.Tensor:
-    return normal_matrix(m, k, key, device)
-
-
-def _outlier_channels(m: int, k: int, key: int, device: Any) -> torch.Tensor:
-    channel = hash_rows(k, key + 1, device)
-    return _normal(m, k, key, device) * torch.where((channel & 63) == 0, 47.0, 1.0)
-
-
-def _zero_blocks(m: int, k: int, key: int, device: Any) -> torch.Tensor:
-    """Blocks of zeros, with -0 among them, between ordinary ones."""
-    keep = (hash_elements(m, k // 16, key + 2, device) & 3) != 0
-    return _normal(m, k, key, device) * keep.repeat_interleave(16, dim=1)
-
-
-def _ties(m: int, k: int, key: int, device: Any) -> torch.Tensor:
-    """Exactly between two codes, in blocks whose largest is 6 times a power of two."""
-    middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0], device=device)
-    bits = hash_elements(m, k, key + 3, device)
-    x = middle[(bits & 7).long()] * torch.where((bits & 8) != 0, -1.0, 1.0)
-    x[:, ::16] = 6.0
-    return x * torch.exp2((hash_rows(m, key + 4, device) & 3).float()).unsqueeze(1)
-
-
-def _wide(m: int, k: int, key: int, device: Any) -> torch.Tensor:
-    """Blocks from 1 down to 2^-15: NVFP4's block scales become subnormal, and then zero."""
-    power = (hash_elements(m, k // 16, key + 5, device) & 15).float()
-    return _normal(m, k, key, device) * torch.exp2(-power).repeat_interleave(16, dim=1)
-
-
-DATA: Mapping[str, Callable[[int, int, int, Any], torch.Tensor]] = {
-    "realistic": _normal,
-    "outliers": _outlier_channels,
-    "zero-blocks": _zero_blocks,
-    "ties": _ties,
-    "wide-scales": _wide,
-}
-"""Float32 (m, k) by family; drawn for (m, k, key, device)."""
-
-
 def probe(
     quantiser: Quantiser, dtype: str, k: int, seed: int, device: Device
 ) -> list[dict[str, Any]]:
@@ -388,7 +346,7 @@ class QuantiserTiming:
         inputs = []
         for turn in range(2):
             key = stream_key(derive(seed, "quantiser time", dtype, k, m, turn), "x")
-            x = _normal(m, k, key, device.torch).to(DTYPES[dtype])
+            x = normal_matrix(m, k, key, device.torch).to(DTYPES[dtype])
             gsf = None
             if FORMATS[quantiser.format].has_global:
                 gsf = GSF_NUMERATOR / x.float().abs().amax().reshape(1)

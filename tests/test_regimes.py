@@ -32,6 +32,7 @@ STRESS = (
     "weights",
     "effects",
     "history",
+    "own-quantiser",
     "addresses",
     "callers",
     "first-calls",

@@ -57,6 +57,7 @@ _ENGINE = (
     "rewrite",
     "padding",
     "off-bucket",
+    "own-quantiser",
     "addresses",
     "weights",
     "effects",

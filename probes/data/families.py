@@ -15,6 +15,7 @@ import torch
 from ...words import Condition
 from ..formats import quantise
 from ..problem import FORMATS, Fp4Tensor, Problem
+from .bits import activation_bits, weight_bits
 from .blocks import normal_matrix, random_fp4, uniform_bytes
 from .generator import Drawn, below, hash_elements, hash_rows, stream_key
 from .operands import Operands
@@ -268,6 +269,18 @@ FAMILIES: dict[str, Family] = {
             _zero_blocks,
             None,
             "a quarter of the blocks and an eighth of the rows are zero, with -0 among them",
+        ),
+        Family(
+            "activation-bits",
+            activation_bits,
+            None,
+            "one activation of 8 significant bits in each row, on a weight of ones: exact",
+        ),
+        Family(
+            "weight-bits",
+            weight_bits,
+            None,
+            "one power of two in each row, on a weight of all codes and mantissas: exact",
         ),
         Family(
             "activation-range",

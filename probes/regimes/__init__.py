@@ -24,6 +24,7 @@ from .pdl.pdl import pdl_raw, pdl_war, pdl_waw
 from .plain.calm import graph, serial, side_stream
 from .plain.huge import huge
 from .plain.off_bucket import off_bucket
+from .plain.own_quantiser import own_quantiser_values
 from .plain.padding import padding
 from .plain.strided import strided
 
@@ -55,6 +56,7 @@ REGIMES: dict[str, Regime] = {
     "padding": padding,
     "strided": strided,
     "off-bucket": off_bucket,
+    "own-quantiser": own_quantiser_values,
     "addresses": addresses,
     "weights": weights,
     "effects": effects,

@@ -199,7 +199,9 @@ class OpenLayer:
             for index, result in enumerate(results)
             if result["bad"] and all(bad["kind"] == "wrong" for bad in result["bad"])
         }
-        narrow = {index for index in missed if items[index].width < WIDTHS[0]}
+        # What has one product an output is exact for every accumulator: no narrow one excuses it.
+        exact = drawn.expectation.exact
+        narrow = {index for index in missed if items[index].width < WIDTHS[0] and not exact}
         for index in narrow:
             # A narrower accumulator may rightly miss the bound of each element.
             results[index]["bad"] = self._bad_tiles(drawn, launches, index)

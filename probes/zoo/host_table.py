@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import addresses, callers, dying, effects, good, history, splitk, weights, wrong
+from . import addresses, callers, dying, effects, good, history, quantiser, splitk, weights, wrong
 from .floor import twin
 from .mutant import GPU, Mutant
 
@@ -14,6 +14,7 @@ _FIRST = "first calls at once"
 _AT_FIRST = ("first-calls", "streams", "threads")
 _ADDRESS = "an address taken to be rounder than it is"
 _ROWS = "a row changes others"
+_QUANTISED = "a quantiser of its own"
 _OTHER = "another weight's answer"
 _COUNTED = "depends on how many calls there were"
 _EFFECT = "side effect on the process"
@@ -199,6 +200,45 @@ HOST = (
         ("activation-range", "odd-rows"),
     ),
     Mutant(
+        "zoo-activations-in-six-bits",
+        "silent loss of precision",
+        "activations are rounded to 6 significant bits",
+        wrong.SixBits,
+        ("activation-bits",),
+    ),
+    Mutant(
+        "zoo-weights-in-four-bits",
+        "silent loss of precision",
+        "decoded weights are rounded to 4 significant bits",
+        wrong.WeightsInFourBits,
+        ("weight-bits",),
+    ),
+    Mutant(
+        "zoo-first-global-scale",
+        _QUANTISED,
+        "the quantiser keeps the first global scale",
+        quantiser.FirstGlobalScale,
+        ("own-quantiser",),
+        activation="fp4",
+    ),
+    Mutant(
+        "zoo-codes-cut",
+        _QUANTISED,
+        "the quantiser rounds codes towards zero",
+        quantiser.CutsCodes,
+        ("own-quantiser",),
+        activation="fp4",
+    ),
+    Mutant(
+        "zoo-scales-of-the-row-above",
+        _QUANTISED,
+        "the quantiser pairs codes with the block scales of another row",
+        quantiser.ScalesOfTheRowAbove,
+        ("own-quantiser",),
+        activation="fp4",
+        many=True,
+    ),
+    Mutant(
         "zoo-counter-wraps-early",
         _COUNTED,
         "call 1,024 of a weight is taken for one without rows",
@@ -337,6 +377,14 @@ HOST = (
         "each row is divided by a power of two and multiplied again",
         good.ScaledByRow,
         passes=True,
+    ),
+    Mutant(
+        "zoo-own-quantiser",
+        "none: a quantiser of its own",
+        "W4A4 behind a quantiser of its own that is right",
+        quantiser.OwnQuantiser,
+        passes=True,
+        activation="fp4",
     ),
     Mutant(
         "zoo-counts-its-calls",

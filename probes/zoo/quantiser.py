@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..backends.torch.dequant import not_dense, torch_dequant_w4a4
+from ..formats import dequantise, quantise
 from ..problem import NVFP4, Device, Fp4Tensor, Problem
 from .pdl import PdlGemm
 
@@ -52,3 +55,59 @@ class QuantisingGemm:
 
     def run(self, state: Any, a: Any, out: torch.Tensor, tactic: str) -> None:
         self._gemm.run(state, a, out, tactic)
+
+
+class OwnQuantiser:
+    """Right in everything: the floor of W4A4 behind a quantiser of its own, on any device."""
+
+    activation = "fp4"
+    layout = "plain"
+    distributions: tuple[str, ...] = ()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.floor = torch_dequant_w4a4()
+
+    def unsupported(self, problem: Problem, device: Device) -> str | None:
+        return not_dense(self, problem)
+
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
+        return self.floor.prepare(weight, problem), weight.format
+
+    def quantise(self, a: torch.Tensor, global_scale: torch.Tensor) -> Any:
+        """The activation (m, k) in NVFP4."""
+        return quantise(a, NVFP4, global_scale)
+
+    def run(self, state: Any, a: Any, out: torch.Tensor, tactic: str) -> None:
+        self.floor.run(state[0], a, out, "fp32")
+
+
+class FirstGlobalScale(OwnQuantiser):
+    """Keeps the first global scale for each k, as if it were the weight's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def quantise(self, a: torch.Tensor, global_scale: torch.Tensor) -> Any:
+        return super().quantise(a, self.kept.setdefault(a.shape[1], global_scale.clone()))
+
+
+class CutsCodes(OwnQuantiser):
+    """Rounds codes towards zero."""
+
+    def quantise(self, a: torch.Tensor, global_scale: torch.Tensor) -> Any:
+        right = super().quantise(a, global_scale)
+        larger = dequantise(right, torch.float32).abs() > a.float().abs()
+        low, high = (larger[:, half::2].to(torch.uint8) for half in (0, 1))
+        return replace(right, codes=right.codes - low - (high << 4))
+
+
+class ScalesOfTheRowAbove(OwnQuantiser):
+    """Pairs the codes of a row with the block scales of the row above, but for the first two."""
+
+    def quantise(self, a: torch.Tensor, global_scale: torch.Tensor) -> Any:
+        right = super().quantise(a, global_scale)
+        scales = right.scales.clone()
+        scales[2:] = right.scales[1:-1]
+        return replace(right, scales=scales)

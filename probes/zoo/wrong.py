@@ -288,3 +288,24 @@ class ScaledByTensor(Right):
         unit = largest / 2.0**17
         whole = (a.float() / unit).round() * unit
         super().run(state, whole.to(a.dtype), out, tactic)
+
+
+class SixBits(Right):
+    """Rounds its activation to 6 significant bits on the way in."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        part, exponent = a.float().frexp()
+        super().run(state, torch.ldexp((part * 64).round() / 64, exponent).to(a.dtype), out, tactic)
+
+
+class WeightsInFourBits(Right):
+    """Rounds decoded weights to 4 significant bits."""
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        part, exponent = decoded(state).frexp()
+        scaled_mm(
+            a.float(),
+            torch.ldexp((part * 16).round() / 16, exponent),
+            state.tensor.global_scale,
+            out,
+        )
