@@ -32,6 +32,7 @@ STRESS = (
     "weights",
     "effects",
     "history",
+    "returned",
     "own-quantiser",
     "addresses",
     "callers",

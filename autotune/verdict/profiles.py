@@ -58,6 +58,7 @@ _ENGINE = (
     "padding",
     "off-bucket",
     "own-quantiser",
+    "returned",
     "addresses",
     "weights",
     "effects",

@@ -32,6 +32,9 @@ class Backend(Protocol):
     ``update(state, weight, problem) -> None``
         give a prepared weight new values in place: `state` answers for `weight` (an `Fp4Tensor`)
         from now on, in graphs captured before, too. Not timed.
+    ``matmul(state, a, tactic) -> Tensor``
+        for functions that return their output, a new tensor (m, n), instead of writing into one:
+        with it `run` may be left out. What is returned must stay what it is while it is held.
     ``distributions`` (tuple of str)
         the Python distributions whose versions the evidence depends on; torch is always included.
     ``files() -> Sequence[Path]``

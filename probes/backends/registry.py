@@ -30,6 +30,7 @@ import torch
 
 from ..launch.process import Snapshot, differences, snapshot
 from . import NAME, Backend
+from ._returned import Returning
 
 GROUP = "fp4tune.backends"
 
@@ -117,6 +118,10 @@ def check(candidate: Any, where: str) -> Backend:
 
     Raises BadBackend, one sentence naming what is missing; `where` says where it came from.
     """
+    if not callable(getattr(candidate, "run", None)) and callable(
+        getattr(candidate, "matmul", None)
+    ):
+        candidate = Returning(candidate)
     missing = [m for m in _TEXT_MEMBERS if not isinstance(getattr(candidate, m, None), str)]
     missing += [m + "()" for m in _METHODS if not callable(getattr(candidate, m, None))]
     if missing:
@@ -145,7 +150,9 @@ def _instances(loaded: Any, where: str) -> Iterable[Backend]:
     if isinstance(loaded, (list, tuple)):
         for each in loaded:
             yield from _instances(each, where)
-    elif inspect.isclass(loaded) or (callable(loaded) and not hasattr(loaded, "run")):
+    elif inspect.isclass(loaded) or (
+        callable(loaded) and not (hasattr(loaded, "run") or hasattr(loaded, "matmul"))
+    ):
         try:
             made = loaded()
         except Exception as error:

@@ -18,6 +18,7 @@ from .host.scratch import scratch
 from .host.weights import weights
 from .memory.addresses import addresses
 from .memory.memory import churn, regrow
+from .memory.returned import returned_outputs
 from .memory.rewrite import rewrite
 from .mlp.mlp import mlp_chain
 from .pdl.pdl import pdl_raw, pdl_war, pdl_waw
@@ -56,6 +57,7 @@ REGIMES: dict[str, Regime] = {
     "padding": padding,
     "strided": strided,
     "off-bucket": off_bucket,
+    "returned": returned_outputs,
     "own-quantiser": own_quantiser_values,
     "addresses": addresses,
     "weights": weights,
@@ -82,6 +84,7 @@ COPIES = {
     "threads": 3 * LANES,
     "first-calls": LANES,
     "addresses": 8,
+    "returned": 4,
     "rewrite": 2,
     "padding": 6,
     "strided": 2,

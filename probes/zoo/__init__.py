@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..backends import Backend
+from ..backends._returned import Returning
 from .mutant import Mutant
 
 __all__ = ["PREFIX", "Mutant", "mutants", "named"]
@@ -34,5 +35,6 @@ def mutants(device_kind: str) -> tuple[Mutant, ...]:
 
 def named(name: str) -> Backend:
     """A fresh backend of the mutant called `name`. Raises KeyError."""
-    backend: Backend = _everyone()[name].make(name)
-    return backend
+    backend = _everyone()[name].make(name)
+    whole: Backend = backend if hasattr(backend, "run") else Returning(backend)
+    return whole

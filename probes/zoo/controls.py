@@ -135,6 +135,7 @@ INTERNAL: dict[str, str] = {
 NONE_NEEDED: dict[str, str] = {
     "neighbours": "`serial` beside another process, which must have worked meanwhile",
     "own-quantiser": "values by the reference of the quantisers, under no condition",
+    "returned": "`serial` by another member of the backend, which the controls do not have",
     "scratch": "canaries in a process of its own, where no memory came from them it says so",
     "huge": "`serial` on problems past 2^31, which are too large to run twice more",
 }

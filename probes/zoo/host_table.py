@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import addresses, callers, dying, effects, good, history, quantiser, splitk, weights, wrong
+from . import (
+    addresses,
+    callers,
+    dying,
+    effects,
+    good,
+    history,
+    quantiser,
+    returned,
+    splitk,
+    weights,
+    wrong,
+)
 from .floor import twin
 from .mutant import GPU, Mutant
 
@@ -238,6 +250,16 @@ HOST = (
         activation="fp4",
         many=True,
     ),
+    *(
+        Mutant(
+            f"zoo-ring-of-{size}",
+            "an output changes while it is held",
+            f"outputs are returned in {size} buffers, by turns",
+            partial(returned.RingOfOutputs, size=size),
+            ("returned",),
+        )
+        for size in (1, 8)
+    ),
     Mutant(
         "zoo-counter-wraps-early",
         _COUNTED,
@@ -385,6 +407,13 @@ HOST = (
         quantiser.OwnQuantiser,
         passes=True,
         activation="fp4",
+    ),
+    Mutant(
+        "zoo-returns-its-output",
+        "none: outputs returned",
+        "each call returns an output of its own",
+        returned.ReturnsItsOutput,
+        passes=True,
     ),
     Mutant(
         "zoo-counts-its-calls",
