@@ -30,6 +30,7 @@ __all__ = [
     "Expectation",
     "alpha_of",
     "expect",
+    "faithful",
     "grade",
     "reference64",
     "right",
@@ -196,6 +197,23 @@ def expect(
         lo[rows, cols] = _inward(centre - slack, dtype, up=True)
         hi[rows, cols] = _inward(centre + slack, dtype, up=False)
     return Expectation(lo, hi, exact=False, ref=ref)
+
+
+def faithful(operands: Operands, problem: Problem, chunk_rows: int = 4096) -> Expectation:
+    """What an exact problem's outputs may be for a kernel that rounds its sums once, but not to
+    nearest: the neighbours of each float64 product, above and below.
+
+    Its bound is one unit in the last place. A short accumulator is not within it where sums cancel.
+    """
+    m, n = _output_shape(operands, problem)
+    factor = alpha_of(operands)
+    lo = torch.empty(m, n, dtype=problem.dtype, device=operands.weight.codes.device)
+    hi = torch.empty_like(lo)
+    for rows, cols, a, b in _output_parts(operands, chunk_rows):
+        product = (a @ b.T).mul_(factor)
+        lo[rows, cols] = round_down(product, problem.dtype)
+        hi[rows, cols] = round_up(product, problem.dtype)
+    return Expectation(lo, hi, exact=False, ref=((lo.float() + hi.float()) / 2))
 
 
 def tolerance(

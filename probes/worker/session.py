@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backends import Backend
-from ..check.reference import alpha_of, expect, spread, tile_error, tile_limit
+from ..check.reference import alpha_of, expect, faithful, spread, tile_error, tile_limit
 from ..data import WIDTHS, draw, exact
 from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case
 from ..launch.item import Item
@@ -52,6 +52,8 @@ class OpenLayer:
         self._exact: dict[tuple[int, int], list[Case]] = {}
         self._windows = Windows()
         self._timed: list[Timed] = []
+        self._otherwise: dict[str, bool] = {}
+        """By tactic: whether its outputs are rounded otherwise than to nearest."""
 
     def cases(self, width: int, pool: int = 0) -> list[Case]:
         """The exact cases of this width, drawn and prepared on first use.
@@ -161,7 +163,47 @@ class OpenLayer:
                     del wanted[index]
                 else:
                     wanted[index] = next_
+        for item, result in zip(items, results, strict=True):
+            self._grade_rounding(item, result)
         return results
+
+    def _grade_rounding(self, item: Item, result: Result) -> None:
+        """Tell an output that is rounded otherwise than to nearest from a short accumulator.
+
+        Only of an item that came out no wider than the outputs themselves: what is exact at any
+        width above them rounds to nearest.
+        """
+        result_wide = (result["width"] or 0) > WIDTHS[-1]
+        grave = "error" in result or any(bad["kind"] != "wrong" for bad in result["bad"])
+        self._otherwise[item.tactic] = False
+        if result_wide or grave or not self._rounds_otherwise(item):
+            return
+        self._otherwise[item.tactic] = True
+        result.update(width=WIDTHS[0], bad=[], rounding="not to nearest", problems=len(item.ms))
+        result.pop("tile_error", None)
+
+    def _rounds_otherwise(self, item: Item) -> bool:
+        """Whether exact problems of the full width come out as a neighbour of each sum, and not
+        always as the nearest."""
+        cases = self.cases(WIDTHS[0])
+        launches = self.launches([replace(item, width=WIDTHS[0])], len(cases), ("rounding",))
+        strict, loose = (
+            self._run("serial", mine, launches, Budget(1, 1, 0.0))
+            for mine in (cases, [_with_neighbours(each) for each in cases])
+        )
+        reports = [[r for o in part for _, r in o.reports] for part in (strict, loose)]
+        errors = any(o.errors for o in (*strict, *loose))
+        right = [all(report.clean for report in part) for part in reports]
+        return not errors and bool(reports[1]) and right == [False, True]
+
+    def _judged_by_neighbours(self, item: Item) -> bool:
+        """Whether the item's outputs are rounded otherwise: known from its grading, or found out
+        where another worker graded it."""
+        if item.width != WIDTHS[0]:
+            return False
+        if item.tactic not in self._otherwise:
+            self._otherwise[item.tactic] = self._rounds_otherwise(item)
+        return self._otherwise[item.tactic]
 
     def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
         """The worst relative tile error where it exceeds the limit, else None."""
@@ -248,9 +290,12 @@ class OpenLayer:
         seconds = 0.0
         proof: list[dict[str, Any]] = []
         missed: list[str] = []
-        for width in sorted({item.width for item in items}, reverse=True):
-            chosen = [i for i, item in enumerate(items) if item.width == width]
+        kinds = [(item.width, self._judged_by_neighbours(item)) for item in items]
+        for width, loosely in sorted(set(kinds), reverse=True):
+            chosen = [i for i, kind in enumerate(kinds) if kind == (width, loosely)]
             cases = self.cases(width, turn)
+            if loosely:
+                cases = [_with_neighbours(each) for each in cases]
             mine = [items[i] for i in chosen]
             launches = self.launches(mine, len(cases), (name, width, turn), windows)
             random.Random(derive(self.seed, name, width, turn)).shuffle(launches)
@@ -357,6 +402,11 @@ def next_width(best: int | None, missed: set[int]) -> int | None:
     """
     open_ = [w for w in WIDTHS if (best or 0) < w < min(missed, default=WIDTHS[0] + 1)]
     return open_[len(open_) // 2] if open_ and missed else None
+
+
+def _with_neighbours(drawn: Case) -> Case:
+    """The same case for kernels that do not round to nearest."""
+    return replace(drawn, expectation=faithful(drawn.operands, drawn.problem))
 
 
 def _rounded(drawn: Case) -> Iterator[tuple[Result, Case]]:

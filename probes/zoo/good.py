@@ -82,3 +82,22 @@ class ScaledByRow(Right):
         weight = decoded(state)
         total = scaled.float() @ weight.t() * state.tensor.global_scale
         out.copy_(torch.ldexp(total, power))
+
+
+class CutsItsOutput(Right):
+    """Sums up in fp32 and cuts the sum to the output's dtype, which is rounding towards zero."""
+
+    bits = 16
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        if out.dtype != torch.bfloat16:
+            super().run(state, a, out, tactic)
+            return
+        total = a.float() @ decoded(state).t() * state.tensor.global_scale
+        out.copy_((total.view(torch.int32) >> self.bits << self.bits).view(torch.float32))
+
+
+class CutsABitMore(CutsItsOutput):
+    """Cuts one bit more than the output's dtype asks for."""
+
+    bits = 17

@@ -261,6 +261,13 @@ HOST = (
         for size in (1, 8)
     ),
     Mutant(
+        "zoo-output-cut-a-bit-short",
+        "silent loss of precision",
+        "outputs are cut to 7 bits",
+        good.CutsABitMore,
+        ("exact", "activation-bits"),
+    ),
+    Mutant(
         "zoo-counter-wraps-early",
         _COUNTED,
         "call 1,024 of a weight is taken for one without rows",
@@ -413,6 +420,13 @@ HOST = (
         "none: outputs returned",
         "each call returns an output of its own",
         returned.ReturnsItsOutput,
+        passes=True,
+    ),
+    Mutant(
+        "zoo-output-cut",
+        "none: rounded towards zero",
+        "outputs are cut to bf16 and not rounded to nearest",
+        good.CutsItsOutput,
         passes=True,
     ),
     Mutant(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...check.reference import Expectation, expect
+from ...check.reference import Expectation
 from ...check.sweep import SlotReport
 from ...data import window
 from ...launch.case import Case, Launch, blame, prepared_activation
@@ -188,8 +188,7 @@ def _series(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[_S
             for offset in offsets
         ]
         return _Series(backend, case.state, turns, launch.tactic), False
-    problem, operands = small
-    right = expect(operands, problem)
+    problem, operands, right = small
     with blame(backend):
         state = backend.prepare(operands.weight, problem)
     turns = []

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ...backends import Backend
+from ...check.reference import Expectation, expect, faithful
 from ...data import Operands, exact
 from ...launch.case import Case
 from ...launch.outcome import device_of
@@ -18,8 +19,9 @@ _SHAPES = ((16, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256))
 
 def small_problem(
     backend: Backend, cases: Sequence[Case], case: Case, rows: int
-) -> tuple[Problem, Operands] | None:
-    """An exact problem like the case's, of a shape that costs little and `rows` rows.
+) -> tuple[Problem, Operands, Expectation] | None:
+    """An exact problem like the case's, of a shape that costs little and `rows` rows, and its
+    answer within the bound that the case is judged by.
 
     On a CPU only, where nothing is compiled for a shape; None elsewhere, and where there is none.
     """
@@ -31,5 +33,7 @@ def small_problem(
             continue
         with suppress(ValueError):
             width, seed = case.operands.width or 8, case.operands.seed
-            return problem, exact(problem, width, seed, "cpu")
+            operands = exact(problem, width, seed, "cpu")
+            answer = expect if case.expectation.exact else faithful
+            return problem, operands, answer(operands, problem)
     return None
