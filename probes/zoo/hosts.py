@@ -134,3 +134,24 @@ class FallsBack(OnGpu):
     def kernel_of(self, tactic: str) -> str:
         """What the kernel of a tactic is called: the claim that is not kept."""
         return {"split-k": "accumulate"}.get(tactic, "gemm")
+
+
+class FillsItsScratch(OnGpu):
+    """Fills a workspace of each call, from `first` bytes after its beginning to `behind` after its
+    end: 0 and 0 are right."""
+
+    SIZE = 4096
+    _BLOCK = 1024
+
+    def __init__(self, name: str, first: int = 0, behind: int = 0) -> None:
+        super().__init__(name)
+        self.first, self.behind = first, behind
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        from ._scratch_triton import fill
+
+        scratch = torch.empty(self.SIZE, dtype=torch.int8, device=out.device)
+        last = self.SIZE + self.behind
+        blocks = -(-(last - self.first) // self._BLOCK)
+        fill[(blocks,)](scratch, self.first, last, BLOCK=self._BLOCK)
+        super().run(state, a, out, tactic)

@@ -1,0 +1,340 @@
+"""What a backend may not make of its host: other weights, earlier calls, callers, and the process.
+
+That each regime catches its mutants and passes what is right is in test_zoo and test_controls; here
+is what else they promise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp4tune.probes.backends import registry
+from fp4tune.probes.backends._returned import Returning, returned
+from fp4tune.probes.check.sweep import Checker
+from fp4tune.probes.data import exact
+from fp4tune.probes.data.activations import ACTIVATIONS
+from fp4tune.probes.formats import dequantise, quantise
+from fp4tune.probes.launch import process
+from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.outcome import Budget, NotApplicable
+from fp4tune.probes.launch.variants import variant
+from fp4tune.probes.problem import MXFP4, NVFP4, Problem
+from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.regimes.host import own_process, scratch
+from fp4tune.probes.regimes.host.own_process import NoAnswer, Question
+from fp4tune.probes.regimes.memory.addresses import ALIGNMENTS, aligned, allowed, output_at
+from fp4tune.probes.regimes.plain.own_quantiser import judge
+from fp4tune.probes.zoo import history, quantiser, weights
+from fp4tune.probes.zoo import returned as returning
+from fp4tune.probes.zoo.floor import Right
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+PROBLEM = Problem("nvfp4", 24, 96, 128)
+W4A4 = Problem("nvfp4", 24, 96, 128, "fp4")
+SHORT = Budget(1, 2, 0.01)
+
+
+def run(regime: str, backend: Any, ms=(0, 1, 2, 7), problem: Problem = PROBLEM, budget=SHORT):
+    drawn = [case(backend, problem, exact(problem, 24, seed, "cpu")) for seed in (1, 2)]
+    launches = [Launch(i % 2, 3, m, "default", i) for i, m in enumerate(ms)]
+    return REGIMES[regime](backend, drawn, launches, budget)
+
+
+def caught(outcome) -> bool:
+    return bool(outcome.errors) or not all(report.clean for _, report in outcome.reports)
+
+
+# -- which weight
+
+
+@given(st.integers(0, 2**31), st.integers(0, 5))
+@settings(max_examples=12, deadline=None)
+def test_a_variants_answer_is_its_weights_own(index, offset):
+    drawn = case(Right("right"), PROBLEM, exact(PROBLEM, 24, 3, "cpu"))
+    made = variant(drawn, index)
+    place = made.slot(offset, 4)
+    state = Right("right").prepare(made.weight, PROBLEM)
+    Right("right").run(state, drawn.rows(offset, 4), place.out, "default")
+    checker = Checker([place])
+    checker.sweep()
+    assert checker.reports()[0].clean
+
+
+def test_the_crowd_is_larger_than_any_table():
+    proof = run("weights", Right("right"), (1, 2)).proof
+    assert proof["small_alive"] > 1024 and proof["alive"] >= 9 and proof["in_turn"]
+
+
+@pytest.mark.parametrize("slots", [9, 31, 127, 600])
+def test_a_table_of_any_number_of_slots_is_caught(slots):
+    outcome = run("weights", weights.DecodedInSlots("x", slots), (1,))
+    assert caught(outcome) and outcome.not_exercised is None
+
+
+def test_updates_are_asked_for_where_there_are_any():
+    assert "updated" not in run("weights", Right("right"), (1,)).proof
+    outcome = run("weights", weights.DecodedPerWeight("x"), (1,))
+    assert outcome.proof["updated"] and not caught(outcome)
+
+
+# -- history
+
+
+def test_the_call_that_came_out_wrong_is_named():
+    outcome = run("history", history.CounterWraps("x", 9), (1,))
+    assert "call 512 " in outcome.errors[0]["message"] and outcome.proof["calls"] >= 2048
+    assert outcome.proof["pause_seconds"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [history.ForgetsAfterAPause, history.AnswersLateAfterAPause])
+def test_what_a_pause_makes_of_it_is_seen(make):
+    outcome = run("history", make("x"), (1,), budget=Budget(1, 2, 0.2))
+    assert outcome.proof["pause_seconds"] > 1 and "1 of " in outcome.errors[0]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: history.CounterWraps("x", 15),
+                                  lambda: history.SwapsBuffers("x", 10_000)])  # fmt: skip
+def test_what_happens_once_in_ten_thousand_calls_is_seen(make):
+    outcome = run("history", make(), (1,), budget=Budget(1, 2, 10.0))
+    assert outcome.proof["calls"] > 1 << 17 and caught(outcome)
+
+
+# -- the process
+
+
+def test_a_snapshot_tells_what_changed_and_can_be_put_back():
+    before = process.snapshot(CPU)
+    assert process.differences(before, process.snapshot(CPU)) == {}
+    assert len(before) > 30 and process.DECIDES - {"current stream"} >= {"default dtype"}
+    random.random()
+    torch.set_default_dtype(torch.float64)
+    os.environ["FP4TUNE_TEST_SETTING"] = "1"
+    changed = process.differences(before, process.snapshot(CPU))
+    assert set(changed) == {"random state of Python", "default dtype", "environment"}
+    assert "float64" in changed["default dtype"]
+    assert changed["environment"] == "FP4TUNE_TEST_SETTING"
+    process.restore(CPU, before, changed.keys())
+    assert process.differences(before, process.snapshot(CPU)) == {}
+
+
+class Touches(Right):
+    """Right, and does something to its process in each call."""
+
+    def __init__(self, what) -> None:
+        super().__init__("touches")
+        self.what = what
+
+    def run(self, state, a, out, tactic):
+        super().run(state, a, out, tactic)
+        self.what()
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        (lambda: torch.rand(1), "random state of torch"),
+        (lambda: torch.set_num_threads(torch.get_num_threads() % 2 + 1), "threads of torch"),
+        (lambda: signal.signal(signal.SIGUSR1, lambda *_: None), "signal handlers"),
+        (lambda: os.umask((os.umask(0) + 1) % 64), "file mode mask"),
+    ],
+)
+def test_a_side_effect_is_a_fault_where_it_decides_and_told_elsewhere(what, name):
+    before = signal.getsignal(signal.SIGUSR1), os.umask(0o22), torch.get_num_threads()
+    try:
+        outcome = run("effects", Touches(what), (1, 2))
+    finally:
+        signal.signal(signal.SIGUSR1, before[0])
+        os.umask(before[1])
+        torch.set_num_threads(before[2])
+    grave = name in process.DECIDES
+    found = outcome.errors[0] if grave else outcome.graded[0]
+    assert found["kind"] == ("side effect" if grave else "setting changed")
+    assert name in found["message"] and bool(outcome.errors) == grave
+    assert all(report.clean for _, report in outcome.reports)
+
+
+def test_what_an_import_changes_is_told(tmp_path):
+    file = tmp_path / "plugin.py"
+    file.write_text(
+        "import random\nfrom fp4tune.probes.zoo.floor import Right\n"
+        "random.seed(4)\nMINE = Right('mine')\n"
+    )
+    outcome = run("effects", registry.load_one(f"{file}:MINE"), (1,))
+    assert "its import changes it" in outcome.errors[0]["message"]
+
+
+# -- callers
+
+
+def test_every_call_comes_from_a_thread_of_its_own():
+    seen: list[tuple[int, int]] = []
+
+    class Watches(Right):
+        def run(self, state, a, out, tactic):
+            seen.append((threading.get_ident(), threading.active_count()))
+            super().run(state, a, out, tactic)
+
+    before = threading.active_count()
+    outcome = run("callers", Watches("x"), (1, 2))
+    assert outcome.not_exercised is None and outcome.proof["numbers_that_came_again"]
+    assert {count for _, count in seen} == {before + 1}
+    assert threading.get_ident() not in {ident for ident, _ in seen}
+
+
+def test_first_calls_overlap_and_each_round_has_new_weights():
+    states: list[Any] = []
+
+    class Watches(Right):
+        def prepare(self, weight, problem):
+            states.append(weight.codes.data_ptr())
+            return super().prepare(weight, problem)
+
+    outcome = run("first-calls", Watches("x"), (1, 2))
+    assert outcome.proof["overlapped"] and len(set(states)) == len(states)
+    assert outcome.proof["own_processes"] == 0
+
+
+QUESTION = Question(
+    "first-calls", "zoo-process-half-made", PROBLEM, 24, 5, (1, 2), ("d", "d"), "cpu"
+)
+
+
+def test_a_question_is_what_it_was(tmp_path):
+    import json
+    from dataclasses import asdict
+
+    assert Question.of(json.dumps(asdict(QUESTION))) == QUESTION
+
+
+@pytest.mark.slow
+def test_the_first_calls_of_a_process_are_made_in_one_of_its_own():
+    answer = own_process.ask(QUESTION, lambda: None)
+    assert "first calls of a process" in answer["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_or_hangs_gives_no_answer():
+    from dataclasses import replace
+
+    with pytest.raises(NoAnswer, match="ended with") as raised:
+        own_process.ask(replace(QUESTION, spec="zoo-segmentation-fault"), lambda: None)
+    assert raised.value.kind == "crash"
+    with pytest.raises(NoAnswer, match="silent") as raised:
+        own_process.ask(replace(QUESTION, spec="zoo-endless-loop"), lambda: None, 12.0)
+    assert raised.value.kind == "hang"
+
+
+# -- memory
+
+
+@given(
+    st.sampled_from(ALIGNMENTS),
+    st.integers(0, 9),
+    st.integers(1, 70),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.uint8]),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_placed_has_that_alignment_and_no_more(alignment, m, n, dtype):
+    rows = torch.arange(m * n).view(m, n).to(dtype)
+    view = aligned(rows, alignment)
+    assert view.data_ptr() % (2 * alignment) == alignment and torch.equal(view, rows)
+    if dtype != torch.uint8:
+        place = output_at(rows, rows, alignment)
+        assert place.out.data_ptr() % (2 * alignment) == alignment
+        place.out.copy_(rows)
+        place.guarded[-1] = 0
+        checker = Checker([place])
+        assert checker.reports()[0].guard == 1
+
+
+def test_a_gpu_is_given_what_slices_of_rows_can_have():
+    gpu = torch.device("cuda")
+    assert allowed(2 * 4096, gpu) == (256,) and allowed(2 * 24, gpu)[0] == 16
+    assert allowed(2 * 321, gpu)[0] == 2 and allowed(2 * 4096, CPU) == ALIGNMENTS
+
+
+def test_an_output_that_is_returned_is_held_to_its_shape():
+    like = torch.empty(2, 3)
+
+    class Odd:
+        def matmul(self, state, a, tactic):
+            return state
+
+    for wrong in (torch.empty(3, 2), torch.empty(2, 3, dtype=torch.float64), "none"):
+        with pytest.raises(TypeError, match="matmul returned"):
+            returned(Odd(), wrong, None, like, "default")
+    assert returned(Odd(), like, None, like, "default") is like
+
+
+def test_a_backend_that_returns_is_a_whole_one(tmp_path):
+    file = tmp_path / "plugin.py"
+    file.write_text(
+        "from fp4tune.probes.zoo.returned import ReturnsItsOutput\n"
+        "def mine():\n    return ReturnsItsOutput('mine')\n"
+    )
+    backend = registry.load_one(f"{file}:mine")
+    assert isinstance(backend, Returning) and backend.name == "mine"
+    for regime in ("serial", "returned", "padding"):
+        assert not caught(run(regime, backend))
+    with pytest.raises(NotApplicable):
+        run("returned", Right("right"))
+
+
+def test_results_that_are_held_change_in_a_ring():
+    for size, bad in ((1, True), (8, True), (4096, False)):
+        backend = Returning(returning.RingOfOutputs("x", size))
+        assert caught(run("returned", backend, (2,))) == bad
+
+
+# -- quantisers
+
+
+@given(st.sampled_from([NVFP4, MXFP4]), st.sampled_from(list(ACTIVATIONS)), st.integers(0, 2**30))
+@settings(max_examples=25, deadline=None)
+def test_what_our_quantiser_makes_is_right_and_no_other_code_is(fmt, kind, key):
+    x = ACTIVATIONS[kind](5, 128, key, CPU).bfloat16()
+    scale = torch.tensor(2.0**-8 if fmt.has_global else 1.0)
+    ours = quantise(x, fmt, scale if fmt.has_global else None)
+    read = dequantise(ours, torch.float64).bfloat16()
+    assert not judge(x, read, scale, fmt).any()
+    other = read.clone()
+    other[2, 17] = read[2, 17] * 1.7 + 3 * float(scale)
+    assert judge(x, other, scale, fmt).nonzero().tolist() == [[2, 17 // fmt.block]]
+
+
+@pytest.mark.parametrize("problem", [W4A4, Problem("nvfp4", 24, 48, 128, "fp4", "fp16")])
+def test_own_quantisers_are_judged_by_value(problem):
+    assert not caught(run("own-quantiser", quantiser.OwnQuantiser("x"), (1, 7), problem))
+    outcome = run("own-quantiser", quantiser.CutsCodes("x"), (1, 7), problem)
+    assert "own quantiser" in outcome.errors[0]["message"] and set(outcome.errors) == {0, 1}
+    with pytest.raises(NotApplicable):
+        run("own-quantiser", Right("right"))
+
+
+# -- canaries
+
+
+def test_the_allocator_compiles_and_says_what_it_saw(tmp_path):
+    if scratch.compiler() is None:
+        pytest.skip("no C compiler")
+    library = ctypes.CDLL(str(scratch.build(tmp_path)))
+    assert scratch.read(library) == scratch.Damage(0, 0, 0, -1, -1)
+
+
+def test_scratch_needs_a_gpu():
+    with pytest.raises(NotApplicable, match="CPU"):
+        run("scratch", Right("right"))
