@@ -181,18 +181,19 @@ def test_what_an_import_changes_is_told(tmp_path):
 
 
 def test_every_call_comes_from_a_thread_of_its_own():
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
+    inside = threading.Lock()
 
     class Watches(Right):
         def run(self, state, a, out, tactic):
-            seen.append((threading.get_ident(), threading.active_count()))
+            seen.append(threading.get_ident())
+            assert inside.acquire(blocking=False), "two callers at once"
             super().run(state, a, out, tactic)
+            inside.release()
 
-    before = threading.active_count()
     outcome = run("callers", Watches("x"), (1, 2))
     assert outcome.not_exercised is None and outcome.proof["numbers_that_came_again"]
-    assert {count for _, count in seen} == {before + 1}
-    assert threading.get_ident() not in {ident for ident, _ in seen}
+    assert seen and threading.get_ident() not in seen
 
 
 def test_first_calls_overlap_and_each_round_has_new_weights():
@@ -243,7 +244,7 @@ def test_a_process_that_dies_or_hangs_gives_no_answer():
 
 @given(
     st.sampled_from(ALIGNMENTS),
-    st.integers(0, 9),
+    st.integers(1, 9),
     st.integers(1, 70),
     st.sampled_from([torch.bfloat16, torch.float16, torch.uint8]),
 )
