@@ -188,7 +188,7 @@ class OpenLayer:
         cases = self.cases(WIDTHS[0])
         launches = self.launches([replace(item, width=WIDTHS[0])], len(cases), ("rounding",))
         strict, loose = (
-            self._run("serial", mine, launches, Budget(1, 1, 0.0))
+            self.run("serial", mine, launches, Budget(1, 1, 0.0))
             for mine in (cases, [_with_neighbours(each) for each in cases])
         )
         reports = [[r for o in part for _, r in o.reports] for part in (strict, loose)]

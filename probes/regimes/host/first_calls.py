@@ -50,7 +50,7 @@ def first_calls(
     parts: list[Outcome] = []
     overlapped = rounds = 0
     end = start + budget.seconds
-    chosen = [launch for launch in launches if launch.m]
+    chosen = list(launches)
     kept: deque[Any] = deque(maxlen=_KEPT)
     least = max(budget.least, len(_STAGGER))
     while chosen and rounds < _ROUNDS:
@@ -71,7 +71,7 @@ def first_calls(
         seconds=time.perf_counter() - start,
         proof=proof,
         errors=errors,
-        not_exercised=missed if chosen and not overlapped else None,
+        not_exercised=None if overlapped or not any(x.m for x in launches) else missed,
     )
 
 

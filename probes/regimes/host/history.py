@@ -87,7 +87,14 @@ def history(
         seconds=time.perf_counter() - start,
         proof=proof,
         errors=errors,
+        exempt=without_rows(launches),
     )
+
+
+def without_rows(launches: Sequence[Launch]) -> dict[int, str]:
+    """The items none of whose launches has a row, and why there is nothing to see."""
+    with_rows = {launch.item for launch in launches if launch.m}
+    return {x.item: "there is no row to compute" for x in launches if x.item not in with_rows}
 
 
 @dataclass(frozen=True, slots=True)

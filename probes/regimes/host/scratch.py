@@ -49,7 +49,7 @@ def scratch(
     start = time.perf_counter()
     errors: dict[int, dict[str, str]] = {}
     mine = [launch for launch in launches if 0 < launch.m <= _ROWS]
-    exempt = {x.item: f"m above {_ROWS}" for x in launches}
+    exempt = {x.item: f"no m of it is from 1 to {_ROWS}" for x in launches}
     proof: dict[str, Any] = {"blocks": 0}
     for width in sorted({cases[x.case].operands.width or 8 for x in mine}):
         case = cases[mine[0].case]

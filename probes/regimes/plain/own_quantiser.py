@@ -79,8 +79,15 @@ def own_quantiser_values(
         seconds=time.perf_counter() - start,
         proof={"calls": calls, "blocks": blocks, "columns": _columns(problem)},
         errors=errors,
-        exempt={x.item: f"m above {_MOST_ROWS}" for x in launches if x.m > _MOST_ROWS},
+        exempt=_left_out(launches, chosen),
     )
+
+
+def _left_out(launches: Sequence[Launch], chosen: Sequence[Launch]) -> dict[int, str]:
+    """The items of which no launch was chosen."""
+    tried = {launch.item for launch in chosen}
+    why = f"no m of it is from 1 to {_MOST_ROWS}"
+    return {launch.item: why for launch in launches if launch.item not in tried}
 
 
 def _parts(problem: Problem) -> int:
