@@ -17,8 +17,7 @@ from ..cache.ledger import Ledger
 from ..cache.rows import Finding
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused, printable
 from ..machine.devices import Target
-from ..probes import bundle
-from ..probes.backends import registry
+from ..probes import bundle, registry
 from ..probes.check import tilemap
 from ..probes.launch.case import Launch
 from ..probes.problem import Problem

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..machine.devices import Target
-from ..probes.backends import registry
+from ..probes import registry
 from ..probes.models import shapes
 from ..probes.problem import Problem
 from .choice.rank import FLOORS

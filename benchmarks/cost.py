@@ -39,13 +39,13 @@ from fp4tune.autotune import budget as budgets
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.machine import devices
 from fp4tune.probes.backends import build, tactics
-from fp4tune.probes.backends.registry import load_one
 from fp4tune.probes.check.sweep import Checker
 from fp4tune.probes.launch.case import Call, Case, Launch, bind
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget, capture, device_of, repeat
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.registry import load_one
 from fp4tune.probes.seeds import derive
 from fp4tune.probes.worker.session import OpenLayer
 

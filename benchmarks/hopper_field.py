@@ -29,8 +29,7 @@ import _machine as node
 from fp4tune.autotune.stages.survey import survey
 from fp4tune.cache.ledger import Ledger
 from fp4tune.machine import devices
-from fp4tune.probes import census
-from fp4tune.probes.backends import registry
+from fp4tune.probes import census, registry
 from fp4tune.probes.problem import Problem
 from fp4tune.words import EXACT
 

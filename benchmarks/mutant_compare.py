@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from fp4tune.probes.backends import tactics
-from fp4tune.probes.backends.registry import load_one
 from fp4tune.probes.check.reference import tile_error, tile_limit
 from fp4tune.probes.data import draw
 from fp4tune.probes.launch.case import Case, case, prepared_activation
 from fp4tune.probes.problem import Device, Problem
+from fp4tune.probes.registry import load_one
 
 MARK = "@@"
 """What the lines that count begin with; a backend may print, too."""

@@ -45,7 +45,7 @@ from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Candidate
 from fp4tune.machine import devices
 from fp4tune.machine.memory import free_memory
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.worker.supervisor import WorkerFailed
 from fp4tune.words import CENSUS

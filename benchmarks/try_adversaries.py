@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from fp4tune.probes.backends import tactics
-from fp4tune.probes.backends.registry import load_one
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes.pdl import edges
 from fp4tune.probes.regimes.pdl.pdl import attack
+from fp4tune.probes.registry import load_one
 from fp4tune.probes.zoo.pdl import PdlGemm
 
 KINDS = ("raw", "war", "waw")

@@ -30,7 +30,7 @@ def backends(
         nursery.warm(python)  # meanwhile
         from ..autotune import request as planning
         from ..autotune import support
-        from ..probes.backends import registry
+        from ..probes import registry
         from ..report.terminal import tables
 
         for plugin in registry.misnamed():

@@ -64,7 +64,7 @@ def add(
         rows = _published(state)
         known = {row["backend"] for row in rows}
         if backend not in known:
-            from ..probes.backends import registry
+            from ..probes import registry
 
             registry.known(backend)
         prints = {row["fingerprint"] for row in rows if row["backend"] == backend}

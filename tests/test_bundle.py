@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4tune.probes import bundle
-from fp4tune.probes.backends import registry
+from fp4tune.probes import bundle, registry
 from fp4tune.probes.bundle.siblings import beside
 from fp4tune.probes.bundle.trial import trial
 from fp4tune.probes.launch.case import Launch

@@ -10,7 +10,7 @@ from verdicts import decide
 from fp4tune.autotune.stages import controls as running
 from fp4tune.autotune.verdict.profiles import PROFILES, Profile
 from fp4tune.autotune.verdict.rules import Doubt
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device
 from fp4tune.probes.regimes import REGIMES, Budget

@@ -28,8 +28,7 @@ from fp4tune.cache.decision import Decision
 from fp4tune.engines.applied import LEVELS as engine_levels
 from fp4tune.engines.emit import TARGETS
 from fp4tune.engines.names import NAMES
-from fp4tune.probes import backends
-from fp4tune.probes.backends import registry
+from fp4tune.probes import backends, registry
 from fp4tune.probes.census import PDL_WITHOUT_WAIT, SILENT_FALLBACK
 from fp4tune.probes.check.sweep import SlotReport
 from fp4tune.probes.data import FAMILIES, WIDTHS

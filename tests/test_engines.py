@@ -40,7 +40,7 @@ from fp4tune.engines import (
 )
 from fp4tune.engines import sglang as sglang_plugin
 from fp4tune.engines import vllm as vllm_plugin
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 
 EXPECTED = {
     ("sm90", "sglang"): ("marlin", "marlin"),

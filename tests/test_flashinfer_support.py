@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 from fp4tune.probes.backends.flashinfer import _support as support
 from fp4tune.probes.backends.flashinfer import mm_fp4 as provider
 from fp4tune.probes.problem import MXFP4, NVFP4, Device, Fp4Tensor, Problem
@@ -170,7 +170,7 @@ def run_python(code, **environment):
 
 
 ASK = (
-    "from fp4tune.probes.backends.registry import load_one\n"
+    "from fp4tune.probes.registry import load_one\n"
     "from fp4tune.probes.problem import Device, Problem\n"
     "b = load_one('flashinfer-cutlass')\n"
     "import sys; assert 'flashinfer' not in sys.modules\n"

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 from fp4tune.probes.backends._returned import Returning, returned
 from fp4tune.probes.check.sweep import Checker
 from fp4tune.probes.data import exact

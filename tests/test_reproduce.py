@@ -23,7 +23,7 @@ from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Finding
 from fp4tune.errors import Refused
 from fp4tune.machine import devices
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 from fp4tune.probes.bundle import HARNESS, closure, mode_of
 from fp4tune.probes.check import tilemap
 from fp4tune.probes.problem import Problem

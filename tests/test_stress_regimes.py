@@ -25,7 +25,7 @@ from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.regimes.concurrent._neighbour import GO, PAUSE
 from fp4tune.probes.regimes.concurrent.neighbours import Neighbour
-from fp4tune.probes.regimes.memory.leaks import grows
+from fp4tune.probes.regimes.leaks import grows
 from fp4tune.probes.regimes.plain.huge import past
 from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo import good

@@ -12,7 +12,7 @@ import test_contract
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 from fp4tune.probes.problem import Device, Problem
 
 ROOT = Path(__file__).parent.parent

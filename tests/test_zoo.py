@@ -16,8 +16,7 @@ from fp4tune.autotune.plan import Report
 from fp4tune.autotune.selftest import FALSE_ALARM, MISSED, OK, UNDECIDED, judge
 from fp4tune.cache.rows import BucketKey, Candidate, Finding
 from fp4tune.machine import devices
-from fp4tune.probes import zoo
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry, zoo
 from fp4tune.probes.data import FAMILIES, families
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device, Problem

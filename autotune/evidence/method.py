@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from ...probes.backends import registry
+from ...probes import registry
 from ...probes.bundle.closure import PACKAGE, closure
 
 MEASURES = (

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...machine.devices import Target
-from ...probes.backends import registry
+from ...probes import registry
 from ...probes.problem import Problem
 from ...probes.worker.supervisor import Worker, WorkerFailed
 from .. import chains

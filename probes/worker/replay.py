@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ..check.error_analysis import examine
 from ..data import FAMILIES, WIDTHS
 from ..launch.case import BackendRaised, Case, Launch
+from ..launch.error_analysis import examine
 from ..launch.outcome import Budget, Outcome
 from .session import OpenLayer
 

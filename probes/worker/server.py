@@ -107,9 +107,9 @@ class Server:
         return not self._poisoned()
 
     def _explain(self, error: BaseException) -> bool:
-        from ..backends.registry import BadBackend, UnknownBackend
         from ..launch.case import BackendRaised
         from ..regimes import NotApplicable
+        from ..registry import BadBackend, UnknownBackend
         from .session import Poisoned, sentence
 
         traceback.print_exc()
@@ -158,8 +158,8 @@ class Server:
         """Load the backend; say what this interpreter, its torch and its device are."""
         import torch
 
-        from ..backends.registry import load_one
         from ..problem import Device
+        from ..registry import load_one
 
         self._device = Device(kind, sm)
         self._census(True)
@@ -184,8 +184,8 @@ class Server:
         self, backend: str, kind: str, sm: int | None, problems: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """What the backend is, and why each problem cannot run with it (None if it can)."""
-        from ..backends.registry import BadBackend, UnknownBackend, load_one
         from ..problem import Device
+        from ..registry import BadBackend, UnknownBackend, load_one
 
         device, wanted = Device(kind, sm), [_problem(p) for p in problems]
         try:
@@ -306,7 +306,7 @@ class Server:
     def do_call(self, spec: str) -> dict[str, Any]:
         """How the backend is called: its own source for that, or else where it is defined, with the
         modules that its file brought along."""
-        from ..backends.registry import is_file, origin
+        from ..registry import is_file, origin
 
         own = getattr(self._backend, "call_source", None)
         file, make = origin(spec)
@@ -415,7 +415,7 @@ def _source(backend: Any, spec: str) -> list[str]:
     """The Python files that a backend from elsewhere was loaded from: the file named, those that
     define its class and what that inherits from, and those beside its own in one package. What
     fp4tune brings is left out."""
-    from ..backends.registry import is_file, origin
+    from ..registry import is_file, origin
 
     found = {str(origin(spec)[0])} if is_file(spec) else set()
     ours = os.path.join(_PACKAGE, "probes") + os.sep

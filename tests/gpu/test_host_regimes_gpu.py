@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.launch.outcome import Budget

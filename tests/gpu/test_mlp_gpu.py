@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fp4tune.probes.backends import tactics
-from fp4tune.probes.backends.registry import load_one
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.launch.outcome import Budget
@@ -17,6 +16,7 @@ from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.regimes.mlp import mlp
 from fp4tune.probes.regimes.mlp.kernels import silu_with
 from fp4tune.probes.regimes.mlp.layers import silu_on_cpu
+from fp4tune.probes.registry import load_one
 from fp4tune.probes.zoo.pdl import PdlGemm
 from fp4tune.probes.zoo.quantiser import QuantisingGemm
 

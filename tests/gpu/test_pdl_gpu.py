@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from fp4tune.probes.backends import tactics
-from fp4tune.probes.backends.registry import load_one
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.registry import load_one
 from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo.pdl import PdlGemm
 from fp4tune.probes.zoo.quantiser import QuantisingGemm

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fp4tune.autotune.stages import controls as running
-from fp4tune.probes import zoo
-from fp4tune.probes.backends import registry
+from fp4tune.probes import registry, zoo
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import Budget

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ...backends import Backend
-from ...backends.registry import effects_of, settings_of
 from ...check.sweep import Checker
 from ...launch.case import Case, Launch, bind, blame
 from ...launch.outcome import Budget, Outcome, device_of, outcome, wait
 from ...launch.process import DECIDES, LASTING, differences, restore, snapshot
+from ...registry import effects_of, settings_of
 
 KIND, TOLD = "side effect", "setting changed"
 _ROUNDS = 2

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...backends.registry import load_one
 from ...check.sweep import Checker, SlotReport
 from ...data import exact
 from ...launch.case import Call, Case, Launch, blame, prepared_activation
 from ...launch.case import case as make_case
 from ...launch.outcome import Budget, Outcome, device_of, outcome, together, wait
+from ...registry import load_one
 from ..concurrent.lanes import LANES, Together, run_threads
 from .history import LONG
 from .own_process import NoAnswer, Question, ask, loaded_by, name_of

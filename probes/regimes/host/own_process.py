@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...backends.registry import spec_of
 from ...problem import Problem
+from ...registry import spec_of
 
 _BOOTSTRAP = Path(__file__).parents[2] / "worker" / "bootstrap.py"
 _PROGRAM = """

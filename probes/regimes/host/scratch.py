@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...backends.registry import load_one
 from ...check.sweep import SlotReport
 from ...data import exact
 from ...launch.case import Case, Launch, bind, blame
 from ...launch.case import case as make_case
 from ...launch.outcome import Budget, NotApplicable, Outcome, device_of, need_cuda
+from ...registry import load_one
 from .own_process import NoAnswer, Question, ask, loaded_by, name_of
 
 SOURCE = Path(__file__).with_name("canaries.c")

@@ -30,7 +30,7 @@ from ...launch.outcome import (
 )
 from ...launch.variants import SIGNS, Variant, same_place, variant
 from ...problem import Fp4Tensor, Problem
-from ..memory.leaks import live_bytes
+from ..leaks import live_bytes
 from .small import small_problem
 
 MOST = 1056

@@ -16,7 +16,7 @@ from ...backends import Backend
 from ...check.sweep import Checker, slot_bytes
 from ...launch.case import Call, Case, Launch, bind
 from ...launch.outcome import CYCLES, Budget, Outcome, device_of, outcome, wait
-from ..memory.leaks import CallSeries, leaks, live_bytes, open_handles
+from ..leaks import CallSeries, leaks, live_bytes, open_handles
 
 MOST = 48
 """Different m in one run."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ..backends import Backend
+from ..check.reference import alpha_of, expect
+from ..check.sweep import POISON
 from ..data.operands import Operands, window
-from ..launch.case import Case, Launch, bind
 from ..problem import FORMATS, Fp4Tensor
-from .reference import alpha_of, expect
-from .sweep import POISON
+from .case import Case, Launch, bind
 
 _ROWS = 64
 """Wrong rows (or columns) that are compared with all others."""

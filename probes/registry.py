@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from ..launch.process import Snapshot, differences, snapshot
-from . import NAME, Backend
-from ._returned import Returning
+from .backends import NAME, Backend
+from .backends._returned import Returning
+from .launch.process import Snapshot, differences, snapshot
 
 GROUP = "fp4tune.backends"
 
@@ -68,7 +68,7 @@ BUILTIN: dict[str, str] = {
     "vllm-cutlass": "vllm.cutlass:VllmCutlass",
     "vllm-marlin": "vllm.marlin:VllmMarlin",
 }
-"""Name to ``module:attribute`` in this package; the attribute is what an entry point may be."""
+"""Name to ``module:attribute`` in `backends`; the attribute is what an entry point may be."""
 
 _ALLOWED = "up to 128 letters, digits, dots, dashes, underscores and plus signs"
 _HOST = torch.device("cpu")
@@ -183,13 +183,13 @@ def _load_builtin(name: str) -> Backend:
     module, _, attribute = BUILTIN[name].partition(":")
 
     def load() -> Any:
-        return getattr(importlib.import_module(f".{module}", __package__), attribute)
+        return getattr(importlib.import_module(f".backends.{module}", __package__), attribute)
 
     return _select(name, _instances(_import(load, name), name), name)
 
 
 def _load_mutant(name: str) -> Backend:
-    from .. import zoo
+    from . import zoo
 
     try:
         return zoo.named(name)
@@ -318,7 +318,7 @@ def _load(name: str) -> Backend:
     if name.startswith("zoo-"):
         return _load_mutant(name)
     if name == "controls":
-        from ..zoo.controls import controls
+        from .zoo.controls import controls
 
         return controls()
     plugins = _entry_points()
@@ -339,16 +339,16 @@ def origin(name: str) -> tuple[Path, str]:
         return path, f"(backend,) = _unfolded(_from_file({path.name!r}, {attribute!r}))\n"
     if name.startswith("zoo-"):
         make = f"from fp4tune.probes import zoo\n\nbackend = zoo.named({name!r})\n"
-        return here.parent / "zoo" / "__init__.py", make
+        return here / "zoo" / "__init__.py", make
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
         source, file = (
             f"fp4tune.probes.backends.{module}",
-            here.joinpath(*module.split(".")).with_suffix(".py"),
+            here.joinpath("backends", *module.split(".")).with_suffix(".py"),
         )
     elif name in _entry_points():
         entry = _entry_points()[name]
-        source, attribute, file = entry.module, entry.attr, here.parent / "problem.py"
+        source, attribute, file = entry.module, entry.attr, here / "problem.py"
     else:
         raise _unknown(name)
     make = f"from {source} import {attribute} as made\n\n"
