@@ -98,20 +98,30 @@ def spec_of(finding: Finding, given: str | None) -> str:
     raise Refused(f"no backend here is called {name!r}; name its file with --backend FILE.py:NAME")
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayBackend:
+    """What a finding is launched again with: the backend as it is loaded, the interpreter it runs
+    in (None for ours), and the seconds of silence that count as a hang (None for the usual)."""
+
+    target: Target
+    spec: str
+    python: str | None = None
+    hang_seconds: float | None = None
+
+
 def reproduce(
     finding: Finding,
-    target: Target,
-    spec: str,
-    times: int,
-    python: str | None,
-    hang_seconds: float | None,
+    backend: ReplayBackend,
     progress: Progress,
+    times: int = TIMES,
     path: Path | None = None,
 ) -> Result:
-    """Replay `finding` on `target` with the backend `spec`; write its bundle where `path` says.
+    """Replay `finding` as often as `times` says; write its bundle where `path` says.
 
     Raises Refused where it cannot be run here.
     """
+    target, spec, python = backend.target, backend.spec, backend.python
+    hang_seconds = backend.hang_seconds
     problem = _problem(finding)
     answer = survey(target, (spec,), (problem,), python, hang_seconds)[spec]
     why = answer.get("error") or answer["reasons"][0]

@@ -48,12 +48,14 @@ def reproduce(
         found = again.load(documents.place_of(state), finding)
         result = again.reproduce(
             found,
-            target,
-            again.spec_of(found, backend),
-            times,
-            planning.interpreter(python),
-            planning.hang_seconds(hang_seconds),
+            again.ReplayBackend(
+                target,
+                again.spec_of(found, backend),
+                planning.interpreter(python),
+                planning.hang_seconds(hang_seconds),
+            ),
             lambda who, text: None,
+            times,
             bundle,
         )
         if as_json:

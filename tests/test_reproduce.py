@@ -61,12 +61,9 @@ def first(found, backend: str, kind: str | None = None) -> Finding:
 def replay(finding: Finding, spec: str | None = None, path: Path | None = None, times: int = 10):
     return again.reproduce(
         finding,
-        devices.cpu(),
-        spec or finding.backend,
-        times,
-        None,
-        60.0,
+        again.ReplayBackend(devices.cpu(), spec or finding.backend, None, 60.0),
         lambda who, text: None,
+        times,
         path,
     )
 
