@@ -257,7 +257,10 @@ def test_the_report_names_the_unwritten_tail(probed):
 
 def test_the_shared_workspace_is_right_serially_and_caught_on_streams(probed):
     findings = [f for f in probed[1]["findings"] if f["backend"] == "example-scratch"]
-    assert {(f["kind"], f["regime"]) for f in findings} == {("wrong", "streams")}
+    # Several threads make the first calls of a weight at once, too.
+    seen = {(f["kind"], f["regime"]) for f in findings}
+    assert ("wrong", "streams") in seen
+    assert seen <= {("wrong", "streams"), ("wrong", "first-calls")}
     assert {c["width"] for c in candidates(probed[1], "example-scratch")} == {24}
 
 

@@ -63,19 +63,27 @@ _ENGINE = (
     "weights",
     "effects",
     "callers",
-    "first-calls",
     "scratch",
     "history",
     "churn",
     "regrow",
 )
-_EVERY = (*_ENGINE, "streams", "graph-streams", "threads", "strided", "neighbours")
+_EVERY = (
+    *_ENGINE,
+    "streams",
+    "graph-streams",
+    "threads",
+    "first-calls",
+    "strided",
+    "neighbours",
+)
 _HUGE = {"huge": BELOW_2_31}
 """Of no bucket's own problems, so required by none: what it shows bounds every bucket."""
 _ONE_STREAM = {
     "streams": ONE_STREAM,
     "graph-streams": ONE_STREAM,
     "threads": ONE_THREAD,
+    "first-calls": ONE_THREAD,
     "strided": WHOLE_ROWS,
     "neighbours": OWN_GPU,
     **_HUGE,
