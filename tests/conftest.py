@@ -62,6 +62,7 @@ def one_thread():
 def own_state(tmp_path, monkeypatch):
     """No test reads or writes the state of the machine it runs on, nor another test's quarantines,
     which hold for a whole process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # what the audit remembers
     monkeypatch.setenv("FP4TUNE_STATE", str(tmp_path / "state"))
     monkeypatch.setattr(state, "SYSTEM", str(tmp_path / "no-system" / "fp4tune"))
     monkeypatch.setattr(reader, "_own", ())
