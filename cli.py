@@ -20,6 +20,7 @@ from .commands.explain import explain
 from .commands.export import export
 from .commands.facts import facts
 from .commands.import_ import import_
+from .commands.layers import layers
 from .commands.probe import probe
 from .commands.report import report
 from .commands.reproduce import reproduce
@@ -46,6 +47,7 @@ for command in (
     selftest,
     doctor,
     explain,
+    layers,
     check_weights,
     report,
     emit,

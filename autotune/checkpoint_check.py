@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,36 @@ NOT_WEIGHTS = "not about weights"
 """Of a condition that the engine must grant: no checkpoint discharges it."""
 
 
-def check(path: Path, state_dir: Path) -> dict[str, Any]:
+Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Given the bytes of scales there are, a context that is told of each part read."""
+
+
+def check(path: Path, state_dir: Path, watch: Watch | None = None) -> dict[str, Any]:
     """Look at all weights of the checkpoint at `path`, keep what was found, and return it.
 
     Raises ValueError for what is no whole checkpoint, Refused where it has no FP4 weights that are
     known here, and StateError where the result cannot be kept.
     """
-    from ..probes.models import checkpoint, weights
+    from ..probes.models import checkpoint, consistency, soundness, weights
 
     opened = checkpoint.open_checkpoint(path)
     found, odd = weights.weights(opened)
-    if not found:
+    around = consistency.surroundings(path, opened)
+    if not found and not around.unpaired:
         why = "".join(f": {name}: {reason}" for name, reason in list(odd.items())[:1])
         raise Refused(f"{path} has no FP4 weights that are known here{why}")
-    results = weights.check(found, odd)
+    with (watch or _unwatched)(sum(weight.scales.nbytes for weight in found)) as advance:
+        results = soundness.check(found, odd, around, advance)
     if checkpoint.open_checkpoint(path).identity != opened.identity:
         raise Refused(f"{path} has changed meanwhile")
     formats = Counter(weight.format for weight in found)
     documents = [result.json() for result in results]
     return kept.store(state_dir, opened.identity, opened.path, formats, documents)
+
+
+@contextmanager
+def _unwatched(total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda part: None
 
 
 def find(path: Path, state_dir: Path) -> dict[str, Any]:

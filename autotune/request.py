@@ -5,21 +5,39 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..machine.devices import Target
 from ..probes import registry
 from ..probes.models import shapes
-from ..probes.problem import Problem
+from ..probes.models.rows import CheckpointLayers
+from ..probes.problem import ACTIVATIONS, Problem
 from .choice.rank import FLOORS
 from .verdict.buckets import edge_of
 from .verdict.profiles import PROFILES
 
 DEFAULT_PRESET = {"cuda": "llama-3.1-8b", "cpu": "qwen3-0.6b"}
+DEFAULT_FORMATS = ("nvfp4",)
 DEFAULT_MAX_M = {"cuda": 4096, "cpu": 32}
 """Enough for decode and chunked prefill on a GPU; on a CPU what takes a minute."""
 MOST_M = 65536
 """A pool of more rows would not fit beside the weights of today's models."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedLayer:
+    """One (n, k) to probe, with the format and the activation of a checkpoint's layer.
+
+    None: those that the options name. An activation of ``fp4`` is served as ``bf16``, too, where
+    the GPU or the engine cannot do better.
+    """
+
+    name: str
+    n: int
+    k: int
+    format: str | None = None
+    activation: str | None = None
 
 
 def layers(
@@ -28,29 +46,41 @@ def layers(
     given: Sequence[str],
     tp: int,
     device: str,
-) -> list[shapes.Layer]:
-    """The (n, k) to probe: all that was named, else the device's default preset; no pair twice.
+    checkpoint: CheckpointLayers | None = None,
+) -> list[AskedLayer]:
+    """What to probe: all that was named, else the device's default preset; nothing twice.
 
-    Raises ValueError, one sentence.
+    Raises ValueError, one sentence; where a model has no dense FP4 layer, that one.
     """
     if tp < 1:
         raise ValueError(f"--tp {tp}: tensor parallelism is at least 1")
-    found: list[shapes.Layer] = []
-    for name in presets:
-        found += shapes.preset(name, tp)
+    models = [shapes.preset_layers(name, tp) for name in presets]
     if model_config is not None:
-        found += shapes.from_config(model_config, tp)
-    found += [shapes.parse_shape(text) for text in given]
-    if not found:
-        found = shapes.preset(DEFAULT_PRESET[device], tp)
-    unique: dict[tuple[int, int], shapes.Layer] = {}
+        models.append(shapes.config_layers(model_config, tp))
+    if checkpoint is not None:
+        models.append(checkpoint)
+    if not models and not given:
+        models = [shapes.preset_layers(DEFAULT_PRESET[device], tp)]
+    found: list[AskedLayer] = []
+    for model in models:
+        found += _asked(model)
+    found += [AskedLayer(f"{n}x{k}", n, k) for n, k in map(shapes.parse_shape, given)]
+    unique: dict[tuple[object, ...], AskedLayer] = {}
     for layer in found:
-        unique.setdefault((layer.n, layer.k), layer)
+        unique.setdefault((layer.n, layer.k, layer.format, layer.activation), layer)
     return list(unique.values())
 
 
+def _asked(model: CheckpointLayers) -> list[AskedLayer]:
+    if not model.probed:
+        raise ValueError(model.nothing())
+    if model.assumed:
+        return [AskedLayer(row.name, row.n, row.k) for row in model.probed]
+    return [AskedLayer(row.name, row.n, row.k, row.format, row.activation) for row in model.probed]
+
+
 def problems(
-    layers: Iterable[shapes.Layer],
+    layers: Iterable[AskedLayer],
     formats: Sequence[str],
     activations: Sequence[str],
     out_dtype: str,
@@ -58,16 +88,29 @@ def problems(
 ) -> tuple[Problem, ...]:
     """One problem a layer, format and activation, at the upper edge of `max_m`'s bucket.
 
-    Raises ValueError, one sentence.
+    `formats` and `activations` are those asked for; empty: NVFP4, and both. Of a layer with a
+    format of its own they leave out what they do not name. Raises ValueError, one sentence.
     """
     if not 1 <= max_m <= MOST_M:
         raise ValueError(f"--max-m {max_m}: it must be from 1 to {MOST_M}")
-    return tuple(
+    asked = list(layers)
+    wanted = formats or DEFAULT_FORMATS
+    own = [layer.format for layer in asked if layer.format is not None]
+    found = [
         Problem(format_, edge_of(max_m), layer.n, layer.k, activation, out_dtype)
-        for format_ in formats
-        for activation in activations
-        for layer in layers
-    )
+        for format_ in dict.fromkeys((*wanted, *(() if formats else own)))
+        for activation in activations or ACTIVATIONS
+        for layer in asked
+        if format_ == layer.format or (layer.format is None and format_ in wanted)
+        if not (layer.activation == "bf16" and activation == "fp4")
+    ]
+    if not found:
+        first = asked[0]
+        raise ValueError(
+            f"nothing is left of the checkpoint's layers: {first.name} is {first.format} with "
+            f"{first.activation} activations, and that was not asked for"
+        )
+    return tuple(dict.fromkeys(found))
 
 
 def backends(wanted: Sequence[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +41,10 @@ def emit(
         str | None,
         typer.Option(help="bf16 or fp4. Default: fp4 from SM100 on, bf16 before."),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="For the layers of this checkpoint: its format, and W4A16 if it is so."),
+    ] = None,
     arch: Annotated[
         str | None, typer.Option(help="For another machine, e.g. sm120. Default: the GPU here.")
     ] = None,
@@ -67,6 +72,8 @@ def emit(
             )
         if explain and target != "json":
             raise Refused("--explain is for the target json")
+        if checkpoint is not None:
+            format_, activation = _kind(checkpoint, activation)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
         if target == "json":
             raise typer.Exit(_print_all(asked, explain))
@@ -78,6 +85,18 @@ def emit(
         if made.selection.backend:
             raise typer.Exit(SAFE)
         raise typer.Exit(NOT_ASSESSED if made.selection.unclear else UNSAFE)
+
+
+def _kind(checkpoint: str, activation: str | None) -> tuple[str, str | None]:
+    """The format of a checkpoint's dense FP4 layers, and their activation where it is 16-bit."""
+    from ..probes.models.layers import read_layers
+
+    found = read_layers(checkpoint)
+    if not found.probed:
+        raise Refused(found.nothing())
+    formats = Counter(row.format for row in found.probed for _ in range(row.count))
+    weight_only = {row.activation for row in found.probed} == {"bf16"}
+    return formats.most_common(1)[0][0], activation or ("bf16" if weight_only else None)
 
 
 def _chosen(engine: str, asked: _Asked) -> tuple[Any, Any]:

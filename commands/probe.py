@@ -33,6 +33,12 @@ def probe(
     model_config: Annotated[
         Path | None, typer.Option(help="Shapes from a Hugging Face config.json.")
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="The FP4 layers of a checkpoint: a folder, or a name in the local cache."
+        ),
+    ] = None,
     shape: Annotated[list[str] | None, typer.Option(help="One layer as N,K; repeatable.")] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks the model is split over.")] = 1,
     max_m: Annotated[
@@ -108,6 +114,9 @@ def probe(
         from ..cache.state import directory
         from ..fleet import adopt
         from ..probes import quantisers
+        from ..probes.models import shapes
+        from ..probes.models.fusion import ENGINES
+        from ..report.terminal import layers as layer_lines
 
         chosen_level = named(LEVELS, level, "level")
         chosen_profile = named(PROFILES, profile or engine or installed(), "profile")
@@ -116,15 +125,21 @@ def probe(
         chosen_seed = planning.seed(seed)
         rate = planning.failure_rate(max_failure_rate, confidence)
         planning.budget(max_seconds, max_launches)
+        held = None
+        if checkpoint is not None:
+            rules = chosen_profile.name if chosen_profile.name in ENGINES else None
+            held = shapes.checkpoint_layers(checkpoint, tp, rules)
+            for sentence in layer_lines.about(held):
+                typer.echo(f"fp4tune: {sentence}", err=True)
         plans = []
         for target in targets:
             layers = planning.layers(
-                preset or (), model_config, shape or (), tp, target.device.kind
+                preset or (), model_config, shape or (), tp, target.device.kind, held
             )
             problems = planning.problems(
                 layers,
-                formats or ["nvfp4"],
-                activation or ["bf16", "fp4"],
+                formats or (),
+                activation or (),
                 out_dtype,
                 planning.max_m(max_m, target),
             )

@@ -128,5 +128,4 @@ def _published(state: Path | None) -> list[dict[str, Any]]:
 def _layer(text: str) -> tuple[int, int]:
     from ..probes.models.shapes import parse_shape
 
-    shape = parse_shape(text)
-    return shape.n, shape.k
+    return parse_shape(text)

@@ -233,13 +233,15 @@ class DaemonConfig:
 
     def layers(self) -> list[tuple[int, int]]:
         """The (n, k) of every layer that the file names, each once. Raises ValueError."""
-        found = [
-            layer for name in self.probe.presets for layer in shapes.preset(name, self.probe.tp)
-        ]
-        for path in self.probe.model_configs:
-            found += shapes.from_config(path, self.probe.tp)
+        models = [shapes.preset_layers(name, self.probe.tp) for name in self.probe.presets]
+        models += [shapes.config_layers(path, self.probe.tp) for path in self.probe.model_configs]
+        found: list[tuple[int, int]] = []
+        for model in models:
+            if not model.probed:
+                raise ValueError(model.nothing())
+            found += [(row.n, row.k) for row in model.probed]
         found += [shapes.parse_shape(text) for text in self.probe.shapes]
-        return list(dict.fromkeys((layer.n, layer.k) for layer in found))
+        return list(dict.fromkeys(found))
 
 
 def place(given: Path | None) -> Path | None:

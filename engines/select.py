@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cache import reader as reading
@@ -129,18 +129,23 @@ def select(
     """The backend `engine` should run in the generation of `reader`.
 
     `activation`: ``fp4`` or ``bf16``; None for what the engine computes an FP4 checkpoint with on
-    this SM: FP4 activations from SM100 on, 16-bit ones before. `home`: where the engine is
-    installed, by default beside this. Raises Missing where no bucket of that kind was probed, and
-    Refused where the engine is not installed.
+    this SM: FP4 activations from SM100 on, 16-bit ones before, and where all that was probed is
+    W4A16. `home`: where the engine is installed, by default beside this. Raises Missing where no
+    bucket of that kind was probed, and Refused where the engine is not installed.
     """
     where = (home or installed.home(engine)).required()
     scope = reader.scope()
     if scope is None:
         raise Missing(reader.path, reader.choose(1, 1, 1).reason)
     sm = names.sm_of(scope[0])
-    wanted = activation or ("fp4" if (sm or 0) >= 100 else "bf16")
-    kind = LayerKind(sm or 0, format, wanted)
+    usual = "fp4" if (sm or 0) >= 100 else "bf16"
+    kind = LayerKind(sm or 0, format, activation or usual)
     rows = _rows(reader, "choice", kind, out_dtype)
+    if not rows and activation is None and usual == "fp4":
+        # A checkpoint that is W4A16 is served as W4A16, whatever the GPU could do.
+        kind = replace(kind, activation="bf16")
+        rows = _rows(reader, "choice", kind, out_dtype)
+    wanted = activation or (kind.activation if rows else usual)
     if not rows:
         raise Missing(reader.path, f"no {format} problem with {wanted} activations was probed here")
     proven = _proven(reader, rows, kind, out_dtype)

@@ -20,7 +20,7 @@ from fp4tune.autotune import checkpoint_check
 from fp4tune.autotune.publication import publish, published
 from fp4tune.cache.rows import BucketKey, Candidate, Environment
 from fp4tune.probes.formats import decode_scale, quantise
-from fp4tune.probes.models import checkpoint, weights
+from fp4tune.probes.models import checkpoint, consistency, soundness, weights
 from fp4tune.probes.problem import FORMATS
 
 N, K = 32, 128
@@ -67,9 +67,11 @@ def mxfp4(prefix="model.layers.0.mlp", *first: int, codes=b"\x21", dtype="U8", n
     }
 
 
-def checked(path: Path) -> dict[tuple[str, str | None], weights.Result]:
-    found, odd = weights.weights(checkpoint.open_checkpoint(path))
-    return {(r.condition.id, r.out_dtype): r for r in weights.check(found, odd)}
+def checked(path: Path) -> dict[tuple[str, str | None], soundness.ConditionResult]:
+    opened = checkpoint.open_checkpoint(path)
+    found, odd = weights.weights(opened)
+    results = soundness.check(found, odd, consistency.surroundings(path, opened))
+    return {(r.condition.id, r.out_dtype): r for r in results}
 
 
 def statuses(path: Path) -> dict[str, str]:
@@ -92,6 +94,13 @@ def test_good_nvfp4_weights_hold(tmp_path, names):
         "scales-positive": "holds",
         "global-scale": "holds",
         "input-scale": "holds",
+        "partners": "holds",
+        "dead-blocks": "holds",
+        "plausible-weights": "holds",
+        "plausible-inputs": "holds",
+        "fused-scales": "not applicable",
+        "fused-formats": "not applicable",
+        "config-agrees": "not applicable",
     }
     done = run("check-weights", tmp_path, "--state", tmp_path / "state")
     assert done.exit_code == 0, done.output
@@ -235,7 +244,7 @@ def test_only_the_first_are_named_and_all_are_counted(tmp_path):
     bad = [nvfp4(f"layer{i}", weight_scale=scales(0x01)) for i in range(9)]
     save(tmp_path / "model.safetensors", {k: v for each in bad for k, v in each.items()})
     found = checked(tmp_path)["block-scale-min", None]
-    assert (found.broken, len(found.first)) == (9, weights.FIRST)
+    assert (found.broken, len(found.first)) == (9, soundness.FIRST)
     words = run("check-weights", tmp_path, "--state", tmp_path / "s").output
     assert "in 9 of 9 tensors" in words and "and 4 more" in words
 
@@ -308,6 +317,173 @@ def test_other_quantisations_are_not_taken_for_fp4(tmp_path):
     }
     save(tmp_path / "model.safetensors", eight)
     assert weights.weights(checkpoint.open_checkpoint(tmp_path)) == ([], {})
+
+
+# -- layers as an engine builds them
+
+
+def f32(value):
+    return ("F32", (), struct.pack("<f", value))
+
+
+def only_broken(place, *names):
+    found = statuses(place)
+    assert {name for name, status in found.items() if status == "broken"} == set(names), found
+
+
+@pytest.mark.parametrize(
+    ("tensors", "lacks"),
+    [
+        ({**nvfp4("a"), **nvfp4("b", weight_scale=None)}, "b.weight"),
+        ({**nvfp4("a"), **nvfp4("b", weight=None)}, "b.weight_scale"),
+        (
+            {**nvfp4("a", names="ct"), **nvfp4("b", names="ct", weight_scale=None)},
+            "b.weight_packed",
+        ),
+        ({**nvfp4("a"), "x.experts.gate_up_blocks": ("U8", (N, 4, 16), b"\x21" * (64 * N))},
+         "x.experts.gate_up_blocks"),
+        ({**nvfp4("a"), "x.experts.down_proj": ("U8", (2, N, 16), b"\x21" * (32 * N))},
+         "x.experts.down_proj"),
+        ({**mxfp4("a"), **{n: t for n, t in mxfp4("b").items() if "scales" not in n}}, "b_blocks"),
+    ],
+)  # fmt: skip
+def test_a_tensor_without_its_partner_is_an_error(tmp_path, tensors, lacks):
+    save(tmp_path / "model.safetensors", tensors)
+    assert statuses(tmp_path)["partners"] == "broken"
+    done = run("check-weights", tmp_path, "--state", tmp_path / "state")
+    assert done.exit_code == 1 and lacks in done.output
+
+
+def test_a_checkpoint_of_nothing_but_orphans_is_an_error_too(tmp_path):
+    save(tmp_path / "model.safetensors", nvfp4("a", weight_scale=None))
+    done = run("check-weights", tmp_path, "--state", tmp_path / "state")
+    assert done.exit_code == 1 and "codes without block scales" in done.output
+
+
+def test_weights_lost_under_scales_of_zero_are_found(tmp_path):
+    whole = N * K // 16
+    save(tmp_path / "model.safetensors", nvfp4(weight_scale=scales(*[0] * whole)))
+    only_broken(tmp_path, "dead-blocks")
+    save(tmp_path / "model.safetensors", nvfp4(weight_scale=scales(*[0, 0x80] * (whole // 8))))
+    only_broken(tmp_path, "dead-blocks")  # a quarter of it
+    save(tmp_path / "model.safetensors", nvfp4(weight_scale=scales(*[0] * (whole // 16))))
+    only_broken(tmp_path)  # a few blocks that were rounded to nothing
+    zeros = ("U8", (N, K // 2), bytes((0x00, 0x08, 0x80, 0x88)) * (N * K // 8))
+    save(tmp_path / "model.safetensors", nvfp4(weight=zeros, weight_scale=scales(*[0] * whole)))
+    only_broken(tmp_path)  # nothing was there
+
+
+def test_an_expert_lost_among_many_is_found(tmp_path):
+    rows, k, experts = 64, 64, 32
+    one = bytes([0x38]) * (rows * k // 16)
+    data = one * 20 + bytes(len(one)) + one * (experts - 21)
+    at = "model.layers.0.mlp.experts.down_proj"
+    save(tmp_path / "model.safetensors", {
+        at: ("U8", (experts, rows, k // 2), b"\x21" * (experts * rows * k // 2)),
+        f"{at}_weight_scale": ("F8_E4M3", (experts, rows, k // 16), data),
+        f"{at}_weight_scale_2": f32(0.5),
+    })  # fmt: skip
+    result = checked(tmp_path)["dead-blocks", None]
+    assert "64 rows on end" in result.first[0]["found"]
+
+
+@pytest.mark.parametrize("names", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize(("amax", "right"), [(0.05, True), (3.0, True), (900.0, True)])
+def test_a_global_scale_in_the_other_convention_is_told(tmp_path, names, amax, right):
+    multiplier, divisor = amax / 2688, 2688 / amax
+    key = "weight_scale_2" if names == "modelopt" else "weight_global_scale"
+    mine, other = (multiplier, divisor) if names == "modelopt" else (divisor, multiplier)
+    full = scales(*[0x7E] * 8)
+    save(tmp_path / "model.safetensors", nvfp4(names=names, weight_scale=full, **{key: f32(mine)}))
+    only_broken(tmp_path)
+    save(tmp_path / "model.safetensors", nvfp4(names=names, weight_scale=full, **{key: f32(other)}))
+    if amax < 800:  # near the turning point, sqrt(2688), both read alike
+        only_broken(tmp_path, "plausible-weights")
+        done = run("check-weights", tmp_path, "--state", tmp_path / "state")
+        assert done.exit_code == 1 and "the other convention" in done.output
+
+
+def test_weights_that_vanish_are_told(tmp_path):
+    save(tmp_path / "model.safetensors", nvfp4(weight_scale_2=f32(1e-20)))
+    only_broken(tmp_path, "plausible-weights")
+
+
+@pytest.mark.parametrize("names", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize(
+    ("amax", "says"),
+    [(1e30, "to 0"), (1e6, "to 0"), (1e5, None), (10.0, None), (0.01, None), (1e-5, "the maximum")],
+)
+def test_scales_for_activations_that_no_layer_has_are_told(tmp_path, names, amax, says):
+    ours = names == "modelopt"
+    key, value = ("input_scale", amax / 2688) if ours else ("input_global_scale", 2688 / amax)
+    save(tmp_path / "model.safetensors", nvfp4(names=names, **{key: f32(value)}))
+    result = checked(tmp_path)["plausible-inputs", None]
+    assert result.status == ("holds" if says is None else "broken")
+    assert says is None or says in result.first[0]["found"]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "binades"),
+    [(("q_proj", "k_proj", "v_proj"), 2.0), (("gate_proj", "up_proj"), 1.0), (("w1", "w3"), 3.0)],
+)
+def test_members_of_a_fused_layer_with_other_scales_lose_binades(tmp_path, leaves, binades):
+    tensors = {}
+    for leaf in leaves:
+        value = 0.5 * 2**binades if leaf == leaves[0] else 0.5
+        tensors |= nvfp4(f"model.layers.0.x.{leaf}", weight_scale_2=f32(value))
+    save(tmp_path / "model.safetensors", tensors)
+    result = checked(tmp_path)["fused-scales", None]
+    assert result.status == "broken" and f"{binades:.2g} binades" in result.first[0]["found"]
+    same = {}
+    for leaf in leaves:
+        same |= nvfp4(f"model.layers.0.x.{leaf}")
+    save(tmp_path / "model.safetensors", {**same, **nvfp4("model.layers.0.x.down_proj",
+                                                         weight_scale_2=f32(0.1))})  # fmt: skip
+    assert statuses(tmp_path)["fused-scales"] == "holds"
+
+
+def test_members_of_a_fused_layer_in_two_formats_are_found(tmp_path):
+    at = "model.layers.0.self_attn"
+    tensors = {**nvfp4(f"{at}.q_proj"), **nvfp4(f"{at}.o_proj")}
+    for leaf in ("k_proj", "v_proj"):
+        tensors[f"{at}.{leaf}.weight"] = ("BF16", (N, K), b"\0" * (2 * N * K))
+    save(tmp_path / "model.safetensors", tensors)
+    only_broken(tmp_path, "fused-formats")
+    done = run("check-weights", tmp_path, "--state", tmp_path / "state")
+    assert done.exit_code == 1 and f"{at}.{{q_proj,k_proj,v_proj}}" in done.output
+
+
+def test_a_configuration_that_says_otherwise_is_found(tmp_path):
+    at = "model.layers.0"
+    save(tmp_path / "model.safetensors", {
+        **nvfp4(f"{at}.mlp.down_proj"),
+        f"{at}.self_attn.o_proj.weight": ("BF16", (N, K), b"\0" * (2 * N * K)),
+    })  # fmt: skip
+    right = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": [f"{at}.self_attn*"]}
+    for config, broken in (({**right}, False), ({**right, "ignore": []}, True)):
+        values = {"quantization_config": config}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        result = checked(tmp_path)["config-agrees", None]
+        assert result.status == ("broken" if broken else "holds")
+    assert "says nvfp4, the files hold bf16" in result.first[0]["found"]
+
+
+def test_what_was_found_does_not_outlive_the_configuration(tmp_path):
+    save(tmp_path / "model.safetensors", nvfp4())
+    before = checkpoint.open_checkpoint(tmp_path).identity
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint.open_checkpoint(tmp_path).identity != before
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(6)), st.integers(1, 4))
+def test_the_order_of_tensors_changes_nothing(tmp_path_factory, order, threads):
+    place = tmp_path_factory.mktemp("w")
+    made = [nvfp4(f"l{i}", weight_scale=scales(0x01 if i == 3 else 0x38)) for i in range(6)]
+    save(place / "model.safetensors", {n: t for i in order for n, t in made[i].items()})
+    result = checked(place)["block-scale-min", None]
+    assert (result.checked, result.broken) == (6, 1)
+    assert result.first[0]["tensor"] == "l3.weight_scale"
 
 
 # -- applied to a choice

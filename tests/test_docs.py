@@ -165,7 +165,7 @@ def check_call(words: list[str]) -> None:
     assert values.get("level") in {None, *LEVELS}
     assert values.get("profile") in {None, *PROFILES}
     for name in values.get("preset") or ():
-        shapes.preset(name, values["tp"])
+        shapes.preset_layers(name, values["tp"])
     for shape in values.get("shape") or ():
         shapes.parse_shape(shape)
     named_ = values.get("backend") or ()

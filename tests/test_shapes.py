@@ -8,20 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.models.shapes import (
-    PRESETS,
-    Attention,
-    Model,
-    from_config,
-    layers,
-    parse_shape,
-    read_config,
-)
-from fp4tune.probes.models.shapes import preset as preset_layers
+from fp4tune.autotune import request
+from fp4tune.probes.models.shapes import PRESETS, config_layers, parse_shape, preset_layers
 
 
 def shapes(found):
-    return {layer.name: (layer.n, layer.k) for layer in found}
+    """(n, k) by name, of everything that a model has, FP4 or not."""
+    return {row.name: (row.n, row.k) for row in found.rows if row.n}
+
+
+def dense(found):
+    """(n, k) by name of what is probed."""
+    return {row.name: (row.n, row.k) for row in found.probed}
 
 
 def write(folder, **values):
@@ -39,13 +37,13 @@ LLAMA = {
 
 
 def test_llama_8b_whole_and_split():
-    assert shapes(preset_layers("llama-3.1-8b")) == {
+    assert dense(preset_layers("llama-3.1-8b")) == {
         "qkv": (6144, 4096),
         "o": (4096, 4096),
         "gate_up": (28672, 4096),
         "down": (4096, 14336),
     }
-    assert shapes(preset_layers("llama-3.1-8b", 4)) == {
+    assert dense(preset_layers("llama-3.1-8b", 4)) == {
         "qkv": (1536, 4096),
         "o": (4096, 1024),
         "gate_up": (7168, 4096),
@@ -59,7 +57,8 @@ def test_key_value_heads_are_copied_where_ranks_outnumber_them():
 
 
 def test_deepseek_has_latent_attention_and_shared_experts():
-    assert shapes(preset_layers("deepseek-v3", 8)) == {
+    found = preset_layers("deepseek-v3", 8)
+    named = {
         "qkv_a": (2112, 7168),
         "q_b": (3072, 1536),
         "kv_b": (4096, 512),
@@ -69,15 +68,22 @@ def test_deepseek_has_latent_attention_and_shared_experts():
         "shared_gate_up": (512, 7168),
         "shared_down": (7168, 256),
     }
+    assert named.items() <= shapes(found).items()
+    # What comes before the queries and the keys is 16-bit in what is published.
+    assert dense(found) == {k: v for k, v in named.items() if k not in ("qkv_a", "q_b", "kv_b")}
 
 
 def test_models_with_experts_leave_them_out():
-    assert PRESETS["qwen3-30b-a3b"][1].has_experts
-    assert shapes(preset_layers("qwen3-30b-a3b")) == {"qkv": (5120, 2048), "o": (2048, 4096)}
-    gated = shapes(preset_layers("qwen3-next-80b-a3b"))
+    assert preset_layers("qwen3-30b-a3b").grouped > 0
+    assert dense(preset_layers("qwen3-30b-a3b")) == {"qkv": (5120, 2048), "o": (2048, 4096)}
+    gated = dense(preset_layers("qwen3-next-80b-a3b"))
     assert gated["qkv"] == ((2 * 16 + 2 * 2) * 256, 2048)
     assert gated["shared_gate_up"] == (1024, 2048)
     assert gated["shared_down"] == (2048, 512)
+
+
+WHOLE = ("qkv", "qkv_a", "in_proj", "kv_gate", "fc1_latent", "fc2_latent", "router", "eh_proj")
+"""Layers of which ranks hold copies, in whole or in part."""
 
 
 @given(name=st.sampled_from(sorted(PRESETS)), tp=st.sampled_from([1, 2, 4, 8, 16]))
@@ -87,45 +93,51 @@ def test_ranks_together_hold_the_model(name, tp):
     except ValueError as error:
         assert str(tp) in str(error)
         return
-    sizes = [(layer.n, layer.k) for layer in split]
-    assert len(set(sizes)) == len(sizes)
 
     def weights(found):
-        named = {name: layer for layer in found for name in layer.name.split("+")}
-        return {name: layer.n * layer.k for name, layer in named.items()}
+        return {
+            (row.name, row.modules): row.n * row.k
+            for row in found.rows
+            if row.n and row.format in ("nvfp4", "mxfp4") and not row.reason
+        }
 
     whole, part = weights(preset_layers(name)), weights(split)
     assert whole.keys() == part.keys()
-    for layer, size in whole.items():
-        if layer in ("qkv", "qkv_a"):  # copies of key/value heads, or a projection held whole
-            assert part[layer] * tp >= size
-        else:
-            assert part[layer] * tp == size
+    for (layer, modules), size in whole.items():
+        copied = layer.removeprefix("mtp_") in WHOLE
+        assert part[layer, modules] * tp >= size
+        assert copied or part[layer, modules] * tp == size
 
 
-def test_equal_shapes_are_one_layer():
-    model = Model(1024, Attention(8, 4, 128), {"": 512})
-    assert shapes(layers(model)) == {
+def test_equal_shapes_are_one_layer(tmp_path):
+    path = write(
+        tmp_path, hidden_size=1024, num_attention_heads=8, num_key_value_heads=4, head_dim=128,
+        intermediate_size=512,
+    )  # fmt: skip
+    assert dense(config_layers(path)) == {
         "qkv": (2048, 1024),
-        "o+gate_up": (1024, 1024),
+        "o": (1024, 1024),
+        "gate_up": (1024, 1024),
         "down": (1024, 512),
     }
+    asked = request.layers((), path, (), 1, "cpu")
+    assert [(each.n, each.k) for each in asked] == [(2048, 1024), (1024, 1024), (1024, 512)]
 
 
 def test_a_config_gives_what_the_preset_gives(tmp_path):
     path = write(tmp_path, **LLAMA)
-    assert from_config(path, 2) == preset_layers("llama-3.1-8b", 2)
-    assert from_config(tmp_path, 2) == from_config(path, 2)
+    assert dense(config_layers(path, 2)) == dense(preset_layers("llama-3.1-8b", 2))
+    assert config_layers(tmp_path, 2).rows == config_layers(path, 2).rows
 
 
 def test_head_dim_is_read_and_text_config_is_entered(tmp_path):
     path = write(tmp_path, model_type="some_vl", text_config={**LLAMA, "head_dim": 256})
-    assert shapes(from_config(path))["qkv"] == ((32 + 16) * 256, 4096)
+    assert shapes(config_layers(path))["qkv"] == ((32 + 16) * 256, 4096)
 
 
 def test_key_value_heads_default_to_the_query_heads(tmp_path):
     values = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
-    assert shapes(from_config(write(tmp_path, **values)))["qkv"] == (3 * 4096, 4096)
+    assert shapes(config_layers(write(tmp_path, **values)))["qkv"] == (3 * 4096, 4096)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +160,11 @@ def test_key_value_heads_default_to_the_query_heads(tmp_path):
     ],
 )
 def test_experts_leave_dense_and_shared_parts(tmp_path, more, mlps):
-    model = read_config(write(tmp_path, **LLAMA, **more))
-    assert dict(model.mlps) == mlps
-    assert model.has_experts == any(
+    # Four layers: enough that first ones, last ones and every other one are there.
+    found = config_layers(write(tmp_path, **LLAMA, num_hidden_layers=4, **more))
+    down = {n.removesuffix("down"): k for n, (_, k) in dense(found).items() if n.endswith("down")}
+    assert down == mlps
+    assert bool(found.grouped) == any(
         more.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts")
     )
 
@@ -172,18 +186,21 @@ def test_deepseek_config_is_the_preset(tmp_path):
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
+        num_hidden_layers=61,
+        vocab_size=129280,
     )
-    assert from_config(path, 4) == preset_layers("deepseek-r1", 4)
+    found, preset = shapes(config_layers(path, 4)), shapes(preset_layers("deepseek-r1", 4))
+    assert found == {k: v for k, v in preset.items() if not k.startswith("mtp_")}
 
 
 def test_an_ungated_mlp_has_one_up_projection(tmp_path):
-    found = shapes(from_config(write(tmp_path, **LLAMA, hidden_act="relu2")))
+    found = shapes(config_layers(write(tmp_path, **LLAMA, hidden_act="relu2")))
     assert found["up"] == (14336, 4096) and "gate_up" not in found
 
 
 def refused(path, tp=1):
     with pytest.raises(ValueError) as caught:
-        from_config(path, tp)
+        config_layers(path, tp)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -200,9 +217,11 @@ def test_errors_say_what_is_wrong(tmp_path):
     assert "not JSON" in refused(path)
     missing = refused(write(tmp_path, vocab_size=10))
     assert "lacks hidden_size, num_attention_heads" in missing
-    assert "intermediate_size is None" in refused(
-        write(tmp_path, hidden_size=64, num_attention_heads=4)
-    )
+    # One odd field does not refuse a model: what it is needed for is named, the rest is read.
+    found = config_layers(write(tmp_path, hidden_size=64, num_attention_heads=4))
+    assert dense(found) == {"qkv": (192, 64), "o": (64, 64)}
+    (odd,) = [row for row in found.rows if row.part == "not understood"]
+    assert "intermediate_size is None" in odd.reason
     assert "hidden_size is '4096'" in refused(write(tmp_path, **{**LLAMA, "hidden_size": "4096"}))
 
 
@@ -214,7 +233,7 @@ def test_a_bad_split_says_what_it_does_not_divide(tmp_path):
     assert "4 does not divide the model's 6 key/value heads" in refused(odd, 4)
     assert "8 is not a multiple of the model's 6 key/value heads" in refused(odd, 8)
     narrow = write(tmp_path, **{**LLAMA, "intermediate_size": 14337})
-    assert "14337 MLP columns" in refused(narrow, 2)
+    assert "does not divide its 14337 columns" in refused(narrow, 2)
 
 
 def test_unknown_presets_list_the_known():
@@ -226,8 +245,7 @@ def test_unknown_presets_list_the_known():
     n=st.integers(1, 10**6), k=st.integers(1, 10**6), separator=st.sampled_from([",", "x", ", "])
 )
 def test_shapes_parse(n, k, separator):
-    layer = parse_shape(f"{n}{separator}{k}")
-    assert (layer.n, layer.k) == (n, k)
+    assert parse_shape(f"{n}{separator}{k}") == (n, k)
 
 
 @pytest.mark.parametrize("text", ["", "4096", "1,2,3", "a,b", "0,16", "16,-1", "1.5,2"])
