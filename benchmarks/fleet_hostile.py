@@ -28,7 +28,7 @@ import bombs
 import fleets
 
 from fp4tune.fleet import bundle
-from fp4tune.probes import devices
+from fp4tune.machine import devices
 
 
 def merged(sources: list[Path], store: Path) -> dict:

@@ -25,7 +25,12 @@ from pathlib import Path
 
 import torch
 
-from fp4tune.probes.backends.triton_w4a16._tactics import Config, candidates, parse, shared_limit
+from fp4tune.probes.backends.triton_w4a16._tactics import (
+    TileConfig,
+    candidates,
+    parse,
+    shared_limit,
+)
 from fp4tune.probes.backends.triton_w4a16.gemm import TritonW4A16, compile_for, pack
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
 
@@ -84,7 +89,7 @@ def activations(m: int, k: int, dtype: torch.dtype, device: torch.device) -> tor
     return torch.randint(-4, 5, (m, k), device=device, generator=g).to(dtype)
 
 
-def old(problem: Problem, device: Device) -> list[Config]:
+def old(problem: Problem, device: Device) -> list[TileConfig]:
     """Activations through pointers, every tile, split and depth worth a try for the problem's m."""
     m = problem.m
     if m <= 16:
@@ -96,12 +101,12 @@ def old(problem: Problem, device: Device) -> list[Config]:
         return tiles(problem, "gemm", (64, 128), (64, 128), (4, 8))
     return [
         *tiles(problem, "gemm", (64, 128, 256), (64, 128), (4, 8)),
-        Config("gemm", 128, 128, 1, 8, 4, 4),
-        Config("gemm", 256, 128, 1, 8, 3, 16),
+        TileConfig("gemm", 128, 128, 1, 8, 4, 4),
+        TileConfig("gemm", 256, 128, 1, 8, 3, 16),
     ]
 
 
-def new(problem: Problem, device: Device) -> list[Config]:
+def new(problem: Problem, device: Device) -> list[TileConfig]:
     """Activations by the copy engine; and tall weight tiles, which read fewer bytes from the L2."""
     if (device.sm or 0) < 90:
         return []
@@ -121,9 +126,9 @@ def new(problem: Problem, device: Device) -> list[Config]:
     ]
     for group in (1, 2, 4, 16, 32):
         found += [
-            Config("tma", 256, 128, 1, 8, 3, group),
-            Config("tma", 128, 256, 1, 8, 4, group),
-            Config("tma", 128, 128, 1, 8, 4, group),
+            TileConfig("tma", 256, 128, 1, 8, 3, group),
+            TileConfig("tma", 128, 256, 1, 8, 4, group),
+            TileConfig("tma", 128, 128, 1, 8, 4, group),
         ]
     return found
 
@@ -135,7 +140,7 @@ def tiles(
     bns: tuple[int, ...],
     warps: tuple[int, ...],
     stages: tuple[int, ...] = (),
-) -> list[Config]:
+) -> list[TileConfig]:
     """Every sensible combination of the sizes given, with split-K."""
     found = []
     for bm, bn, w in product(bms, bns, warps):
@@ -148,11 +153,11 @@ def tiles(
                 if split > 1 and not 100 <= blocks * split <= 132 * 8:
                     continue
                 if problem.k // 128 // split >= 2:
-                    found.append(Config(kernel, bm, bn, split, w, s))
+                    found.append(TileConfig(kernel, bm, bn, split, w, s))
     return found
 
 
-def grid(problem: Problem, device: Device, variants: str) -> list[Config]:
+def grid(problem: Problem, device: Device, variants: str) -> list[TileConfig]:
     """The configurations to time for the problem."""
     found = list(candidates(problem, device))
     if variants in ("all", "old"):
@@ -267,14 +272,14 @@ def main() -> None:
         "triton": metadata.version("triton"),
     }
 
-    jobs: dict[tuple, tuple[Problem, Config]] = {}
+    jobs: dict[tuple, tuple[Problem, TileConfig]] = {}
     for problem in plan:
         for c in grid(problem, device, args.variants):
             key = (c.kernel, c.bm, c.bn, c.split > 1, c.warps, c.stages, c.group)
             jobs.setdefault(key, (problem, c))
     failures: dict[str, str] = {}
 
-    def build(job: tuple[Problem, Config]) -> None:
+    def build(job: tuple[Problem, TileConfig]) -> None:
         try:
             with torch.cuda.device(device.torch):
                 compile_for(*job)

@@ -26,7 +26,7 @@ _KEPT = 1 << 16
 """Answers kept at most; past that they are forgotten, and found again as they are needed."""
 
 
-class Layer:
+class LayerView:
     """One layer's buckets: m_hi ascending, m_lo, the choice, and every candidate best first.
 
     chosen   decision and the quarantine it is under, or None where nothing was chosen
@@ -73,7 +73,7 @@ class View:
         self.generation = loaded.generation if loaded else 0
         self.quarantines = tuple(quarantines)
         self._mine: dict[str, list[tuple[str, str]]] = {}
-        self._layers: dict[tuple[Any, ...], Layer | None] = {}
+        self._layers: dict[tuple[Any, ...], LayerView | None] = {}
         self._arch = arch
         if loaded is None:
             self._changed: dict[str, str] = {}
@@ -111,7 +111,7 @@ class View:
         pairs = self._mine.get(name, ()) if isinstance(name, str) else ()
         return (name, *pairs[0]) if name is not None and len(pairs) == 1 else None
 
-    def layer(self, arch: str | None, shape: tuple[Any, ...]) -> Layer | None:
+    def layer(self, arch: str | None, shape: tuple[Any, ...]) -> LayerView | None:
         """A layer by (format, activation, out_dtype, groups, n, k). Raises TypeError if it cannot
         be one."""
         scope = self._scope(arch)
@@ -147,7 +147,7 @@ class View:
         reason = _UNCOVERED if known else _ambiguous(self._mine, str(arch))
         return unproven(self.generation, reason)
 
-    def _taken(self, layer: Layer, at: int, layout: str | None) -> Decision | None:
+    def _taken(self, layer: LayerView, at: int, layout: str | None) -> Decision | None:
         """The choice of a bucket, or the successor of a quarantined one."""
         ranked = layer.ranked[at]
         if layout is None:
@@ -178,8 +178,8 @@ class View:
             reason=f"{why}; nothing else is proven here",
         )
 
-    def _unpacked(self, page: dict[str, list[Row]]) -> Layer:
-        layer = Layer()
+    def _unpacked(self, page: dict[str, list[Row]]) -> LayerView:
+        layer = LayerView()
         layer.layout = next((row["layout"] for row in page["layer"]), None)
         safe = [c for c in page["candidate"] if c["rank"] is not None and c["verdict"] == "safe"]
         safe.sort(key=lambda c: (c["rank"], c["backend"], c["tactic"]))

@@ -114,7 +114,7 @@ class Board:
         self.backends: frozenset[str] = frozenset()
         self.events: Counter[str] = Counter()
         self._key: object = None
-        self._findings = Findings()
+        self._findings = NewestFindings()
 
     def count(self, event: str) -> None:
         self.events[event] += 1
@@ -208,7 +208,7 @@ class Board:
         return time.monotonic() - self.beat < BEAT_SECONDS
 
 
-class Findings:
+class NewestFindings:
     """The newest findings, kept as bytes while the ledger does not change."""
 
     def __init__(self) -> None:

@@ -268,7 +268,7 @@ class SGLangSource:
     ) -> Evaluator:
         environ = dict(configured.env) if configured else {}
         every: dict[str, Any] = {
-            "envs": _Variables(self.tree.text(_ENVIRON), environ),
+            "envs": _EnvironVariables(self.tree.text(_ENVIRON), environ),
             "get_bool_env_var": Lifted(
                 lambda ev, name, default="false": (
                     str(environ.get(name, default)).lower() in ("true", "1")
@@ -294,7 +294,7 @@ class SGLangSource:
         return Evaluator(self.tree, {**every, **(facts or {})}, natives)
 
 
-class _Variables(Given):
+class _EnvironVariables(Given):
     """SGLang's ``envs``: each has ``get`` and ``is_set``; its default stands in environ.py."""
 
     def __init__(self, declared: str, environ: Mapping[str, str]) -> None:

@@ -290,13 +290,13 @@ class VllmSource:
         }
         evaluator = Evaluator(self.tree, facts, natives)
         facts["current_platform"] = _platform(evaluator, kind.sm)
-        facts["envs"] = _Variables(evaluator, self.tree)
+        facts["envs"] = _EvaluatedVariables(evaluator, self.tree)
         facts["_get_submodule"] = Lifted(lambda ev, name: _Submodule(ev, self.tree, name))
         facts["_has_module"] = Lifted(lambda ev, name: python.has_module(name))
         return evaluator
 
 
-class _Variables(Given):
+class _EvaluatedVariables(Given):
     """``vllm.envs``: each name is an entry of its dictionary, read when it is asked for."""
 
     def __init__(self, evaluator: Evaluator, tree: SourceTree) -> None:

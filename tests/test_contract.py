@@ -21,8 +21,8 @@ from emulator import places, scaled_mm, vllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes import layouts
-from fp4tune.probes.backends import _block_scaled, cudnn_graph, registry
+from fp4tune.probes import layouts, registry
+from fp4tune.probes.backends import _block_scaled, cudnn_graph
 from fp4tune.probes.backends.flashinfer import mm_fp4
 from fp4tune.probes.backends.flashinfer import w4a16 as flashinfer_w4a16
 from fp4tune.probes.backends.torch import scaled_mm as torch_scaled_mm

@@ -592,13 +592,13 @@ def expressions() -> list[str]:
 def test_alerts_and_panels_use_metrics_that_exist():
     from fp4tune.daemon.gpus import STATES
     from fp4tune.daemon.probes import OUTCOMES
-    from fp4tune.daemon.sentinel import WANTED
+    from fp4tune.machine.nvml import EVENTS
 
     known = metrics()
     values = {
         "fp4tune_gpu_state": {"state": set(STATES)},
         "fp4tune_probes_total": {"outcome": set(OUTCOMES)},
-        "fp4tune_gpu_events_total": {"kind": set(WANTED)},
+        "fp4tune_gpu_events_total": {"kind": set(EVENTS)},
         "fp4tune_reader_answers": {"status": set(facts.ANSWERS)},
         "fp4tune_choices": {"status": {"safe", "floor", "none"}},
     }

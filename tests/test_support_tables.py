@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.probes.backends import cudnn_graph, registry
+from fp4tune.probes import registry
+from fp4tune.probes.backends import cudnn_graph
 from fp4tune.probes.backends.flashinfer import w4a16
 from fp4tune.probes.backends.torch import scaled_mm
 from fp4tune.probes.backends.vllm import cutlass

@@ -15,7 +15,7 @@ from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.worker.census import checked, timed
 from fp4tune.probes.worker.session import OpenLayer
-from fp4tune.probes.zoo.pdl import PdlGemm, launch
+from fp4tune.probes.zoo.pdl import PdlGemm, launch_gemm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +52,7 @@ def gemm(when: str, pdl: bool = True, rarely: int = 1):
     backend = PdlGemm("t", when, pdl=pdl, rarely=rarely)
     weight, _ = backend.prepare(operands.weight, PROBLEM)
     out = torch.empty(PROBLEM.m, PROBLEM.n, dtype=PROBLEM.dtype, device="cuda")
-    return lambda: launch(backend, operands.a, weight, out)
+    return lambda: launch_gemm(backend, operands.a, weight, out)
 
 
 @needs_pdl
@@ -171,7 +171,7 @@ class TwoNames:
         if out.shape[0] == 0:
             return
         other = tactic == "two" and not self.falls(self, out.shape[0])
-        launch(PdlGemm("t", "weights" if other else "first", pdl=False), a, state[0], out)
+        launch_gemm(PdlGemm("t", "weights" if other else "first", pdl=False), a, state[0], out)
 
 
 def layer_of(backend) -> OpenLayer:
