@@ -28,7 +28,7 @@ from fp4tune.daemon.board import Board
 from fp4tune.daemon.http import AsciiJson
 from fp4tune.daemon.metrics import Metrics
 from fp4tune.daemon.notify import Notifier
-from fp4tune.engines import plugin
+from fp4tune.engines import emit, plugin
 from fp4tune.errors import LONGEST, printable
 from fp4tune.fleet import bundle, merge
 from fp4tune.machine.devices import Target
@@ -160,7 +160,6 @@ def test_a_terminal_is_told_nothing_by_a_name(place, command):
         ("facts", "--json"),
         ("facts", "--format", "ansible"),
         ("quarantine", "list", "--json"),
-        ("emit", "json", "--arch", "sm90", "--gpu-name", "H200", "--profile", "strict"),
     ],
     ids=lambda c: "-".join(map(str, c)),
 )
@@ -174,17 +173,17 @@ def test_json_is_ascii_and_says_what_was_stored(place, command):
         assert told == {t.encode("utf-8", "replace").decode() for t in TEXTS}
 
 
-def test_what_is_sourced_by_a_shell_does_nothing_but_export(place, tmp_path):
-    for target in ("sglang", "vllm", "env"):
-        scope = ("--arch", "sm90", "--gpu-name", "H200", "--profile", "strict")
-        made = call("emit", target, *scope, "--state", place).stdout
-        assert made
-        script = tmp_path / f"{target}.sh"
-        script.write_text(made)
-        done = subprocess.run(
-            ["bash", "-e", str(script)], cwd=tmp_path, capture_output=True, timeout=20
-        )
-        assert done.returncode == 0 and done.stderr == b"", done.stderr
+def test_what_is_sourced_by_a_shell_does_nothing_but_export(tmp_path):
+    texts = [text.replace("\x00", "").encode("utf-8", "replace").decode() for text in TEXTS]
+    env = {f"NAME_{number}": text for number, text in enumerate(texts)}
+    script = tmp_path / "emitted.sh"
+    made = emit.Emission(None, texts, env, texts).shell()
+    script.write_text(made + '\nfor a in "${FP4TUNE_ARGS[@]}"; do printf "%s\\0" "$a"; done\n')
+    done = subprocess.run(
+        ["bash", "-e", str(script)], cwd=tmp_path, capture_output=True, timeout=20
+    )
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert done.stdout.decode().split("\0")[:-1] == texts
     assert not (tmp_path / "FORGED").exists()
 
 
