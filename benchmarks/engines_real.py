@@ -185,8 +185,9 @@ def start(case):
     plugins = os.path.join(os.path.dirname(server_args.__file__), "plugins")
     result = {"plugins": os.path.isdir(plugins)}
     if result["plugins"]:
-        from sglang.srt.plugins import load_plugins
-        load_plugins()
+        import sglang.srt.plugins
+        sglang.srt.plugins._plugins_loaded = False
+        sglang.srt.plugins.load_plugins()
     # Without a GPU's memory to size things by, and with a model of two small layers.
     args = server_args.prepare_server_args(
         ["--model-path", case["model"], "--device", "cuda", *case["args"]])
@@ -241,6 +242,7 @@ try:
 except ImportError:
     linear = nvfp4 = None
     from vllm.model_executor.layers.quantization.utils import nvfp4_utils
+import vllm.plugins
 from vllm.plugins import load_general_plugins
 try:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -257,6 +259,7 @@ except Exception:
 def start(case):
     if nvfp4 is not None:  # FlashInfer's kernel class needs a CUDA library to be imported
         nvfp4.has_flashinfer_b12x_gemm = lambda: case["sm"] >= 120
+    vllm.plugins.plugins_loaded = False  # they were, at level off, before the fork
     load_general_plugins()
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     space = parser.parse_args(["--model", case["model"], "--load-format", "dummy",
@@ -427,6 +430,7 @@ class Release:
                 "REAL_ENGINE": engine,
                 "REAL_SM": "90",
                 "REAL_MODEL": self.model,
+                "FP4TUNE_LEVEL": "off",
                 "HF_HUB_OFFLINE": "1",
                 "CUDA_VISIBLE_DEVICES": "",
                 "FLASHINFER_WORKSPACE_BASE": str(work),

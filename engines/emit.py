@@ -144,16 +144,24 @@ def _proof(s: Selection) -> list[str]:
 
 def flashinfer(reader: Reader, selection: Selection) -> Emission:
     """Both files that pin the proven tactics of the selected backend. Raises ValueError where that
-    is none of FlashInfer's."""
+    is none of FlashInfer's, and Refused where FlashInfer cannot make them here."""
+    if selection.home.python.program is not None:
+        raise Refused(
+            "FlashInfer writes the environment it runs in into these files: "
+            f"run fp4tune with {selection.home.python} itself"
+        )
     from . import tactics
 
     name = names.NAMES.get(selection.backend or "")
     if selection.backend is None or name is None or name.runner is None:
         what = selection.backend or "nothing"
         raise ValueError(f"the choice here is {what}, of which FlashInfer keeps no tactics")
-    made = tactics.files(
-        *tactics.pins_of(reader, selection.backend, selection.buckets, selection.format)
-    )
+    try:
+        made = tactics.files(
+            *tactics.pins_of(reader, selection.backend, selection.buckets, selection.format)
+        )
+    except ImportError as error:
+        raise Refused(f"FlashInfer's files cannot be made here: {error}") from None
     comments = [
         *evidence(selection),
         f"{tactics.CACHE}: the proven tactic of each bucket; load it with "
