@@ -25,6 +25,7 @@ from fp4tune.cache import facts, facts_text, publish, quarantine, reader, state
 from fp4tune.cache.errors import StateError
 from fp4tune.cache.rows import Environment
 from fp4tune.daemon import config as configuring
+from fp4tune.errors import printable
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -213,7 +214,7 @@ def test_the_textfile_says_what_the_facts_say(gpu, count):
     families = {f.name: f for f in parser.text_string_to_metric_families(text)}
     assert list(families) == [name for name, _, _ in facts_text.METRICS]
     samples = families["fp4tune_reader_answers"].samples
-    assert {s.labels["gpu"] for s in samples} == {gpu}
+    assert {s.labels["gpu"] for s in samples} == {printable(gpu)}
     assert {s.value for s in samples} == {count}
 
 
@@ -367,7 +368,7 @@ def pods(name: str) -> list[dict]:
 def test_engines_mount_the_directory_read_only():
     (pod,) = pods("engine-pod.yaml")
     paths = {v["name"]: v["hostPath"] for v in pod["volumes"]}
-    assert paths["fp4tune"] == {"path": state.SYSTEM, "type": "Directory"}
+    assert paths["fp4tune"] == {"path": "/var/lib/fp4tune", "type": "Directory"}
     for container in (*pod["containers"], *pod["initContainers"]):
         (mount,) = [m for m in container["volumeMounts"] if m["name"] == "fp4tune"]
         assert mount["readOnly"] is True and "subPath" not in mount
@@ -428,7 +429,7 @@ def test_the_readiness_gate_is_one_thing_in_all_its_files():
     variables = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
     (condition,) = rule["spec"]["conditions"]
     assert condition == {"type": variables["CONDITION_TYPE"], "requiredStatus": "True"}
-    host, port = configuring.address(configuring.Http().listen)
+    host, port = configuring.address(configuring.HttpOptions().listen)
     assert variables["CHECK_ENDPOINT"] == f"http://{host}:{port}/readyz"
     assert rule["spec"]["taint"]["key"].startswith("readiness.k8s.io/")
     assert pod["hostNetwork"]

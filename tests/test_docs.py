@@ -367,7 +367,7 @@ def test_finding_kinds():
         "autotune/evidence/recorder.py",
         "probes/census/rules.py",
         "probes/regimes/plain/off_bucket.py",
-        "probes/regimes/memory/leaks.py",
+        "probes/regimes/leaks.py",
         "probes/regimes/host/weights.py",
         "probes/regimes/host/effects.py",
     )

@@ -87,7 +87,10 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
-def test_a_driver_that_hangs_is_a_sentence_in_every_command(words, library, tmp_path, monkeypatch):
+def test_a_driver_that_hangs_is_a_sentence_in_every_command(
+    words, library, tmp_path, monkeypatch, beside
+):
+    monkeypatch.syspath_prepend(beside)  # an engine is there to ask for
     monkeypatch.setenv(driver.VARIABLE, "0.3")
     monkeypatch.chdir(tmp_path)
     stores.put(tmp_path / "state")

@@ -321,10 +321,10 @@ def test_merges_at_the_same_time_lose_nothing_and_count_nothing_twice(pieces, tm
 def test_a_store_that_another_merge_made_meanwhile_is_added_to(pieces, tmp_path, monkeypatch):
     store, names = tmp_path / "store", places.Place.names
 
-    def late(place, *folder):
+    def late(place, *folder, **kinds):
         monkeypatch.setattr(places.Place, "names", names)
         merge.merge([str(pieces[0])], str(store))
-        return names(place, *folder)
+        return names(place, *folder, **kinds)
 
     monkeypatch.setattr(places.Place, "names", late)
     merge.merge([str(p) for p in pieces], str(store))

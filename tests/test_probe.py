@@ -7,16 +7,15 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import rogues
+from levels import launches_only
 from stores import gone, spawn
 
 from fp4tune.autotune import request as planning
-from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan, Report
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
@@ -69,7 +68,7 @@ def make_plan(backends, max_m: int, **other) -> Plan:
         target=devices.cpu(),
         backends=planning.backends(backends),
         problems=planning.problems(layers, ["nvfp4"], ["bf16"], "bf16", max_m),
-        level=replace(LEVELS["quick"], without=()),
+        level=launches_only(),
         profile=PROFILES["strict"],
         seed=5,
         argv=("probe",),
