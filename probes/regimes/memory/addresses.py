@@ -12,7 +12,16 @@ from ...backends import Backend
 from ...check.sweep import GUARD, POISON, Checker, Slot
 from ...launch.case import BackendRaised, Call, Case, Launch, bind, prepared_activation
 from ...launch.case import map_tensors as in_all
-from ...launch.outcome import Budget, Outcome, device_of, outcome, poison, repeat, wait
+from ...launch.outcome import (
+    Budget,
+    Outcome,
+    device_of,
+    not_on_a_gpu_yet,
+    outcome,
+    poison,
+    repeat,
+    wait,
+)
 from ...problem import Fp4Tensor
 from ..host.weights import bound
 
@@ -33,6 +42,7 @@ def addresses(
     or NaN. On a GPU alignments begin at what slices of rows can have there (16 bytes and more for
     widths that are multiples of 8). A backend may refuse an alignment with an exception.
     """
+    not_on_a_gpu_yet(cases)
     device = device_of(cases)
     calls: list[Call] = []
     refused: dict[int, str] = {}
