@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import NOT_ASSESSED, SAFE, Refused
-from ._console import Json, one_sentence, print_json
+from ._console import Json, one_sentence, print_json, say_lines
 
 
 def layers(
@@ -34,7 +34,7 @@ def layers(
         if as_json:
             print_json(found.json())
         else:
-            typer.echo("\n".join(lines.layer_table(found)))
+            say_lines(lines.layer_table(found))
         if not found.any_fp4:
             raise Refused(found.nothing())
         raise typer.Exit(NOT_ASSESSED if found.stops else SAFE)

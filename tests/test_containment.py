@@ -274,7 +274,7 @@ def test_who_stops_its_keeper_is_ended_all_the_same(worker, monkeypatch):
     seen: list[int] = []
     with worker(code) as made:
         with pytest.raises(WorkerFailed) as caught:
-            made.ask("thing", 0.6, lambda text: seen.extend(below(made)))
+            made.ask("thing", 3.0, lambda text: seen.extend(below(made)))
         assert caught.value.kind == "hang" and len(seen) == 2
         assert gone(seen)
 
@@ -282,6 +282,7 @@ def test_who_stops_its_keeper_is_ended_all_the_same(worker, monkeypatch):
 def test_who_kills_the_server_stops_nobody_else(worker, tmp_path):
     code = """
         read()
+        time.sleep(1.0)  # a keeper that has just begun belongs to its server still
         with open(f"/proc/{os.getppid()}/stat") as file:
             server = int(file.read().rpartition(")")[2].split()[1])
         os.kill(server, signal.SIGKILL)

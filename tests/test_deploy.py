@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -593,13 +594,17 @@ def expressions() -> list[str]:
 def test_alerts_and_panels_use_metrics_that_exist():
     from fp4tune.daemon.gpus import STATES
     from fp4tune.daemon.probes import OUTCOMES
-    from fp4tune.machine.nvml import EVENTS
 
+    tree = ast.parse((ROOT / "machine" / "nvml.py").read_text())
+    (events,) = [
+        node.value for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "EVENTS"
+    ]  # fmt: skip
     known = metrics()
     values = {
         "fp4tune_gpu_state": {"state": set(STATES)},
         "fp4tune_probes_total": {"outcome": set(OUTCOMES)},
-        "fp4tune_gpu_events_total": {"kind": set(EVENTS)},
+        "fp4tune_gpu_events_total": {"kind": set(ast.literal_eval(events))},
         "fp4tune_reader_answers": {"status": set(facts.ANSWERS)},
         "fp4tune_choices": {"status": {"safe", "floor", "none"}},
     }
