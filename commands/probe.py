@@ -130,7 +130,7 @@ def probe(
             rules = chosen_profile.name if chosen_profile.name in ENGINES else None
             held = shapes.checkpoint_layers(checkpoint, tp, rules)
             for sentence in layer_lines.about(held):
-                typer.echo(f"fp4tune: {sentence}", err=True)
+                say(f"fp4tune: {sentence}", err=True)
         plans = []
         for target in targets:
             layers = planning.layers(
