@@ -279,6 +279,25 @@ def test_who_stops_its_keeper_is_ended_all_the_same(worker, monkeypatch):
         assert gone(seen)
 
 
+@pytest.mark.slow  # on a busy host the worker ends with its server: a fault that is known
+def test_who_kills_the_server_stops_nobody_else(worker, tmp_path):
+    code = """
+        read()
+        time.sleep(1.0)  # a keeper that has just begun belongs to its server still
+        with open(f"/proc/{os.getppid()}/stat") as file:
+            server = int(file.read().rpartition(")")[2].split()[1])
+        os.kill(server, signal.SIGKILL)
+        say(event="done", result=server)
+        read(); say(event="done", result="still here")
+    """
+    with worker(code) as made:
+        server = made.ask("thing", 20.0)
+        assert made.ask("next", 20.0) == "still here"
+    with worker("read(); say(event='done', result='new')") as made:
+        assert made.ask("thing", 20.0) == "new"
+    assert server != os.getpid() and gone([server])
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_the_probe(tmp_path, number):
     code = """
