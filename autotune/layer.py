@@ -15,7 +15,7 @@ from ..probes.worker.supervisor import WorkerFailed
 from ..words import NOT_TRIED
 from . import chains
 from .agreement import Agreement
-from .budget import LaunchBudget, TimeBudget
+from .budget import TimeBudget
 from .clock import Clock
 from .evidence.recorder import Recorder
 from .keys import bucket_key
@@ -79,8 +79,6 @@ class ProbedLayer:
     """Whether ``mlp-chain`` is run with this layer as its first."""
     agreement: Agreement | None = None
     """Shared with the probes of other GPUs; None where this is the only one."""
-    launches: LaunchBudget | None = None
-    """What may be spent on bounding failure rates; None where no rate was asked for."""
     time: TimeBudget | None = None
     """The time that the probe may take; None where it may take what it needs."""
 
@@ -97,14 +95,20 @@ class ProbedLayer:
         return Where(entrant.name, tactic, self.bucket(m))
 
     def item(
-        self, m: MRange, tactic: str, width: int = 24, tag: object = "", edges: bool = False
+        self,
+        m: MRange,
+        tactic: str,
+        width: int = 24,
+        tag: str = "",
+        edges: bool = False,
+        many: int = 0,
     ) -> Item:
         """A tactic in an m range as the worker takes it, with ragged m's drawn from the seed, or
-        the range's edges only."""
+        the range's edges only; `many` of them where that is more."""
         rng = random.Random(derive(self.seed, self.problem, m, tag))
-        count = self.level.ragged if m.hi <= LARGE_M and not edges else 2
+        count = max(self.level.ragged, many) if m.hi <= LARGE_M and not edges else 2
         ms = ragged(m, count, rng)
-        if tag == chains.REGIME:
+        if tag.split(" ")[0] == chains.REGIME:
             # Each costs two GEMMs and a reference of their own.
             ms = [rng.choice(ms)]
         return {"ms": ms, "tactic": tactic, "width": width}

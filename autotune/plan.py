@@ -8,11 +8,13 @@ from typing import Any
 from ..cache.rows import Audit, Candidate, Choice, Environment, Finding, Timing
 from ..machine.devices import Target
 from ..probes.data import FAMILIES
+from ..probes.launch.item import LaunchAim
 from ..probes.problem import Problem
+from ..probes.regimes import CERTAIN, CHANCE
 from .choice.layouts import Comparison
 from .levels import Level
 from .runner import Patience
-from .verdict.bounds import Aim
+from .verdict.bounds import A_PROBLEM, Aim
 from .verdict.profiles import Profile
 from .verdict.rules import Excuse, Rules
 from .verdict.statistics import DEFAULT_CONFIDENCE
@@ -22,6 +24,9 @@ EXCUSES = {
     for name, family in FAMILIES.items()
     if family.condition is not None
 }
+
+SLACK = 10
+"""A regime in which nothing waits for chance is to bound a rate so many times as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class Plan:
     quantisers: tuple[str, ...] = ()
     """Activation quantisers to probe on their own, where there are W4A4 problems."""
     rate: float | None = None
-    """The failure rate to bound; None for the level's, which may have none."""
+    """The failure rate that verdicts are to bound; None where they say what was reached."""
     confidence: float = DEFAULT_CONFIDENCE
     max_seconds: float = 3600.0
     """Seconds that bounding failure rates may take, over all backends and layers."""
@@ -54,14 +59,25 @@ class Plan:
     """The seed was asked for: what is known from another does not answer that."""
 
     @property
-    def aim(self) -> Aim | None:
-        rate = self.level.rate if self.rate is None else self.rate
-        return None if rate is None else Aim(rate, self.confidence)
+    def aim(self) -> LaunchAim:
+        """What is to be shown of a kernel that is chosen, in a regime that waits for chance."""
+        if self.rate is None:
+            launches, seconds = self.level.launches, self.level.share
+        else:
+            launches, seconds = Aim(self.rate, self.confidence).launches, self.max_seconds
+        if self.max_launches is not None:
+            launches = min(launches, self.max_launches)
+        return LaunchAim(launches, -(-launches // A_PROBLEM), seconds)
 
     @property
     def rules(self) -> Rules:
         """What verdicts of this probe are decided by."""
-        return Rules(self.profile, self.aim, self.level.without, EXCUSES)
+        aims = {}
+        if self.rate is not None:
+            loose = Aim(min(0.5, SLACK * self.rate), self.confidence)
+            aims = {name: Aim(self.rate, self.confidence) for name in CHANCE}
+            aims |= {name: loose for name in CERTAIN}
+        return Rules(self.profile, aims, self.level.without, EXCUSES)
 
     @property
     def device(self) -> dict[str, Any]:

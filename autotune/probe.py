@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 
 from ..cache import state
@@ -22,12 +23,13 @@ from ..probes.worker.supervisor import WorkerFailed
 from ..probes.zoo.controls import NAME as CONTROLS
 from . import chains
 from .agreement import Agreement
-from .budget import LaunchBudget, TimeBudget
+from .budget import TimeBudget
+from .choice.rank import FLOORS
 from .device_lock import device_lock
 from .environment import environment_of
 from .evidence import earlier_failures
 from .evidence.recorder import Recorder
-from .history import History, Kernels, Recalled, tactics_of
+from .history import History, Recalled, tactics_of
 from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
 from .probed import Done, probed
@@ -38,11 +40,11 @@ from .stages.build import Built, build, start
 from .stages.conclude import Grounds, candidates, unfinished
 from .stages.controls import control
 from .stages.grade import grade
+from .stages.prove import Wanted, prove
 from .stages.quantise import Quantised, quantise, time_quantisers
 from .stages.stress import stress
 from .stages.survey import Field, enrol
 from .stages.timing import time_layer
-from .verdict.bounds import Bound, codes, pool
 from .verdict.buckets import MRange, ranges
 from .verdict.rules import SAFE, Doubt, judge
 
@@ -295,42 +297,39 @@ class Probe:
             self.progress("layers", said)
 
     def _budgeted(self, layers: Layers, doubts: Doubts) -> Layers:
-        """The layers with what may be spent on them.
+        """The layers with the time that the probe may take.
 
         Builds are part of the time and all end before the first layer begins: compilers take the
         cores that launch what is timed, so only a layer's grading could overlap, and that needs
         all its entrants.
         """
+        if self.plan.budget is None:
+            return layers
+        limit = TimeBudget(self.plan.budget, self._is_right(doubts), self._start)
+        return [(replace(layer, time=limit), entrants) for layer, entrants in layers]
+
+    def _is_right(self, doubts: Doubts) -> Callable[[Where], bool]:
+        """Whether the verdict of a tactic in a bucket, as far as known, is safe, whatever rate of
+        failures is to be bounded."""
+        rules = replace(self.plan.rules, aims={})
+
+        def right(where: Where) -> bool:
+            return judge(self.record.facts(where), rules, doubts=doubts).status == SAFE
+
+        return right
+
+    def _wanted(self, doubts: Doubts, layers: int, begun: float) -> Wanted:
+        """What is to be proven of the next of so many layers, the first of which was `begun` then:
+        each has its part of the time."""
         plan = self.plan
-        limit = None
+        now = time.monotonic()
+        until = begun + plan.max_seconds if plan.rate is not None else inf
         if plan.budget is not None:
-            limit = TimeBudget(plan.budget, self._is_proven(doubts), self._start)
-        spend = None
-        if plan.aim is not None:
-            tried = [e for _, es in layers for e in es if not (e.reference_line or e.known)]
-            regimes = tuple(name for name in plan.profile.required if name in REGIMES)
-            parts = len(tried) * len(regimes)
-            spend = LaunchBudget(plan.aim, plan.max_seconds, plan.max_launches, parts, regimes)
-            if limit is not None:
-                spend.until = limit.end
-        return [(replace(layer, time=limit, launches=spend), es) for layer, es in layers]
-
-    def _is_proven(self, doubts: Doubts) -> Callable[[Where], bool]:
-        """Whether the verdict of a tactic in a bucket, as far as known, is safe."""
-        plan, record = self.plan, self.record
-        last: list[tuple[int, Kernels]] = []
-
-        def proven(where: Where) -> bool:
-            bounds: Mapping[str, Bound] = {}
-            if plan.aim is not None:
-                count = len(record.exact)
-                if not last or last[0][0] != count:
-                    kernels = Kernels(codes(record.exact), pool(record.exact, plan.confidence))
-                    last[:] = [(count, kernels)]
-                bounds = last[0][1].bounds(where)
-            return judge(record.facts(where), plan.rules, bounds, doubts).status == SAFE
-
-        return proven
+            until = min(until, self._start + plan.budget)
+        usual = plan.profile.default(plan.target.device.sm)
+        also = frozenset({*FLOORS, *([usual] if usual else [])})
+        end = now + max(0.0, until - now) / max(1, layers)
+        return Wanted(plan.aim, plan.profile.required, self._is_right(doubts), also, end)
 
     def _measure(
         self, layers: Layers, recalled: Mapping[Problem, Recalled], doubts: Doubts
@@ -338,6 +337,7 @@ class Probe:
         """Grade, time and stress every layer that is not known; those that a budget cut short."""
         pool = self._pool if self.plan.target.device.kind == "cuda" else None
         cut: list[ProbedLayer] = []
+        begun = time.monotonic()
         for number, (layer, entrants) in enumerate(layers, 1):
             known = recalled[layer.problem]
             if known.times is not None:
@@ -350,6 +350,9 @@ class Probe:
             opened = grade(layer, entrants, self.record, say, pool)
             time_layer(layer, opened, self.record, say)
             stress(layer, opened, self.record, say, pool)
+            if self.plan.aim.launches and (pool or self.plan.rate is not None):
+                left = sum(recalled[each.problem].times is None for each, _ in layers[number - 1 :])
+                prove(layer, opened, self.record, say, self._wanted(doubts, left, begun), pool)
             for entrant in opened:
                 # A worker that dies now has shown all it had; the next layer starts another.
                 with suppress(WorkerFailed):

@@ -245,7 +245,10 @@ def _bundle(
     seeds = list(dict.fromkeys(int(seed) for seed, *_ in chain))
     pool = problem.at(int(bad.get("rows") or problem.m))
     device = target.device.torch
-    cases = [bundle.drawn(pool, finding.data, bad.get("width"), seed, device) for seed in seeds]
+    draw = None if bad.get("draw") is None else int(bad["draw"])
+    cases = [
+        bundle.drawn(pool, finding.data, bad.get("width"), seed, device, draw) for seed in seeds
+    ]
     launches = [
         Launch(seeds.index(int(seed)), int(offset), int(m), str(tactic), 0)
         for seed, offset, m, tactic in chain

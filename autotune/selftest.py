@@ -41,7 +41,7 @@ SEED = 20
 HANG_SECONDS = {"cpu": 4.0, "cuda": 10.0}
 """Silence that counts as a hang among mutants that end their process; others get the usual time.
 A GPU's kernels may have to be compiled meanwhile."""
-LEVEL = replace(LEVELS["standard"], ragged=2, least=3, most=20, seconds=0.1, samples=3)
+LEVEL = replace(LEVELS["standard"], ragged=2, least=3, most=20, seconds=0.1, samples=3, launches=0)
 """Level ``standard`` in its regimes, and less of each: the mutants are caught at once or never."""
 
 Watching = Callable[[Plan], AbstractContextManager[Progress]]
@@ -101,7 +101,7 @@ def plan(target: Target, mutants: Sequence[Mutant]) -> Plan:
         target=target,
         backends=tuple(mutant.name for mutant in mutants),
         problems=(Problem("nvfp4", m, N, K, first.activation),),
-        level=LEVEL if first.level != "soak" else replace(LEVELS["soak"], rate=None),
+        level=LEVEL if first.level != "soak" else replace(LEVELS["soak"], seconds=10.0, launches=0),
         profile=PROFILES["strict"],
         seed=SEED,
         hang_seconds=HANG_SECONDS[target.device.kind] if first.ends else None,

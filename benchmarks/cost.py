@@ -11,8 +11,8 @@ For each backend and m, in turns so that drift hits all alike, medians over the 
   the output's dtype, or (``naive fp32``) is a float32 reference that the output is converted to.
 * The share of GPU-busy time in kernels under test, from the intervals of every kernel, copy and
   fill that the profiler (CUPTI) saw in one more pass of the regime. A kernel is under test if the
-  backend alone launches it and a sweep does not. Beside it, not a target: the share in a turn that
-  bounds a failure rate, which draws fresh problems and computes their answers.
+  backend alone launches it and a sweep does not. The pass draws fresh problems on the way, and
+  computes their answers, which counts against it.
 
     python benchmarks/cost.py --out DIR
     python benchmarks/cost.py --out DIR --device cpu --n 256 --k 256 --m 1 --m 16 --seconds 10
@@ -35,19 +35,17 @@ from typing import Any
 import _machine as node
 import torch
 
-from fp4tune.autotune import budget as budgets
-from fp4tune.autotune.levels import LEVELS
 from fp4tune.machine import devices
 from fp4tune.probes.backends import build, tactics
 from fp4tune.probes.check.sweep import Checker
 from fp4tune.probes.launch.case import Call, Case, Launch, bind
-from fp4tune.probes.launch.item import Item
+from fp4tune.probes.launch.item import Item, LaunchAim
 from fp4tune.probes.launch.outcome import Budget, capture, device_of, repeat
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.registry import load_one
 from fp4tune.probes.seeds import derive
-from fp4tune.probes.worker.session import OpenLayer
+from fp4tune.probes.worker.session import CHAIN, OpenLayer
 
 BACKENDS = ("torch-bf16-resident", "triton-w4a16", "marlin")
 REFERENCE = "torch-bf16-resident"
@@ -56,6 +54,8 @@ SHARE, OF_UNVERIFIED = 0.80, 0.7
 OF_NAIVE = {16: 15.0, 2048: 3.0}
 SPARE = 64
 MEMORY = 8 << 30
+SOAK = 25.0
+"""Seconds that level soak gives a slow kernel in a regime."""
 BANDWIDTH = 4.8e12
 """Bytes a second of an H200's memory, for the arithmetic beside the measurement."""
 MEASURES = (
@@ -96,15 +96,10 @@ class Bench:
     def regime(self) -> str:
         return "graph" if self.on_cuda else "serial"
 
-    @property
-    def windows(self) -> int:
-        return budgets.windows(1)
-
-    def launches(self, cases: int, name: str) -> list[Launch]:
-        """A turn's launches, as `OpenLayer.regime` makes them."""
-        found = self.layer.launches(
-            [self.item], cases, (name, self.item.width, 0), windows=self.windows
-        )
+    def launches(self, cases: Sequence[Case], name: str) -> list[Launch]:
+        """A chain's launches, about as `OpenLayer.regime` makes them towards an aim."""
+        tag = (name, self.item.width, 0)
+        found = self.layer.launches([self.item], cases, tag, per_item=CHAIN[0])
         random.Random(derive(self.layer.seed, name, self.item.width, 0)).shuffle(found)
         return found
 
@@ -115,7 +110,7 @@ class Bench:
     def unverified(self, seconds: float, hot: bool) -> float:
         """Launches a second of the chain alone."""
         cases = self._cases(hot)
-        launches = self.launches(len(cases), self.regime)
+        launches = self.launches(cases, self.regime)
         calls = [bind(self.layer.backend, cases, launch) for launch in launches]
 
         def chain() -> None:
@@ -138,16 +133,16 @@ class Bench:
         budget = Budget(2, 1_000_000, seconds)
         if hot:
             cases = self._cases(True)
-            outcomes = self.layer.run(name, cases, self.launches(1, name), budget)
+            outcomes = self.layer.run(name, cases, self.launches(cases, name), budget)
             count = sum(o.repeats * len(o.reports) for o in outcomes)
             chain = sum(len(o.reports) for o in outcomes)
             bad = sum(not report.clean for o in outcomes for _, report in o.reports)
             took = sum(o.seconds for o in outcomes)
         else:
-            result = self.layer.regime(name, [self.item], budget, windows=self.windows)
+            result = self.layer.regime(name, [self.item], budget, aim_of(seconds))
             (part,) = result["items"]
             count, took = part["launches"], result["seconds"]
-            chain = len(self.launches(len(self._cases(False)), name))
+            chain = len(self.launches(self._cases(False), name))
             bad = part["bad_launches"] + ("error" in part)
             self.chain = chain
         self.checked += count
@@ -158,7 +153,7 @@ class Bench:
     def naive(self, seconds: float, wide: bool = False) -> float:
         """Launch, synchronise, compare, one at a time; `wide` with a float32 answer."""
         cases = self._cases(True)
-        launch = self.launches(1, self.regime)[0]
+        launch = self.launches(cases, self.regime)[0]
         call: Call = bind(self.layer.backend, cases, launch)
         right = call.slot.lo.float() if wide else call.slot.lo
         start, count = time.perf_counter(), 0
@@ -188,7 +183,7 @@ class Bench:
         long it takes: `share` is that of a regime as long as level soak's, from the parts measured.
         """
         cases = self._cases(False)
-        launches = self.launches(len(cases), self.regime)
+        launches = self.launches(cases, self.regime)
         calls = [bind(self.layer.backend, cases, launch) for launch in launches[:4]]
         checker = Checker([call.slot for call in calls])
         checker.sweep()
@@ -200,12 +195,9 @@ class Bench:
 
         tested = {name for name, *_ in kernels(alone)} - ours
 
-        def regime(budget: Budget, turn: int) -> list[Interval]:
-            return kernels(
-                lambda: self.layer.regime(
-                    self.regime, [self.item], budget, turn=turn, windows=self.windows
-                )
-            )
+        def regime(budget: Budget) -> list[Interval]:
+            aim = aim_of(budget.seconds)
+            return kernels(lambda: self.layer.regime(self.regime, [self.item], budget, aim))
 
         found = regime(Budget(2, 1_000_000, seconds), 0)
         sweeps = [each for each in found if each[0].startswith(SWEEP)]
@@ -216,8 +208,7 @@ class Bench:
         inside = [each for each in found if each[1] >= first and each[2] <= last]
         under, busy = _under(inside, tested), _under(inside, None)
         once = _under(found, None) - busy
-        factor = LEVELS["soak"].seconds * 1e9 / max(1, last - first)
-        fresh = regime(Budget(budgets.REPEATS, budgets.REPEATS, 0.0), 1)
+        factor = SOAK * 1e9 / max(1, last - first)
         spent: dict[str, int] = defaultdict(int)
         for name, start, end in inside:
             spent[name] += end - start
@@ -225,8 +216,6 @@ class Bench:
             "share": under * factor / max(1.0, busy * factor + once),
             "share_between_sweeps": under / max(1, busy),
             "share_of_this_pass": _under(found, tested) / max(1, _under(found, None)),
-            "share_of_a_turn_on_fresh_problems": _under(fresh, tested)
-            / max(1, _under(fresh, None)),
             "busy_of_span": busy / max(1, last - first),
             "once_ms": once / 1e6,
             "intervals": len(found),
@@ -272,6 +261,11 @@ class Bench:
             "checked_launches": self.checked,
             "bad": self.bad,
         }
+
+
+def aim_of(seconds: float) -> LaunchAim:
+    """As many launches as a time has room for, on as many problems as level standard wants."""
+    return LaunchAim(1_000_000_000, 300, seconds)
 
 
 def _under(found: Sequence[Interval], names: set[str] | None) -> int:

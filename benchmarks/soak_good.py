@@ -24,7 +24,7 @@ from _machine import machine
 from fp4tune.autotune.runner import Patience, Runner
 from fp4tune.machine import devices
 from fp4tune.probes.problem import Problem
-from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.regimes import CERTAIN, CHANCE, REGIMES
 from fp4tune.probes.worker.supervisor import WorkerFailed
 
 BACKENDS = (
@@ -45,8 +45,6 @@ KNOWN = tuple(
     for regime in ("streams", "threads", "graph-streams")
 )
 """Conditions already known: a prepared layer of theirs is for one stream at a time."""
-WINDOWS = 16
-"""Windows of each m in a graph: a graph of few launches would be bound by the host."""
 LEFT_OUT = ("huge", "neighbours")
 ROWS = 257 + 64
 SMALL, LARGE = (1, 64), (65, 257)
@@ -104,18 +102,19 @@ class Soak:
         while time.monotonic() - start < seconds:
             turn += 1
             part = max(0.3, seconds / 5)
-            self._turn("graph", turn, items(rng, tactics, widths), part)
+            self._turn("graph", items(rng, tactics, widths), part)
             rng.shuffle(others)
             for name in others:
                 if time.monotonic() - start > seconds * (turn + 1) / 4 and turn > 1:
                     break
                 if self.statuses.get(name) != "not applicable":
-                    self._turn(name, turn, items(rng, tactics, widths), 0.05)
+                    self._turn(name, items(rng, tactics, widths), 0.05)
         self.seconds = round(time.monotonic() - start, 2)
 
-    def _turn(self, name: str, turn: int, chosen: list[dict[str, Any]], seconds: float) -> None:
+    def _turn(self, name: str, chosen: list[dict[str, Any]], seconds: float) -> None:
         budget = {"least": 4, "most": 1_000_000, "seconds": seconds}
-        windows = WINDOWS if name == "graph" else 1
+        aim = {"launches": 1_000_000, "problems": 10_000, "seconds": seconds / len(chosen)}
+        length = {"aim": aim} if name in CHANCE | CERTAIN else {}
         try:
             result = self.runner.ask(
                 "regime",
@@ -123,8 +122,7 @@ class Soak:
                 name=name,
                 items=chosen,
                 budget=budget,
-                turn=turn,
-                windows=windows,
+                **length,
             )
         except WorkerFailed as failure:
             if failure.kind == "not applicable":

@@ -63,7 +63,7 @@ def probe(
     ] = None,
     max_failure_rate: Annotated[
         float | None,
-        typer.Option(help="Launch until each regime bounds the rate so; soak: 1e-4, else none."),
+        typer.Option(help="Launch what is chosen until its regimes bound the rate so."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of every bound, between 0 and 1.")] = 0.95,
     max_seconds: Annotated[

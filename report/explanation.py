@@ -14,7 +14,7 @@ from typing import Any
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
 from ..autotune.choice.rank import FLOORS, NOISE
-from ..autotune.evidence.wording import told
+from ..autotune.evidence.wording import shown, told
 from ..autotune.publication import published
 from ..cache import reader
 from ..cache.decision import Decision
@@ -173,16 +173,7 @@ def _sentence(c: Candidate, taken: Candidate | None) -> str:
     elif ratio is not None:
         text += f", {ratio:.2f} times the choice"
     if c.verdict == "safe":
-        text += (
-            f"; at least {c.launches} launches of {c.problems} problems in each regime, none wrong"
-        )
-        if c.bounds:
-            worst = max(c.bounds, key=lambda regime: c.bounds[regime]["upper"])
-            known = c.bounds[worst]
-            text += (
-                f", a failure rate below {known['upper']:.2g} "
-                f"({100 * known['confidence']:g} %) where it is least sure, {worst}"
-            )
+        text += f"; {shown(c.bounds, c.bucket.m_lo, c.bucket.m_hi)}"
     return text
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from fp4tune.autotune.budget import (
     ENOUGH,
     OVER,
     SLOWER,
-    LaunchBudget,
     TimeBudget,
     next_wave,
     order,
@@ -28,7 +26,6 @@ from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.verdict.bounds import Aim
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
@@ -84,15 +81,6 @@ def test_an_allowance_is_counted_from_the_start_of_the_probe():
     assert 4 < TimeBudget(10, lambda *_: True, begun).left < 6
     over = TimeBudget(3, lambda *_: True, begun)
     assert over.over and over.left == 0
-
-
-def test_a_purse_ends_with_the_budget():
-    purse = LaunchBudget(Aim(1e-4), 1000.0, parts=2)
-    assert purse.until == inf and purse.part() == pytest.approx(500, rel=0.01)
-    purse.until = time.monotonic() + 10
-    assert purse.part() < 11
-    purse.until = time.monotonic() - 1
-    assert purse.part() == 0
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])

@@ -406,6 +406,7 @@ def test_regimes_profiles_levels_and_widths():
             f"{level.least} to {level.most:,}",
             f"{level.seconds:g}",
             str(level.samples),
+            f"{level.launches:,}",
         ]
         for level in LEVELS.values()
     }

@@ -40,7 +40,7 @@ TRITON = candidate(
     10.0,
     conditions=(CONDITION,),
     bounds={
-        "serial": {
+        "every-m": {
             "launches": 30, "problems": 20, "failures": 0, "upper": 0.139, "confidence": 0.95,
         },
         "graph": {
@@ -81,7 +81,10 @@ def test_all_candidates_with_times_intervals_verdicts_and_conditions(put):
     assert "1.60 times the choice" in text
     assert "because streams: failed" in text
     assert f"if {CONDITION['text']}" in text
-    assert "failure rate below 0.14 (95 %) where it is least sure, serial" in text
+    assert (
+        "99 launches over 90 problems and every m from 9 to 16 in graph: "
+        "a fault in more than 1 of 30 would have shown (95 %)"
+    ) in text
     assert "the fastest that is safe" in document["why"]
 
 

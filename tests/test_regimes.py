@@ -176,12 +176,10 @@ def layer(backend) -> OpenLayer:
 
 def test_the_same_seed_gives_the_same_launches_and_another_one_others():
     items = [Item((1, 2, 5), "default")]
-    found = [
-        OpenLayer(rogues.Good(), Device("cpu"), PROBLEM, seed, 1 << 28, lambda text: None).launches(
-            items, 2, "tag"
-        )
-        for seed in (1, 1, 2)
-    ]
+    found = []
+    for seed in (1, 1, 2):
+        opened = OpenLayer(rogues.Good(), Device("cpu"), PROBLEM, seed, 1 << 28, lambda text: None)
+        found.append(opened.launches(items, opened.cases(24), "tag"))
     assert found[0] == found[1] != found[2]
 
 

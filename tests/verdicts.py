@@ -6,6 +6,8 @@ from fp4tune.autotune.plan import EXCUSES
 from fp4tune.autotune.verdict import rules
 
 
-def decide(evidence, profile, bounds=None, aim=None, left_out=(), doubts=None):
+def decide(evidence, profile, bounds=None, aims=None, left_out=(), doubts=None):
     """`rules.decide` under `profile`."""
-    return rules.decide(evidence, rules.Rules(profile, aim, left_out, EXCUSES), bounds, doubts)
+    return rules.decide(
+        evidence, rules.Rules(profile, aims or {}, left_out, EXCUSES), bounds, doubts
+    )

@@ -1,8 +1,15 @@
-"""A finding in a line."""
+"""What was found, and what was shown, in a sentence."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ...cache.rows import Finding
+from ...probes.regimes import CHANCE, EVERY_M
+
+FEW = 10
+"""A bound that is no better than one launch in so many is not worth a number."""
 
 
 def describe(finding: Finding) -> str:
@@ -33,3 +40,32 @@ def told(finding: Finding) -> str:
         return describe(finding)
     except (KeyError, TypeError, ValueError, AttributeError):
         return "stored in a way that this version does not understand"
+
+
+def shown(bounds: Mapping[str, Mapping[str, Any]], lo: int, hi: int) -> str:
+    """What the launches of a kernel show of a bucket of m from `lo` to `hi`, as one sentence.
+
+    `bounds` are by regime, as a choice keeps them. Counted is the weakest of the regimes in which a
+    fault waits for chance: only there more launches show more.
+    """
+    waiting = {regime: known for regime, known in bounds.items() if regime in CHANCE}
+    if not waiting:
+        return "no regime in which a fault waits for chance was run"
+    launches = min(int(known["launches"]) for known in waiting.values())
+    problems = min(int(known["problems"]) for known in waiting.values())
+    worst = max(waiting.values(), key=lambda known: known["upper"])
+    said = f"{_counted(launches, 'launch')} over {_counted(problems, 'problem')}"
+    if EVERY_M in bounds and hi:
+        said += f" and every m from {lo} to {hi}" if hi > lo else f" at m = {hi}"
+    where = ", ".join(sorted(waiting))
+    said += f" in {where}" if len(waiting) == 1 else f" in each of {where}"
+    one_in = int(1 / worst["upper"])
+    if one_in < FEW:
+        return f"{said}: too few to bound how often it may fail"
+    confidence = f"{100 * worst['confidence']:g} %"
+    return f"{said}: a fault in more than 1 of {one_in:,} would have shown ({confidence})"
+
+
+def _counted(number: int, what: str) -> str:
+    plural = "" if number == 1 else "es" if what.endswith("ch") else "s"
+    return f"{number:,} {what}{plural}"

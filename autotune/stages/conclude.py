@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from ...cache.ledger import Ledger
 from ...cache.rows import BucketKey, Candidate, Evidence, Verdict, Where
 from ...machine.devices import Target
+from ...probes.regimes import EVERY_M
 from ..evidence import earlier_failures
 from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer
@@ -48,7 +49,9 @@ def candidates(
     digests, pooled = codes(record.exact), pool(record.exact, grounds.confidence)
     for where, facts in record.take_facts().items():
         entrant = tried[where.backend, where.bucket]
-        bounds = pooled.get(kernel(where, digests), {})
+        bounds = dict(pooled.get(kernel(where, digests), {}))
+        if not _ran_every_m(facts):
+            bounds.pop(EVERY_M, None)  # in another bucket that the kernel serves
         doubts = {} if entrant.known else grounds.doubts
         before = [] if entrant.known else list(grounds.earlier.get(where, ()))
         judged = judge([*facts, *before], grounds.rules, bounds, doubts, entrant.reference_line)
@@ -73,6 +76,16 @@ def candidates(
             layout = entrant.runner.hello["layout"]
             found.append(_candidate(verdict, judged, layout, grounds.target, record))
     return found
+
+
+def _ran_every_m(facts: Sequence[Evidence]) -> bool:
+    """Whether every m of the bucket was run, and none was left out."""
+    return any(
+        fact.regime == EVERY_M
+        and fact.status == "passed"
+        and not any(part.get("sampled") for part in fact.detail.get("proof", ()))
+        for fact in facts
+    )
 
 
 def _candidate(

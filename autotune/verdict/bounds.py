@@ -1,9 +1,10 @@
 """How sure: Clopper-Pearson bounds of failure rates, one for each (compiled kernel, regime).
 
 A bound holds for the launches a regime makes, on problems drawn as that regime draws them, and
-says nothing about another regime: so bounds are never summed over regimes. Its trials are different
-problems and not launches, since repeats of one problem are one trial for a fault that depends on
-the data alone. All buckets that one compiled kernel serves are pooled: whatever it is, it is the
+says nothing about another regime: so bounds are never summed over regimes. Its trials are checked
+launches: they bound faults that wait for chance. For a fault of the data repeats of one problem are
+one trial, so different problems are counted beside them, and an aim wants one for every hundred
+launches. All buckets that one compiled kernel serves are pooled: whatever it is, it is the
 same machine code.
 """
 
@@ -18,6 +19,8 @@ from ...cache.rows import Evidence, Where
 from ...words import EXACT, UNCHECKED
 from .statistics import DEFAULT_CONFIDENCE, confident, needed, upper
 
+A_PROBLEM = 100
+"""Launches for each of which there is to be a different problem."""
 Kernel = tuple[str, ...]
 """Backend, tactic, format, activation, output dtype, and the code digest where one is known."""
 
@@ -35,17 +38,22 @@ class Aim:
         confident(self.confidence)
 
     @property
-    def problems(self) -> int:
-        """Different problems without a failure that bound the rate by this much."""
+    def launches(self) -> int:
+        """Launches without a failure that bound the rate by this much."""
         return needed(self.rate, self.confidence)
+
+    @property
+    def problems(self) -> int:
+        """Different problems that these launches are to be of."""
+        return -(-self.launches // A_PROBLEM)
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
     """What one regime showed of one compiled kernel, over all buckets that it serves.
 
-    `launches` were checked on `problems` different problems, of which `failures` went wrong; at
-    `confidence` the rate of failing problems, in this regime, is at most `upper`.
+    `launches` were checked, on `problems` different problems, and `failures` of them went wrong; at
+    `confidence` the rate of failing launches, in this regime, is at most `upper`.
     """
 
     regime: str
@@ -92,7 +100,7 @@ def pool(
 ) -> dict[Kernel, dict[str, Bound]]:
     """Kernel -> regime -> bound, from evidence on exact problems that passed or failed.
 
-    A failure without a count (a crash, a hang, an error) is one failing problem.
+    A failure without a count (a crash, a hang, an error) is one failing launch.
     """
     rows = list(rows)
     known = codes(rows)
@@ -104,9 +112,9 @@ def pool(
             continue
         launches, problems, failures = row.launches, row.problems, 0
         if row.status == "failed":
-            failures = max(1, int(row.detail.get("bad_problems") or 0))
-            launches, problems = max(launches, failures), max(problems, failures)
-        if not problems:
+            failures = max(1, int(row.detail.get("bad_launches") or 0))
+            launches, problems = max(launches, failures), max(problems, 1)
+        if not launches:
             continue
         key = kernel(row.where, known)
         found = counts.setdefault(key, {}).setdefault(row.regime, [0, 0, 0])
@@ -116,7 +124,7 @@ def pool(
         key: {
             regime: Bound(regime, launches, problems, failures, bound, confidence)
             for regime, (launches, problems, failures) in regimes.items()
-            for bound in (upper(failures, problems, confidence),)
+            for bound in (upper(failures, launches, confidence),)
         }
         for key, regimes in counts.items()
     }
@@ -130,7 +138,12 @@ def worst(bounds: Mapping[str, Bound]) -> float:
 def short(regime: str, bound: Bound | None, aim: Aim) -> str | None:
     """Why this regime did not reach the aim, in words; None where it did."""
     found = bound.upper if bound else inf
-    if found <= aim.rate:
-        return None
-    said = f"{bound.upper:.1g} only" if bound and bound.upper < 1 else "nothing"
-    return f"{regime}: failure rate bounded by {said}, {aim.rate:.1g} was asked for"
+    if found > aim.rate:
+        said = f"{bound.upper:.1g} only" if bound and bound.upper < 1 else "nothing"
+        return f"{regime}: failure rate bounded by {said}, {aim.rate:.1g} was asked for"
+    if bound and bound.problems < aim.problems:
+        return (
+            f"{regime}: {bound.launches} launches of {bound.problems} different problems only, "
+            f"{aim.problems} are asked for"
+        )
+    return None

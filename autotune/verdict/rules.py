@@ -87,13 +87,13 @@ class Excuse:
 class Rules:
     """What verdicts are decided by.
 
-    With an `aim`, every required regime that passed must also bound the failure rate of the
+    A required regime that passed and has an aim in `aims` must also bound the failure rate of the
     compiled kernel that far. A required regime without evidence that was `left_out` on purpose is
     a condition, and not an open question. `excuses` are by family of data.
     """
 
     profile: Profile
-    aim: Aim | None = None
+    aims: Mapping[str, Aim] = field(default_factory=dict)
     left_out: Collection[str] = ()
     excuses: Mapping[str, Excuse] = field(default_factory=dict)
 
@@ -167,8 +167,8 @@ def decide(
             conditions.append(LEFT_OUT)
         elif required and statuses != {"passed"} and statuses != {"not applicable"}:
             open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
-        elif required and rules.aim and statuses == {"passed"}:
-            missed = short(regime, (bounds or {}).get(regime), rules.aim)
+        elif required and regime in rules.aims and statuses == {"passed"}:
+            missed = short(regime, (bounds or {}).get(regime), rules.aims[regime])
             if missed:
                 open_.append(missed)
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ..check.reference import Expectation, expect, tile_limit
-from ..data import draw, exact
+from ..data import draw as of_family
+from ..data import exact, steady
 from ..data.operands import Operands
 from ..launch.case import Launch
 from ..problem import FORMATS, Fp4Tensor, Problem
@@ -138,13 +139,25 @@ def mode_of(regime: str) -> str:
 
 
 def drawn(
-    problem: Problem, data: str, width: int | None, seed: int, device: torch.device | str
+    problem: Problem,
+    data: str,
+    width: int | None,
+    seed: int,
+    device: torch.device | str,
+    draw: int | None = None,
 ) -> tuple[Operands, Expectation]:
-    """The operands of a seed again, with their answer. Raises ValueError for unknown data."""
-    if data == "exact":
+    """The operands of a seed again, with their answer; `draw` as in `OpenLayer.case_of`.
+
+    Raises ValueError for unknown data.
+    """
+    if draw is not None:
+        operands = steady(problem, width or 0, seed, device)
+        assert operands.rows is not None
+        operands.rows.fill(operands.a, draw)
+    elif data == "exact":
         operands = exact(problem, width or 0, seed, device)
     else:
-        operands = draw(problem, data, seed, device)
+        operands = of_family(problem, data, seed, device)
     return operands, expect(operands, problem)
 
 

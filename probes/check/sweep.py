@@ -7,7 +7,7 @@ slot again; the host reads the counters when a regime ends.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -54,6 +54,8 @@ class SlotReport:
     """Elements that were written while the kernel before still read what had been there."""
     first: int = 0
     """The sweep, from 1, that saw the first wrong element; 0 for none."""
+    draw: int = 0
+    """How often rows had been drawn again before that sweep."""
     stage: str = ""
     """Which of several layers in a row this is the output of; empty for the one under test."""
 
@@ -108,6 +110,7 @@ class Checker:
         self._witness = torch.full((size,), _NONE, dtype=torch.int64, device=device)
         self._bitmap = torch.zeros(self._tiles, dtype=torch.int32, device=device)
         self._launch = torch.zeros(1, dtype=torch.int64, device=device)
+        self._marks: list[torch.Tensor] = []
         self._on_cuda = device.type == "cuda"
         if self._on_cuda:
             addresses = [
@@ -122,6 +125,10 @@ class Checker:
     def sweeps(self) -> int:
         """How many sweeps have run; waits for the device."""
         return int(self._launch.item())
+
+    def mark(self) -> None:
+        """Note that what is swept from now on is of another draw; enqueues only."""
+        self._marks.append(self._launch.clone())
 
     def sweep(self) -> None:
         """Check every slot and poison it again, on the current stream (capturable)."""
@@ -172,6 +179,7 @@ class Checker:
         """One report a slot; waits for the device and reads the guard zones."""
         guards = torch.stack([_guard_changes(s) for s in self.slots]).tolist()
         counts, witness = self._counts.tolist(), self._witness.tolist()
+        marks = torch.cat(self._marks).tolist() if self._marks else []
         marked: list[list[tuple[int, int, int]]] = [[] for _ in self.slots]
         places = self._bitmap.nonzero().flatten()
         for place, wrong in zip(places.tolist(), self._bitmap[places].tolist(), strict=True):
@@ -189,6 +197,7 @@ class Checker:
                 witness=_unpack(packed, s),
                 tiles=tuple(tiles),
                 first=0 if count[5] == _NONE else count[5],
+                draw=0 if count[5] == _NONE else bisect_left(marks, count[5]),
             )
             for s, count, guard, packed, tiles in zip(
                 self.slots, counts, guards, witness, marked, strict=True
@@ -232,10 +241,27 @@ class Unchanged:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._pairs = [(t, t.detach().clone()) for t in tensors if t.numel()]
+        self._seen: list[torch.Tensor] = []
+
+    def look(self, some: Sequence[torch.Tensor]) -> None:
+        """Note which of `some` differ, before they are written on purpose; enqueues only."""
+        self._seen += [(_bytes(now) != _bytes(then)).any() for now, then in self._those(some)]
+
+    def renew(self, some: Sequence[torch.Tensor]) -> None:
+        """Remember `some` as they are now; enqueues only."""
+        for now, then in self._those(some):
+            then.copy_(now)
 
     def changed(self) -> int:
-        """How many of the tensors differ from what they were; waits for the device."""
-        return sum(
-            not torch.equal(now.reshape(-1).view(torch.uint8), then.reshape(-1).view(torch.uint8))
-            for now, then in self._pairs
-        )
+        """How many of the tensors differ, or did, from what they were; waits for the device."""
+        earlier = int(torch.stack(self._seen).sum()) if self._seen else 0
+        self._seen.clear()
+        return earlier + sum(not torch.equal(_bytes(a), _bytes(b)) for a, b in self._pairs)
+
+    def _those(self, some: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        wanted = {id(each) for each in some}
+        return [pair for pair in self._pairs if id(pair[0]) in wanted]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

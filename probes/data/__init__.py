@@ -6,7 +6,7 @@ draw do not depend on how many are drawn after them (except through a measured m
 
 from __future__ import annotations
 
-from .exact import WIDTHS, exact, largest_sum
+from .exact import WIDTHS, exact, largest_sum, steady
 from .families import FAMILIES, Family, draw, families
 from .operands import Operands, window
 
@@ -19,5 +19,6 @@ __all__ = [
     "exact",
     "families",
     "largest_sum",
+    "steady",
     "window",
 ]

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from ..problem import Fp4Tensor
+
+
+class DrawnAgain(Protocol):
+    """How the rows of an activation are drawn, as often as wanted; see `exact.Rows`."""
+
+    def fill(self, a: torch.Tensor | Fp4Tensor, draw: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,8 @@ class Operands:
     family: str
     width: int | None
     seed: int
+    rows: DrawnAgain | None = None
+    """How to draw other rows in place; None where that would take another weight."""
 
 
 def window(operands: Operands, start: int, stop: int) -> Operands:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ class Case:
     expectation: Expectation
     state: Any
     unchanged: Unchanged
+    derived: list[Callable[[], object]] = field(default_factory=list)
+    """What makes each copy of activation rows what they have become, where they are drawn anew."""
+
+    def derive(self, refresh: Callable[[], object]) -> None:
+        """Call `refresh` whenever the rows have been drawn anew."""
+        if self.operands.rows is not None:
+            self.derived.append(refresh)
 
     def rows(self, offset: int, m: int) -> torch.Tensor | Fp4Tensor:
         """The activation of the window of `m` rows from `offset`; a view."""
@@ -103,7 +110,10 @@ class Call:
 def bind(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
     """Allocate the launch's slot and bind its arguments, so that calling it is one call."""
     chosen = cases[launch.case]
-    activation = prepared_activation(backend, chosen.rows(launch.offset, launch.m))
+    rows = chosen.rows(launch.offset, launch.m)
+    activation = prepared_activation(backend, rows)
+    if activation is not rows:
+        chosen.derive(lambda: copy_over(prepared_activation(backend, rows), activation))
     place = chosen.slot(launch.offset, launch.m)
 
     def enqueue() -> None:
@@ -180,6 +190,12 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return type(value)(**{name: map_tensors(v, change) for name, v in fields.items()})
     return value
+
+
+def copy_over(source: Any, target: Any) -> None:
+    """Every tensor in `source` into the one at its place in `target`."""
+    for origin, to in zip(tensors(source), tensors(target), strict=True):
+        to.copy_(origin)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -12,3 +12,16 @@ class Item:
     ms: tuple[int, ...]
     tactic: str
     width: int = 24
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchAim:
+    """How much a regime is to show of each item.
+
+    `launches` checked, on `problems` different problems; or what `seconds` of the device reach,
+    where that is less.
+    """
+
+    launches: int
+    problems: int
+    seconds: float

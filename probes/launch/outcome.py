@@ -5,14 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import torch
 
 from ..backends import Backend
-from ..check.sweep import POISON, Checker, SlotReport
+from ..check.sweep import POISON, Checker, Slot, SlotReport
 from .case import Call, Case, Launch
+from .redraw import Redraw
 
+DRAWING = 3
+"""Times longer than drawing data anew is what is launched between two draws, at least."""
+MOST_QUEUED = 64
+"""Times that a chain is enqueued before the device is waited for."""
 CYCLES = 2_000_000_000
 """Clock cycles that take about a second: for gates, where too long only costs time."""
 
@@ -21,13 +27,31 @@ CYCLES = 2_000_000_000
 class Budget:
     """How long to repeat: at least `least` times, then until `seconds` or `most`.
 
-    `beat` is called whenever the device has caught up: a long regime is not a silent one.
+    `beat` is called whenever the device has caught up: a long regime is not a silent one. With
+    `redraw`, all data are drawn anew `draws` times on the way, at even distances.
     """
 
     least: int
     most: int
     seconds: float
     beat: Callable[[], None] = lambda: None
+    redraw: Redraw | None = None
+    draws: int = 1
+
+    def every(self, repeats: int, seconds: float) -> int:
+        """Times between two draws, of `repeats` that take `seconds` each: so far apart that the
+        draws take a quarter of the time at most."""
+        if self.redraw is None:
+            return repeats
+        apart = ceil(DRAWING * self.redraw.seconds / seconds)
+        return max(1, repeats // max(1, self.draws), apart)
+
+    def checker(self, slots: Sequence[Slot]) -> Checker:
+        """A checker of these slots that knows which draw it saw."""
+        found = Checker(slots)
+        if self.redraw:
+            self.redraw.watch(found.mark)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +72,8 @@ class Outcome:
     proof: dict[str, Any] = field(default_factory=dict)
     errors: dict[int, dict[str, str]] = field(default_factory=dict)
     exempt: dict[int, str] = field(default_factory=dict)
+    draws: int = 0
+    """How often all data were drawn anew on the way."""
     graded: tuple[dict[str, Any], ...] = ()
     """Findings about every item that are no faults, each with its `kind` and a `message`."""
 
@@ -98,17 +124,22 @@ def repeat(once: Callable[[], Any], budget: Budget, device: torch.device) -> flo
     once()
     wait(device)
     each = max(time.perf_counter() - start, 1e-6)
-    repeats = max(budget.least, min(budget.most, int(budget.seconds / each))) - 1
-    done = 0
-    while done < repeats:
-        # In slices of about a second: a queue too deep turns enqueueing into waiting.
-        for _ in range(min(16, max(1, int(1 / each)), repeats - done)):
-            once()
-            done += 1
-        wait(device)
-        budget.beat()
-        if done + 1 >= budget.least and time.perf_counter() - start > budget.seconds:
-            break
+    repeats = max(budget.least, min(budget.most, int(budget.seconds / each)))
+    every = budget.every(repeats, each)
+    # In slices of half a second: a queue too deep turns enqueueing into waiting.
+    most_queued = min(MOST_QUEUED, max(1, int(0.5 / each)))
+    queued = 0
+    for done in range(1, repeats):
+        if budget.redraw and done % every == 0:
+            budget.redraw()
+        once()
+        queued += 1
+        if queued == most_queued or done == repeats - 1:
+            queued = 0
+            wait(device)
+            budget.beat()
+            if done >= budget.least - 1 and time.perf_counter() - start > budget.seconds:
+                break
     return time.perf_counter() - start
 
 

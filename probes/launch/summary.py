@@ -46,7 +46,7 @@ def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> 
                 result["bad_launches"] += max(1, report.bad_launches)
                 if len(result["bad"]) < MOST_BAD:
                     n = cases[launch.case].problem.n
-                    found = {**launched(launch, cases), **describe(report)}
+                    found = {**launched(launch, cases, report.draw), **describe(report)}
                     found["map"] = tilemap.of(launch.m, n, report.tiles).pack()
                     found.update(around(chain, at, cases))
                     result["bad"].append(found)
@@ -91,14 +91,15 @@ def describe(report: SlotReport) -> Result:
     return found
 
 
-def launched(launch: Launch, cases: Sequence[Case]) -> Result:
-    """What it takes to make this launch again."""
+def launched(launch: Launch, cases: Sequence[Case], draw: int = 0) -> Result:
+    """What it takes to make this launch again; `draw` is how often its rows were drawn anew."""
     chosen = cases[launch.case]
     return {
         "m": launch.m,
         "offset": launch.offset,
         "seed": chosen.operands.seed,
         "data": chosen.operands.family,
+        **({} if chosen.operands.rows is None else {"draw": draw}),
         "width": chosen.operands.width,
         "rows": chosen.problem.m,
         "tactic": launch.tactic,

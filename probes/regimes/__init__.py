@@ -23,6 +23,7 @@ from .memory.rewrite import rewrite
 from .mlp.mlp import mlp_chain
 from .pdl.pdl import pdl_raw, pdl_war, pdl_waw
 from .plain.calm import graph, serial, side_stream
+from .plain.every_m import every_m
 from .plain.huge import huge
 from .plain.off_bucket import off_bucket
 from .plain.own_quantiser import own_quantiser_values
@@ -31,13 +32,17 @@ from .plain.strided import strided
 
 __all__ = [
     "ALONE",
+    "CERTAIN",
+    "CHANCE",
     "COPIES",
     "COSTLY",
+    "EVERY_M",
     "HARDER",
     "LANES",
     "REGIMES",
     "SAME_START",
     "STARTS",
+    "WHOLE",
     "Budget",
     "NotApplicable",
     "Outcome",
@@ -75,6 +80,10 @@ REGIMES: dict[str, Regime] = {
     "graph-streams": graph_streams,
 }
 
+EVERY_M = "every-m"
+"""Run once, of what is chosen: no condition of launches, but all of them."""
+WHOLE: dict[str, Regime] = {**REGIMES, EVERY_M: every_m}
+
 STARTS = {"neighbours": start_neighbour}
 """What a regime needs that takes seconds to start: called with the device, returns at once."""
 
@@ -103,6 +112,11 @@ use: no other process of ours may use the device meanwhile."""
 COSTLY = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain"})
 """Those where a launch costs several, with delays on top: m ranges are run at their edges only,
 unless a failure rate is to be bounded."""
+
+CHANCE = frozenset({"graph", "mlp-chain", "churn", "streams", "graph-streams", "threads"})
+"""Those where a fault waits for chance: what they show grows with their launches alone."""
+CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})
+"""Those where a fault of timing shows at once, or none can: more problems, and fewer launches."""
 
 HARDER = {"threads": "streams"}
 """Regimes that only add to another: what took a worker down in that one would in this one, too."""

@@ -130,7 +130,7 @@ def _forms(
             backend.run(case.state, activation, out, item.tactic)
 
     cases = layer.cases(item.width)
-    (launch,) = layer.launches([replace(item, ms=(m,))], len(cases), ("census", m))
+    (launch,) = layer.launches([replace(item, ms=(m,))], cases, ("census", m))
     # The other first: after it, arguments of this one can be told.
     graded = census(bind(backend, cases, launch).enqueue)
     found = [census(run), graded]

@@ -103,7 +103,8 @@ def recall(
     if any(not (o >= 0 and m >= 0 and o + m <= rows) for _, o, m, _ in wanted):
         raise ValueError(f"it names rows outside the {rows} of its data")
     seeds = list(dict.fromkeys(seed for seed, *_ in wanted))
-    cases = [layer.case_of(data, width, seed, afresh) for seed in seeds]
+    draw = None if bad.get("draw") is None else int(bad["draw"])
+    cases = [layer.case_of(data, width, seed, draw, afresh) for seed in seeds]
     launches = [
         Launch(seeds.index(seed), offset, m, tactic, _TARGET if i == at else _OTHER)
         for i, (seed, offset, m, tactic) in enumerate(wanted)

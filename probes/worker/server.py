@@ -286,13 +286,14 @@ class Server:
         name: str,
         items: list[dict[str, Any]],
         budget: dict[str, Any],
-        turn: int = 0,
-        windows: int = 1,
+        aim: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
+        from ..launch.item import LaunchAim
         from ..regimes import Budget
 
         self._census(False)
-        return self._layer.regime(name, _items(items), Budget(**budget), turn, windows)
+        wanted = LaunchAim(**aim) if aim else None
+        return self._layer.regime(name, _items(items), Budget(**budget), wanted)
 
     def do_replay(
         self, name: str, bad: dict[str, Any], budget: dict[str, Any], look: bool = True

@@ -7,26 +7,36 @@ range, with the m's to launch. Results are plain dictionaries, ready to be sent.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..backends import Backend
 from ..check.reference import alpha_of, expect, faithful, spread, tile_error, tile_limit
-from ..data import WIDTHS, draw, exact
+from ..data import WIDTHS, draw, exact, steady
 from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case
-from ..launch.item import Item
+from ..launch.item import Item, LaunchAim
+from ..launch.redraw import Redraw
 from ..launch.summary import MOST_BAD, Result, launched, summarise
 from ..launch.timing import Timed, buffers, weight_copies
 from ..launch.windows import Windows, window_offsets
 from ..problem import Device, Problem
-from ..regimes import COPIES, REGIMES, Budget, NotApplicable, Outcome
+from ..regimes import COPIES, COSTLY, EVERY_M, WHOLE, Budget, NotApplicable, Outcome
 from ..seeds import derive
 
 WEIGHTS = 2
 """Different weights of a layer that a chain alternates between."""
+MANY_WEIGHTS = 16
+"""The same where much is to be shown, as far as memory has room."""
+SMALL_M = 256
+"""Up to here a chain has pools of few rows, so that new data for all of them cost little."""
+SPARE_ROWS = 64
+CHAIN = 24, 6
+"""Launches of each item in a chain where much is to be shown: of small m, and of large."""
 
 Progress = Callable[[str], None]
 
@@ -49,28 +59,50 @@ class OpenLayer:
         self.seed = seed
         self.memory = memory
         self.progress = progress
-        self._exact: dict[tuple[int, int], list[Case]] = {}
+        self._exact: dict[int, list[Case]] = {}
+        self._fields: dict[tuple[int, bool, bool], _Field] = {}
         self._windows = Windows()
         self._timed: list[Timed] = []
         self._otherwise: dict[str, bool] = {}
         """By tactic: whether its outputs are rounded otherwise than to nearest."""
 
-    def cases(self, width: int, pool: int = 0) -> list[Case]:
-        """The exact cases of this width, drawn and prepared on first use.
-
-        Pool 0 is kept. Of the others, each with weights and rows of its own, one is kept at a time.
-        """
-        if (width, pool) not in self._exact:
-            for old in [key for key in self._exact if key[1] not in (0, pool)]:
-                del self._exact[old]
+    def cases(self, width: int) -> list[Case]:
+        """The exact cases of this width, drawn and prepared on first use."""
+        if width not in self._exact:
             drawn = []
             for index in range(WEIGHTS):
-                tag = (width, index) if pool == 0 else (width, index, pool)
-                seed = derive(self.seed, self.problem, "exact", *tag)
+                seed = derive(self.seed, self.problem, "exact", width, index)
                 self.progress(f"drawing exact data of width {width}")
                 drawn.append(self._draw("exact", width, seed))
-            self._exact[width, pool] = drawn
-        return self._exact[width, pool]
+            self._exact[width] = drawn
+        return self._exact[width]
+
+    def _field(self, width: int, small: bool, few: bool) -> _Field:
+        """Many weights of this width, or a few, with rows that are drawn anew; the strict cases
+        where there are no such rows. One field is kept at a time."""
+        if (width, small, few) not in self._fields:
+            self._fields.clear()
+            rows = min(self.problem.m, SMALL_M + SPARE_ROWS) if small else self.problem.m
+            problem = self.problem.at(rows)
+            each = _bytes_of_case(problem)
+            most = WEIGHTS if self.device.kind == "cpu" else MANY_WEIGHTS
+            most = most if small and not few else max(WEIGHTS, most // 4)
+            count = max(WEIGHTS, min(most, int(self.memory / 2 / each)))
+            drawn = []
+            for index in range(count):
+                seed = derive(self.seed, self.problem, "field", width, small, index)
+                self.progress(f"drawing field {index + 1} of {count}")
+                try:
+                    operands = steady(problem, width, seed, self.device.torch)
+                except ValueError:
+                    break
+                drawn.append(case(self.backend, problem, operands))
+            else:
+                return self._fields.setdefault(
+                    (width, small, few), _Field(drawn, Redraw(drawn, self.memory // 4))
+                )
+            self._fields[width, small, few] = _Field(self.cases(width), None)
+        return self._fields[width, small, few]
 
     def _draw(self, data: str, width: int | None, seed: int) -> Case:
         device = self.device.torch
@@ -80,8 +112,24 @@ class OpenLayer:
             operands = draw(self.problem, data, seed, device)
         return case(self.backend, self.problem, operands)
 
-    def case_of(self, data: str, width: int | None, seed: int, afresh: bool = False) -> Case:
-        """The case of this data and seed: one that is there, else drawn again."""
+    def case_of(
+        self,
+        data: str,
+        width: int | None,
+        seed: int,
+        draw: int | None = None,
+        afresh: bool = False,
+    ) -> Case:
+        """The case of this data and seed: one that is there, else drawn again.
+
+        `draw` is which of the rows that are drawn anew; None for data that never are.
+        """
+        if draw is not None:
+            self.progress(f"drawing draw {draw} again")
+            operands = steady(self.problem, width or WIDTHS[0], seed, self.device.torch)
+            assert operands.rows is not None
+            operands.rows.fill(operands.a, draw)
+            return case(self.backend, self.problem, operands)
         there = [] if afresh else [c for cases in self._exact.values() for c in cases]
         for each in there:
             found = each.operands
@@ -91,19 +139,24 @@ class OpenLayer:
         return self._draw(data, width, seed)
 
     def launches(
-        self, items: Sequence[Item], cases: int, tag: object, windows: int = 1
+        self, items: Sequence[Item], cases: Sequence[Case], tag: object, per_item: int = 0
     ) -> list[Launch]:
-        """Every m of every item on `windows` windows of rows drawn from the seed.
+        """Every m of every item on a window of rows drawn from the seed; on as many windows as make
+        `per_item` launches of each item, about.
 
-        Those of one m share no row; fewer where the pool has no room for so many.
+        Those of one m share no row; fewer where the pools have no room for so many.
         """
         rng = random.Random(derive(self.seed, self.problem, "windows", tag))
         found = []
+        rows = cases[0].problem.m
         for index, item in enumerate(items):
+            windows = max(1, -(-per_item // len(item.ms)))
             for m in item.ms:
-                first = rng.randint(0, self.problem.m - m)
-                for offset in window_offsets(self.problem.m, m, windows, first):
-                    found.append(Launch(rng.randrange(cases), offset, m, item.tactic, index))
+                each = -(-windows // len(cases))
+                for chosen in rng.sample(range(len(cases)), min(windows, len(cases))):
+                    first = rng.randint(0, rows - m)
+                    for offset in window_offsets(rows, m, each, first):
+                        found.append(Launch(chosen, offset, m, item.tactic, index))
         return found
 
     def _summaries(
@@ -115,7 +168,7 @@ class OpenLayer:
             for launch, report in outcome.reports:
                 key = regime, launch.tactic, launch.m, cases[launch.case].operands.seed
                 if self._windows.add(key, launch.offset, launch.m):
-                    results[launch.item]["problems"] += 1
+                    results[launch.item]["problems"] += 1 + outcome.draws
                     results[launch.item]["bad_problems"] += not report.clean
         return results
 
@@ -134,7 +187,7 @@ class OpenLayer:
             width = max(wanted.values())
             pending = [index for index, next_ in wanted.items() if next_ == width]
             cases = self.cases(width)
-            launches = self.launches([items[i] for i in pending], len(cases), ("grade", width))
+            launches = self.launches([items[i] for i in pending], cases, ("grade", width))
             outcomes = self.run("serial", cases, launches, Budget(2, 2, 0.0))
             summaries = self._summaries("serial", len(pending), outcomes, cases)
             changed = sum(o.changed_inputs for o in outcomes)
@@ -186,7 +239,7 @@ class OpenLayer:
         """Whether exact problems of the full width come out as a neighbour of each sum, and not
         always as the nearest."""
         cases = self.cases(WIDTHS[0])
-        launches = self.launches([replace(item, width=WIDTHS[0])], len(cases), ("rounding",))
+        launches = self.launches([replace(item, width=WIDTHS[0])], cases, ("rounding",))
         strict, loose = (
             self.run("serial", mine, launches, Budget(1, 1, 0.0))
             for mine in (cases, [_with_neighbours(each) for each in cases])
@@ -233,7 +286,7 @@ class OpenLayer:
         seed = derive(self.seed, self.problem, "family", name)
         self.progress(f"drawing {name} data")
         drawn = case(self.backend, self.problem, draw(self.problem, name, seed, self.device.torch))
-        launches = self.launches(items, 1, name)
+        launches = self.launches(items, [drawn], name)
         outcomes = self.run("serial", [drawn], launches, Budget(1, 1, 0.0))
         results = self._summaries("serial", len(items), outcomes, [drawn])
         missed = {
@@ -275,31 +328,38 @@ class OpenLayer:
         return found[:MOST_BAD]
 
     def regime(
-        self,
-        name: str,
-        items: Sequence[Item],
-        budget: Budget,
-        turn: int = 0,
-        windows: int = 1,
+        self, name: str, items: Sequence[Item], budget: Budget, aim: LaunchAim | None = None
     ) -> Result:
         """Run one regime on exact data of each item's width; items of one width share a chain.
 
-        Each turn but the first draws weights and rows of its own, and `windows` of them for each m.
+        With an `aim`, on many weights, with rows that are drawn anew on the way.
         """
         results: list[Result] = [{} for _ in items]
         seconds = 0.0
         proof: list[dict[str, Any]] = []
         missed: list[str] = []
-        kinds = [(item.width, self._judged_by_neighbours(item)) for item in items]
-        for width, loosely in sorted(set(kinds), reverse=True):
-            chosen = [i for i, kind in enumerate(kinds) if kind == (width, loosely)]
-            cases = self.cases(width, turn)
+        kinds = [
+            (item.width, self._judged_by_neighbours(item), aim is None or max(item.ms) <= SMALL_M)
+            for item in items
+        ]
+        for width, loosely, small in sorted(set(kinds), reverse=True):
+            chosen = [i for i, kind in enumerate(kinds) if kind == (width, loosely, small)]
+            field = _Field(self.cases(width), None)
+            if aim and not loosely:
+                field = self._field(width, small, name in COSTLY)
+            cases = field.cases
             if loosely:
                 cases = [_with_neighbours(each) for each in cases]
             mine = [items[i] for i in chosen]
-            launches = self.launches(mine, len(cases), (name, width, turn), windows)
-            random.Random(derive(self.seed, name, width, turn)).shuffle(launches)
-            outcomes = self.run(name, cases, launches, budget)
+            tag = (name, width, *(("aim", small) if aim else (0,)))
+            per_item = CHAIN[0 if small else 1] if aim else 0
+            launches = self.launches(mine, cases, tag, per_item)
+            if name == EVERY_M:
+                launches.sort(key=lambda launch: launch.m)  # batches of m that are near
+            else:
+                random.Random(derive(self.seed, *tag)).shuffle(launches)
+            own = _towards(aim, launches, len(mine), field.redraw) if aim else budget
+            outcomes = self.run(name, cases, launches, own)
             changed = sum(o.changed_inputs for o in outcomes)
             summaries = self._summaries(name, len(chosen), outcomes, cases)
             for place, index in enumerate(chosen):
@@ -311,6 +371,10 @@ class OpenLayer:
             seconds += sum(o.seconds for o in outcomes)
             proof.extend(o.proof for o in outcomes if o.proof)
             missed.extend(o.not_exercised for o in outcomes if o.not_exercised)
+            if field.redraw and field.redraw.missed:
+                missed.append("answers drawn on the device are not those of float64")
+                for index in chosen:
+                    results[index]["bad"] = []
         return {
             "items": results,
             "seconds": seconds,
@@ -329,12 +393,17 @@ class OpenLayer:
         limit = self.memory // COPIES.get(name, 1)
         split = batches(cases, launches, max(limit, 1))
         seconds = budget.seconds / max(1, len(split))
-        share = Budget(budget.least, budget.most, seconds, lambda: self.progress(f"{name}: alive"))
+        alive = partial(self.progress, f"{name}: alive")
+        share = replace(budget, seconds=seconds, beat=alive)
         outcomes: list[Outcome] = []
         for batch in split:
             self.progress(f"{name}: {len(batch)} launches")
+            before = budget.redraw.draws if budget.redraw else 0
             try:
-                outcomes.append(REGIMES[name](self.backend, cases, batch, share))
+                found = WHOLE[name](self.backend, cases, batch, share)
+                if budget.redraw:
+                    found = _of_draws(found, before, budget.redraw.draws)
+                outcomes.append(found)
             except NotApplicable:
                 raise
             except (RuntimeError, BackendRaised) as error:
@@ -346,6 +415,9 @@ class OpenLayer:
                     errors = {x.item: {**launched(x, cases), **blamed} for x in batch}
                     alone.append(Outcome(0, (), 0, 0.0, errors=errors))
                 outcomes.extend(alone)
+            finally:
+                if budget.redraw:
+                    budget.redraw.forget()
         return outcomes
 
     def _one_by_one(
@@ -355,7 +427,7 @@ class OpenLayer:
         for launch in launches:
             self.progress(f"{name}: m={launch.m} alone")
             try:
-                outcomes.append(REGIMES[name](self.backend, cases, [launch], Budget(1, 1, 0.0)))
+                outcomes.append(WHOLE[name](self.backend, cases, [launch], Budget(1, 1, 0.0)))
             except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
                 kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
@@ -393,6 +465,37 @@ class OpenLayer:
         self._timed = []
         if self.device.kind == "cuda":
             torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """Cases that launches are spread over, and what draws their rows anew, if anything can."""
+
+    cases: list[Case]
+    redraw: Redraw | None
+
+
+def _bytes_of_case(problem: Problem) -> int:
+    """Device memory of a case, about: weight, what was prepared of it, rows and their answers."""
+    weight = problem.n * problem.k
+    return 2 * weight + problem.m * (4 * problem.k + 2 * problem.n) + (1 << 20)
+
+
+def _towards(
+    aim: LaunchAim, launches: Sequence[Launch], items: int, redraw: Redraw | None
+) -> Budget:
+    """How often a chain is launched, and its data drawn anew, so that each item reaches `aim`."""
+    counts = Counter(launch.item for launch in launches)
+    fewest = min(counts.values())
+    times = -(-aim.launches // fewest)
+    draws = max(1, -(-aim.problems // fewest) - 1)
+    return Budget(1, times, aim.seconds * items, redraw=redraw, draws=draws)
+
+
+def _of_draws(found: Outcome, first: int, last: int) -> Outcome:
+    """An outcome that says how often data were drawn anew, and in which draw failures were."""
+    reports = tuple((x, replace(r, draw=first + r.draw)) for x, r in found.reports)
+    return replace(found, reports=reports, draws=last - first)
 
 
 def next_width(best: int | None, missed: set[int]) -> int | None:

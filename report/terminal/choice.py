@@ -7,6 +7,8 @@ from typing import Any
 
 from ...autotune import checkpoint_check
 from ...autotune.choice import layouts
+from ...autotune.evidence.wording import shown
+from ...autotune.verdict.buckets import bucket_of
 from ..wording import WEIGHTS, range_text
 
 
@@ -19,18 +21,10 @@ def decision_lines(answer: Mapping[str, Any]) -> list[str]:
     line = f"{problem}: {answer['backend']}"
     if answer["tactic"] != "default":
         line += f" {answer['tactic']}"
-    time = "" if answer["median_us"] is None else f"{answer['median_us']:.1f} us, "
-    bound = f"failure rate below {answer['failure_bound_95']:.1g} (95 %) in each regime"
-    line += (
-        f" (safe; {time}at least {answer['launches']} launches of {answer['problems']} problems "
-        f"in each regime: {bound})"
-    )
-    regimes = [
-        f"  {regime}: failure rate below {known['upper']:.2g} ({100 * known['confidence']:g} %; "
-        f"{known['problems']} problems, {known['launches']} launches of its kernel)"
-        for regime, known in answer["bounds"].items()
-    ]
-    return [line, *regimes, *(f"  if {c['text']}" for c in answer["conditions"])]
+    time = "" if answer["median_us"] is None else f"{answer['median_us']:.1f} us; "
+    m = bucket_of(p["m"])
+    line += f" (safe; {time}{shown(answer['bounds'], m.lo, m.hi)})"
+    return [line, *(f"  if {c['text']}" for c in answer["conditions"])]
 
 
 def choice_lines(answer: Mapping[str, Any], layer: bool) -> list[str]:

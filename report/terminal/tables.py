@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ...autotune.verdict.statistics import failure_bound
 from ...cache.rows import BucketKey, Candidate, Choice
 from ...machine.devices import Target
 from ..wording import WEIGHTS, layer_text, range_text, verdict_word
@@ -89,13 +88,6 @@ def print_backends(
             "" if seconds is None else f"{seconds:.1f}",
         )
     out.print(made)
-    fewest = min((c.problems for c in candidates if c.verdict == "safe"), default=0)
-    if fewest:
-        out.print(
-            f"Every safe verdict: no failure in at least {fewest} problems per bucket and regime, "
-            f"a failure rate below {failure_bound(fewest):.1g} (95 %) under that regime alone.",
-            style="dim",
-        )
 
 
 def print_bounds(out: Console, choices: Sequence[Choice]) -> None:

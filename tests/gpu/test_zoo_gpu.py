@@ -110,6 +110,6 @@ def test_what_cupti_keeps_of_launches_after_a_census_is_no_leak_of_the_backend(d
     layer = opened(mutant, device, n=1088, k=1040)
     items = [Item(ms, "default", 8) for ms in ((1,), (2, 16), (17, 64), (130, 160))]
     layer.census(items)
-    for turn in range(2):
-        found = layer.regime("off-bucket", items, Budget(10, 100, 0.3), turn)
+    for _ in range(2):
+        found = layer.regime("off-bucket", items, Budget(10, 100, 0.3))
         assert not any("error" in each or each["bad"] for each in found["items"])

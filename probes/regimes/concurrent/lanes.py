@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...check.sweep import Checker
 from ...launch.case import Call, Case, Launch, bind
 from ...launch.outcome import (
     CYCLES,
@@ -64,7 +63,7 @@ def streams(
     """
     rounds = rounds_of(backend, cases, launches)
     calls = calls_of(rounds)
-    checker = Checker([c.slot for c in calls])
+    checker = budget.checker([c.slot for c in calls])
     device = device_of(cases)
     if device.type == "cpu":
 
@@ -101,7 +100,7 @@ def graph_streams(
     need_cuda(cases, "CUDA graphs")
     rounds = rounds_of(backend, cases, launches)
     calls = calls_of(rounds)
-    checker = Checker([c.slot for c in calls])
+    checker = budget.checker([c.slot for c in calls])
     forks = _Forks(rounds, device_of(cases))
 
     def chain() -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 
 from ...backends import Backend
-from ...check.sweep import Checker
 from ...launch.case import Case, Launch
 from ...launch.outcome import CYCLES, Budget, NotApplicable, Outcome, device_of, outcome
 from .lanes import (
@@ -37,7 +36,7 @@ def threads(
         raise NotApplicable("a CPU has the threads already in the streams regime")
     rounds = rounds_of(backend, cases, launches)
     calls = calls_of(rounds)
-    checker = Checker([c.slot for c in calls])
+    checker = budget.checker([c.slot for c in calls])
     side = [torch.cuda.Stream(device) for _ in range(LANES)]
     gate = [0.01]
 

@@ -91,6 +91,8 @@ class FreeMemory:
         self.seen = 0
         """How often memory asked for after poisoning held the poison; on a GPU `learn` tries it."""
         self.rounds = 0
+        self.need = 0
+        """Bytes that `learn` saw in use at a time."""
 
     def __enter__(self) -> FreeMemory:
         if self._cuda:
@@ -126,7 +128,7 @@ class FreeMemory:
         torch.cuda.reset_peak_memory_stats(self._device)
         run()
         torch.cuda.synchronize(self._device)
-        need = torch.cuda.max_memory_allocated(self._device) - before
+        self.need = need = torch.cuda.max_memory_allocated(self._device) - before
         free, _ = torch.cuda.mem_get_info(self._device)
         self._large = max(_LEAST, -(-min(2 * need, free // 4) // _LEAST) * _LEAST)
         self._renew()
@@ -145,6 +147,19 @@ class FreeMemory:
             return
         _fill_new_memory(byte)
         self.seen += int(torch.empty(_TRIED[0], dtype=torch.uint8)[_TRIED[0] // 2] == byte)
+
+
+def poison_in_graph(need: int, device: torch.device) -> None:
+    """Let what is allocated next, up to `need` bytes, hold NaN: from the pool of the graph that is
+    being captured, in each replay again."""
+    if not need:
+        return
+    held = [
+        torch.empty(size, dtype=torch.uint8, device=device)
+        for size in (_SMALL, max(need, 2 * _SMALL))
+    ]
+    for each in held:
+        each.fill_(NAN_BYTE)
 
 
 def _fill_new_memory(byte: int | None) -> None:

@@ -5,24 +5,36 @@ from __future__ import annotations
 import gc
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from ...backends import Backend
-from ...check.sweep import Checker
-from ...launch.case import BackendRaised, Call, Case, Launch, bind, blame, map_tensors, rebind
+from ...launch.case import (
+    BackendRaised,
+    Call,
+    Case,
+    Launch,
+    bind,
+    blame,
+    copy_over,
+    map_tensors,
+    rebind,
+)
 from ...launch.case import prepared_activation as prepared
 from ...launch.outcome import Budget, Outcome, capture, device_of, need_cuda, outcome, repeat
 from ...problem import Fp4Tensor
 from ..stamps import LaneStamps
-from .allocator import FreeMemory, changed_words, free_blocks, take_poisoned
+from .allocator import FreeMemory, changed_words, free_blocks, poison_in_graph, take_poisoned
 
 _TRAFFIC = 64 << 20
 """Bytes that the neighbour stream copies at a time."""
 _COPIES = 4
+FEW = 4
+"""Rounds launched by the host, where the others are replayed."""
 _HOST_TRAFFIC = 1 << 20
 
 
@@ -42,7 +54,7 @@ def churn(
         again = fresh(backend, cases)
     calls = [call for launch in launches for call in _twice(backend, again, launch)]
     random.Random(len(calls)).shuffle(calls)
-    checker = Checker([call.slot for call in calls])
+    checker = budget.checker([call.slot for call in calls])
     with FreeMemory(device) as free, _bus_traffic(device) as traffic:
         # What the backend keeps from its first calls is not fresh any more.
         def each() -> None:
@@ -52,15 +64,20 @@ def churn(
         free.learn(each)
         checker.sweep()
 
-        def once() -> None:
+        def once(poison: Callable[[], None] = free.poison) -> None:
             traffic.begin()
             for call in calls:
-                free.poison()
+                poison()
                 call.enqueue()
             traffic.end()
             checker.sweep()
 
-        seconds = repeat(once, budget, device)
+        graph = device.type == "cuda" and budget.redraw is not None
+        seconds = repeat(once, replace(budget, most=FEW) if graph else budget, device)
+    if graph:
+        # Where many rounds are asked for, the host would be what is waited for.
+        captured = capture(partial(once, partial(poison_in_graph, free.need, device)))
+        seconds += repeat(captured.replay, budget, device)
     proof = {
         "poisoned_bytes": free.size,
         "poisonings": free.rounds,
@@ -75,6 +92,7 @@ def _twice(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Cal
     """The launch with two outputs, and with its activation at two addresses."""
     moved = bind(backend, cases, launch)
     clone = map_tensors(moved.activation, torch.clone)
+    cases[launch.case].derive(lambda: copy_over(moved.activation, clone))
     return bind(backend, cases, launch), rebind(backend, cases, moved, clone)
 
 
@@ -165,7 +183,7 @@ def regrow(
     again = fresh(backend, cases)
     ordered = sorted(launches, key=lambda launch: launch.m)
     calls = [bind(backend, again, launch) for launch in ordered]
-    checker = Checker([call.slot for call in calls])
+    checker = budget.checker([call.slot for call in calls])
 
     def chain() -> None:
         for call in calls:

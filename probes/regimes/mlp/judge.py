@@ -10,6 +10,8 @@ import torch
 from ...check.reference import tile_error
 from ...check.sweep import POISON, TILE, Checker, Slot, SlotReport
 
+_NEVER = 1 << 60
+
 
 @dataclass(frozen=True, slots=True)
 class ByTiles:
@@ -35,27 +37,38 @@ class TileJudge:
             for s in subjects
         ]
         self._launches = [bad.new_zeros(()) for bad in self._bad]
+        self._draw = [bad.new_zeros(()) for bad in self._bad[:1]]
+        self._drawn = [bad.new_full((), _NEVER) for bad in self._bad]
+
+    def mark(self) -> None:
+        """Note that what is swept from now on is of another draw; enqueues only."""
+        for draw in self._draw:
+            draw += 1
 
     def sweep(self) -> None:
         """Judge every slot and poison it again; enqueues only, and never waits."""
-        for subject, bad, launches in zip(self._subjects, self._bad, self._launches, strict=True):
+        all_ = zip(self._subjects, self._bad, self._launches, self._drawn, strict=True)
+        for subject, bad, launches, drawn in all_:
             if not subject.ref.numel():
                 continue
             out = subject.slot.out
             wrong = ~(tile_error(out, subject.ref) <= subject.limit)
             bad += wrong
             launches += wrong.any()
+            drawn.copy_(torch.where(wrong.any(), torch.minimum(drawn, self._draw[0]), drawn))
             out.view(torch.int16).fill_(POISON)
 
     def reports(self) -> list[SlotReport]:
         """One report a slot; every element of a bad tile counts as wrong. Waits for the device."""
         return [
-            _tile_report(s, bad.tolist(), int(launches))
-            for s, bad, launches in zip(self._subjects, self._bad, self._launches, strict=True)
+            _tile_report(s, bad.tolist(), int(launches), int(drawn))
+            for s, bad, launches, drawn in zip(
+                self._subjects, self._bad, self._launches, self._drawn, strict=True
+            )
         ]
 
 
-def _tile_report(subject: ByTiles, bad: list[list[int]], launches: int) -> SlotReport:
+def _tile_report(subject: ByTiles, bad: list[list[int]], launches: int, draw: int) -> SlotReport:
     m, n = subject.ref.shape
     tiles = []
     for row, marks in enumerate(bad):
@@ -66,7 +79,8 @@ def _tile_report(subject: ByTiles, bad: list[list[int]], launches: int) -> SlotR
             if times:
                 tiles.append((row, column, times * size))
     wrong = sum(count for _, _, count in tiles)
-    return SlotReport(wrong, 0, 0, launches, 0, None, tuple(tiles))
+    draw = 0 if draw == _NEVER else draw
+    return SlotReport(wrong, 0, 0, launches, 0, None, tuple(tiles), draw=draw)
 
 
 class Judge:
@@ -81,6 +95,11 @@ class Judge:
     @property
     def sweeps(self) -> int:
         return self._checker.sweeps
+
+    def mark(self) -> None:
+        """Note that what is swept from now on is of another draw."""
+        self._checker.mark()
+        self._tiles.mark()
 
     def sweep(self) -> None:
         self._checker.sweep()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...backends import Backend, tactics
+from ...check.reference import expect
 from ...data import WIDTHS, Operands, exact
 from ...formats import E2M1_MAX, E4M3_MAX, quantise
 from ...launch.case import Case, Launch, blame, case, tensors
@@ -104,6 +105,17 @@ def second(
         if problem.out_dtype != "fp16" or top < _FP16_TOP:
             return Second(scale, hidden, found)
         scale /= 4
+
+
+def renew(behind: Second, first: Case, silu: SiluAndMultiply) -> None:
+    """Make a second layer with 16-bit activations what follows the rows that `first` has now."""
+    silu(first.expectation.lo, behind.scale, behind.hidden)
+    given = tensors(behind.case.operands.a)
+    behind.case.unchanged.renew(given)
+    right, now = behind.case.expectation, expect(behind.case.operands, behind.case.problem)
+    assert right.ref is not None and now.ref is not None
+    for to, source in ((right.lo, now.lo), (right.hi, now.hi), (right.ref, now.ref)):
+        to.copy_(source)
 
 
 def _second_weight(problem: Problem, seed: int, device: torch.device) -> Fp4Tensor:

@@ -30,6 +30,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from ..pdl.control import PairOfCopies
 from ..pdl.modes import run_modes
 from .judge import ByTiles, Judge
 from .kernels import LateKernels, silu_with
-from .layers import device_of_problem, second, second_problem, second_tactics, silu_on_cpu
+from .layers import device_of_problem, renew, second, second_problem, second_tactics, silu_on_cpu
 from .steps import Builder, Layers
 
 
@@ -61,8 +62,13 @@ def mlp_chain(
     pdl = has_pdl(device)
     silu = silu_on_cpu if device.type == "cpu" else silu_with(device, pdl)
     seconds = {}
+    if budget.redraw and problem.activation == "fp4":
+        # What a second GEMM is held to there is what it gave in peace, of the rows it had.
+        budget = replace(budget, redraw=None)
     for index in sorted({launch.case for launch in launches}):
         seconds[index] = second(backend, cases[index], problem, silu, budget.beat)
+        if budget.redraw:
+            cases[index].derive(partial(renew, seconds[index], cases[index], silu))
     tactics = second_tactics(backend, problem, device_of_problem(device), launches)
     build = Builder(backend, cases, seconds, launches, device)
     layers = []
@@ -70,6 +76,8 @@ def mlp_chain(
         layers.append(build.layers(launch, choices))
         budget.beat()
     judge = Judge([kept for each in layers for kept in each.kept])
+    if budget.redraw:
+        budget.redraw.watch(judge.mark)
     run = _with_pdl if pdl else _without_pdl
     seconds_taken, missed, proof = run(build, layers, judge, budget, device)
     proof.update(
@@ -200,7 +208,7 @@ def _with_pdl(
         behind.reset()
 
     chain = Chain((*steps, *control.steps), clock, strike, reset)
-    ran = run_modes(chain, control, judge.sweep, budget, device)
+    ran = run_modes(chain, control, judge.sweep, budget, hurry=len(steps))
     calls = 2 * len(layers)
     proof = ran.proof(calls)
     proof["untrusted"] = ran.good_flagged

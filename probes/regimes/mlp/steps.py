@@ -107,7 +107,7 @@ class Builder:
         hidden = _view_of_arena(hiddens, (m, n // 2), dtype)
 
         self._inputs[turn].restart()
-        a, before = arriving(self._prepared(first, launch), self._inputs[turn].like)
+        a, before = arriving(self._prepared(first, launch), self._inputs[turn].like, first.derive)
 
         def run_first() -> None:
             with blame(backend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,10 @@ class DelayClock:
         """int64: when the first program of each step's adversary had waited, last round."""
         return self._times[steps].min(dim=1).values
 
+    def hurry(self, steps: int) -> None:
+        """From now on the adversaries of the first `steps` do not wait; those of controls do."""
+        self._delays[:steps] = 0
+
     def tick(self) -> None:
         """A round is over."""
         self._rounds += 1
@@ -108,12 +113,15 @@ class Moves:
 
 
 def arriving(
-    activation: Any, place: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like
+    activation: Any,
+    place: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+    derive: Callable[[Callable[[], object]], None] = lambda refresh: None,
 ) -> tuple[Any, tuple[Move, ...]]:
     """The activation as its consumer gets it, empty until the moves beside it are made.
 
     Single scalars stay what they are: a kernel may rightly read them before it waits. `place`
-    gives a tensor of the same shape, dtype and strides to copy into.
+    gives a tensor of the same shape, dtype and strides to copy into; `derive` is told how to renew
+    a copy that had to be made.
     """
     moves: list[Move] = []
 
@@ -122,7 +130,10 @@ def arriving(
             return tensor
         target = place(tensor)
         # Both ends of a move are copied as bytes, so they must lie in memory in the same order.
-        source = tensor if tensor.stride() == target.stride() else tensor.clone()
+        source = tensor
+        if tensor.stride() != target.stride():
+            source = tensor.clone()
+            derive(partial(source.copy_, tensor))
         moves.append((source, target))
         return target
 

@@ -17,7 +17,7 @@ class PairOfCopies:
 
     def __init__(self, kind: str, device: torch.device, dtype: torch.dtype) -> None:
         self._kind = kind
-        self._device = device
+        self.device = device
         generator = torch.Generator(device=device).manual_seed(0)
         self._source = torch.randint(1, 255, _SHAPE, device=device, generator=generator).to(dtype)
         self._began = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)]
@@ -56,7 +56,7 @@ class PairOfCopies:
     def join(self, clock: DelayClock, first: int) -> Adversary:
         """The adversary in front of both, which are steps `first` and the next of the chain."""
         self._clock = clock
-        self._adversary = Adversary(self._kind, self.steps, clock, self._device, first)
+        self._adversary = Adversary(self._kind, self.steps, clock, self.device, first)
         self._span = slice(first, first + 2)
         self._adversary.clear()
         self._adversary.strike(0)

@@ -14,6 +14,8 @@ from . import edges
 from .chain import TURNS, Chain
 from .control import PairOfCopies
 
+FEW = 12
+"""Rounds of a mode that is not the one most are run in."""
 _SHARE = 0.5
 """The bad control must be flagged in this share of the rounds for a mode to count."""
 UNKNOWN, NOTHING, ORDINARY, PDL = "unknown", "nothing", "ordinary", "pdl"
@@ -113,9 +115,14 @@ def run_modes(
     control: PairOfCopies,
     check: Callable[[], None],
     budget: Budget,
-    device: torch.device,
+    hurry: int = 0,
 ) -> ModesRun:
-    """Run the chain, half of the budget eagerly and half as a graph; `check` ends each round."""
+    """Run the chain, half of the budget eagerly and half as a graph; `check` ends each round.
+
+    Where many rounds are asked for, a few are run eagerly and all as a graph: the host would be
+    what is waited for. With `hurry`, of those in a graph the first few only have adversaries that
+    wait: what the others look for comes of chance.
+    """
 
     def finish() -> None:
         check()
@@ -123,8 +130,12 @@ def run_modes(
         chain.clock.tick()
 
     start = time.perf_counter()
+    device = control.device
     half = replace(budget, least=max(budget.least, TURNS), seconds=budget.seconds / 2)
     half = replace(half, most=max(half.least, half.most))
+    rest = half
+    if budget.redraw:
+        half, rest = replace(half, most=max(half.least, FEW), draws=1), replace(budget)
     modes = [_eager(chain, control, finish, half, device)]
     seen = (StepLaunch(UNKNOWN),) * len(chain.steps)
     uncaptured = None
@@ -135,7 +146,11 @@ def run_modes(
         first = (str(error).splitlines() or [""])[0]
         uncaptured = f"not captured: {type(error).__name__}: {first}"
     else:
-        modes.append(_counted("graph", captured.replay, control, half, device))
+        if hurry and budget.redraw:
+            few = replace(half, most=FEW, least=min(FEW, half.least))
+            modes.append(_counted("graph, late", captured.replay, control, few, device))
+            chain.clock.hurry(hurry)
+        modes.append(_counted("graph", captured.replay, control, rest, device))
     return ModesRun(tuple(modes), seen, time.perf_counter() - start, uncaptured)
 
 

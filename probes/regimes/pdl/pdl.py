@@ -123,7 +123,7 @@ def attack(
     clock = DelayClock([*steps, *control.steps], device)
     adversary = Adversary(kind, steps, clock, device)
     behind = control.join(clock, len(steps))
-    checker = Checker([slot for step in steps for slot in step.slots])
+    checker = budget.checker([slot for step in steps for slot in step.slots])
 
     def strike(index: int) -> None:
         if index < len(steps):
@@ -137,7 +137,7 @@ def attack(
 
     adversary.clear()
     chain = Chain((*steps, *control.steps), clock, strike, reset)
-    ran = run_modes(chain, control, checker.sweep, budget, device)
+    ran = run_modes(chain, control, checker.sweep, budget)
     return _outcome(attacked, cases, checker, adversary, ran)
 
 
@@ -147,7 +147,7 @@ def _alone(kind: str, backend: Backend, cases: Sequence[Case], launch: Launch) -
     duration = duration_ns(call.enqueue)
     if kind != "raw":
         return _Attacked(Step(call.enqueue, (call.slot,), (), duration), (launch,))
-    activation, moves = arriving(call.activation)
+    activation, moves = arriving(call.activation, derive=cases[launch.case].derive)
     late = rebind(backend, cases, call, activation)
     return _Attacked(Step(late.enqueue, (call.slot,), moves, duration), (launch,))
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ...backends import Backend
-from ...check.sweep import Checker
 from ...launch.case import Case, Launch, bind, map_tensors, rebind, tensors
 from ...launch.outcome import (
     CYCLES,
@@ -27,7 +26,7 @@ def serial(
 ) -> Outcome:
     """One launch after the other on the current stream."""
     calls = [bind(backend, cases, launch) for launch in launches]
-    checker = Checker([c.slot for c in calls])
+    checker = budget.checker([c.slot for c in calls])
 
     def once() -> None:
         for call in calls:
@@ -44,7 +43,7 @@ def graph(
     """One CUDA graph holding the whole chain of different problems, replayed."""
     need_cuda(cases, "CUDA graphs")
     calls = [bind(backend, cases, launch) for launch in launches]
-    checker = Checker([c.slot for c in calls])
+    checker = budget.checker([c.slot for c in calls])
 
     def chain() -> None:
         for call in calls:
@@ -70,7 +69,7 @@ def side_stream(
         rebind(backend, cases, call, map_tensors(call.activation, torch.empty_like))
         for call in bound
     ]
-    checker = Checker([c.slot for c in calls])
+    checker = budget.checker([c.slot for c in calls])
     # Listed before the first launch: a backend may keep more in its own activation later.
     late = [
         (tensors(call.activation), tensors(source.activation))

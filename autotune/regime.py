@@ -1,0 +1,176 @@
+"""One regime over a chain of a backend's winners, and what it recorded of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..cache.rows import Under, Where
+from ..probes.launch.item import LaunchAim
+from ..probes.regimes import COSTLY, EVERY_M, HARDER, SAME_START
+from ..probes.worker.supervisor import WorkerFailed
+from . import chains
+from .budget import OVER
+from .evidence.recorder import Recorder
+from .layer import Entrant, Item, ProbedLayer, not_tried
+from .retest import try_again
+from .verdict.buckets import MRange
+
+MANY_MS = 8
+"""Different m of a bucket where many launches are to be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A bucket's winner in one run of a regime."""
+
+    m: MRange
+    where: Where
+    item: Item
+
+
+def briefly(
+    layer: ProbedLayer,
+    entrant: Entrant,
+    name: str,
+    record: Recorder,
+    only: Collection[MRange] | None = None,
+) -> None:
+    """A regime for as long as the level says, over every bucket's winner or those in `only`."""
+    won = _winners(layer, entrant, name, only, name in COSTLY)
+    if layer.time and layer.time.over:
+        for each in won:
+            not_tried(each.where, OVER, record)
+        return
+    left = _needless(layer, entrant, name, won)
+    if left is not None:
+        status, reasons = left
+        for each, why in zip(won, reasons, strict=True):
+            record.status(each.where, Under(name), status, {"note": why})
+        return
+    level = layer.level
+    budget = {"least": level.least, "most": level.most, "seconds": level.seconds}
+    _run(layer, entrant, name, won, {"budget": budget}, record)
+
+
+def at_length(
+    layer: ProbedLayer,
+    entrant: Entrant,
+    name: str,
+    record: Recorder,
+    only: Collection[MRange],
+    aim: LaunchAim,
+) -> bool:
+    """The same towards an aim, where it was run before and passed; whether it passes still.
+
+    Nothing is recorded of a regime that does not apply, or that did not pass: more launches would
+    not change that.
+    """
+    won = [
+        each
+        for each in _winners(layer, entrant, f"{name} at length", only, name == chains.REGIME)
+        if {f.status for f in record.facts(each.where) if f.regime == name} == {"passed"}
+    ]
+    if not won:
+        return True
+    budget = {"least": 1, "most": 1, "seconds": 0.0}
+    return _run(layer, entrant, name, won, {"budget": budget, "aim": asdict(aim)}, record)
+
+
+def every_m(
+    layer: ProbedLayer, entrant: Entrant, record: Recorder, only: Collection[MRange]
+) -> bool:
+    """Every m of these ranges once, by their winners; whether all passed."""
+    won = [
+        Tried(
+            m,
+            layer.where(entrant, m, tactic),
+            {
+                "ms": list(range(m.lo, m.hi + 1)),
+                "tactic": tactic,
+                "width": entrant.width[m, tactic],
+            },
+        )
+        for m, tactic in entrant.winner.items()
+        if m in only
+    ]
+    budget = {"least": 1, "most": 1, "seconds": 0.0}
+    return _run(layer, entrant, EVERY_M, won, {"budget": budget}, record) if won else True
+
+
+def _winners(
+    layer: ProbedLayer,
+    entrant: Entrant,
+    tag: str,
+    only: Collection[MRange] | None,
+    edges: bool,
+) -> list[Tried]:
+    many = MANY_MS if tag.endswith("at length") else 0
+    return [
+        Tried(
+            m,
+            layer.where(entrant, m, tactic),
+            layer.item(m, tactic, entrant.width[m, tactic], tag, edges, many),
+        )
+        for m, tactic in entrant.winner.items()
+        if only is None or m in only
+    ]
+
+
+def _needless(
+    layer: ProbedLayer, entrant: Entrant, name: str, won: Sequence[Tried]
+) -> tuple[str, list[str]] | None:
+    """Where the regime need not be run: the status to record, and the reason for each item."""
+    for deadly in (name, HARDER.get(name)):
+        if deadly in entrant.dead:
+            why = f"not run: {entrant.dead[deadly]} in {deadly} before"
+            return "skipped", [why] * len(won)
+    if name == chains.REGIME and not layer.begins_mlp:
+        return "not applicable", [chains.ELSEWHERE] * len(won)
+    same = SAME_START.get(name)
+    if same is not None and won:
+        reasons = [entrant.exempt.get((same, each.m, each.where.tactic)) for each in won]
+        if all(reasons):
+            return "not applicable", [str(why) for why in reasons]
+    return None
+
+
+def _run(
+    layer: ProbedLayer,
+    entrant: Entrant,
+    name: str,
+    won: Sequence[Tried],
+    how: dict[str, Any],
+    record: Recorder,
+) -> bool:
+    """One chain of these items in one regime; whether all of it passed."""
+    patience = entrant.runner.patience
+    # A chain's second GEMM may load code that nothing before it did.
+    silence = patience.run if name == chains.REGIME else patience.regime
+    under = Under(name)
+    asked = {"name": name, "items": [each.item for each in won], **how}
+    try:
+        result = entrant.runner.ask("regime", silence, **asked)
+    except WorkerFailed as failure:
+        if failure.fatal:
+            entrant.dead[name] = f"{failure.kind} ({failure})"
+        for each in won:
+            record.failure(each.where, under, failure, layer.asked("regime", **asked))
+        return False
+    try_again(entrant, [each.where for each in won], under, result["items"], record)
+    passed = True
+    broken = [each.m for each, part in zip(won, result["items"], strict=True) if part["bad"]]
+    seconds = result["seconds"] / max(1, len(won))
+    for each, part in zip(won, result["items"], strict=True):
+        if broken and not part["bad"] and name != "serial":
+            # They ran interleaved: what corrupted one launch may have spared another by chance.
+            why = {"note": f"m={broken[0]} failed in the same chain"}
+            record.status(each.where, under, "skipped", why)
+            continue
+        part = {**part, **{key: result[key] for key in ("proof", "not_exercised")}}
+        status = record.result(each.where, under, part, each.item["width"], seconds)
+        passed = passed and status == "passed"
+        if status == "not applicable" and part.get("exempt"):
+            entrant.exempt[name, each.m, each.where.tactic] = part["exempt"]
+    return passed

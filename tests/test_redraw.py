@@ -1,0 +1,243 @@
+"""Rows are drawn anew in place: other problems, as exact as the first, that a seed gives again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp4tune.autotune.stages.prove import LESS, _lacking
+from fp4tune.autotune.verdict.buckets import MRange
+from fp4tune.probes.backends import tactics
+from fp4tune.probes.check.reference import alpha_of, expect
+from fp4tune.probes.check.sweep import Checker, slot
+from fp4tune.probes.data import WIDTHS, largest_sum, steady
+from fp4tune.probes.launch.case import case
+from fp4tune.probes.launch.item import Item, LaunchAim
+from fp4tune.probes.launch.outcome import Budget, repeat
+from fp4tune.probes.launch.redraw import Redraw
+from fp4tune.probes.problem import Device, Problem
+from fp4tune.probes.registry import load_one
+from fp4tune.probes.worker.replay import recall
+from fp4tune.probes.worker.session import OpenLayer
+
+CPU = torch.device("cpu")
+BUDGET = Budget(1, 1, 0.0)
+PROBLEM = Problem("nvfp4", 64, 64, 128, "bf16", "bf16")
+
+
+def bits(a) -> torch.Tensor:
+    return a.codes if hasattr(a, "codes") else a.view(torch.int16)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from(["nvfp4", "mxfp4"]),
+    st.sampled_from(["bf16", "fp4"]),
+    st.sampled_from(WIDTHS),
+    st.integers(0, 2**40),
+    st.integers(1, 10**6),
+)
+def test_no_draw_leaves_the_width(format_, activation, width, seed, draw):
+    problem = Problem(format_, 24, 64, 256, activation, "bf16")
+    operands = steady(problem, width, seed, CPU)
+    most = operands.rows.most(operands.weight)
+    before = bits(operands.a).clone()
+    assert largest_sum(operands.a, operands.weight) <= most
+    operands.rows.fill(operands.a, draw)
+    assert largest_sum(operands.a, operands.weight) <= most
+    assert not torch.equal(before, bits(operands.a))
+
+
+def test_a_draw_is_the_same_however_many_rows_there_are():
+    small, large = (
+        steady(Problem("nvfp4", m, 64, 128, "bf16", "bf16"), 24, 5, CPU) for m in (8, 40)
+    )
+    for operands in (small, large):
+        operands.rows.fill(operands.a, 7)
+    assert torch.equal(small.a, large.a[:8])
+    assert torch.equal(small.weight.codes, large.weight.codes)
+
+
+@pytest.mark.parametrize("activation", ["bf16", "fp4"])
+def test_answers_are_those_of_the_reference(activation):
+    backend = load_one("torch-dequant" if activation == "bf16" else "torch-dequant-w4a4")
+    problem = Problem("nvfp4", 33, 96, 256, activation, "bf16")
+    cases = [case(backend, problem, steady(problem, 24, seed, CPU)) for seed in (1, 2)]
+    again = Redraw(cases, memory=2 * 96 * 256)  # the second weight is dequantised each time
+    seen = []
+    for _ in range(3):
+        again()
+        for each in cases:
+            right = expect(each.operands, problem).lo
+            assert torch.equal(each.expectation.lo, right)
+            seen.append(right.clone())
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert again.missed == 0 and again.draws == 3
+
+
+def test_an_answer_that_is_wrong_is_noticed():
+    backend = load_one("torch-dequant")
+    problem = Problem("nvfp4", 16, 64, 128, "bf16", "bf16")
+    each = case(backend, problem, steady(problem, 24, 1, CPU))
+    again = Redraw([each], memory=1 << 30)
+    again._kept[0] *= 2
+    again()
+    assert again.missed > 0
+
+
+def test_an_input_that_was_written_is_noticed_though_it_is_drawn_anew():
+    backend = load_one("torch-dequant")
+    problem = Problem("nvfp4", 16, 64, 128, "bf16", "bf16")
+    each = case(backend, problem, steady(problem, 24, 1, CPU))
+    again = Redraw([each], memory=1 << 30)
+    again()
+    assert each.unchanged.changed() == 0
+    each.operands.a[3, 5] = 7.5
+    again()
+    assert each.unchanged.changed() == 1
+    assert each.unchanged.changed() == 0
+
+
+def test_the_draw_of_the_first_failure_is_told():
+    right = torch.ones(2, 4, dtype=torch.bfloat16)
+    place = slot(right, right)
+    checker = Checker([place])
+    for draw in range(4):
+        if draw:
+            checker.mark()
+        for _ in range(3):
+            place.out.copy_(right if draw < 2 else right + 1)
+            checker.sweep()
+    (report,) = checker.reports()
+    assert (report.first, report.draw) == (7, 2)
+
+
+def test_draws_are_spread_over_the_launches_and_take_a_quarter_of_the_time_at_most():
+    class Draws:
+        seconds = 0.0
+        draws = 0
+
+        def __call__(self):
+            self.draws += 1
+
+    for seconds, expected in ((0.0, 9), (3600.0, 0)):
+        redraw = Draws()
+        redraw.seconds = seconds
+        count = [0]
+
+        def once(count=count):
+            count[0] += 1
+
+        repeat(once, Budget(100, 100, 60.0, redraw=redraw, draws=10), CPU)
+        assert count[0] == 100 and redraw.draws == expected
+
+
+class FailsLater:
+    """Right in the first draw; after that it uses the rows of the draw before."""
+
+    name = "fails-later"
+    activation = "bf16"
+    layout = "plain"
+
+    def __init__(self):
+        self.right = load_one("torch-dequant")
+        self.tactic = tactics(self.right, PROBLEM, Device("cpu"))[0]
+        self.old = {}
+
+    def unsupported(self, problem, device):
+        return None
+
+    def prepare(self, weight, problem):
+        return self.right.prepare(weight, problem)
+
+    def run(self, state, a, out, tactic):
+        first = self.old.setdefault(a.data_ptr(), a.clone())
+        self.right.run(state, first if a.shape == first.shape else a, out, self.tactic)
+
+
+@pytest.fixture
+def stale_layer():
+    return OpenLayer(FailsLater(), Device("cpu"), PROBLEM, 3, 1 << 30, lambda text: None)
+
+
+def test_what_goes_wrong_in_a_later_draw_is_found_and_made_again_from_its_seed(stale_layer):
+    found = stale_layer.regime(
+        "serial", [Item((4,), "")], BUDGET, LaunchAim(launches=400, problems=100, seconds=20.0)
+    )
+    (result,) = found["items"]
+    bad = result["bad"][0]
+    assert result["bad_launches"] and bad["draw"] >= 1
+    cases, launches = recall(stale_layer, bad)
+    mine = next(x for x in launches if x.item == 1)
+    drawn = cases[mine.case]
+    again = steady(drawn.problem, 24, bad["seed"], CPU)
+    again.rows.fill(again.a, bad["draw"])
+    window = slice(mine.offset, mine.offset + mine.m)
+    assert torch.equal(drawn.operands.a[window], again.a[window])
+    assert alpha_of(again) == alpha_of(drawn.operands)
+
+
+@pytest.mark.parametrize("regime", ["serial", "churn", "streams", "mlp-chain"])
+@pytest.mark.parametrize("name", ["torch-dequant", "torch-dequant-w4a4"])
+def test_what_is_right_passes_on_other_problems(regime, name):
+    backend = load_one(name)
+    problem = Problem("nvfp4", 40, 64, 128, backend.activation, "bf16")
+    layer = OpenLayer(backend, Device("cpu"), problem, 3, 1 << 30, lambda text: None)
+    tactic = tactics(backend, problem, Device("cpu"))[0]
+    items = [Item((1,), tactic), Item((5, 8), tactic)]
+    found = layer.regime(regime, items, BUDGET, LaunchAim(200, 60, 3.0))
+    assert found["not_exercised"] is None
+    for result in found["items"]:
+        assert not result["bad"] and not result.get("changed_inputs")
+        assert result["launches"] >= result["problems"] >= 12
+
+
+def test_every_m_is_launched(stale_layer):
+    stale_layer.backend = load_one("torch-dequant")
+    tactic = FailsLater().tactic
+    items = [Item(tuple(range(1, 9)), tactic), Item(tuple(range(9, 17)), tactic)]
+    found = stale_layer.regime("every-m", items, BUDGET)
+    assert [result["problems"] for result in found["items"]] == [8, 8]
+    assert [result["launches"] for result in found["items"]] == [24, 24]
+
+
+class WrongAtThirteen(FailsLater):
+    """Wrong at a single m, which is on no edge of a bucket."""
+
+    def run(self, state, a, out, tactic):
+        self.right.run(state, a, out, self.tactic)
+        if a.shape[0] == 13:
+            out[12] += 1
+
+
+def test_a_fault_at_a_single_m_is_found(stale_layer):
+    stale_layer.backend = WrongAtThirteen()
+    found = stale_layer.regime("every-m", [Item(tuple(range(9, 17)), "")], BUDGET)
+    assert {bad["m"] for bad in found["items"][0]["bad"]} == {13}
+
+
+# -- who is launched at length
+
+TWO = MRange(2, 2)
+names = st.lists(st.sampled_from("abcdef"), max_size=6, unique=True)
+
+
+@given(names, st.sets(st.sampled_from("abcdef")), st.sets(st.sampled_from("abcdef")))
+def test_the_first_that_is_right_gets_all_and_the_second_some(order, wrong, also):
+    """Whoever turns out wrong on the way makes place, and nobody is launched twice for one aim."""
+    done: dict = {}
+    for _ in range(20):
+        right = [n for n in order if n not in wrong or (n, TWO) not in done]
+        wave = _lacking({TWO: right}, done, also)
+        assert all(done.get(key, LESS + 1) > less for key, less in wave.items())
+        if not wave:
+            break
+        done.update(wave)
+    left = [n for n in order if n not in wrong]
+    for place, name in enumerate(left):
+        depth = done.get((name, TWO))
+        assert depth == 1 if place == 0 else depth in ((1, LESS) if place == 1 else (None, 1, LESS))
+        if name in also:
+            assert depth is not None
