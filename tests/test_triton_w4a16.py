@@ -141,7 +141,7 @@ def every_value(fmt: str) -> tuple[Fp4Tensor, torch.Tensor]:
 INTERPRETED = """
 import sys
 import torch
-from fp4tune.probes.backends.triton_w4a16 import TritonW4A16
+from fp4tune.probes.backends.triton_w4a16.gemm import TritonW4A16
 from fp4tune.probes.data import exact
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.check.reference import expect

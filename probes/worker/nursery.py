@@ -3,6 +3,12 @@
 Variables of the kind that is read when a program, torch or OpenMP are loaded must be the same in
 the fork server as in a worker. Where this process has changed one since, another server is started;
 where a single worker is to have another value, it is an interpreter of its own.
+
+A server may die at any time (the kernel kills it for memory, a backend kills what it finds), and
+what was sent to it and not read is lost with it, even where it seemed to live: who is killed goes
+on as long as its memory takes to be given back. So the probe keeps each request, and the worker's
+ends of the channel, until a keeper says that the worker runs; where none ever does and the server
+is gone, another one is asked.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +42,10 @@ _LATE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TORCHINDUCTOR_CACHE_DIR")
 _MOST_SERVERS = 4
 _OURS = "FP4TUNE_"
 _FREES = 2.0
-"""Seconds beyond its own deadline that a keeper is given to say that all is over."""
+"""Seconds beyond its own deadline that a keeper is given to say that all is over; and those that a
+server which drops a request is given to be gone."""
+_TRIES = 4
+"""Servers that are asked for one worker, where each dies before it has started it."""
 
 Loaded = frozenset[tuple[str, str]]
 
@@ -54,13 +63,53 @@ class Start:
     alone: bool = False
 
 
+class _Request:
+    """What a server is asked for one worker, with descriptors of its own, until it is let go.
+
+    `asked` is the packet's JSON; `base` is what servers of this process are to have at load.
+    """
+
+    def __init__(self, asked: dict[str, Any], base: Mapping[str, str], *ends: int) -> None:
+        self.asked = asked
+        self.base = base
+        self._ends = tuple(os.dup(fd) for fd in ends)
+        self._tries = 0
+
+    def send(self, server: _Server) -> socket.socket:
+        """Ask this server; the probe's end of the keeper's socket. Raises OSError where the server
+        is gone."""
+        self._tries += 1
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            server.start(self.asked, (*self._ends, theirs.fileno()))
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
+
+    @property
+    def open(self) -> bool:
+        """Whether it may be sent to another server."""
+        return bool(self._ends) and self._tries < _TRIES
+
+    def let_go(self) -> None:
+        """Close the worker's ends of its channel: it has them itself, or is not to be started."""
+        for fd in self._ends:
+            os.close(fd)
+        self._ends = ()
+
+
 class Kept:
     """The probe's side of a keeper: a worker's process, its log and its end."""
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
+    def __init__(self, request: _Request, ask: Callable[[_Request], _Asked]) -> None:
+        self._request = request
+        self._ask = ask
+        self._server, self._control = ask(request)
         self._poll = select.poll()
-        self._poll.register(control, select.POLLIN)
+        self._poll.register(self._control, select.POLLIN)
         self._log = ""
         self._ended = False
         self._keeper: int | None = None
@@ -95,6 +144,7 @@ class Kept:
 
     def end(self, seconds: float) -> bool:
         """Kill the worker and all it started; False if something cannot be killed."""
+        self._request.let_go()
         with contextlib.suppress(OSError):
             self._control.send(b"end", socket.MSG_DONTWAIT)
         if not self.ended(seconds):
@@ -103,6 +153,7 @@ class Kept:
 
     def close(self) -> None:
         """Let go of the keeper; it ends what is left."""
+        self._request.let_go()
         self._control.close()
         self._ended = True
 
@@ -119,11 +170,28 @@ class Kept:
             except OSError:
                 packet = b""
             heard = self._take(json.loads(packet)) if packet else None
-            self._ended = self._ended or not packet
+            self._ended = self._ended or not (packet or self._asked_again())
+
+    def _asked_again(self) -> bool:
+        """Ask another server for a worker that no keeper has spoken of, where the one that was
+        asked is gone, and the request with it."""
+        try:
+            if not (self._request.open and self._server.gone(_FREES)):
+                raise OSError("there is nobody to ask, or nothing to ask for")
+            server, control = self._ask(self._request)
+        except OSError:
+            self._request.let_go()
+            return False
+        self._poll.unregister(self._control)
+        self._control.close()
+        self._server, self._control = server, control
+        self._poll.register(control, select.POLLIN)
+        return True
 
     def _take(self, said: dict[str, Any]) -> str:
         self._log = said.get("log", self._log)
         if said["event"] == "started":
+            self._request.let_go()
             self._keeper, self.pid = said["keeper"], said["pid"]
             self.forked, self.why = said["forked"], said["why"]
         elif said["event"] == "ended":
@@ -160,16 +228,24 @@ class _Server:
         finally:
             theirs.close()
 
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def gone(self, seconds: float = 0.0) -> bool:
+        """Whether nobody reads requests any more, waiting for that so long at most.
+
+        By the socket, which a process that was killed closes some time before it can be waited for.
+        """
+        if self._control.fileno() < 0:
+            return True  # `close`
+        poll = select.poll()
+        poll.register(self._control, 0)  # its end is always told
+        return bool(poll.poll(1000 * seconds)) or self._process.poll() is not None
 
     def warm(self) -> None:
         """Have it import what forks need, without waiting for that."""
         with contextlib.suppress(OSError):
             self._control.send(WARM, socket.MSG_DONTWAIT)
 
-    def start(self, asked: dict[str, Any], fds: tuple[int, int, int]) -> None:
+    def start(self, asked: dict[str, Any], fds: Sequence[int]) -> None:
+        """Ask for a worker: the request as JSON, and the three descriptors that go with it."""
         request = os.memfd_create("request")
         try:
             with open(request, "wb", closefd=False) as file:
@@ -179,10 +255,15 @@ class _Server:
             os.close(request)
 
     def close(self) -> None:
-        """End it, in the middle of an import or not. What it has started goes on."""
+        """End it, in the middle of an import or not. What it has started goes on, and what it was
+        asked and has not started is asked of another."""
         self._control.close()
         self._process.kill()
         self._process.wait()
+
+
+_Asked = tuple[_Server, socket.socket]
+"""The server that was asked for a worker, and the probe's end of the keeper's socket."""
 
 
 class Nursery:
@@ -204,16 +285,24 @@ class Nursery:
             "environment": own,
             "folder": os.getcwd(),
         }
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = _Request(asked, base, read_fd, write_fd)
         try:
-            with self._lock:
-                self._server(base).start(asked, (read_fd, write_fd, theirs.fileno()))
+            return Kept(request, self._ask)
         except BaseException:
-            ours.close()
+            request.let_go()
             raise
-        finally:
-            theirs.close()
-        return Kept(ours)
+
+    def _ask(self, request: _Request) -> _Asked:
+        """Send the request to a server that lives. Raises OSError where each one dies."""
+        while True:
+            with self._lock:
+                server = self._server(request.base)
+                try:
+                    return server, request.send(server)
+                except OSError:
+                    # It died between the look and the packet.
+                    if not (request.open and server.gone(_FREES)):
+                        raise
 
     def warm(self) -> None:
         """Begin to import torch in a fork server, while this process does something else."""
@@ -226,7 +315,7 @@ class Nursery:
             self._servers, self._owner = {}, os.getpid()
         key = _at_load(base)
         there = self._servers.get(key)
-        if there is None or not there.alive:
+        if there is None or there.gone():
             if there is not None:
                 self._servers.pop(key).close()
             elif len(self._servers) >= _MOST_SERVERS:

@@ -86,14 +86,18 @@ class Worker:
     ) -> Any:
         """Send a command and wait for its result.
 
-        `silence` is how many seconds without any sign of life count as a hang. What is printed or
-        written to the channel by anyone but the worker's own loop is no sign of life. Raises
+        `silence` is how many seconds without any sign of life count as a hang, from when the
+        process runs. What is printed or written to the channel by anyone but the worker's own loop
+        is no sign of life. Raises
         WorkerFailed; after a fatal one the process and all its children are gone.
         """
         self.doing = do
         self._asked += 1
         number = self._asked
         try:
+            # Until it runs nobody's silence is meant, and it may have to be started again.
+            if not self._kept.started(_STARTS) and self.alive:
+                raise Silent("it was not started")
             self._channel.send({"id": number, "do": do, "arguments": arguments}, silence)
             while True:
                 message = self._receive(number, silence)
@@ -103,8 +107,10 @@ class Worker:
                 if progress:
                     progress(self.doing)
         except Silent:
+            ran = self._kept.pid is not None
             self.kill()
-            raise self._failure("hang", f"silent for {silence:g} s, killed") from None
+            how = f"silent for {silence:g} s" if ran else f"not started within {_STARTS:g} s"
+            raise self._failure("hang", f"{how}, killed") from None
         except Closed:
             raise self._failure("crash", self._death()) from None
 
@@ -145,6 +151,8 @@ class Worker:
             return "closed its channel and had to be killed"
         self._channel.close()
         code = self._kept.status
+        if self._kept.pid is None:
+            return "was not started: the process that was to start it ended"
         if code is None:
             return "ended unseen, with the process that keeps it"
         if code < 0:
