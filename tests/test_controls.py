@@ -5,17 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 from verdicts import decide
 
+from fp4tune.autotune import selftest
 from fp4tune.autotune.stages import controls as running
 from fp4tune.autotune.verdict.profiles import PROFILES, Profile
 from fp4tune.autotune.verdict.rules import Doubt
 from fp4tune.probes import registry
+from fp4tune.probes.data import exact
+from fp4tune.probes.launch.case import tensors
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import Device
 from fp4tune.probes.regimes import REGIMES, Budget
+from fp4tune.probes.regimes.host.weights import HELD
+from fp4tune.probes.regimes.memory.addresses import allowed
 from fp4tune.probes.worker.session import OpenLayer
+from fp4tune.probes.zoo.addresses import written_at_once
 from fp4tune.probes.zoo.controls import CONTROLS, GOOD, INTERNAL, MS, NAME, NONE_NEEDED, PROBLEM
+from fp4tune.probes.zoo.floor import Right, Twin
 from fp4tune.words import EXACT
 
 BUDGET = Budget(3, 20, 0.1)
@@ -65,6 +73,26 @@ def test_a_bad_control_shows_under_its_own_conditions_only(layer, regime):
     tactic = CONTROLS[regime].tactic
     # Memory that nobody has written holds anything, in the serial regime, too.
     assert once(layer, "serial", tactic) == "" or tactic == "uninitialised"
+
+
+def test_all_controls_together_hold_less_than_a_backend_may_for_a_weight():
+    """On a GPU, too, where some are that a CPU does not have, each block rounded up."""
+    weight = exact(PROBLEM, 24, 3, "cpu").weight
+    makers = {GOOD: Right, **{control.tactic: control.make for control in CONTROLS.values()}}
+    own = {t.data_ptr() for t in tensors(weight)}
+    held = 0
+    for make in makers.values():
+        backend = make(NAME)
+        backend = backend._backends["cuda"] if isinstance(backend, Twin) else backend
+        state = tensors(backend.prepare(weight, PROBLEM))
+        held += sum(-(-t.nbytes // 512) * 512 for t in state if t.data_ptr() not in own)
+    assert held < 0.75 * HELD * sum(t.nbytes for t in tensors(weight))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("n", [PROBLEM.n, selftest.N, 4096, 1 << 17, 24])
+def test_what_rounds_an_output_down_does_so_at_an_alignment_that_is_tried(kind, n):
+    assert min(allowed(2 * n, torch.device(kind))) < written_at_once(kind)
 
 
 @dataclass

@@ -94,13 +94,6 @@ def need_cuda(cases: Sequence[Case], what: str) -> None:
         raise NotApplicable(f"a CPU has no {what}")
 
 
-def not_on_a_gpu_yet(cases: Sequence[Case]) -> None:
-    """Raise NotApplicable on a GPU, for a regime whose controls have not come out right on one: it
-    would prove nothing there, and put every verdict in doubt."""
-    if device_of(cases).type == "cuda":
-        raise NotApplicable("its controls have not come out right on a GPU yet")
-
-
 def wait(device: torch.device) -> None:
     """Wait until the device has done all work; nothing on a CPU."""
     if device.type == "cuda":

@@ -35,9 +35,8 @@ class _ClearedByTheHost(Right):
     """Adds to a workspace of the layer that is cleared between calls, but not in a graph."""
 
     def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
-        sums = torch.zeros(
-            2 * problem.m + 1, problem.n, dtype=torch.float32, device=weight.codes.device
-        )
+        device = weight.codes.device
+        sums = torch.zeros(problem.m, problem.n, dtype=torch.float32, device=device)
         return super().prepare(weight, problem), sums
 
     def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
@@ -143,7 +142,11 @@ NONE_NEEDED: dict[str, str] = {
 
 
 class Controls:
-    """The backend of all controls; the tactic says which."""
+    """The backend of all controls; the tactic says which.
+
+    Its state is that of all of them together, and is held against one weight's bytes by the regime
+    `weights`: a workspace is as large as the pool has rows, and no larger.
+    """
 
     name = NAME
     activation = "bf16"

@@ -165,14 +165,14 @@ HOST = (
     Mutant(
         "zoo-output-address-rounded",
         _ADDRESS,
-        "the output is written at a multiple of 64 bytes",
+        "the output is written at a multiple of what allocators align to",
         addresses.RoundsItsOutput,
         ("addresses",),
     ),
     Mutant(
         "zoo-output-head-unwritten",
         _ADDRESS,
-        "what lies before the first multiple of 64 bytes stays unwritten",
+        "what lies before the first multiple of what allocators align to stays unwritten",
         addresses.LeavesTheHead,
         ("addresses",),
     ),
@@ -396,7 +396,7 @@ HOST = (
     Mutant(
         "zoo-copies-what-is-odd",
         "none: copies what is not aligned",
-        "an activation or output that is no multiple of 64 bytes is copied",
+        "an activation or output that is less aligned than what is allocated is copied",
         addresses.CopiesWhatIsOdd,
         passes=True,
     ),

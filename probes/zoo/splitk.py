@@ -42,13 +42,13 @@ class SharedWorkspace(SplitK):
     """The same in one workspace of the layer."""
 
     def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
-        sums = torch.empty(
-            2 * problem.m + 1, problem.n, dtype=torch.float32, device=weight.codes.device
-        )
+        device = weight.codes.device
+        sums = torch.empty(problem.m, problem.n, dtype=torch.float32, device=device)
         return super().prepare(weight, problem), sums
 
     def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         weight, sums = state
+        assert out.shape[0] <= sums.shape[0], "more rows than the layer was prepared for"
         split_k(weight.tensor, a, sums[: out.shape[0]], out)
 
 

@@ -22,7 +22,6 @@ from ...launch.outcome import (
     Outcome,
     capture,
     device_of,
-    not_on_a_gpu_yet,
     outcome,
     poison,
     repeat,
@@ -63,7 +62,6 @@ def weights(
     the prepared weight gets new values in place, where the backend has `update`; on a GPU under a
     captured graph, too. What the crowd holds is held against what its weights take (`memory held`).
     """
-    not_on_a_gpu_yet(cases)
     parts = [_in_turn(backend, cases, launches, budget)]
     smallest = smallest_of_each(launches)
     if smallest:

@@ -16,7 +16,6 @@ from ...launch.outcome import (
     Budget,
     Outcome,
     device_of,
-    not_on_a_gpu_yet,
     outcome,
     poison,
     repeat,
@@ -42,7 +41,6 @@ def addresses(
     or NaN. On a GPU alignments begin at what slices of rows can have there (16 bytes and more for
     widths that are multiples of 8). A backend may refuse an alignment with an exception.
     """
-    not_on_a_gpu_yet(cases)
     device = device_of(cases)
     calls: list[Call] = []
     refused: dict[int, str] = {}
