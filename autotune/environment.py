@@ -21,14 +21,15 @@ def environment_of(runner: Runner) -> Environment:
     """
     hello, target = runner.hello, runner.target
     files = [Path(name) for name in runner.ask("files")]
+    hardware = fingerprint.hardware(target.uuid)
     found = fingerprint.environment(
-        device_info={**_constant(hello["device"]), **fingerprint.hardware(target.uuid)},
+        device_info={**_constant(hello["device"]), **hardware},
         backend=runner.name,
         arch=target.device.arch,
         distributions={**hello["versions"], "python": hello["python"]},
         files=files,
         variables=dict(os.environ),
-        code=codedigest.combined(files),
+        code=codedigest.combined(files, codedigest.compiler(target.device.sm, hardware)),
         extra=fingerprint.source(hello["source"]),
     )
     # A reader cannot ask for versions, but it can see that a distribution was replaced.

@@ -101,7 +101,8 @@ def environment(
     files          its compiled files: their stamps are kept, their paths are not in the print
     variables      the process's; filtered here to those that concern `distributions`
     code           `codedigest.combined` of `files`. Where it is unknown, the bytes of `files`
-                   stand in: evidence then goes stale too soon rather than too late
+                   stand in: evidence then goes stale too soon rather than too late. Of what the
+                   driver compiles there is a fact of its own, `COMPILED`
     extra          anything else it depends on, as JSON holds it
     arch           ``sm90`` or ``cpu``; without it, `device_info`'s ``arch``, or its ``kind``
 
@@ -122,13 +123,22 @@ def environment(
     }
     if value is None:
         facts["files"] = sorted(content(path) for path in paths)
-    print_ = of(facts)
     if isinstance(code, CodeDigest):
         facts["code_kernels"], facts["code_how"] = code.kernels, code.how
-    return Environment(print_, backend, where, facts, tuple(stamp(path) for path in paths))
+        facts |= compiled(code)
+    return Environment(of(facts), backend, where, facts, tuple(stamp(path) for path in paths))
 
 
 _concerning = variables
+
+COMPILED = "compiled_by_driver"
+"""A digest of the PTX that the driver compiles here, with the driver's version; no fact without
+any."""
+
+
+def compiled(code: CodeDigest) -> dict[str, str]:
+    """The fact of what the driver compiles."""
+    return {} if code.compiled is None else {COMPILED: code.compiled}
 
 
 _ASIDE = ("code_kernels", "code_how")

@@ -3,7 +3,8 @@
 Two builds of one source give different ``.so`` files and the same kernel instructions; a fix under
 the same version number gives other instructions. So: SHA-256 over the sorted hashes of the
 kernels' machine-code words, without names. A library without GPU code is identified by its host
-``.text`` section.
+``.text`` section. What has PTX alone for a GPU is compiled by that node's driver: of such code the
+PTX is hashed, and the driver's version with it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
-from . import elf
+from . import elf, fatbin
 
 TIMEOUT = 120.0
 """Seconds cuobjdump may take for one library; it reads about 90 MB a second."""
@@ -39,11 +41,27 @@ _WHEELS = (
 
 @dataclass(frozen=True, slots=True)
 class CodeDigest:
-    """`value` is hex, or None with the reason in `how`; `kernels` counts GPU kernels."""
+    """`value` is hex, or None with the reason in `how`; `kernels` counts GPU kernels. `compiled` is
+    the digest of what the GPU's driver compiles, with its version; None where it compiles nothing.
+    """
 
     value: str | None
     kernels: int
     how: str
+    compiled: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DriverCompiler:
+    """What compiles PTX on a node: the GPU's SM, and the driver's `version`, None if not known."""
+
+    sm: int
+    version: str | None
+
+
+def compiler(sm: int | None, facts: Mapping[str, Any]) -> DriverCompiler | None:
+    """What compiles PTX on a node with a GPU of those `hardware` facts; None for the CPU's."""
+    return None if sm is None else DriverCompiler(sm, facts.get("driver"))
 
 
 def of(path: str | os.PathLike[str]) -> CodeDigest:
@@ -51,27 +69,36 @@ def of(path: str | os.PathLike[str]) -> CodeDigest:
     return combined([path])
 
 
-def combined(paths: Iterable[str | os.PathLike[str]]) -> CodeDigest:
+def combined(
+    paths: Iterable[str | os.PathLike[str]], compiler: DriverCompiler | None = None
+) -> CodeDigest:
     """One digest over the code of several files; their order and names do not matter.
 
-    A single file that cannot be read through makes the whole unknown: a digest of the rest would
-    claim more than was seen.
+    `compiler`: whose PTX is digested besides; None for a node without a GPU. A single file that
+    cannot be read through makes the whole unknown: a digest of the rest would claim more than was
+    seen.
     """
     words: list[str] = []
+    ptx: list[str] = []
     kernels = 0
     hows: list[str] = []
     for path in paths:
         try:
-            found, count, how = _code(os.fspath(path))
+            compiled = [] if compiler is None else _ptx(os.fspath(path), compiler.sm)
+            ptx += compiled
+            found, count, how = _code(os.fspath(path), bool(compiled))
         except (elf.BadElf, OSError, subprocess.SubprocessError, NoCode) as error:
             return CodeDigest(None, 0, f"{os.path.basename(path)}: {_sentence(error)}")
         words += found
         kernels += count
         if how not in hows:
             hows.append(how)
-    if not words:
+    by_driver = None
+    if ptx and compiler is not None:
+        by_driver = total([*ptx, f"driver {compiler.version} SM{compiler.sm}"])
+    if not words and by_driver is None:
         return CodeDigest(None, 0, "no files with machine code")
-    return CodeDigest(total(words), kernels, ", ".join(hows))
+    return CodeDigest(total(words) if words else by_driver, kernels, ", ".join(hows), by_driver)
 
 
 def total(words: Iterable[str]) -> str:
@@ -83,8 +110,9 @@ class NoCode(Exception):
     """There is code we cannot get at, or none at all."""
 
 
-def _code(path: str) -> tuple[list[str], int, str]:
-    """(a hash per kernel or text section, how many kernels, how they were found)."""
+def _code(path: str, ptx: bool = False) -> tuple[list[str], int, str]:
+    """(a hash per kernel or text section, how many kernels, how they were found). Nothing but PTX
+    is enough where that is digested, too."""
     with mapped(path) as data:
         parsed = elf.parse(data)
         if parsed.machine == elf.EM_CUDA:
@@ -97,6 +125,11 @@ def _code(path: str) -> tuple[list[str], int, str]:
             if not text:
                 raise NoCode("the file has no machine code")
             return [_hash(data, s) for s in text], 0, "host text"
+        images = [image for module in _modules(data, parsed) for image in module]
+        if images and all(image.ptx for image in images):
+            if ptx:
+                return [], 0, "PTX"
+            raise NoCode(PTX_ONLY)
     found = []
     with extracted(path) as cubins:
         for name in cubins:
@@ -105,6 +138,25 @@ def _code(path: str) -> tuple[list[str], int, str]:
     if not found:
         raise NoCode(PTX_ONLY)
     return found, len(found), TOOL
+
+
+def _ptx(path: str, sm: int) -> list[str]:
+    """A hash of the PTX of each fatbin of a host library for which the driver compiles that for an
+    `sm` GPU: as it is stored, so that another compression counts as another code."""
+    found = []
+    with mapped(path) as data:
+        for module in _modules(data, elf.parse(data)):
+            word, image = fatbin.coverage(module, sm)
+            if word == fatbin.DRIVER and image is not None:
+                begin, end = image.data
+                found.append(hashlib.sha256(data[begin:end]).hexdigest())
+    return found
+
+
+def _modules(data: memoryview, parsed: elf.Elf) -> Iterator[list[fatbin.Image]]:
+    """The images of each fatbin of a host library; none of a cubin."""
+    for section in () if parsed.machine == elf.EM_CUDA else fatbins(parsed):
+        yield from fatbin.modules(data, section.offset, section.offset + section.size)
 
 
 @contextmanager

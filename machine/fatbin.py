@@ -44,13 +44,19 @@ class Image:
 
 def images(data: bytes | memoryview, start: int, end: int) -> Iterator[Image]:
     """The images of the fatbins that lie one behind the other in ``data[start:end]``."""
+    for module in modules(data, start, end):
+        yield from module
+
+
+def modules(data: bytes | memoryview, start: int, end: int) -> Iterator[list[Image]]:
+    """The same, by fatbin: the images of one are the same kernels for different SMs."""
     at = start
     while at + 16 <= end:
         magic, _, header, size = struct.unpack_from("<IHHQ", data, at)
         if magic != MAGIC or header < 16:
             at += 8  # padding
             continue
-        yield from one(data, at, end)
+        yield list(one(data, at, end))
         at += (header + size + 7) & ~7
 
 

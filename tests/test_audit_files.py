@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fatbins
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -193,19 +194,6 @@ def test_an_unwritable_cache_changes_nothing(tmp_path, monkeypatch):
 # --- architecture coverage -----------------------------------------------------------------
 
 
-def made(*images: fatbin.Image) -> bytes:
-    """A fatbin with these images, each of eight bytes."""
-    entries = b""
-    for image in images:
-        flags = 0x11 | image.exact << 20 | image.family << 21
-        header = struct.pack(
-            "<HHIQIIII", 1 if image.ptx else 2, 0x101, 64, 8, 0, 0, 0x10008, image.sm
-        )
-        header += bytes(8) + struct.pack("<Q", flags) + bytes(64 - len(header) - 16)
-        entries += header + bytes(8)
-    return struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, len(entries)) + entries
-
-
 IMAGES = st.builds(
     fatbin.Image,
     st.booleans(),
@@ -216,7 +204,7 @@ IMAGES = st.builds(
 
 @given(st.lists(st.lists(IMAGES, max_size=4), max_size=3))
 def test_a_fatbin_is_read_as_it_was_written(modules):
-    data = b"".join(made(*module) for module in modules)
+    data = b"".join(fatbins.made(*module) for module in modules)
     found = [(i.ptx, i.sm, i.exact) for i in fatbin.images(data, 0, len(data))]
     assert found == [(i.ptx, i.sm, i.exact) for module in modules for i in module]
     for cut in range(0, len(data), 7):
@@ -249,7 +237,9 @@ def test_what_runs_where(image, runs, not_on):
 
 
 def test_coverage_of_files_and_engines(tmp_path):
-    (tmp_path / "k.fatbin").write_bytes(made(fatbin.Image(True, 80), fatbin.Image(False, 100)))
+    (tmp_path / "k.fatbin").write_bytes(
+        fatbins.made(fatbin.Image(True, 80), fatbin.Image(False, 100))
+    )
     (tmp_path / "host.so").write_bytes(a_host_library())
     result = runner.invoke(app, ["audit", "--coverage", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import fatbins
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from fp4tune.cache.errors import Busy, Missing
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Choice
 from fp4tune.daemon.mend import mend
+from fp4tune.machine import codedigest, fatbin
 
 CPU = {"kind": "cpu", "cpu": "Model C", "flags": ["avx"], "cores": 4, "machine": "x86_64"}
 MACHINE = {"cpu": CPU}
@@ -167,6 +169,29 @@ def test_compiled_files_are_compared_by_content(tmp_path):
     assert again is not None and again.changes == ("the compiled code is another",)
     module.unlink()
     assert renewal.renew(made, MACHINE, {}).changes
+
+
+def test_ptx_is_compared_as_the_driver_here_compiles_it(tmp_path):
+    gpu = {"kind": "cuda", "gpu": "GPU G", "driver": "580.1"}
+    module = fatbins.library(tmp_path / "module.so", fatbins.made(fatbin.Image(True, 80)))
+    code = codedigest.combined([module], codedigest.compiler(90, gpu))
+    made = fingerprint.environment(gpu, "fast", {}, [module], code=code, arch="sm90")
+
+    def changes(driver: str = "580.1") -> tuple[str, ...]:
+        again = renewal.renew(made, {"GPU G": {**gpu, "driver": driver}}, {})
+        assert again is not None
+        return again.changes
+
+    assert changes() == ()
+    assert changes("590.2") == (
+        "driver: 580.1, now 590.2",
+        "the compiled code is another",
+        "the code that the driver compiles is another",
+    )
+    fatbins.library(module, fatbins.made(fatbin.Image(True, 80)))
+    assert changes() == ()  # written again, and the same
+    fatbins.library(module, fatbins.made(fatbin.Image(True, 80), content=b"another!"))
+    assert "the code that the driver compiles is another" in changes()
 
 
 NAMES = st.sampled_from(["torch", "fast", "flashinfer-python"])

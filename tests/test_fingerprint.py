@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import fake_nvml
+import fatbins
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import spawn
 
 from fp4tune.cache import fingerprint
-from fp4tune.machine import codedigest, elf
-from fp4tune.machine.codedigest import CodeDigest
+from fp4tune.machine import codedigest, elf, fatbin
+from fp4tune.machine.codedigest import CodeDigest, DriverCompiler
 
 GPU = {
     "kind": "cuda",
@@ -207,6 +208,11 @@ def build(tmp_path_factory):
             "so": ["-shared", "-Xcompiler=-fPIC", "-arch=sm_90", "-cudart=none"],
             "ptx.so": ["-shared", "-Xcompiler=-fPIC", "-cudart=none"]
             + ["-gencode=arch=compute_90,code=compute_90"],
+            "both.so": ["-shared", "-Xcompiler=-fPIC", "-cudart=none"]
+            + [
+                f"-gencode=arch=compute_{a},code={b}"
+                for a, b in ((80, "compute_80"), (100, "sm_100"))
+            ],
         }[kind]
         command = [nvcc, *how, f"-DFACTOR={factor}", "-o", f"out.{kind}", "kernel.cu"]
         subprocess.run(command, cwd=place, check=True, capture_output=True)
@@ -278,6 +284,44 @@ def test_a_file_without_machine_code_makes_the_whole_unknown(builds, build, tmp_
     for path, reason in reasons.items():
         found = codedigest.combined([cubin, path])
         assert found.value is None and reason in found.how and path.name in found.how
+
+
+PTX, NATIVE = fatbin.Image(True, 80), fatbin.Image(False, 100)
+
+
+def test_code_that_the_driver_compiles_is_that_driver_s(tmp_path):
+    only_ptx = fatbins.library(tmp_path / "ptx.so", fatbins.made(PTX))
+
+    def digest(sm: int, version: str) -> CodeDigest:
+        return codedigest.combined([only_ptx], DriverCompiler(sm, version))
+
+    first = digest(90, "580.1")
+    assert first == digest(90, "580.1") and first.compiled == first.value is not None
+    assert first.how == "PTX"
+    assert len({first.value, digest(90, "590.2").value, digest(120, "580.1").value}) == 3
+    for other in (digest(75, "580.1"), codedigest.of(only_ptx)):  # no GPU it can be compiled for
+        assert other.value is None and "PTX only" in other.how
+    changed = fatbins.library(tmp_path / "other.so", fatbins.made(PTX, content=b"another!"))
+    assert codedigest.combined([changed], DriverCompiler(90, "580.1")) != first
+    again = make(code=first), make(code=digest(90, "590.2"))
+    assert again[0].fingerprint != again[1].fingerprint != make().fingerprint
+
+
+@pytest.mark.slow
+def test_ptx_beside_machine_code_counts_where_the_driver_compiles_it(build):
+    if not codedigest.disassembler():
+        pytest.skip("needs cuobjdump")
+    library = build("2.5f", "both.so")
+    plain = codedigest.of(library)
+
+    def digest(sm: int, version: str = "580.1") -> CodeDigest:
+        return codedigest.combined([library], DriverCompiler(sm, version))
+
+    assert plain.value == digest(90).value == digest(100).value is not None
+    assert digest(100) == digest(100, "590.2") and digest(100).compiled is None
+    assert digest(90).compiled not in (None, digest(90, "590.2").compiled)
+    prints = [make(code=digest(*on)).fingerprint for on in ((90,), (90, "590.2"), (100,))]
+    assert len(set(prints)) == 3 and prints[2] == make(code=plain).fingerprint
 
 
 def test_a_library_that_nobody_can_read_is_unknown_and_says_why(builds, monkeypatch):

@@ -76,9 +76,13 @@ def renew(environment: Environment, machine: Machine, environ: Mapping[str, str]
     facts["distributions"] = versions
     names = [name for name in versions if name != "python"]
     facts["variables"] = fingerprint.variables(environ, names)
-    if any(_moved(stamp) for stamp in files):
-        facts.pop("files", None)
-        facts.update(_code([stamp.path for stamp in files]))
+    another = facts["device"].get("driver") != before.get("driver")
+    if any(_moved(stamp) for stamp in files) or (another and fingerprint.COMPILED in facts):
+        for name in ("files", fingerprint.COMPILED):
+            facts.pop(name, None)
+        sm = environment.arch.removeprefix("sm")
+        compiler = codedigest.compiler(int(sm) if sm.isdecimal() else None, facts["device"])
+        facts.update(_code([stamp.path for stamp in files], compiler))
     if any(_moved(stamp) for stamp in sources):
         facts["extra"] = {**(facts.get("extra") or {}), **_source(sources)}
     if fingerprint.of(facts) == environment.fingerprint:
@@ -105,6 +109,8 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable
                 yield f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}"
     if any(before.get(key) != after.get(key) for key in ("code", "files")):
         yield "the compiled code is another"
+    if before.get(fingerprint.COMPILED) != after.get(fingerprint.COMPILED):
+        yield "the code that the driver compiles is another"
     if before.get("extra") != after.get("extra"):
         yield "the backend's own source is another"
 
@@ -154,12 +160,12 @@ def _version(path: str, stamp: tuple[int, int, int]) -> str | None:
     return None
 
 
-def _code(paths: list[str]) -> dict[str, Any]:
+def _code(paths: list[str], compiler: codedigest.DriverCompiler | None) -> dict[str, Any]:
     """The facts of compiled files as `fingerprint.environment` writes them."""
     if not all(os.path.exists(path) for path in paths):
         return {"code": "gone"}
-    found = codedigest.combined(sorted(paths))
-    facts: dict[str, Any] = {"code": found.value}
+    found = codedigest.combined(sorted(paths), compiler)
+    facts: dict[str, Any] = {"code": found.value, **fingerprint.compiled(found)}
     if found.value is None:
         facts["files"] = sorted(fingerprint.content(path) for path in paths)
     return facts
