@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..machine.devices import Target
 from ..probes import registry
 from ..probes.models import shapes
 from ..probes.models.rows import CheckpointLayers
+from ..probes.models.shapes import AskedLayer
 from ..probes.problem import ACTIVATIONS, Problem
 from .choice.rank import FLOORS
 from .verdict.buckets import edge_of
@@ -23,21 +23,6 @@ DEFAULT_MAX_M = {"cuda": 4096, "cpu": 32}
 """Enough for decode and chunked prefill on a GPU; on a CPU what takes a minute."""
 MOST_M = 65536
 """A pool of more rows would not fit beside the weights of today's models."""
-
-
-@dataclass(frozen=True, slots=True)
-class AskedLayer:
-    """One (n, k) to probe, with the format and the activation of a checkpoint's layer.
-
-    None: those that the options name. An activation of ``fp4`` is served as ``bf16``, too, where
-    the GPU or the engine cannot do better.
-    """
-
-    name: str
-    n: int
-    k: int
-    format: str | None = None
-    activation: str | None = None
 
 
 def layers(
@@ -61,22 +46,7 @@ def layers(
         models.append(checkpoint)
     if not models and not given:
         models = [shapes.preset_layers(DEFAULT_PRESET[device], tp)]
-    found: list[AskedLayer] = []
-    for model in models:
-        found += _asked(model)
-    found += [AskedLayer(f"{n}x{k}", n, k) for n, k in map(shapes.parse_shape, given)]
-    unique: dict[tuple[object, ...], AskedLayer] = {}
-    for layer in found:
-        unique.setdefault((layer.n, layer.k, layer.format, layer.activation), layer)
-    return list(unique.values())
-
-
-def _asked(model: CheckpointLayers) -> list[AskedLayer]:
-    if not model.probed:
-        raise ValueError(model.nothing())
-    if model.assumed:
-        return [AskedLayer(row.name, row.n, row.k) for row in model.probed]
-    return [AskedLayer(row.name, row.n, row.k, row.format, row.activation) for row in model.probed]
+    return list(shapes.asked(models, given))
 
 
 def problems(
@@ -101,8 +71,8 @@ def problems(
         for format_ in dict.fromkeys((*wanted, *(() if formats else own)))
         for activation in activations or ACTIVATIONS
         for layer in asked
-        if format_ == layer.format or (layer.format is None and format_ in wanted)
-        if not (layer.activation == "bf16" and activation == "fp4")
+        if layer.format is not None or format_ in wanted
+        if layer.takes(format_, activation)
     ]
     if not found:
         first = asked[0]

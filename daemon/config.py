@@ -8,6 +8,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -27,6 +28,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from ..cache import state
 from ..errors import Refused
 from ..probes.models import shapes
+from ..probes.models.fusion import ENGINES
+from ..probes.models.rows import CheckpointLayers
+from ..probes.models.shapes import AskedLayer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -142,6 +146,7 @@ class ProbeOptions:
 
     presets: Strings = ()
     model_configs: Strings = ()
+    checkpoints: Strings = ()
     shapes: Strings = ()
     tp: Whole = 1
     max_m: Whole | None = None
@@ -153,6 +158,19 @@ class ProbeOptions:
     profile: Profile | None = None
     python: Text | None = None
     seed: Count | None = None
+
+    def kinds(self, layer: AskedLayer) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """The formats and activations to probe a layer in, empty for a probe's own; None where
+        those asked for leave it out."""
+        if layer.format is None:
+            return self.formats, self.activations
+        if self.formats and layer.format not in self.formats:
+            return None
+        if layer.activation != "bf16":
+            return (layer.format,), self.activations
+        if self.activations and "bf16" not in self.activations:
+            return None
+        return (layer.format,), ("bf16",)
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
@@ -231,17 +249,21 @@ class DaemonConfig:
         """The variables that its probes run with."""
         return {**os.environ, **self.environment}
 
-    def layers(self) -> list[tuple[int, int]]:
-        """The (n, k) of every layer that the file names, each once. Raises ValueError."""
-        models = [shapes.preset_layers(name, self.probe.tp) for name in self.probe.presets]
-        models += [shapes.config_layers(path, self.probe.tp) for path in self.probe.model_configs]
-        found: list[tuple[int, int]] = []
-        for model in models:
-            if not model.probed:
-                raise ValueError(model.nothing())
-            found += [(row.n, row.k) for row in model.probed]
-        found += [shapes.parse_shape(text) for text in self.probe.shapes]
-        return list(dict.fromkeys(found))
+    def layers(self) -> tuple[AskedLayer, ...]:
+        """Every layer that the file names, each once. Raises ValueError."""
+        probe = self.probe
+        rules = probe.profile if probe.profile in ENGINES else None
+        models = [shapes.preset_layers(name, probe.tp) for name in probe.presets]
+        models += [shapes.config_layers(path, probe.tp) for path in probe.model_configs]
+        models += [_checkpoint(given, probe.tp, rules) for given in probe.checkpoints]
+        return shapes.asked(models, probe.shapes)
+
+
+@lru_cache
+def _checkpoint(given: str, tp: int, rules: str | None) -> CheckpointLayers:
+    """The layers of a checkpoint, read once until the configuration is read again: it has the
+    headers of hundreds of files, and may lie on a disk far away."""
+    return shapes.checkpoint_layers(given, tp, rules)
 
 
 def place(given: Path | None) -> Path | None:
@@ -259,6 +281,7 @@ def load(path: Path | None) -> DaemonConfig:
     """
     config = DaemonConfig()
     mistakes: list[str] = []
+    _checkpoint.cache_clear()
     if path is not None:
         document = _document(path)
         try:
@@ -347,7 +370,13 @@ def _siblings(table: list[str]) -> list[str]:
 def _beyond(config: DaemonConfig) -> Iterator[str]:
     """Mistakes that show only when what is named is looked up."""
     try:
-        config.layers()
+        layers = config.layers()
+        if layers and not any(map(config.probe.kinds, layers)):
+            first = layers[0]
+            yield (
+                f"probe: nothing is left of its layers: {first.name} is {first.format} with "
+                f"{first.activation} activations, which formats and activations leave out"
+            )
     except (ValueError, OSError) as error:
         yield f"probe: {error}"
     if config.http.token_file is not None:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..autotune.publication.environment import withdrawn
 from ..cache import fingerprint, gpulock, publish, state
 from ..cache.errors import StateError
 from ..machine import driver
+from ..probes.models.shapes import AskedLayer
 from . import gpus, sentinel, work
 from .board import Board, DeviceReport, NodeReport
 from .canary import Canaries
@@ -259,7 +260,7 @@ class Service:
                 device.uuid in self.probes.running,
             )  # fmt: skip
 
-    def _layers(self) -> list[tuple[int, int]]:
+    def _layers(self) -> Sequence[AskedLayer]:
         try:
             return self.config.layers()
         except (ValueError, OSError) as error:  # a model's config.json that went since

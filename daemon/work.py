@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..autotune.publication.environment import withdrawn
 from ..cache.rows import Candidate
+from ..probes.models.shapes import AskedLayer
 from .config import ProbeOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One layer to probe under one profile; `layer` None: what a probe takes by itself.
+    """One layer (n, k) to probe under one profile; `layer` None: what a probe takes by itself.
 
-    The rest are the options that a layer which was published before was probed with.
+    The rest are the options that a layer which was published before was probed with, or the format
+    and the activation that a checkpoint has it in.
     """
 
     layer: tuple[int, int] | None
@@ -47,47 +49,54 @@ class Unit:
         return found
 
     def __str__(self) -> str:
-        return "the default layers" if self.layer is None else "n={} k={}".format(*self.layer)
+        if self.layer is None:
+            return "the default layers"
+        return " ".join([*self.formats, "n={} k={}".format(*self.layer)])
 
 
 def units(
-    layers: Sequence[tuple[int, int]], probe: ProbeOptions, candidates: Iterable[Candidate]
+    layers: Sequence[AskedLayer], probe: ProbeOptions, candidates: Iterable[Candidate]
 ) -> list[Unit]:
     """What must be probed on a device, in order. `candidates` are those published for it, `layers`
     those that the configuration names; where it names none, those that were published."""
-    rows: dict[tuple[int, int], list[Candidate]] = {}
-    for candidate in candidates:
-        if probe.profile in (None, candidate.profile):
-            rows.setdefault((candidate.bucket.n, candidate.bucket.k), []).append(candidate)
-    if layers or not rows:
-        wanted: Sequence[tuple[int, int] | None] = list(layers) or [None]
-        return [
-            Unit(
-                layer, probe.profile, probe.formats, probe.activations, probe.out_dtype, probe.max_m
-            )
-            for layer in wanted
-            if layer is None or _lacks(rows.get(layer, ()), probe)
+    rows = [c for c in candidates if probe.profile in (None, c.profile)]
+    if layers:
+        return list(_named(layers, probe, rows))
+    if not rows:
+        more = probe.profile, probe.formats, probe.activations, probe.out_dtype, probe.max_m
+        return [Unit(None, *more)]
+    return list(_published(probe, rows))
+
+
+def _named(
+    layers: Sequence[AskedLayer], probe: ProbeOptions, rows: Sequence[Candidate]
+) -> Iterator[Unit]:
+    """Of the layers that are named, each that is not published in its own format and activation."""
+    for layer in layers:
+        kinds = probe.kinds(layer)
+        if kinds is None:
+            continue
+        mine = [
+            c
+            for c in rows
+            if (c.bucket.n, c.bucket.k) == (layer.n, layer.k)
+            if layer.takes(c.bucket.format, c.bucket.activation)
         ]
-    found = []
-    for layer, published in rows.items():
-        for profile in sorted({c.profile for c in published}):
-            for out_dtype in sorted({c.bucket.out_dtype for c in published}):
-                mine = [
-                    c for c in published if (c.profile, c.bucket.out_dtype) == (profile, out_dtype)
-                ]
-                if _lacks(mine, probe):
-                    highest = max(c.bucket.m_hi for c in mine)
-                    found.append(
-                        Unit(
-                            layer,
-                            profile,
-                            tuple(sorted({c.bucket.format for c in mine})),
-                            tuple(sorted({c.bucket.activation for c in mine})),
-                            out_dtype,
-                            max(highest, probe.max_m or 0) or None,
-                        )
-                    )
-    return found
+        if _lacks(mine, probe):
+            yield Unit((layer.n, layer.k), probe.profile, *kinds, probe.out_dtype, probe.max_m)
+
+
+def _published(probe: ProbeOptions, rows: Iterable[Candidate]) -> Iterator[Unit]:
+    """What was published and does not hold: with the options that it was probed with."""
+    by: dict[tuple[tuple[int, int], str, str, str], list[Candidate]] = {}
+    for c in rows:
+        key = (c.bucket.n, c.bucket.k), c.profile, c.bucket.out_dtype, c.bucket.format
+        by.setdefault(key, []).append(c)
+    for (shape, profile, out_dtype, format_), mine in by.items():
+        if _lacks(mine, probe):
+            activations = tuple(sorted({c.bucket.activation for c in mine}))
+            highest = max(probe.max_m or 0, *(c.bucket.m_hi for c in mine)) or None
+            yield Unit(shape, profile, (format_,), activations, out_dtype, highest)
 
 
 def _lacks(published: Sequence[Candidate], probe: ProbeOptions) -> bool:

@@ -13,9 +13,10 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 
+import checkpoints
 import psutil
 import pytest
 from test_daemon_evidence import put
@@ -44,6 +45,7 @@ from fp4tune.daemon.notify import Notifier
 from fp4tune.daemon.probes import FINISHED, KILLED, SLOW, YIELDED, Attempt, Probes
 from fp4tune.errors import Refused
 from fp4tune.machine import driver
+from fp4tune.probes.models.shapes import AskedLayer
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -55,6 +57,10 @@ from fp4tune.daemon.service import Service  # noqa: E402
 TOKEN = "a-token-of-enough-characters"
 
 # -- configuration
+
+
+def asked(n: int, format_: str | None = None, activation: str | None = None) -> AskedLayer:
+    return AskedLayer(f"{n}x256", n, 256, format_, activation)
 
 
 def mistakes(tmp_path: Path, text: str) -> list[str]:
@@ -72,7 +78,7 @@ def test_a_configuration_is_read_to_the_last_key(tmp_path):
         '[limits]\nhost_gib = 8\n[http]\nlisten = "unix:/run/x.sock"\n[environment]\nA = "1"\n'
     )
     found = configuring.load(path)
-    assert found.gpus == ("0", "cpu") and found.layers() == [(128, 256)]
+    assert found.gpus == ("0", "cpu") and found.layers() == (asked(128),)
     assert found.limits.host_gib == 8.0 and found.environ["A"] == "1"
     assert configuring.load(None) == DaemonConfig()
 
@@ -182,13 +188,13 @@ def candidate(n: int, reasons: tuple[str, ...] = (), profile="strict", m_hi=16) 
 
 
 def test_what_is_published_and_holds_needs_no_probe():
-    assert work.units([(128, 256)], ProbeOptions(), [candidate(128)]) == []
+    assert work.units([asked(128)], ProbeOptions(), [candidate(128)]) == []
     assert work.units([], ProbeOptions(), [candidate(128)]) == []
 
 
 def test_layers_that_are_missing_or_stale_are_probed_one_at_a_time():
     rows = [candidate(128), candidate(192, ("stale: torch",))]
-    found = work.units([(128, 256), (192, 256), (64, 256)], ProbeOptions(), rows)
+    found = work.units([asked(128), asked(192), asked(64)], ProbeOptions(), rows)
     assert [unit.layer for unit in found] == [(192, 256), (64, 256)]
 
 
@@ -205,8 +211,72 @@ def test_without_layers_of_its_own_it_probes_as_was_probed():
     assert unit.layer is None, "on a fresh node: the probe's own default"
 
 
+def options(units) -> set[tuple[tuple[int, int] | None, tuple[str, ...], tuple[str, ...]]]:
+    return {(unit.layer, unit.formats, unit.activations) for unit in units}
+
+
+def test_a_layer_s_own_format_and_activation_are_what_is_probed_and_looked_for():
+    published = [candidate(128), candidate(192)]  # nvfp4 with bf16 activations
+    layers = [
+        asked(128, "nvfp4", "bf16"),
+        asked(128, "mxfp4", "bf16"),
+        asked(192, "nvfp4", "fp4"),
+        asked(64, "mxfp4", "fp4"),
+    ]
+    found = work.units(layers, ProbeOptions(), published)
+    assert options(found) == {((128, 256), ("mxfp4",), ("bf16",)), ((64, 256), ("mxfp4",), ())}
+    words = " ".join(found[0].arguments(ProbeOptions()))
+    assert "--shape 128,256" in words and "--format mxfp4 --activation bf16" in words
+    only = ProbeOptions(formats=("mxfp4",), activations=("fp4",))
+    assert options(work.units(layers, only, [])) == {((64, 256), ("mxfp4",), ("fp4",))}
+
+
+def test_what_was_published_in_two_formats_is_probed_again_in_each_alone():
+    stale = candidate(192, ("stale: x",))
+    other = replace(stale, bucket=replace(stale.bucket, format="mxfp4", activation="fp4"))
+    assert options(work.units([], ProbeOptions(), [stale, other])) == {
+        ((192, 256), ("nvfp4",), ("bf16",)),
+        ((192, 256), ("mxfp4",), ("fp4",)),
+    }
+
+
+def test_a_checkpoint_s_layers_are_read_once_until_the_configuration_is_read_again(tmp_path):
+    w4a16 = {**checkpoints.MODELOPT, "quant_algo": "W4A16_NVFP4"}
+    config = {**checkpoints.LLAMA, "quantization_config": w4a16}
+    place = checkpoints.write(tmp_path / "c", checkpoints.llama(), config)
+    file = tmp_path / "daemon.toml"
+    file.write_text(f'[probe]\ncheckpoints = "{place}"\ntp = 2\n')
+    found = configuring.load(file)
+    layers = found.layers()
+    assert {(one.name, one.n, one.k) for one in layers} == {
+        ("qkv", 384, 512), ("o", 512, 256), ("gate_up", 1536, 512), ("down", 512, 768),
+    }  # fmt: skip
+    assert {(one.format, one.activation) for one in layers} == {("nvfp4", "bf16")}
+    assert {a for *_, a in options(work.units(layers, found.probe, []))} == {("bf16",)}
+    (place / "model.safetensors").unlink()
+    (place / "config.json").write_text("{")
+    assert found.layers() == layers
+    with pytest.raises(Refused, match=r"probe: .*config\.json is not JSON"):
+        configuring.load(file)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "more", "said"),
+    [
+        ({**checkpoints.MODELOPT, "quant_algo": "FP8"}, "", "has no FP4 layer"),
+        (checkpoints.MODELOPT, "formats = 'mxfp4'", "nothing is left of its layers: qkv is nvfp4"),
+        (checkpoints.MODELOPT, "tp = 3", "tensor parallelism of 3"),
+    ],
+)
+def test_a_checkpoint_that_leaves_nothing_to_probe_is_a_mistake(tmp_path, quantisation, more, said):
+    config = {**checkpoints.LLAMA, "quantization_config": quantisation}
+    place = checkpoints.write(tmp_path / "c", None, config)
+    (sentence,) = mistakes(tmp_path, f"[probe]\ncheckpoints = ['{place}']\n{more}\n")
+    assert sentence.startswith("probe: ") and said in sentence
+
+
 def test_a_larger_m_than_was_published_is_probed():
-    assert work.units([(128, 256)], ProbeOptions(max_m=64), [candidate(128)])
+    assert work.units([asked(128)], ProbeOptions(max_m=64), [candidate(128)])
 
 
 # -- children
@@ -305,7 +375,7 @@ def test_a_probe_that_takes_too_long_is_ended_and_tried_much_later(tmp_path):
         state=str(tmp_path), gpus=("cpu",), limits=ProbeLimits(layer_seconds=0.05)
     )
     device, probes = cpu(), Probes()
-    units = work.units([(128, 256)], ProbeOptions(level="quick"), [])
+    units = work.units([asked(128)], ProbeOptions(level="quick"), [])
     probes.offer(config, device, units, "s", time.monotonic())
     assert set(probes.running) == {"cpu"}
     until(lambda: probes.look(config, [device], time.monotonic()) or not probes.running)
@@ -322,7 +392,7 @@ def test_an_engine_keeps_probes_from_beginning(tmp_path):
     config = DaemonConfig(state=str(tmp_path), gpus=("cpu",))
     device, probes = cpu(), Probes()
     held = gpulock.share(tmp_path, ["cpu"])
-    units = work.units([(128, 256)], ProbeOptions(), [])
+    units = work.units([asked(128)], ProbeOptions(), [])
     probes.offer(config, device, units, "s", 1000.0)
     assert not probes.running and "holds its lock" in probes.waiting["cpu"]
     held.close()
@@ -334,7 +404,7 @@ def test_a_day_has_only_so_much_time_for_probes(tmp_path):
     config = DaemonConfig(state=str(tmp_path), gpus=("cpu",), limits=ProbeLimits(day_seconds=5.0))
     device, probes = cpu(), Probes()
     probes._spent["cpu"] = deque([(1000.0, 6.0)])
-    units = work.units([(128, 256)], ProbeOptions(), [])
+    units = work.units([asked(128)], ProbeOptions(), [])
     probes.offer(config, device, units, "s", 2000.0)
     assert not probes.running and "spent" in probes.waiting["cpu"]
     assert probes._spent_today(device, 1000.0 + 86401.0) == 0.0
@@ -343,7 +413,7 @@ def test_a_day_has_only_so_much_time_for_probes(tmp_path):
 @pytest.mark.parametrize(("outcome", "again"), [(FINISHED, False), (KILLED, True), (YIELDED, True)])
 def test_what_came_to_its_end_is_not_repeated(outcome, again):
     probes, device = Probes(), cpu()
-    (unit,) = work.units([(128, 256)], ProbeOptions(), [])
+    (unit,) = work.units([asked(128)], ProbeOptions(), [])
     probes._remember(("cpu", unit, "s"), outcome, 1000.0)
     assert probes._due(device, unit, "s", 1e9) is again
     assert probes._due(device, unit, "other", 1000.0)
@@ -351,7 +421,7 @@ def test_what_came_to_its_end_is_not_repeated(outcome, again):
 
 def test_failures_wait_longer_each_time_and_never_for_ever():
     probes = Probes()
-    (unit,) = work.units([(128, 256)], ProbeOptions(), [])
+    (unit,) = work.units([asked(128)], ProbeOptions(), [])
     key = ("cpu", unit, "s")
     waits = []
     for _ in range(40):

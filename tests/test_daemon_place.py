@@ -19,6 +19,7 @@ from fp4tune.daemon.config import DaemonConfig, ProbeOptions
 from fp4tune.daemon.place import LOCK, StatePlace
 from fp4tune.daemon.service import Service
 from fp4tune.errors import Refused
+from fp4tune.probes.models.shapes import AskedLayer
 
 pytest.importorskip("prometheus_client")
 
@@ -135,7 +136,7 @@ def test_a_probe_of_a_state_that_went_is_ended(place):
     service = Service(DaemonConfig(state=str(place), gpus=("cpu",)))
     service.start()
     (device,) = service.devices
-    (unit,) = work.units([(128, 256)], ProbeOptions(level="quick"), [])
+    (unit,) = work.units([AskedLayer("128x256", 128, 256)], ProbeOptions(level="quick"), [])
     service.probes.offer(service.config, device, [unit], "s", time.monotonic())
     child = service.probes.running[device.uuid].child
     gone(place)

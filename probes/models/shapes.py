@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +16,46 @@ from .rows import CheckpointLayers
 
 ASSUMED = LayerFormat("nvfp4", "fp4")
 """What the layers of a model are taken as whose configuration says nothing of quantisation."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedLayer:
+    """One (n, k) to probe, with the format and the activation of a checkpoint's layer.
+
+    None: those that the options name. An activation of ``fp4`` is served as ``bf16``, too, where
+    the GPU or the engine cannot do better.
+    """
+
+    name: str
+    n: int
+    k: int
+    format: str | None = None
+    activation: str | None = None
+
+    def takes(self, format_: str, activation: str) -> bool:
+        """Whether a problem of that format and activation is one of this layer's."""
+        if self.format not in (None, format_):
+            return False
+        return not (self.activation == "bf16" and activation == "fp4")
+
+
+def asked(models: Iterable[CheckpointLayers], typed: Sequence[str] = ()) -> tuple[AskedLayer, ...]:
+    """What to probe of these models, and of shapes that were typed in; nothing twice.
+
+    Raises ValueError, one sentence; where a model has no dense FP4 layer, that one.
+    """
+    found: list[AskedLayer] = []
+    for model in models:
+        if not model.probed:
+            raise ValueError(model.nothing())
+        for row in model.probed:
+            own = (None, None) if model.assumed else (row.format, row.activation)
+            found.append(AskedLayer(row.name, row.n, row.k, *own))
+    found += [AskedLayer(f"{n}x{k}", n, k) for n, k in map(parse_shape, typed)]
+    unique: dict[tuple[object, ...], AskedLayer] = {}
+    for layer in found:
+        unique.setdefault((layer.n, layer.k, layer.format, layer.activation), layer)
+    return tuple(unique.values())
 
 
 @cache
