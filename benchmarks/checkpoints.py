@@ -85,7 +85,7 @@ def cases(folder: Path, out: Path) -> None:
     found: dict[str, Any] = {}
     for place in sorted(p for p in folder.iterdir() if p.is_dir()):
         if (place / "f.c").is_file():
-            said = {"doctor": _hung(place)}
+            said = _hung(place)
         elif any(place.glob("*.safetensors")):
             with tempfile.TemporaryDirectory() as state:
                 said = {"check-weights": fp4tune("check-weights", str(place), "--state", state)}
@@ -102,6 +102,7 @@ def cases(folder: Path, out: Path) -> None:
         found[place.name] = {
             command: {
                 "exit_code": each["exit_code"],
+                **({"seconds": each.get("seconds")} if (place / "f.c").is_file() else {}),
                 "says": (each["stdout"] + each["stderr"]).replace(str(place), ".").splitlines(),
             }
             for command, each in said.items()
@@ -109,16 +110,35 @@ def cases(folder: Path, out: Path) -> None:
     (out / "cases.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _hung(place: Path) -> dict[str, Any]:
+ASKING = (
+    "doctor", "probe", "probe --gpu 0 --engine vllm", "facts --check", "choose 16 4096 4096",
+    "daemon",
+)  # fmt: skip
+"""Commands that ask the driver."""
+
+
+def _hung(place: Path) -> dict[str, dict[str, Any]]:
+    """What those commands say where the driver never answers, and after how many seconds."""
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libnvidia-ml.so.1"
         subprocess.run(
             ["gcc", "-shared", "-fPIC", "-o", str(library), str(place / "f.c")], check=True
         )
-        try:
-            return fp4tune("doctor", "--state", folder, seconds=120, LD_LIBRARY_PATH=folder)
-        except subprocess.TimeoutExpired:
-            return {"exit_code": None, "stdout": "nothing in 120 s", "stderr": ""}
+        (Path(folder) / "daemon.toml").write_text('[http]\nlisten = "none"\n')
+        for command in ASKING:
+            words = [*command.split(), "--state", folder]
+            if command == "daemon":
+                words += ["--config", f"{folder}/daemon.toml"]
+            try:
+                said = fp4tune(*words, seconds=120, LD_LIBRARY_PATH=folder)
+            except subprocess.TimeoutExpired:
+                said = {"exit_code": None, "stdout": "nothing in 120 s", "stderr": ""}
+            # What is installed is this machine's own: what is said of the driver counts.
+            kept = [line for line in (said["stdout"] + said["stderr"]).splitlines()
+                    if "driver" in line or command != "doctor"]  # fmt: skip
+            found[command] = {**said, "stdout": "\n".join(kept), "stderr": ""}
+    return found
 
 
 def save(path: Path, tensors: dict[str, tuple[str, list[int], int]], data: bool) -> dict[str, int]:

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fp4tune import cli
+from fp4tune.probes.models import layers
 from fp4tune.probes.models.config import made
 from fp4tune.probes.models.layers import layers_of_config, read_layers
 from fp4tune.probes.models.patterns import NamePatterns, cut_off
@@ -746,6 +747,29 @@ def test_headers_alone_are_enough_and_missing_files_are_said(tmp_path):
     assert any("is missing" in said for said in found.remarks)
 
 
+@pytest.mark.parametrize("many", [0, 10**6])
+def test_an_index_that_names_what_is_not_there_is_said(tmp_path, monkeypatch, many):
+    monkeypatch.setattr(layers, "_MANY", many)
+    place = write(tmp_path, llama(), {**LLAMA, "quantization_config": MODELOPT}, shards=2)
+    index = place / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    where = document["weight_map"]
+    first, *_, last = where
+    assert read_layers(place).remarks == ()
+    where["model.layers.9.ghost.weight"] = where[first]
+    index.write_text(json.dumps(document))
+    assert read_layers(place).remarks == (
+        f"model.layers.9.ghost.weight is not in {where[first]}, where the index has it",
+    )
+    where[first] = where[last]
+    for name in list(where)[1:3]:
+        del where[name]
+    index.write_text(json.dumps(document))
+    wrong, unnamed = read_layers(place).remarks
+    assert wrong.startswith(f"{first} is not in {where[last]}") and "nor 1 more" in wrong
+    assert unnamed.startswith("the index does not name") and unnamed.endswith("nor 1 more")
+
+
 def test_a_header_that_lies_is_not_believed(tmp_path):
     tensors = llama()
     place = write(tmp_path, tensors, LLAMA)
@@ -807,6 +831,31 @@ def test_odd_fields_are_sentences(changes):
         assert "\n" not in str(error)
         return
     assert all(row.probed or row.reason for row in found.rows)
+
+
+def test_a_model_that_names_no_heads_has_its_mlp(tmp_path):
+    config = {k: v for k, v in LLAMA.items() if k != "num_attention_heads"}
+    found = of({**config, "quantization_config": MODELOPT})
+    assert set(rows(found, "FP4 dense")) == {"gate_up", "down"}
+    (odd,) = [row for row in found.rows if row.part == "not understood"]
+    assert odd.name == "self_attn" and "num_attention_heads is None" in odd.reason
+    # With its files its shapes are there, and how they are split is not.
+    write(tmp_path, llama(), config)
+    assert rows(read_layers(tmp_path), "FP4 dense") == FOUR
+    (split,) = [row for row in read_layers(tmp_path, 2).rows if row.name == "qkv"]
+    assert not split.probed and (split.reason or "").endswith("how tensor parallelism splits it")
+
+
+@pytest.mark.parametrize("value", [[MODELOPT], "nvfp4", 4, True, {"quantization": "NVFP4"}])
+def test_a_quantisation_config_that_is_no_table_is_not_16_bit(value):
+    found = of({**LLAMA, "quantization_config": value})
+    assert {row.part for row in found.rows} == {"not understood"} and not found.probed
+    assert any("is no table" in said for said in found.remarks)
+
+
+def test_a_method_s_name_stands_for_an_algorithm_that_is_not_said():
+    found = of({**LLAMA, "quantization_config": {"quant_method": "modelopt_fp4", "ignore": []}})
+    assert rows(found, "FP4 dense") == FOUR | {"lm_head": (1000, 512, "nvfp4", "fp4")}
 
 
 def test_a_quantisation_config_of_nothing_says_nothing():

@@ -27,7 +27,6 @@ class ModuleBuilder:
     def __init__(self, config: ModelConfig) -> None:
         self.c = config
         self.hidden = config.needed("hidden_size")
-        self.heads = config.needed("num_attention_heads")
         self.dialect = MISTRAL if config.mistral else DIALECTS.get(config.family, PLAIN)
         self.modules: list[LinearModule] = []
         self.unread: list[Unread] = []
@@ -39,6 +38,11 @@ class ModuleBuilder:
         self.experts = config.number("num_local_experts", "n_routed_experts", "num_experts") or 0
 
     # -- helpers
+
+    @property
+    def heads(self) -> int:
+        """Attention heads. Raises ValueError: what needs no heads is built without."""
+        return self.c.needed("num_attention_heads")
 
     def few(self, key: str) -> int:
         """A number of layers: each is built, so that it must be one that models have."""

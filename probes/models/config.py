@@ -14,7 +14,7 @@ from typing import Any
 
 from .patterns import NamePatterns, cut_off
 from .place import CheckpointFiles
-from .quant_readers import read_quantisation
+from .quant_readers import no_table, read_quantisation
 from .quantisation import QuantConfig
 
 _MOST = 1 << 26
@@ -134,6 +134,8 @@ def made(
         if isinstance(found, Mapping):
             read = read_quantisation(name, {**_native(values, str(kind)), **found})
             quants.append(read and _completed(read, values.get("num_hidden_layers")))
+        elif found:
+            quants.append(no_table(name))
     towers = [k for k in _VISION if isinstance(outer.get(k), Mapping) and outer[k]]
     config = ModelConfig(
         source,
@@ -202,12 +204,16 @@ def _from_params(
     for name, found in ((source, values.get("quantization")), ("hf_quant_config.json", hf_quant)):
         if isinstance(found, Mapping):
             quants.append(read_quantisation(name, found))
+        elif found:
+            quants.append(no_table(name))
     towers = [key for key in _VISION if isinstance(values.get(key), Mapping)]
+    read = tuple(each for each in quants if each is not None)
     return ModelConfig(
         source,
         named,
         "mistral",
-        tuple(each for each in quants if each is not None),
+        read,
         towers=tuple(towers),
         mistral=True,
+        remarks=[remark for each in read for remark in each.remarks],
     )

@@ -21,7 +21,7 @@ def expected_modules(config: ModelConfig) -> tuple[list[LinearModule], list[Unre
     if not known_family(config):
         return [], [Unread("*", f"the family {config.family[:40]!r} is not known here")]
     missing = [k for k in ("hidden_size", "num_attention_heads") if k not in config.values]
-    if missing:
+    if "hidden_size" in missing:
         raise ValueError(
             f"{config.source} is not a model's config.json: it lacks {', '.join(missing)}"
         )

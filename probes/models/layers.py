@@ -17,12 +17,12 @@ from .config import ModelConfig, read_config
 from .dialects import is_gated
 from .families import expected_modules
 from .fusion import FusedLayer, FusedModel, FusionFacts, Heads, fuse
-from .headers import read_header
+from .headers import FileHeader, read_header
 from .modules import LinearModule, Unread
 from .names import pattern_of, starred
 from .place import CheckpointFiles, find_files
 from .quantisation import LayerFormat, QuantConfig
-from .rows import GROUPED, PARTS, CheckpointLayers, LayerRow
+from .rows import GROUPED, PARTS, SPLIT, CheckpointLayers, LayerRow
 from .sharding import shard, undivided
 from .stored import stored_modules
 
@@ -128,6 +128,7 @@ def _from_files(
             f"{files.missing[0].name} is missing, which the index names"
             + (f", as are {len(files.missing) - 1} other files" if len(files.missing) > 1 else "")
         )
+    remarks += _misplaced(files, headers)
     if files.unindexed:
         remarks.append(f"there are {len(files.files)} safetensors files and no index")
     quantisation = config.quantisation if config is not None else ()
@@ -138,6 +139,29 @@ def _from_files(
         more = f" ({len(odd) - 1} more modules likewise)" if len(odd) > 1 else ""
         remarks.append(f"{name}: {why}{more}; the files are right")
     return found
+
+
+_MANY = 20_000
+"""Tensors from which on an index is read through only where it names another number of them."""
+
+
+def _misplaced(files: CheckpointFiles, headers: Sequence[FileHeader]) -> list[str]:
+    """What of an index is not in its files, and the other way round: a sentence each."""
+    held = {header.file.name: header.tensors for header in headers}
+    total = sum(map(len, held.values()))
+    if files.missing or files.index is None or (total > _MANY and files.count() == total):
+        return []
+    listed = files.listed()
+    wrong = [name for name, file in listed.items() if name not in held.get(file, ())]
+    more = [name for tensors in held.values() for name in tensors if name not in listed]
+    said = []
+    if wrong:
+        rest = f", nor {len(wrong) - 1} more where it has them" if len(wrong) > 1 else ""
+        said.append(f"{wrong[0]} is not in {listed[wrong[0]]}, where the index has it{rest}")
+    if more:
+        rest = f", nor {len(more) - 1} more" if len(more) > 1 else ""
+        said.append(f"the index does not name {more[0]}, which is in the files{rest}")
+    return said
 
 
 def _activated(module: LinearModule, quantisation: Sequence[QuantConfig]) -> LinearModule:
@@ -244,7 +268,7 @@ def _all_rows(model: FusedModel, tp: int, top_k: int | None) -> list[LayerRow]:
 
 def _row_of(layer: FusedLayer, tp: int, top_k: int | None, count: int) -> LayerRow:
     n, k, why = shard(layer, tp)
-    if why and layer.format.fp4 and tp > 1:
+    if SPLIT in why and layer.format.fp4 and tp > 1:
         why += _next_fit(layer, tp)
     reason = (
         layer.fault

@@ -56,6 +56,16 @@ class CheckpointFiles:
         """Where the index has each tensor; nothing without one. Raises ValueError."""
         return {} if self.index is None else _read_index(self.index)
 
+    def count(self) -> int:
+        """How many tensors the index names, without reading it through; none without one. Raises
+        ValueError."""
+        if self.index is None:
+            return 0
+        try:
+            return self.index.read_bytes().count(b'.safetensors"')
+        except OSError as error:
+            raise ValueError(f"{self.index} cannot be read: {error.strerror}") from None
+
     def beside(self, name: str) -> Path | None:
         """The file of that name in the folder, where there is one."""
         file = self.folder / name

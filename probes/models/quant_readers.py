@@ -37,6 +37,8 @@ _MODELOPT = {
     "W8A8_SQ_PER_CHANNEL": LayerFormat("int8", "int8"),
     "W8A16": LayerFormat("int8", "bf16"),
 }
+_BY_METHOD = {"modelopt_fp4": "NVFP4", "modelopt_fp8": "FP8", "modelopt_mxfp8": "MXFP8"}
+"""The algorithm that a method's name says, where nothing else does."""
 _OTHER_METHODS = {
     "awq": "int4 (awq)",
     "gptq": "int4 (gptq)",
@@ -62,6 +64,8 @@ def read_quantisation(source: str, values: Mapping[str, Any]) -> QuantConfig | N
     inner = values.get("quantization")
     if isinstance(inner, Mapping):
         values = inner
+    elif inner:
+        return no_table(source)
     method = str(values.get("quant_method") or "").lower()
     if values.get("quantized_layers") or values.get("quant_algo") or method.startswith("modelopt"):
         found = _modelopt(source, values, method)
@@ -80,6 +84,13 @@ def read_quantisation(source: str, values: Mapping[str, Any]) -> QuantConfig | N
     if found.excluded.odd:
         found.remarks.append(f"{source}: {found.excluded.odd[0]!r} is no pattern of module names")
     return found
+
+
+def no_table(source: str) -> QuantConfig:
+    """The quantisation config of a file that has something else in its place."""
+    told = LayerFormat("unknown: its quantisation config is no table", "bf16")
+    remark = f"{source}: its quantisation config is no table, and says nothing that is understood"
+    return QuantConfig(source, "unknown", base=told, remarks=[remark])
 
 
 def _mistral(name: str) -> LayerFormat:
@@ -123,7 +134,7 @@ def _modelopt(source: str, values: Mapping[str, Any], method: str) -> QuantConfi
                 found.table[unwrapped(str(name))] = format_
                 found.names.append(str(name))
         found.groups += globs
-    algorithm = str(values.get("quant_algo") or "").upper()
+    algorithm = str(values.get("quant_algo") or _BY_METHOD.get(method, "")).upper()
     if algorithm == "MIXED_PRECISION":
         if method == "fp8":
             # The table is of what was made FP4 out of a checkpoint whose other layers are fp8.
