@@ -442,6 +442,20 @@ def test_members_of_a_fused_layer_with_other_scales_lose_binades(tmp_path, leave
     assert statuses(tmp_path)["fused-scales"] == "holds"
 
 
+@pytest.mark.parametrize(
+    ("values", "shape", "status"),
+    [((0.5, 0.5), (2,), "holds"), ((0.5, 2.0), (2,), "broken"), ((0.5,), (1,), "not applicable")],
+)
+def test_a_layer_that_is_stored_fused_has_one_global_scale_too(tmp_path, values, shape, status):
+    own = ("F32", shape, struct.pack(f"<{len(values)}f", *values))
+    tensors = nvfp4("model.layers.0.mlp.gate_up_proj", weight_scale_2=own)
+    save(tmp_path / "model.safetensors", {**tensors, **nvfp4("model.layers.0.mlp.down_proj")})
+    result = checked(tmp_path)["fused-scales", None]
+    assert result.status == status
+    if status == "broken":
+        assert "2 binades" in result.first[0]["found"]
+
+
 def test_members_of_a_fused_layer_in_two_formats_are_found(tmp_path):
     at = "model.layers.0.self_attn"
     tensors = {**nvfp4(f"{at}.q_proj"), **nvfp4(f"{at}.o_proj")}
@@ -466,6 +480,34 @@ def test_a_configuration_that_says_otherwise_is_found(tmp_path):
         result = checked(tmp_path)["config-agrees", None]
         assert result.status == ("broken" if broken else "holds")
     assert "says nvfp4, the files hold bf16" in result.first[0]["found"]
+
+
+def test_a_configuration_without_quantisation_beside_fp4_files_is_found(tmp_path):
+    save(tmp_path / "model.safetensors", nvfp4("model.layers.0.mlp.down_proj"))
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": K}))
+    only_broken(tmp_path, "config-agrees")
+    done = run("check-weights", tmp_path, "--state", tmp_path / "state")
+    assert done.exit_code == 1
+    assert "config.json says nothing of quantisation, the files hold nvfp4" in done.output
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "NVFP4", "exclude_modules": []}})
+    )
+    only_broken(tmp_path)
+
+
+def test_codes_of_no_known_name_are_listed_and_never_clean(tmp_path):
+    codes = ("U8", (N, K // 2), b"\x21" * (N * K // 2))
+    odd = {"model.layers.1.mlp.down_proj.packed_fp4": codes,
+           "model.layers.1.mlp.down_proj.block_scales": scales()}  # fmt: skip
+    save(tmp_path / "model.safetensors", {**nvfp4("model.layers.0.mlp.down_proj"), **odd})
+    done = run("check-weights", tmp_path, "--state", tmp_path / "state")
+    assert done.exit_code == 2 and "packed_fp4: 4-bit codes" in done.output
+    done = run("layers", tmp_path)
+    assert done.exit_code == 0 and "under a name that is not known here" in done.output
+    save(tmp_path / "model.safetensors", odd)
+    for command in (("check-weights", "--state", tmp_path / "state"), ("layers",)):
+        done = run(*command, tmp_path)
+        assert done.exit_code == 2 and "under a name that is not known here" in done.output
 
 
 def test_what_was_found_does_not_outlive_the_configuration(tmp_path):

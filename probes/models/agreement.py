@@ -30,8 +30,11 @@ def contradictions(modules: Iterable[LinearModule], config: ModelConfig | None) 
 
     Left out is what engines quantise, or not, whatever a configuration says.
     """
-    if config is None or not config.quantisation:
+    if config is None or not config.source:
         return {}
+    if not config.quantisation:
+        says = f"{config.source} says nothing of quantisation, the files hold"
+        return {m.name: f"{says} {m.format.format}" for m in modules if m.format and m.format.fp4}
     quantisation = config.quantisation[0]
     odd: dict[str, str] = {}
     for module in modules:

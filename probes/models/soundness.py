@@ -37,6 +37,8 @@ FIRST = 5
 THREADS = 8
 """Readers at a time: more than one file's worth, for disks that serve many at once."""
 _BATCH = 512
+_SAME = 1e-3
+"""Binades that two global scales may be apart and still be one."""
 
 
 @dataclass(slots=True)
@@ -278,6 +280,21 @@ def _fused_scales(found: Sequence[StoredWeight], facts: Sequence[ScaleFacts]) ->
     """Engines give a fused layer the largest of its members' global scales: the others lose, or
     gain, as many binades as they are apart."""
     result = ConditionResult(FUSED_SCALES)
+    for weight, each in zip(found, facts, strict=True):
+        # One tensor that is fused already; of experts each has a scale of its own.
+        several = weight.global_scale is not None and math.prod(weight.global_scale.shape) > 1
+        if each.global_ is None or not several or len(weight.codes.shape) > 2:
+            continue
+        assert weight.global_scale is not None
+        result.checked += 1
+        largest, smallest = each.global_
+        apart = math.log2(largest / smallest)
+        if apart > _SAME:
+            result.breaks(
+                weight.global_scale.name,
+                f"from {smallest:.4g} to {largest:.4g}: engines take one for all, "
+                f"{apart:.2g} binades are lost",
+            )
     scale = {
         weight.prefix: each.global_[0]
         for weight, each in zip(found, facts, strict=True)
@@ -291,7 +308,7 @@ def _fused_scales(found: Sequence[StoredWeight], facts: Sequence[ScaleFacts]) ->
                 continue
             result.checked += 1
             apart = math.log2(max(known.values()) / min(known.values()))
-            if apart > 1e-3:
+            if apart > _SAME:
                 told = ", ".join(f"{leaf} {value:.4g}" for leaf, value in known.items())
                 result.breaks(
                     f"{parent}.{{{','.join(known)}}}",

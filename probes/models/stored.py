@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,13 +77,40 @@ Tensors = Mapping[str, TensorHeader]
 def stored_modules(files: Iterable[Tensors], hidden: int | None) -> list[LinearModule]:
     """The linear modules in the files. `hidden` tells which way round experts of one tensor lie."""
     parts: dict[str, _Parts] = {}
+    strange: dict[str, tuple[str, Shape]] = {}
     for name, kinds in _tensors(files).items():
         module, part = _part(name)
         if module:
             own = parts.setdefault(module, _Parts()).by_part
             own[part] = own[part] + kinds if part in own else kinds
+        elif of_no_known_name(name, *next(iter(kinds))):
+            strange[name] = next(iter(kinds))
     made = (_linear_module(name, own, hidden) for name, own in parts.items())
-    return [module for module in made if module is not None]
+    return [*(module for module in made if module is not None), *_strangers(strange, parts)]
+
+
+NO_KNOWN_NAME = "4-bit codes, by their dtype and shape, under a name that is not known here"
+_LEAST = 16
+"""Rows and columns that a weight has at least."""
+
+
+def of_no_known_name(name: str, dtype: str, shape: Shape) -> bool:
+    """Whether a tensor may be codes of a linear module, and its name says nothing."""
+    small = len(shape) < 2 or min(shape[-2:]) < _LEAST
+    return dtype in ("U8", "F4") and not small and not _part(name)[0]
+
+
+def _strangers(
+    strange: Mapping[str, tuple[str, Shape]], known: Mapping[str, object]
+) -> Iterator[LinearModule]:
+    """One module for each that has such tensors, the largest of which are its codes."""
+    largest: dict[str, Shape] = {}
+    for name, (_, shape) in strange.items():
+        parent = name.rpartition(".")[0]
+        module = name if parent in known or not parent else parent
+        largest[module] = max(shape, largest.get(module, (0,)), key=math.prod)
+    for module, shape in largest.items():
+        yield LinearModule(module, *_last_two(shape), fault=NO_KNOWN_NAME)
 
 
 def _tensors(files: Iterable[Tensors]) -> dict[str, Counter[tuple[str, Shape]]]:

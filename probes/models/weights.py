@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checkpoint import Checkpoint, Entry
-from .stored import fp4_sizes
+from .stored import NO_KNOWN_NAME, fp4_sizes, of_no_known_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,9 @@ def weights(checkpoint: Checkpoint) -> tuple[list[StoredWeight], dict[str, str]]
                     entries.get(prefix + naming.input_scale),
                 )
             )
+    for name, entry in entries.items():
+        if name not in taken and of_no_known_name(name, entry.dtype, entry.shape):
+            odd[name] = NO_KNOWN_NAME
     return sorted(found, key=lambda w: w.prefix), odd
 
 
@@ -157,6 +160,8 @@ def _scales_missing(name: str, checkpoint: Checkpoint) -> str:
 def _codes_missing(name: str, checkpoint: Checkpoint) -> str:
     entries = checkpoint.entries
     ours = [n for n in NAMINGS if name.endswith(n.scales) and n.scales != ".scale"]
+    if ".experts" not in name:  # other layers have their scales in tensors called just so
+        ours = [n for n in ours if n.scales.startswith(".")]
     prefixes = [(n, name[: len(name) - len(n.scales)]) for n in ours]
     if not ours or any(prefix + n.codes in entries for n, prefix in prefixes):
         return ""
