@@ -339,3 +339,32 @@ def test_the_allocator_compiles_and_says_what_it_saw(tmp_path):
 def test_scratch_needs_a_gpu():
     with pytest.raises(NotApplicable, match="CPU"):
         run("scratch", Right("right"))
+
+
+@given(st.lists(st.tuples(st.integers(1, 512), st.sampled_from("abc")), min_size=1, max_size=40))
+def test_what_is_called_under_canaries_begins_with_the_edges_and_leaves_nothing_out(pairs):
+    order = scratch.in_order([m for m, _ in pairs], [tactic for _, tactic in pairs])
+    called = [(m, tactic) for tactic, ms in order for m in ms]
+    assert sorted(called) == sorted(set(pairs))
+    names = {tactic for _, tactic in pairs}
+    first = order[: len(names)]
+    assert {tactic for tactic, _ in first} == names
+    for tactic, ms in first:
+        mine = [m for m, t in pairs if t == tactic]
+        assert set(ms) == {min(mine), max(mine)}
+
+
+# -- what is done once a process
+
+
+@pytest.mark.slow
+def test_many_calls_and_a_pause_are_made_once_a_process_and_for_all_tactics_in_one_budget():
+    backend = Right("right")
+    drawn = [case(backend, PROBLEM, exact(PROBLEM, 24, seed, "cpu")) for seed in (1, 2)]
+    budget = Budget(1, 2, 0.2)
+    launches = [Launch(0, 0, 1 + i, "abc"[i % 3], i) for i in range(9)]
+    first = REGIMES["history"](backend, drawn, launches, budget)
+    again = REGIMES["history"](backend, drawn, launches, budget)
+    assert first.proof["calls"] > 3 * 2048 and first.proof["pause_seconds"]
+    assert again.proof == {"calls": 9 * 2 * 65, "pause_seconds": 0.0}
+    assert len(again.reports) == 9 and not caught(again)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,18 +28,27 @@ CALLS = (1 << 17) + (1 << 10)
 times."""
 _RING = 65
 """Outputs that are checked at once: the last has another activation than the first."""
+_SHORT_RING = 5
+"""The same where so many outputs take more than `_RING_BYTES`."""
+_RING_BYTES = 64 << 20
 _TURNS = 3
 """Activations that take turns: the answer of the call before is wrong."""
 _LEAST = 1 << 11
-"""Calls that are made whatever the time."""
-_TIMES, _LONG_TIMES = 4, 40
-"""How many budgets of seconds the calls may take: the second from level `standard` on."""
+"""Calls of a tactic that are made whatever the time, up to `_GRACE` seconds beyond it."""
+_GRACE = 5.0
+_FEW_ROWS = 64
+"""The largest m that is called by the hundred thousand: more rows cost time and show no more."""
+_TIMES, _LONG_TIMES = 4, 8
+"""How many budgets of seconds the many calls of all tactics may take: the second from level
+`standard` on."""
 LONG = 0.2
 """Seconds of a budget from which on calls go on for long, and pauses are made."""
 PAUSE = 2.5
 """Seconds between two calls, in which nothing is called."""
 _done: dict[tuple[int, str], Backend] = {}
 """Backends and tactics that have had their many calls in this process, by id: once is enough."""
+_paused: dict[int, Backend] = {}
+"""Backends that have had their pause in this process, by id."""
 
 
 def history(
@@ -48,30 +57,42 @@ def history(
     """Eager calls of one launch of each tactic, every output checked, then a pause, and more calls.
 
     On a CPU they are made on the smallest shape that the backend takes, where a call costs little
-    but itself. `proof` says how many were made; a tactic that has had its many calls in this
-    process is called a few times more.
+    but itself. `proof` says how many were made. Once a process each tactic has many calls of its
+    smallest m, and each backend its pause; all else is called a few times. Of the time for many
+    calls a tactic has one half of what is left, and the last all of it.
     """
     start = time.perf_counter()
     reports: list[tuple[Launch, SlotReport]] = []
     errors: dict[int, dict[str, str]] = {}
     proof: dict[str, Any] = {"calls": 0, "pause_seconds": 0.0}
-    for launch in smallest_of_each(launches):
-        key = id(backend), launch.tactic
-        seconds = budget.seconds * (_LONG_TIMES if budget.seconds >= LONG else _TIMES)
-        if key in _done:
-            seconds = budget.seconds
-        elif budget.seconds >= LONG:
-            _done[key] = backend
+    long = budget.seconds >= LONG
+    waiting = {
+        launch.tactic
+        for launch in launches
+        if launch.m and (id(backend), launch.tactic) not in _done
+    }
+    left = budget.seconds * (_LONG_TIMES if long else _TIMES)
+    for launch in sorted(smallest_of_each(launches), key=lambda each: each.m):
         series, small = _series(backend, cases, launch)
-        limits = _Limits(CALLS, max(seconds, 0.02), budget.beat)
-        series.run(limits)
-        if budget.seconds >= LONG and key in _done and not proof["pause_seconds"]:
+        many = launch.tactic in waiting and (small or launch.m <= _FEW_ROWS)
+        began = time.perf_counter()
+        if many:
+            waiting.discard(launch.tactic)
+            if long:
+                _done[id(backend), launch.tactic] = backend
+            seconds = max(left / 2 if waiting else left, 0.02)
+            series.run(_Limits(CALLS, _LEAST, seconds, budget.beat))
+        else:
+            series.run(_few(series, budget))
+        left -= time.perf_counter() - began
+        if long and id(backend) not in _paused:
+            _paused[id(backend)] = backend
             end = time.monotonic() + PAUSE
             while time.monotonic() < end:
                 budget.beat()
                 time.sleep(0.25)
             proof["pause_seconds"] = PAUSE
-            series.run(replace(limits, calls=_RING))
+            series.run(_few(series, budget))
         proof["calls"] += series.made
         if small:
             # What failed is not the launch's own shape: it is said in words.
@@ -99,11 +120,17 @@ def without_rows(launches: Sequence[Launch]) -> dict[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """When a series of calls ends."""
+    """When a series of calls ends: after so many, or when the time is over and the least made."""
 
     calls: int
+    least: int
     seconds: float
     beat: Callable[[], None]
+
+
+def _few(series: _Series, budget: Budget) -> _Limits:
+    """Two rounds, whatever they take."""
+    return _Limits(2 * series.round, 2 * series.round, 0.0, budget.beat)
 
 
 class _Series:
@@ -122,13 +149,14 @@ class _Series:
         right = turns[0][1].lo
         m, n = right.shape
         self._n = n
-        self._ring = poison(torch.empty(_RING, m, n, dtype=right.dtype, device=right.device))
-        order = [index % len(turns) for index in range(_RING)]
+        self.round = _RING if _RING * right.nbytes <= _RING_BYTES else _SHORT_RING
+        self._ring = poison(torch.empty(self.round, m, n, dtype=right.dtype, device=right.device))
+        order = [index % len(turns) for index in range(self.round)]
         self._lo = torch.stack([turns[index][1].lo for index in order])
         self._hi = torch.stack([turns[index][1].hi for index in order])
-        self._bad = torch.zeros(_RING, dtype=torch.int64, device=right.device)
+        self._bad = torch.zeros(self.round, dtype=torch.int64, device=right.device)
         self._first = torch.full((1,), CALLS * 8, dtype=torch.int64, device=right.device)
-        self._place = torch.arange(1, _RING + 1, device=right.device)
+        self._place = torch.arange(1, self.round + 1, device=right.device)
         outs = list(self._ring)
 
         def round_() -> None:
@@ -144,9 +172,9 @@ class _Series:
         device = self._ring.device
         end = time.perf_counter() + limits.seconds
         first = self.made
-        beaten = time.perf_counter()
-        while self.made - first < limits.calls and (
-            self.made < _LEAST or time.perf_counter() < end
+        beaten = now = time.perf_counter()
+        while self.made - first < limits.calls and now < (
+            end + _GRACE if self.made - first < limits.least else end
         ):
             self._round()
             wrong = ~((self._ring >= self._lo) & (self._ring <= self._hi)).flatten(1).all(dim=1)
@@ -154,11 +182,12 @@ class _Series:
             at = torch.where(wrong, self._place + self.made, CALLS * 8)
             self._first = torch.minimum(self._first, at.min())
             poison(self._ring)
-            self.made += _RING
-            if time.perf_counter() > beaten + 0.5:
+            self.made += self.round
+            now = time.perf_counter()
+            if now > beaten + 0.5:
                 wait(device)
                 limits.beat()
-                beaten = time.perf_counter()
+                beaten = now = time.perf_counter()
         wait(device)
 
     @property

@@ -19,7 +19,8 @@ from ...check.sweep import SlotReport
 from ...data import exact
 from ...launch.case import Case, Launch, bind, blame
 from ...launch.case import case as make_case
-from ...launch.outcome import Budget, NotApplicable, Outcome, device_of, need_cuda
+from ...launch.outcome import Budget, NotApplicable, Outcome, need_cuda
+from ...problem import Problem
 from ...registry import load_one
 from .own_process import NoAnswer, Question, ask, loaded_by, name_of
 
@@ -29,12 +30,19 @@ ZONE = 512
 _ROWS = 512
 """Rows of the pool that is drawn, and the largest m that is called under canaries."""
 _ROUNDS = 2
+_CALLS_SECONDS = 2.0
+"""Seconds after which only the smallest and the largest m of each tactic are called, in a child."""
+_Told = dict[str, dict[str, str] | None]
+"""By tactic: what was wrong with its calls, if anything."""
+_asked: dict[tuple[int, Problem], tuple[Backend, _Told]] = {}
+"""By the backend's id and the layer: what processes of their own have said. Starting one takes
+seconds, so a tactic is asked about once, in however many chains its launches come."""
 
 
 def scratch(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
-    """Every launch in a process whose memory comes from an allocator with canaries.
+    """Every tactic in a process whose memory comes from an allocator with canaries.
 
     Torch's own allocator gives out parts of large pieces, so that what is written past the end of a
     workspace lands in another one and is seen by luck. Here each block ends where it was said to.
@@ -47,44 +55,64 @@ def scratch(
     if compiler() is None:
         raise NotApplicable("there is no C compiler to make the allocator with")
     start = time.perf_counter()
-    errors: dict[int, dict[str, str]] = {}
     mine = [launch for launch in launches if 0 < launch.m <= _ROWS]
-    exempt = {x.item: f"no m of it is from 1 to {_ROWS}" for x in launches}
-    proof: dict[str, Any] = {"blocks": 0}
-    for width in sorted({cases[x.case].operands.width or 8 for x in mine}):
-        case = cases[mine[0].case]
-        question = Question(
-            "scratch",
-            spec,
-            replace(case.problem, m=_ROWS),
-            width,
-            case.operands.seed,
-            tuple(x.m for x in mine),
-            tuple(x.tactic for x in mine),
-            name_of(device_of(cases)),
-        )
-        try:
-            found = ask(question, budget.beat)
-        except NoAnswer as error:
-            found = {"error": {"kind": error.kind, "message": str(error)}}
-        proof["blocks"] += found.get("blocks", 0)
-        for launch in mine:
-            exempt.pop(launch.item, None)
-            told = found.get("error") or found["by_tactic"].get(launch.tactic)
-            if told:
-                errors[launch.item] = told
+    _, told = _asked.setdefault((id(backend), replace(cases[0].problem, m=0)), (backend, {}))
+    fresh = [launch for launch in mine if launch.tactic not in told]
+    proof: dict[str, Any] = {"blocks": 0, "own_processes": int(bool(fresh))}
+    missed = None
+    if fresh:
+        found = _ask_of(spec, cases[fresh[0].case], fresh, budget)
+        proof["blocks"] = found.get("blocks", 0)
+        if proof["blocks"] or "error" in found:
+            for launch in fresh:
+                by_tactic = found.get("by_tactic", {})
+                told[launch.tactic] = found.get("error") or by_tactic.get(launch.tactic)
+        else:
+            missed = "no memory came from the allocator"
     clean = SlotReport(0, 0, 0, 0, 0, None, ())
-    missed = None if proof["blocks"] or errors else "no memory came from the allocator"
+    called = {launch.item for launch in mine}
     return Outcome(
         repeats=_ROUNDS,
         reports=tuple((launch, clean) for launch in mine),
         changed_inputs=0,
         seconds=time.perf_counter() - start,
-        not_exercised=missed if mine else None,
+        not_exercised=missed,
         proof=proof,
-        errors=errors,
-        exempt=exempt,
+        errors={x.item: error for x in mine if (error := told.get(x.tactic))},
+        exempt={
+            x.item: f"no m of it is from 1 to {_ROWS}" for x in launches if x.item not in called
+        },
     )
+
+
+def _ask_of(spec: str, case: Case, launches: Sequence[Launch], budget: Budget) -> dict[str, Any]:
+    """What a process of its own says of these launches."""
+    pairs = list(dict.fromkeys((launch.m, launch.tactic) for launch in launches))
+    question = Question(
+        "scratch",
+        spec,
+        replace(case.problem, m=_ROWS),
+        # Values are not compared there, so one width stands for all.
+        case.operands.width or 8,
+        case.operands.seed,
+        tuple(m for m, _ in pairs),
+        tuple(tactic for _, tactic in pairs),
+        name_of(case.operands.weight.codes.device),
+    )
+    try:
+        return ask(question, budget.beat)
+    except NoAnswer as error:
+        return {"error": {"kind": error.kind, "message": str(error)}}
+
+
+def in_order(ms: Sequence[int], tactics: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """What is called, by turns within each: every tactic's smallest and largest m first, and then,
+    for those that have more, the rest. `ms` and `tactics` go together."""
+    of: dict[str, list[int]] = {}
+    for m, tactic in sorted(set(zip(ms, tactics, strict=True))):
+        of.setdefault(tactic, []).append(m)
+    edges = [(tactic, list(dict.fromkeys((mine[0], mine[-1])))) for tactic, mine in of.items()]
+    return edges + [(tactic, mine[1:-1]) for tactic, mine in of.items() if len(mine) > 2]
 
 
 def compiler() -> str | None:
@@ -147,18 +175,20 @@ def answer(question: Question) -> dict[str, Any]:
             return {"error": where, "blocks": read(library).blocks}
         by_tactic: dict[str, dict[str, str]] = {}
         before = 0
-        for tactic in dict.fromkeys(question.tactics):
-            pairs = zip(question.ms, question.tactics, strict=True)
-            launches = [Launch(0, 0, m, t, 0) for m, t in pairs if t == tactic]
-            for _ in range(_ROUNDS):
-                for launch in launches:
-                    call = bind(backend, [case], launch)
-                    with blame(backend):
-                        call.enqueue()
-                    del call
+        end = time.monotonic() + _CALLS_SECONDS
+        seen: set[str] = set()
+        for tactic, ms in in_order(question.ms, question.tactics):
+            if tactic in seen and time.monotonic() > end:
+                break
+            seen.add(tactic)
+            for m in ms * _ROUNDS:
+                call = bind(backend, [case], Launch(0, 0, m, tactic, 0))
+                with blame(backend):
+                    call.enqueue()
+                del call
             damage = read(library)
             if damage.zones > before:
-                by_tactic[tactic] = _error(damage, f"calls of {tactic}")
+                by_tactic.setdefault(tactic, _error(damage, f"calls of {tactic}"))
             before = damage.zones
         return {"by_tactic": by_tactic, "blocks": read(library).blocks}
 
