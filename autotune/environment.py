@@ -22,16 +22,17 @@ def environment_of(runner: Runner) -> Environment:
     hello, target = runner.hello, runner.target
     files = [Path(name) for name in runner.ask("files")]
     hardware = fingerprint.hardware(target.uuid)
-    found = fingerprint.environment(
-        device_info={**_constant(hello["device"]), **hardware},
+    on = fingerprint.Dependencies(
+        device={**_constant(hello["device"]), **hardware},
         backend=runner.name,
-        arch=target.device.arch,
         distributions={**hello["versions"], "python": hello["python"]},
         files=files,
         variables=dict(os.environ),
         code=codedigest.combined(files, codedigest.compiler(target.device.sm, hardware)),
         extra=fingerprint.source(hello["source"]),
+        arch=target.device.arch,
     )
+    found = fingerprint.environment(on)
     # A reader cannot ask for versions, but it can see that a distribution was replaced.
     installed = tuple(fingerprint.stamp(path) for path in (*hello["metadata"], *hello["source"]))
     return replace(found, stamps=found.stamps + installed)

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..machine.codedigest import CodeDigest
@@ -19,7 +20,16 @@ from . import state
 from .codec import canonical
 from .rows import Environment, Stamp
 
-__all__ = ["content", "environment", "hardware", "of", "source", "stamp", "variables"]
+__all__ = [
+    "Dependencies",
+    "content",
+    "environment",
+    "hardware",
+    "of",
+    "source",
+    "stamp",
+    "variables",
+]
 
 COMMON = (
     "CUDA_LAUNCH_BLOCKING",
@@ -84,52 +94,55 @@ def stamp(path: str | os.PathLike[str]) -> Stamp:
     return Stamp(plain, *found)
 
 
-def environment(
-    device_info: Mapping[str, Any],
-    backend: str,
-    distributions: Mapping[str, str],
-    files: Iterable[str | os.PathLike[str]] = (),
-    variables: Mapping[str, str] | None = None,
-    code: CodeDigest | str | None = None,
-    extra: Mapping[str, Any] | None = None,
-    arch: str | None = None,
-) -> Environment:
-    """The environment that evidence of `backend` holds for.
+@dataclass(frozen=True, slots=True)
+class Dependencies:
+    """What evidence of a backend depends on.
 
-    device_info    `hardware`'s facts and what else torch knows (SM count, compute capability)
+    device         `hardware`'s facts and what else torch knows (SM count, compute capability)
     distributions  name -> version, of those this backend depends on only
     files          its compiled files: their stamps are kept, their paths are not in the print
-    variables      the process's; filtered here to those that concern `distributions`
+    variables      the process's; filtered to those that concern `distributions`
     code           `codedigest.combined` of `files`. Where it is unknown, the bytes of `files`
                    stand in: evidence then goes stale too soon rather than too late. Of what the
                    driver compiles there is a fact of its own, `COMPILED`
     extra          anything else it depends on, as JSON holds it
-    arch           ``sm90`` or ``cpu``; without it, `device_info`'s ``arch``, or its ``kind``
+    arch           ``sm90`` or ``cpu``; without it, `device`'s ``arch``, or its ``kind``
+    """
+
+    device: Mapping[str, Any]
+    backend: str
+    distributions: Mapping[str, str]
+    files: Iterable[str | os.PathLike[str]] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    code: CodeDigest | str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    arch: str | None = None
+
+
+def environment(on: Dependencies) -> Environment:
+    """The environment that evidence which depends on all this holds for.
 
     Raises FileNotFoundError for a file that is not there, ValueError for what JSON cannot hold.
     """
-    from_env = _concerning(variables or {}, distributions)
-    paths = sorted({os.path.abspath(f) for f in files})
-    value = code.value if isinstance(code, CodeDigest) else code
-    where = arch or str(device_info.get("arch") or device_info["kind"])
+    paths = sorted({os.path.abspath(f) for f in on.files})
+    value = on.code.value if isinstance(on.code, CodeDigest) else on.code
+    where = on.arch or str(on.device.get("arch") or on.device["kind"])
     facts: dict[str, Any] = {
-        "backend": backend,
+        "backend": on.backend,
         "arch": where,
-        "device": {k: v for k, v in device_info.items() if k not in IDENTITY},
-        "distributions": dict(distributions),
-        "variables": from_env,
+        "device": {k: v for k, v in on.device.items() if k not in IDENTITY},
+        "distributions": dict(on.distributions),
+        "variables": variables(on.variables, on.distributions),
         "code": value,
-        "extra": dict(extra or {}),
+        "extra": dict(on.extra),
     }
     if value is None:
         facts["files"] = sorted(content(path) for path in paths)
-    if isinstance(code, CodeDigest):
-        facts["code_kernels"], facts["code_how"] = code.kernels, code.how
-        facts |= compiled(code)
-    return Environment(of(facts), backend, where, facts, tuple(stamp(path) for path in paths))
+    if isinstance(on.code, CodeDigest):
+        facts["code_kernels"], facts["code_how"] = on.code.kernels, on.code.how
+        facts |= compiled(on.code)
+    return Environment(of(facts), on.backend, where, facts, tuple(stamp(path) for path in paths))
 
-
-_concerning = variables
 
 COMPILED = "compiled_by_driver"
 """A digest of the PTX that the driver compiles here, with the driver's version; no fact without
@@ -152,7 +165,7 @@ def of(facts: Mapping[str, Any]) -> str:
 
 
 def source(paths: Iterable[str]) -> dict[str, str]:
-    """Facts for `environment`'s `extra`: the contents of a backend's own Python files, if any.
+    """Facts for `Dependencies.extra`: the contents of a backend's own Python files, if any.
 
     Their names and places are no part of it. Raises OSError.
     """

@@ -235,9 +235,7 @@ class VllmSource:
         said = [dynamic] if kind.activation == "fp4" else [dynamic, None]
         found = {_class_of(evaluator.call(_KERNELS, init, activation_quant_key=x)) for x in said}
         if len(found) > 1:
-            raise CannotTell(
-                f"it depends on the checkpoint's method: {' or '.join(sorted(found))}"
-            )
+            raise CannotTell(f"it depends on the checkpoint's method: {' or '.join(sorted(found))}")
         return found.pop()
 
     def _by_backend(self, evaluator: Evaluator) -> str:

@@ -41,9 +41,10 @@ def install(site: Path, name: str, version: str) -> Path:
 
 
 def environment(backend: str, metadata: Path, version: str, files=(), variables=None):
-    made = fingerprint.environment(
-        {**CPU, "threads": 2}, backend, {backend: version}, files, variables, arch="cpu"
+    on = fingerprint.Dependencies(
+        {**CPU, "threads": 2}, backend, {backend: version}, files, variables or {}, arch="cpu"
     )
+    made = fingerprint.environment(on)
     return replace(made, stamps=(*made.stamps, fingerprint.stamp(metadata)))
 
 
@@ -175,7 +176,8 @@ def test_ptx_is_compared_as_the_driver_here_compiles_it(tmp_path):
     gpu = {"kind": "cuda", "gpu": "GPU G", "driver": "580.1"}
     module = fatbins.library(tmp_path / "module.so", fatbins.made(fatbin.Image(True, 80)))
     code = codedigest.combined([module], codedigest.compiler(90, gpu))
-    made = fingerprint.environment(gpu, "fast", {}, [module], code=code, arch="sm90")
+    on = fingerprint.Dependencies(gpu, "fast", {}, [module], code=code, arch="sm90")
+    made = fingerprint.environment(on)
 
     def changes(driver: str = "580.1") -> tuple[str, ...]:
         again = renewal.renew(made, {"GPU G": {**gpu, "driver": driver}}, {})
@@ -205,7 +207,8 @@ VALUES = st.one_of(st.none(), st.booleans(), st.integers(0, 9), st.floats(0, 1e3
 )
 def test_an_environment_put_together_again_has_its_fingerprint(device, versions, extra):
     device = {**device, "kind": "cpu"}
-    made = fingerprint.environment(device, "fast", versions, extra=extra, arch="cpu")
+    on = fingerprint.Dependencies(device, "fast", versions, extra=extra, arch="cpu")
+    made = fingerprint.environment(on)
     again = renewal.renew(made, {"cpu": device}, {})
     assert (
         again is not None

@@ -39,7 +39,8 @@ CODE = CodeDigest("ab" * 32, 4, "cubin")
 
 def make(device=GPU, backend="humming", distributions=None, **other):
     versions = distributions or {"torch": "2.11", "humming-kernels": "0.1.19"}
-    return fingerprint.environment(device, backend, versions, **{"code": CODE, **other})
+    on = fingerprint.Dependencies(device, backend, versions, **{"code": CODE, **other})
+    return fingerprint.environment(on)
 
 
 def test_equal_nodes_share_evidence(tmp_path):
@@ -122,7 +123,8 @@ def test_the_cpu_s_facts_are_the_same_each_time():
     facts = fingerprint.hardware(None)
     assert facts == fingerprint.hardware(None)
     assert facts["kind"] == "cpu" and facts["cores"] >= 1 and facts["cpu"]
-    assert fingerprint.environment(facts, "torch-dequant", {"torch": "2"}).arch == "cpu"
+    on = fingerprint.Dependencies(facts, "torch-dequant", {"torch": "2"})
+    assert fingerprint.environment(on).arch == "cpu"
 
 
 @pytest.fixture(scope="module")
