@@ -92,7 +92,9 @@ def _at_once(
         states = [backend.prepare(case.operands.weight.clone(), case.problem) for case in cases]
     kept.append(states)
     rounds = [
-        Together(tuple((_call(backend, cases, states, x, lane),) for lane in range(LANES)), True)
+        Together(
+            tuple((_call_in_lane(backend, cases, states, x, lane),) for lane in range(LANES)), True
+        )
         for x in launches
     ]
     calls = [call for each in rounds for (call,) in each.lanes]
@@ -103,7 +105,7 @@ def _at_once(
     return outcome(checker, calls, cases, 0.0), bool(met)
 
 
-def _call(
+def _call_in_lane(
     backend: Backend, cases: Sequence[Case], states: Sequence[Any], launch: Launch, lane: int
 ) -> Call:
     case = cases[launch.case]
@@ -172,7 +174,10 @@ def answer(question: Question) -> dict[str, Any]:
     launches = [Launch(0, 0, m, tactic, 0) for m, tactic in pairs]
     rounds = [
         Together(
-            tuple((_call(backend, [case], [case.state], x, lane),) for lane in range(LANES)), True
+            tuple(
+                (_call_in_lane(backend, [case], [case.state], x, lane),) for lane in range(LANES)
+            ),
+            True,
         )
         for x in launches
     ]

@@ -52,7 +52,7 @@ def own_quantiser_values(
     chosen = [x for x in launches if 0 < x.m <= _MOST_ROWS]
     for launch in chosen:
         for kind in ACTIVATIONS:
-            x, scale = _drawn(problem, launch, kind, device)
+            x, scale = _activation_and_scale(problem, launch, kind, device)
             seen = [
                 _seen(backend, _Shown(state, problem.n), x, scale, launch.tactic)
                 for state in states
@@ -112,7 +112,7 @@ def _ones(problem: Problem, part: int, device: torch.device) -> Fp4Tensor:
     return Fp4Tensor(fmt, codes, scales, torch.ones((), dtype=torch.float32, device=device))
 
 
-def _drawn(
+def _activation_and_scale(
     problem: Problem, launch: Launch, kind: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """An activation (m, k) in the problem's dtype, and its global scale: a power of two, so that
