@@ -61,7 +61,7 @@ app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(fleet.app, name="fleet")
 
 
-def _version(value: bool) -> None:
+def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"fp4tune {__version__}")
         raise typer.Exit
@@ -71,7 +71,9 @@ def _version(value: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Exit codes: 0 a safe choice exists; 1 unsafe, or no safe choice; 2 could not assess."""

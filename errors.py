@@ -43,8 +43,8 @@ def printable(value: object, longest: int = LONGEST, keep: str = "") -> str:
         text = text[: max(0, longest - 1)] + "\u2026"
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c in keep or _seen(c) else "\ufffd" for c in text)
+    return "".join(c if c in keep or _is_seen(c) else "\ufffd" for c in text)
 
 
-def _seen(char: str) -> bool:
+def _is_seen(char: str) -> bool:
     return unicodedata.category(char) not in _OBEYED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 EXACT = "exact"
 """The data name of exact problems, in every regime."""
@@ -23,3 +24,8 @@ class Condition:
 
     id: str
     text: str
+
+
+def tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were, at any depth; anything else as it is."""
+    return tuple(tuples(each) for each in value) if isinstance(value, list) else value

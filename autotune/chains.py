@@ -18,8 +18,8 @@ def firsts(problems: Sequence[Problem]) -> tuple[Problem, ...]:
     where none is, the first layer of each kind that can have a second GEMM at all.
     """
     found: list[Problem] = []
-    for kind in dict.fromkeys(map(_kind, problems)):
-        mine = [p for p in problems if _kind(p) == kind]
+    for kind in dict.fromkeys(map(_chain_kind, problems)):
+        mine = [p for p in problems if _chain_kind(p) == kind]
         able = [p for p in mine if second_shape(p) is not None]
         found += [p for p in able if _of_a_model(p, mine)] or able[:1]
     return tuple(found)
@@ -37,5 +37,5 @@ def _of_a_model(first: Problem, layers: Sequence[Problem]) -> bool:
     return second is not None and second.n == first.k and second in layers
 
 
-def _kind(p: Problem) -> tuple[object, ...]:
+def _chain_kind(p: Problem) -> tuple[object, ...]:
     return p.format, p.activation, p.out_dtype, p.groups, p.m

@@ -87,12 +87,18 @@ def assess(
         if each["out_dtype"] in (None, out_dtype)
     }  # fmt: skip
     about = {each["id"] for each in record["conditions"]}
-    told = [{**each, **_told(each["id"], known, about)} for each in conditions]
+    told = [{**each, **_condition_status(each["id"], known, about)} for each in conditions]
     mine = {each["id"] for each in told}
     for each in known.values():
         # Of all weights, whatever the backend: nothing was proven of data that breaks these.
         if each.get("always") and each["id"] not in mine and each["status"] != "not applicable":
-            told.append({"id": each["id"], "text": each["text"], **_told(each["id"], known, about)})
+            told.append(
+                {
+                    "id": each["id"],
+                    "text": each["text"],
+                    **_condition_status(each["id"], known, about),
+                }
+            )
     found = {each["status"] for each in told}
     status = "broken" if "broken" in found else "open" if "not assessed" in found else "holds"
     if not record["formats"].get(format_):
@@ -106,7 +112,7 @@ def assess(
     }
 
 
-def _told(
+def _condition_status(
     name: str, known: Mapping[str, Mapping[str, Any]], about: Iterable[str]
 ) -> dict[str, Any]:
     if name not in known:

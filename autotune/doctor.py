@@ -55,15 +55,15 @@ def examine(state_dir: Path | None = None) -> list[Line]:
     """Look at the interpreter, packages, compilers, GPUs, environment and state."""
     return [
         Line(GOOD, "python", platform.python_version()),
-        *_packages(),
+        *_package_lines(),
         *_programs(),
-        *_gpus(),
+        *_gpu_lines(),
         *_variables(),
-        *_state(state_dir),
+        *_state_lines(state_dir),
     ]
 
 
-def _packages() -> Iterator[Line]:
+def _package_lines() -> Iterator[Line]:
     for name, purpose, needed in _DISTRIBUTIONS:
         try:
             yield Line(GOOD, name, metadata.version(name))
@@ -81,7 +81,7 @@ def _programs() -> Iterator[Line]:
             yield Line(NOTE, name, f"not found ({purpose})", do)
 
 
-def _gpus() -> Iterator[Line]:
+def _gpu_lines() -> Iterator[Line]:
     try:
         found, reason = gpus()
     except DriverSilent as error:
@@ -110,7 +110,7 @@ def _variables() -> Iterator[Line]:
         )
 
 
-def _state(state_dir: Path | None) -> Iterator[Line]:
+def _state_lines(state_dir: Path | None) -> Iterator[Line]:
     place = state.directory(state_dir)
     writable = os.access(place if place.is_dir() else place.parent, os.W_OK)
     if writable or not place.exists():

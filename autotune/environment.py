@@ -23,7 +23,7 @@ def environment_of(runner: Runner) -> Environment:
     files = [Path(name) for name in runner.ask("files")]
     hardware = fingerprint.hardware(target.uuid)
     on = fingerprint.Dependencies(
-        device={**_constant(hello["device"]), **hardware},
+        device={**_lasting_facts(hello["device"]), **hardware},
         backend=runner.name,
         distributions={**hello["versions"], "python": hello["python"]},
         files=files,
@@ -38,6 +38,6 @@ def environment_of(runner: Runner) -> Environment:
     return replace(found, stamps=found.stamps + installed)
 
 
-def _constant(device: Mapping[str, Any]) -> dict[str, Any]:
+def _lasting_facts(device: Mapping[str, Any]) -> dict[str, Any]:
     """What stays the same from one probe to the next; free memory does not."""
     return {key: value for key, value in device.items() if key != "free"}

@@ -37,11 +37,11 @@ from .runner import Progress, Runner
 from .stages import recall
 from .stages.audit import Auditor
 from .stages.build import Built, build, start
-from .stages.conclude import Grounds, candidates, unfinished
+from .stages.conclude import Grounds, concluded, unfinished
 from .stages.controls import control
 from .stages.grade import grade
 from .stages.prove import Wanted, prove
-from .stages.quantise import Quantised, quantise, time_quantisers
+from .stages.quantise import Quantised, probe_quantisers, time_quantisers
 from .stages.stress import stress
 from .stages.survey import Field, enrol
 from .stages.timing import time_layer
@@ -130,7 +130,7 @@ class Probe:
         known = all(self.history.of(problem) for problem in taking.able)
         controlled = None if known else self._control()
         quantised = self._pool.submit(
-            quantise, self.plan, self.ledger, self.record, self.history, self.progress
+            probe_quantisers, self.plan, self.ledger, self.record, self.history, self.progress
         )
         there, unbuilt = self._ready(taking)
         self._environments(there, quantised)
@@ -379,7 +379,7 @@ class Probe:
         prints = {e.backend: e.fingerprint for e in report.environments}
         before = earlier_failures.earlier(plan, self.ledger, prints, report.run)
         grounds = Grounds(plan.target, plan.rules, plan.confidence, doubts, before)
-        judged = candidates(layers, self.record, self.ledger, grounds)
+        judged = concluded(layers, self.record, self.ledger, grounds)
         report.candidates, report.left = unfinished(judged, cut)
         report.findings = self.record.findings
         report.timings = list(self.record.timings.values())

@@ -51,7 +51,7 @@ def briefly(
         return
     level = layer.level
     budget = {"least": level.least, "most": level.most, "seconds": level.seconds}
-    _run(layer, entrant, name, won, {"budget": budget}, record)
+    _run_chain(layer, entrant, name, won, {"budget": budget}, record)
 
 
 def at_length(
@@ -75,10 +75,10 @@ def at_length(
     if not won:
         return True
     budget = {"least": 1, "most": 1, "seconds": 0.0}
-    return _run(layer, entrant, name, won, {"budget": budget, "aim": asdict(aim)}, record)
+    return _run_chain(layer, entrant, name, won, {"budget": budget, "aim": asdict(aim)}, record)
 
 
-def every_m(
+def run_every_m(
     layer: ProbedLayer, entrant: Entrant, record: Recorder, only: Collection[MRange]
 ) -> bool:
     """Every m of these ranges once, by their winners; whether all passed."""
@@ -96,7 +96,7 @@ def every_m(
         if m in only
     ]
     budget = {"least": 1, "most": 1, "seconds": 0.0}
-    return _run(layer, entrant, EVERY_M, won, {"budget": budget}, record) if won else True
+    return _run_chain(layer, entrant, EVERY_M, won, {"budget": budget}, record) if won else True
 
 
 def _winners(
@@ -136,7 +136,7 @@ def _needless(
     return None
 
 
-def _run(
+def _run_chain(
     layer: ProbedLayer,
     entrant: Entrant,
     name: str,

@@ -122,7 +122,7 @@ def reproduce(
     """
     target, spec, python = backend.target, backend.spec, backend.python
     hang_seconds = backend.hang_seconds
-    problem = _problem(finding)
+    problem = _finding_problem(finding)
     answer = survey(target, (spec,), (problem,), python, hang_seconds)[spec]
     why = answer.get("error") or answer["reasons"][0]
     if why:
@@ -148,7 +148,7 @@ def reproduce(
     return result
 
 
-def _problem(finding: Finding) -> Problem:
+def _finding_problem(finding: Finding) -> Problem:
     """The finding's problem. Raises Refused for what the ledger cannot have meant."""
     try:
         return Problem(**dict(finding.problem))
@@ -166,14 +166,14 @@ def _replay(result: Result, runner: Runner, problem: Problem, times: int) -> Non
     finding = result.finding
     asked = finding.detail.get("asked")
     if "offset" in finding.detail:
-        _launch(result, runner, problem, times)
+        _launch_again(result, runner, problem, times)
     elif isinstance(asked, Mapping) and asked.get("do") in _COMMANDS:
         _command(result, runner, problem, dict(asked))
     else:
         result.note = "the finding does not say which launch failed"
 
 
-def _launch(result: Result, runner: Runner, problem: Problem, times: int) -> None:
+def _launch_again(result: Result, runner: Runner, problem: Problem, times: int) -> None:
     finding = result.finding
     rows = int(finding.detail.get("rows") or problem.m)
     runner.open(problem.at(rows), 0, 1 << 30)
@@ -273,7 +273,7 @@ def _bundle(
 def tiles_of(finding: Finding) -> tilemap.TileMap | None:
     """The finding's map of wrong tiles; None where it has none, or none that can be read."""
     try:
-        return tilemap.unpack(finding.detail["map"])
+        return tilemap.unpack_tiles(finding.detail["map"])
     except (KeyError, ValueError):
         return None
 

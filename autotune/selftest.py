@@ -137,11 +137,13 @@ def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> l
             unsafe = {v.backend for v in ledger.verdicts(run=report.run) if v.status == "unsafe"}
             for mutant in mine:
                 evidence = ledger.evidence(backend=mutant.name)
-                rows[mutant.name] = _row(mutant, report, evidence, mutant.name in unsafe)
+                rows[mutant.name] = _selftest_row(mutant, report, evidence, mutant.name in unsafe)
     return [rows[mutant.name] for mutant in mutants]
 
 
-def _row(mutant: Mutant, report: Report, evidence: Sequence[Evidence], unsafe: bool) -> Row:
+def _selftest_row(
+    mutant: Mutant, report: Report, evidence: Sequence[Evidence], unsafe: bool
+) -> Row:
     """What was made of one mutant; `unsafe` says whether any of its tactics came out as that.
 
     A candidate is a backend's best tactic, and one that is blamed is not: another may be right.
@@ -170,7 +172,7 @@ def _row(mutant: Mutant, report: Report, evidence: Sequence[Evidence], unsafe: b
         failure=mutant.failure,
         mechanism=mutant.mechanism,
         expected=mutant.expected,
-        verdict=_worst(verdicts, conditions) if verdicts else f"not run: {why}",
+        verdict=_verdict_in_words(verdicts, conditions) if verdicts else f"not run: {why}",
         finding=next(iter([*expected, *found]), None),
         launches=sum(row.launches for row in evidence),
         result=judge(mutant, verdicts, conditions, bool(found), bool(expected)),
@@ -198,7 +200,7 @@ def judge(
     return OK if mutant.passes or (conditions == wanted and expected) else MISSED
 
 
-def _worst(verdicts: set[str], conditions: set[str]) -> str:
+def _verdict_in_words(verdicts: set[str], conditions: set[str]) -> str:
     for verdict in ("unsafe", "inconclusive"):
         if verdict in verdicts:
             return verdict

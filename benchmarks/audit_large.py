@@ -98,7 +98,7 @@ def measured(path: Path) -> dict:
     """The audit of one file: time in all and beyond the tools, peak memory of us and of them."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
-    code = disassemble.examine(path)
+    code = disassemble.machine_code_of(path)
     wall = time.monotonic() - start
     # Several tools run at once: at least this much of the wall time was theirs.
     tools = code.tool_seconds / max(1, len(os.sched_getaffinity(0)))

@@ -68,7 +68,7 @@ def triton_kernel(problem: Problem, config: tactics.Config, sm: int) -> dict[str
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        code = disassemble.examine(file.name)
+        code = disassemble.machine_code_of(file.name)
     mma = sum((Counter(k.kernel.mma) for k in code.kernels), Counter[str]())
     limit = tactics.shared_limit(Device("cuda", sm))
     return {
@@ -100,7 +100,7 @@ def triton_kernels(sm: int) -> list[dict[str, Any]]:
 
 def unit(path: Path) -> dict[str, Any]:
     """What machine code an object of FlashInfer's holds."""
-    code = disassemble.examine(path)
+    code = disassemble.machine_code_of(path)
     mma = sum((Counter(k.kernel.mma) for k in code.kernels), Counter[str]())
     return {
         "unit": path.stem,

@@ -36,7 +36,7 @@ import _machine as node
 import torch
 
 from fp4tune.machine import devices
-from fp4tune.probes.backends import build, tactics
+from fp4tune.probes.backends import build_kernels, tactics
 from fp4tune.probes.check.sweep import Checker
 from fp4tune.probes.launch.case import Call, Case, Launch, bind
 from fp4tune.probes.launch.item import Item, LaunchAim
@@ -299,7 +299,7 @@ def opened(
     reasons = [backend.unsupported(p, device) for p in wanted]
     if any(reasons):
         raise ValueError(next(why for why in reasons if why))
-    build(backend, wanted, device, len(os.sched_getaffinity(0)))
+    build_kernels(backend, wanted, device, len(os.sched_getaffinity(0)))
     layer = OpenLayer(backend, device, problem, seed, MEMORY, lambda _: None)
     found = []
     for m, each in zip(ms, wanted, strict=True):

@@ -85,11 +85,11 @@ def decode(kind: type[T], values: Mapping[str, Any]) -> T:
         if name == "bucket":
             known[name] = BucketKey(**{column: values[column] for column in BUCKET})
         elif name in values:
-            known[name] = _decoded(name, values[name])
+            known[name] = _decoded_value(name, values[name])
     return kind(**known)
 
 
-def _decoded(name: str, value: Any) -> Any:
+def _decoded_value(name: str, value: Any) -> Any:
     if value is None:
         return None
     if name in _JSON:

@@ -69,7 +69,7 @@ def gather(
         "state": None if state_dir is None else os.path.abspath(state_dir),
         "generation": 0,
         "published": None,
-        "driver": _first_line(driver),
+        "driver": _first_line_of_file(driver),
         "quarantines": 0,
         "scopes": [],
     }
@@ -100,7 +100,7 @@ def gather(
     total: Counter[str] = Counter()
     for scope in facts["scopes"]:
         total.update(scope["answers"])
-    facts["status"] = _worst(total)
+    facts["status"] = _worst_answer(total)
     facts["reason"] = f"{total['safe']} of {sum(total.values())} buckets have a safe choice"
     if facts["status"] == "stale" and older:
         facts["reason"] += f"; the driver is {facts['driver']} now, and was another"
@@ -140,14 +140,14 @@ def _scope(
         "arch": arch,
         "gpu": gpu,
         "profile": profile,
-        "status": _worst(answers),
+        "status": _worst_answer(answers),
         "layers": len({(row["n"], row["k"]) for row in rows}),
         "answers": answers,
         "backends": dict(sorted(backends.items())),
     }
 
 
-def _worst(answers: dict[str, int]) -> str:
+def _worst_answer(answers: dict[str, int]) -> str:
     return next(status for status in reversed(ANSWERS) if answers.get(status) or status == "safe")
 
 
@@ -165,7 +165,7 @@ def _of_another_driver(rows: Sequence[dict[str, Any]], loaded: str | None) -> se
     return found
 
 
-def _first_line(path: str) -> str | None:
+def _first_line_of_file(path: str) -> str | None:
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.readline(256).strip() or None

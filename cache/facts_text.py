@@ -44,9 +44,9 @@ def render(facts: dict[str, Any], form: str, expires: float = EXPIRES) -> str:
     if not 0 < expires < 1e9:
         raise ValueError(f"--expires {expires:g}: it is more than 0 and less than 1e9 seconds")
     if form == "json":
-        return _json(facts, 2)
+        return _json_line(facts, 2)
     if form == "ansible":
-        return _json(facts, None)
+        return _json_line(facts, None)
     if form == "line":
         return line(facts) + "\n"
     if form == "text":
@@ -65,7 +65,7 @@ def line(facts: dict[str, Any]) -> str:
     return printable(f"{facts['status']}: {number}{facts['reason']}")
 
 
-def _json(facts: dict[str, Any], indent: int | None) -> str:
+def _json_line(facts: dict[str, Any], indent: int | None) -> str:
     return json.dumps(facts, indent=indent).replace("\x7f", "\\u007f") + "\n"
 
 

@@ -81,7 +81,7 @@ def share(state_dir: str | os.PathLike[str], uuids: Iterable[str], wait: float =
     for uuid in uuids:
         place = path(state_dir, uuid)
         try:
-            fd = _open(place)
+            fd = _open_lock(place)
         except OSError as error:
             held.problems[uuid] = f"{place}: {error.strerror}"
             continue
@@ -100,7 +100,7 @@ def share(state_dir: str | os.PathLike[str], uuids: Iterable[str], wait: float =
     return held
 
 
-def _open(place: str) -> int:
+def _open_lock(place: str) -> int:
     try:
         return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

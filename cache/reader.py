@@ -393,10 +393,10 @@ def choose(
 ) -> Decision:
     """`Reader.choose` on one reader per process, which finds a choices.db as soon as there is one.
     Never raises."""
-    return _default().choose(m, n, k, format, activation, out_dtype, groups, arch, layout)
+    return _shared_reader().choose(m, n, k, format, activation, out_dtype, groups, arch, layout)
 
 
-def _default() -> Reader:
+def _shared_reader() -> Reader:
     global _shared
     if _shared is None:
         _shared = Reader()

@@ -72,7 +72,7 @@ FIRST = (
 )
 
 
-def _first(db: Database) -> None:
+def _create_first(db: Database) -> None:
     for statement in FIRST:
         db.conn.execute(statement)
 
@@ -101,7 +101,7 @@ def _probed(db: Database) -> None:
     db.conn.execute("CREATE INDEX probed_by_layer ON probed (n, k)")
 
 
-MIGRATIONS = (_first, _bounds, _audits, _probed)
+MIGRATIONS = (_create_first, _bounds, _audits, _probed)
 
 VERSION = len(MIGRATIONS)
 """Kept in the file as its user_version."""

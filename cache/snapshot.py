@@ -133,7 +133,9 @@ class Pages:
         self.stamps = stamps
         self._meta = meta
         self._environment = bodies[ENVIRONMENT]
-        self._bodies = {_key(name): body for name, body in bodies.items() if name != ENVIRONMENT}
+        self._bodies = {
+            _layer_of_name(name): body for name, body in bodies.items() if name != ENVIRONMENT
+        }
         self.names = list(self._bodies)
 
     @property
@@ -173,11 +175,11 @@ def pages(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     layers: dict[str, dict[str, list[Any]]] = {}
     for table in ("choice", "candidate", "layer"):
         for row in tables[table]:
-            name = _name([row[column] for column in LAYER_KEY])
+            name = _name_of_layer([row[column] for column in LAYER_KEY])
             page = layers.setdefault(name, {"choice": [], "candidate": [], "layer": []})
-            page[table].append(_decoded(row))
+            page[table].append(_decoded_row(row))
     bodies = {name: _compact(layers[name]) for name in sorted(layers)}
-    bodies[ENVIRONMENT] = _compact([_decoded(row) for row in tables[ENVIRONMENT]])
+    bodies[ENVIRONMENT] = _compact([_decoded_row(row) for row in tables[ENVIRONMENT]])
     return bodies
 
 
@@ -195,14 +197,14 @@ def pages_digest(
     return blake2b("\n".join(parts).encode(), digest_size=32).hexdigest()
 
 
-def _name(key: Sequence[Any]) -> str:
+def _name_of_layer(key: Sequence[Any]) -> str:
     name = "\t".join(map(str, key))
-    if _key(name) != tuple(key):
+    if _layer_of_name(name) != tuple(key):
         raise ValueError(f"{key!r} cannot name a layer: it has tabs, or numbers that are none")
     return name
 
 
-def _key(name: str) -> tuple[Any, ...]:
+def _layer_of_name(name: str) -> tuple[Any, ...]:
     parts = name.split("\t")
     return (*parts[:6], *map(int, parts[6:]))
 
@@ -213,7 +215,7 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _decoded(row: Mapping[str, Any]) -> dict[str, Any]:
+def _decoded_row(row: Mapping[str, Any]) -> dict[str, Any]:
     import json
 
     return {key: json.loads(value) if key in STRUCTURED else value for key, value in row.items()}
@@ -242,7 +244,7 @@ def load_pages(path: str) -> Pages:
             raise Corrupt(path, "the choices database does not match its own digest")
         return Pages(meta, stamps, bodies)
     except Exception as error:
-        raise _said(error, path) from error
+        raise _fault_of_file(error, path) from error
 
 
 def _made_from(loaded: Snapshot) -> Pages:
@@ -277,10 +279,10 @@ def load(path: str) -> Snapshot:
                 row[column] = json.loads(row[column])
         return Snapshot(int(meta["generation"]), meta["digest"], meta, tables)
     except Exception as error:
-        raise _said(error, path) from error
+        raise _fault_of_file(error, path) from error
 
 
-def _said(error: Exception, path: str) -> Exception:
+def _fault_of_file(error: Exception, path: str) -> Exception:
     """What `error` means for the file at `path`; itself where it is no fault of the file."""
     if isinstance(error, StateError):
         return error

@@ -41,7 +41,7 @@ def store(
         "formats": dict(formats),
         "conditions": [dict(each) for each in conditions],
     }
-    place = _place(state_dir, identity)
+    place = _record_path(state_dir, identity)
     aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def store(
 
 def load(state_dir: Path, identity: str) -> dict[str, Any] | None:
     """What is kept of a checkpoint; None where nothing is, or nothing that can be read."""
-    place = _place(state_dir, identity)
+    place = _record_path(state_dir, identity)
     try:
         if place.stat().st_size > _MOST:
             return None
@@ -75,5 +75,5 @@ def load(state_dir: Path, identity: str) -> dict[str, Any] | None:
         return None
 
 
-def _place(state_dir: Path, identity: str) -> Path:
+def _record_path(state_dir: Path, identity: str) -> Path:
     return state_dir / FOLDER / f"{identity[:32]}.json"

@@ -54,7 +54,7 @@ def audit(
             if coverage:
                 code = _coverage([*(paths or ())], arch, engine, match, as_json)
             else:
-                code = _judged([*(paths or ())], arch, match, jobs, state, as_json)
+                code = _print_verdicts([*(paths or ())], arch, match, jobs, state, as_json)
         except (Refused, ValueError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -63,7 +63,7 @@ def audit(
         raise typer.Exit(code)
 
 
-def _judged(
+def _print_verdicts(
     paths: list[Path],
     arch: int | None,
     match: str | None,

@@ -73,7 +73,7 @@ def emit(
         if explain and target != "json":
             raise Refused("--explain is for the target json")
         if checkpoint is not None:
-            format_, activation = _kind(checkpoint, activation)
+            format_, activation = _checkpoint_kind(checkpoint, activation)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
         if target == "json":
             raise typer.Exit(_print_all(asked, explain))
@@ -87,7 +87,7 @@ def emit(
         raise typer.Exit(NOT_ASSESSED if made.selection.unclear else UNSAFE)
 
 
-def _kind(checkpoint: str, activation: str | None) -> tuple[str, str | None]:
+def _checkpoint_kind(checkpoint: str, activation: str | None) -> tuple[str, str | None]:
     """The format of a checkpoint's dense FP4 layers, and their activation where it is 16-bit."""
     from ..probes.models.layers import read_layers
 
@@ -99,7 +99,7 @@ def _kind(checkpoint: str, activation: str | None) -> tuple[str, str | None]:
     return formats.most_common(1)[0][0], activation or ("bf16" if weight_only else None)
 
 
-def _chosen(engine: str, asked: _Asked) -> tuple[Any, Any]:
+def _reader_and_selection(engine: str, asked: _Asked) -> tuple[Any, Any]:
     """(reader, selection) for an engine. Raises Refused, StateError."""
     from ..engines import installed, select
 
@@ -122,7 +122,7 @@ def _print_all(asked: _Asked, explain: bool) -> int:
     codes = []
     for engine in names.ENGINES:
         try:
-            selection = _chosen(engine, asked)[1]
+            selection = _reader_and_selection(engine, asked)[1]
         except (Refused, Missing) as error:
             documents[engine] = emitting.unknown(engine, str(error))
             codes.append(NOT_ASSESSED)
@@ -142,7 +142,7 @@ def _emission(target: str, out: Path | None, asked: _Asked) -> Any:
     from ..engines import names, tactics
 
     engine = target if target in names.ENGINES else _beside(asked.python)
-    reader, selection = _chosen(engine, asked)
+    reader, selection = _reader_and_selection(engine, asked)
     if target == engine:
         return emitting.emission(selection)
     if target == "env":

@@ -28,7 +28,7 @@ def explain(
         from ..autotune import checkpoint_check
         from ..probes.problem import Problem
         from ..report import documents, explanation
-        from ..report.terminal.explain import lines
+        from ..report.terminal.explain import explained_lines
 
         place = documents.place_of(state)
         record = None if checkpoint is None else checkpoint_check.find(checkpoint, place)
@@ -37,5 +37,5 @@ def explain(
         if as_json:
             print_json(document)
         else:
-            say_lines(lines(document))
+            say_lines(explained_lines(document))
         raise typer.Exit(explanation.exit_code(document))

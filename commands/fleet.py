@@ -61,7 +61,7 @@ def report(
     """Say what a fleet store holds: evidence by cohort, whose fault, who is slow, who disagrees."""
     with one_sentence():
         from ..fleet import report as reporting
-        from ..report.terminal.fleet import lines
+        from ..report.terminal.fleet import fleet_lines
 
         found = reporting.report(store, confidence)
         written = None
@@ -73,7 +73,7 @@ def report(
         if as_json:
             print_json({**found, "html": written})
         else:
-            say_lines(lines(found))
+            say_lines(fleet_lines(found))
         if not found["bundles"]:
             raise typer.Exit(NOT_ASSESSED)
         raise typer.Exit(UNSAFE if found["suspect_gpus"] or found["suspect_builds"] else SAFE)

@@ -61,7 +61,7 @@ def add(
         if m is not None and layer is None:
             raise Refused("--m says which bucket of a layer: say which layer, with --layer N,K")
         n, k = _layer(layer) if layer else (0, 0)
-        rows = _published(state)
+        rows = _candidate_rows(state)
         known = {row["backend"] for row in rows}
         if backend not in known:
             from ..probes import registry
@@ -115,7 +115,7 @@ def _spools(state: Path | None) -> Sequence[str]:
     return quarantines.spools(quarantines.state_dir(os.fspath(state) if state else None))
 
 
-def _published(state: Path | None) -> list[dict[str, Any]]:
+def _candidate_rows(state: Path | None) -> list[dict[str, Any]]:
     from ..cache import reader
     from ..cache.errors import Missing
 

@@ -96,7 +96,7 @@ class Door:
         chosen.turn_out()
 
 
-def guarded(door: Door) -> type[H11Protocol]:
+def behind_door(door: Door) -> type[H11Protocol]:
     """uvicorn's HTTP/1.1 protocol, with deadlines, behind `door`."""
 
     class Behind(Guarded):

@@ -50,7 +50,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
         runner.open(problem, asked["turn"], MEMORY)
         ran = True
         item = {
-            "ms": _ms(bucket["m_lo"], bucket["m_hi"], asked["turn"]),
+            "ms": _edges_and_middle(bucket["m_lo"], bucket["m_hi"], asked["turn"]),
             "tactic": candidate["tactic"],
             "width": candidate["width"] or 24,
         }
@@ -70,7 +70,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     return {"outcome": "failed" if wrong else "passed", "note": note}
 
 
-def _ms(lo: int, hi: int, turn: int) -> list[int]:
+def _edges_and_middle(lo: int, hi: int, turn: int) -> list[int]:
     """Both ends of the bucket and one m between, another each turn."""
     least = max(lo, 1)
     return sorted({least, hi, random.Random(turn).randint(least, hi)})

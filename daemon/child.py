@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from .family import below, end_below, kill, lives, resident
+from .family import end_below, kill, lives, living_below, resident
 
 _TAIL = 4000
 
@@ -69,7 +69,7 @@ class Child:
     def _below(self) -> list[psutil.Process]:
         """The living descendants, and those of them that were seen before and live on."""
         if self._process.poll() is None:
-            self._seen.update((process.pid, process) for process in below(self._process.pid))
+            self._seen.update((process.pid, process) for process in living_below(self._process.pid))
         self._seen = {pid: process for pid, process in self._seen.items() if lives(process)}
         return list(self._seen.values())
 
@@ -91,11 +91,11 @@ class Child:
         return resident(self._below())
 
     def output(self) -> bytes:
-        return _read(self._out, 1 << 20, False)
+        return _read_some(self._out, 1 << 20, False)
 
     def said(self) -> str:
         """The last line it wrote on stderr."""
-        lines = _read(self._err, _TAIL, True).decode(errors="replace").strip().splitlines()
+        lines = _read_some(self._err, _TAIL, True).decode(errors="replace").strip().splitlines()
         return lines[-1][:400] if lines else ""
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Child:
             file.close()
 
 
-def _read(file: object, size: int, tail: bool) -> bytes:
+def _read_some(file: object, size: int, tail: bool) -> bytes:
     try:
         number = file.fileno()  # type: ignore[attr-defined]
         start = max(0, os.fstat(number).st_size - size) if tail else 0

@@ -71,7 +71,7 @@ def address(listen: str) -> tuple[str, int] | str:
 # -- what the values of the file are: a type each, with the sentence for what is none
 
 
-def _listed(kind: type, said: str) -> BeforeValidator:
+def _list_of(kind: type, said: str) -> BeforeValidator:
     """A TOML list of `kind` as a tuple; one string may stand for a list of one."""
 
     def check(value: Any) -> Any:
@@ -84,7 +84,7 @@ def _listed(kind: type, said: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _table(value: Any) -> Any:
+def _check_table(value: Any) -> Any:
     if isinstance(value, dict) and all(isinstance(one, str) for one in value.values()):
         return value
     raise PydanticCustomError("kind", "a table of strings")
@@ -97,7 +97,7 @@ def _names(value: Mapping[str, str]) -> Mapping[str, str]:
     return value
 
 
-def _gpus(value: tuple[str, ...]) -> tuple[str, ...]:
+def _check_gpus(value: tuple[str, ...]) -> tuple[str, ...]:
     words = [name for name in value if name in ("all", "none")]
     if words and len(value) > 1:
         raise ValueError(f"{words[0]!r} stands alone")
@@ -126,15 +126,15 @@ Count = Annotated[int, Strict(), Field(ge=0)]
 AnyWhole = Annotated[int, Strict()]
 Positive = Annotated[float, Strict(), AllowInfNan(False), Field(gt=0)]
 NotNegative = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0)]
-_STRINGS = _listed(str, "a list of strings")
+_STRINGS = _list_of(str, "a list of strings")
 Strings = Annotated[tuple[str, ...], _STRINGS]
 Formats = Annotated[tuple[Literal["nvfp4", "mxfp4"], ...], _STRINGS]
 Activations = Annotated[tuple[Literal["bf16", "fp4"], ...], _STRINGS]
-Numbers = Annotated[tuple[int, ...], _listed(int, "a list of whole numbers")]
-Gpus = Annotated[tuple[str, ...], _STRINGS, AfterValidator(_gpus)]
+Numbers = Annotated[tuple[int, ...], _list_of(int, "a list of whole numbers")]
+Gpus = Annotated[tuple[str, ...], _STRINGS, AfterValidator(_check_gpus)]
 Listen = Annotated[Text, AfterValidator(_listens)]
 HealthSocket = Annotated[Text, AfterValidator(_health)]
-Variables = Annotated[Mapping[str, str], BeforeValidator(_table), AfterValidator(_names)]
+Variables = Annotated[Mapping[str, str], BeforeValidator(_check_table), AfterValidator(_names)]
 
 _CLOSED = ConfigDict(extra="forbid")
 """An unknown key is a mistake."""
@@ -283,7 +283,7 @@ def load(path: Path | None) -> DaemonConfig:
     mistakes: list[str] = []
     _checkpoint.cache_clear()
     if path is not None:
-        document = _document(path)
+        document = _toml_document(path)
         try:
             config = TypeAdapter(DaemonConfig).validate_python(document)
         except ValidationError as error:
@@ -295,7 +295,7 @@ def load(path: Path | None) -> DaemonConfig:
     return config
 
 
-def _document(path: Path) -> dict[str, Any]:
+def _toml_document(path: Path) -> dict[str, Any]:
     """The TOML in `path`. Raises Refused."""
     try:
         with open(path, "rb") as file:
@@ -318,16 +318,18 @@ def _sentences(error: ValidationError, document: Mapping[str, Any]) -> list[str]
                 break
             where.append(str(part))
             value = value[part]
-        found.setdefault(tuple(where), f"{'.'.join(where)}: {_said(detail, where, value)}")
-    order = {key: index for index, key in enumerate(_keys(document, ()))}
+        found.setdefault(
+            tuple(where), f"{'.'.join(where)}: {_mistake_in_words(detail, where, value)}"
+        )
+    order = {key: index for index, key in enumerate(_key_paths(document, ()))}
     return [found[key] for key in sorted(found, key=lambda key: order.get(key, -1))]
 
 
-def _keys(table: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _key_paths(table: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for key, value in table.items():
         yield (*above, key)
         if isinstance(value, Mapping):
-            yield from _keys(value, (*above, key))
+            yield from _key_paths(value, (*above, key))
 
 
 _KINDS = {
@@ -338,7 +340,7 @@ _KINDS = {
 }
 
 
-def _said(detail: ErrorDetails, where: list[str], value: Any) -> str:
+def _mistake_in_words(detail: ErrorDetails, where: list[str], value: Any) -> str:
     """One of pydantic's mistakes in a sentence that says what, and what to write instead."""
     kind, more = detail["type"], detail.get("ctx", {})
     if kind == "unexpected_keyword_argument":

@@ -11,7 +11,7 @@ _SWEEPS = 40
 _PAUSE = 0.005
 
 
-def below(pid: int) -> list[psutil.Process]:
+def living_below(pid: int) -> list[psutil.Process]:
     """The living descendants of a process, zombies left out; empty where it is gone."""
     try:
         found = psutil.Process(pid).children(recursive=True)
@@ -41,7 +41,7 @@ def end_below(pid: int) -> list[psutil.Process]:
     """
     left: list[psutil.Process] = []
     for sweep in range(_SWEEPS):
-        left = below(pid)
+        left = living_below(pid)
         if not left:
             break
         for process in left:

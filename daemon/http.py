@@ -26,7 +26,7 @@ from ..cache import quarantine
 from ..cache import reader as reading
 from ..cache.errors import StateError
 from ..errors import Refused
-from .admission import Door, Places, guarded
+from .admission import Door, Places, behind_door
 from .board import Board
 from .config import HttpOptions, address
 from .metrics import CONTENT_TYPE, Metrics
@@ -135,7 +135,7 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             return _no(401, "the token is missing or another", {"WWW-Authenticate": "Bearer"})
         try:
             body = await _body(request)
-            entry = _fault(body, board.backends)
+            entry = _quarantine_asked(body, board.backends)
         except ClientDisconnect:
             return _no(400, "the request ended early")
         except ValueError as error:
@@ -195,7 +195,7 @@ async def _body(request: Request) -> bytes:
     return body
 
 
-def _fault(body: bytes, backends: frozenset[str]) -> quarantine.Quarantine:
+def _quarantine_asked(body: bytes, backends: frozenset[str]) -> quarantine.Quarantine:
     """The quarantine that a request asks for. Raises ValueError, one sentence."""
     try:
         given = json.loads(body)
@@ -230,10 +230,10 @@ class Serving:
         places = Places(options.connections, options.connections_per_peer)
         self.listen = options.listen
         self.door = Door(places)
-        self._listening = [Listening("http", app, _bound(options.listen, 0o666), self.door)]
+        self._listening = [Listening("http", app, _bound_socket(options.listen, 0o666), self.door)]
         self.where = self._listening[0].where or options.listen
         if options.health is not None:
-            health = _bound(options.health, 0o600)
+            health = _bound_socket(options.health, 0o600)
             self._listening.append(Listening("health", app, health, Door(places)))
         deadline = time.monotonic() + 20
         for each in self._listening:
@@ -262,7 +262,7 @@ class Listening:
         self.where = "" if isinstance(place, str) else f"{place[0]}:{place[1]}"
         config = uvicorn.Config(
             app,
-            http=guarded(door),
+            http=behind_door(door),
             ws="none",
             log_config=None,
             access_log=False,
@@ -303,7 +303,7 @@ class Listening:
                 os.unlink(self._path)
 
 
-def _bound(listen: str, mode: int) -> socket.socket:
+def _bound_socket(listen: str, mode: int) -> socket.socket:
     """A socket that listens there; `mode` is that of a Unix socket's file. Raises Refused."""
     place = address(listen)
     try:

@@ -46,7 +46,7 @@ class StatePlace:
         except OSError as error:
             return f"the state directory {self.path} {_wrong(error)}", False
         os.close(folder)
-        if self._held is not None and self._held == _identity(self.path / LOCK):
+        if self._held is not None and self._held == _file_identity(self.path / LOCK):
             return "", False
         self.release()
         try:
@@ -61,7 +61,7 @@ class StatePlace:
     def _acquire(self) -> None:
         path = self.path / LOCK
         self._lock = state.exclusive(path, "the daemon of this state").acquire()
-        self._held = _identity(path)
+        self._held = _file_identity(path)
 
     def release(self) -> None:
         if self._lock is not None:
@@ -69,7 +69,7 @@ class StatePlace:
         self._lock = self._held = None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _file_identity(path: Path) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except OSError:

@@ -39,7 +39,7 @@ def run(config: configuring.DaemonConfig, load: Callable[[], configuring.DaemonC
         wishes = stack.enter_context(Wishes())
         service.start()
         stack.callback(service.stop)
-        serving = _serve(service, config, stack)
+        serving = _serve_http(service, config, stack)
         where = serving.where if serving else configuring.NOWHERE
         log.info("fp4tune daemon: state %s, http %s", config.state_dir, where)
         notifier.tell("READY=1", f"STATUS={service.status}")
@@ -121,7 +121,7 @@ def _words(status: str) -> str:
     return re.sub(r"\d+", "", status)
 
 
-def _serve(
+def _serve_http(
     service: Service, config: configuring.DaemonConfig, stack: contextlib.ExitStack
 ) -> Serving | None:
     if config.http.listen == configuring.NOWHERE:

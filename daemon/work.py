@@ -61,14 +61,14 @@ def units(
     those that the configuration names; where it names none, those that were published."""
     rows = [c for c in candidates if probe.profile in (None, c.profile)]
     if layers:
-        return list(_named(layers, probe, rows))
+        return list(_unpublished_layers(layers, probe, rows))
     if not rows:
         more = probe.profile, probe.formats, probe.activations, probe.out_dtype, probe.max_m
         return [Unit(None, *more)]
-    return list(_published(probe, rows))
+    return list(_unheld_units(probe, rows))
 
 
-def _named(
+def _unpublished_layers(
     layers: Sequence[AskedLayer], probe: ProbeOptions, rows: Sequence[Candidate]
 ) -> Iterator[Unit]:
     """Of the layers that are named, each that is not published in its own format and activation."""
@@ -86,7 +86,7 @@ def _named(
             yield Unit((layer.n, layer.k), probe.profile, *kinds, probe.out_dtype, probe.max_m)
 
 
-def _published(probe: ProbeOptions, rows: Iterable[Candidate]) -> Iterator[Unit]:
+def _unheld_units(probe: ProbeOptions, rows: Iterable[Candidate]) -> Iterator[Unit]:
     """What was published and does not hold: with the options that it was probed with."""
     by: dict[tuple[tuple[int, int], str, str, str], list[Candidate]] = {}
     for c in rows:

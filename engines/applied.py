@@ -43,7 +43,7 @@ def configured(args: Sequence[str], environ: Mapping[str, str], selection: Selec
     environment."""
     home, kind = selection.home, selection.kind
     given = Configured(tuple(args), environ)
-    asked = _asked(home.engine, given)
+    asked = _option_given(home.engine, given)
     if asked is None and _plugged(selection, environ):
         where = f"fp4tune's plugin, {VARIABLE}={level(environ)}"
         return WouldRun(selection.backend, selection.word, where)
@@ -71,7 +71,7 @@ def assess(
     """
     env = os.environ if environ is None else environ
     runs = configured(args, env, selection)
-    safe, why, tactics = _judged(selection, runs, Configured(tuple(args), env))
+    safe, why, tactics = _proven_and_held(selection, runs, Configured(tuple(args), env))
     return {
         "engine": selection.engine,
         "version": selection.version,
@@ -86,7 +86,9 @@ def assess(
     }
 
 
-def _judged(s: Selection, runs: WouldRun, given: Configured) -> tuple[bool | None, str, str | None]:
+def _proven_and_held(
+    s: Selection, runs: WouldRun, given: Configured
+) -> tuple[bool | None, str, str | None]:
     """(whether that is proven, why, what holds its tactics)."""
     if runs.word is None:
         return (False if runs.clear else None), runs.source, None
@@ -152,7 +154,7 @@ _OPTIONS = {
 }
 
 
-def _asked(engine: str, given: Configured) -> str | None:
+def _option_given(engine: str, given: Configured) -> str | None:
     """The option or variable that the user asks with, None without one."""
     options, variables = _OPTIONS[engine]
     said = given.options()

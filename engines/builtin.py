@@ -22,7 +22,7 @@ def _each(evaluator: Any, function: Any, *series: Any) -> Any:
     return [evaluator.apply(function, items, {}) for items in zip(*series, strict=False)]
 
 
-def _partial(evaluator: Any, function: Any, *args: Any, **named: Any) -> Any:
+def _partial_call(evaluator: Any, function: Any, *args: Any, **named: Any) -> Any:
     return Lifted(lambda ev, *more, **last: ev.apply(function, [*args, *more], {**named, **last}))
 
 
@@ -90,7 +90,7 @@ def _callable(evaluator: Any, value: Any) -> Any:
     return not isinstance(value, str | int | list | tuple | dict | set | None.__class__)
 
 
-def _keep(kind: Callable[..., Any]) -> Lifted:
+def _container_of(kind: Callable[..., Any]) -> Lifted:
     """A container's constructor: what it holds may be unknown."""
 
     def made(evaluator: Any, value: Any = (), **named: Any) -> Any:
@@ -109,14 +109,15 @@ FUNCTIONS: dict[str, Any] = {
     "abs": abs, "enumerate": lambda v, start=0: [list(p) for p in enumerate(v, start)],
     "zip": lambda *a: [tuple(p) for p in zip(*a, strict=False)], "print": lambda *a, **k: None,
     "reversed": lambda v: list(reversed(v)),
-    "list": _keep(list), "tuple": _keep(tuple), "set": _keep(set), "frozenset": _keep(frozenset),
-    "dict": _keep(dict), "all": Lifted(_all), "any": Lifted(_any), "map": Lifted(_each),
+    "list": _container_of(list), "tuple": _container_of(tuple), "set": _container_of(set),
+    "frozenset": _container_of(frozenset), "dict": _container_of(dict),
+    "all": Lifted(_all), "any": Lifted(_any), "map": Lifted(_each),
     "isinstance": Lifted(_isinstance), "hasattr": Lifted(_hasattr), "getattr": Lifted(_getattr),
     "next": Lifted(_next), "callable": Lifted(_callable),
 }  # fmt: skip
 
 NATIVES: dict[str, Any] = {
-    "functools.partial": Lifted(_partial),
+    "functools.partial": Lifted(_partial_call),
     "functools.lru_cache": Lifted(_decorator),
     "functools.cache": Lifted(_decorator),
     "os.path.join": os.path.join,
@@ -140,17 +141,17 @@ def method(value: Any, name: str) -> Any:
     """A method of a plain value; unknown where it is none of the pure ones."""
     for kind, allowed in _METHODS.items():
         if type(value) is kind and name in allowed:
-            return _bound(kind, name, getattr(value, name))
+            return _bound_method(kind, name, getattr(value, name))
     return Unknown(f"a method {name}")
 
 
-def _bound(kind: type, name: str, bound: Callable[..., Any]) -> Any:
+def _bound_method(kind: type, name: str, bound: Callable[..., Any]) -> Any:
     if kind is dict and name in ("items", "keys", "values"):
         return Lifted(lambda evaluator: list(bound()))
     if kind in (list, set, dict):  # what they hold may be unknown
         return Lifted(lambda evaluator, *args, **named: bound(*args, **named))
-    return lambda *args, **named: _kept(bound(*args, **named))
+    return lambda *args, **named: _value_or_unknown(bound(*args, **named))
 
 
-def _kept(value: Any) -> Any:
+def _value_or_unknown(value: Any) -> Any:
     return value if is_known(value) else Unknown("a value")

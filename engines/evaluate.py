@@ -178,7 +178,7 @@ class Evaluator:
         return [*statement.body, *statement.orelse]
 
     def _is_there(self, statement: ast.ImportFrom, module: SourceModule) -> bool:
-        path = _absolute(statement, module)
+        path = _absolute_name(statement, module)
         if not self.tree.python.has_module(path):
             return False
         source = self.tree.module(path)
@@ -196,10 +196,10 @@ class Evaluator:
             if isinstance(statement, ast.Import):
                 path = alias.name if alias.asname else name
                 return self._external(path)
-            path = _absolute(statement, module)
+            path = _absolute_name(statement, module)
             if alias.name in self.facts:
                 return self.facts[alias.name]
-            source = self.tree.module(path) if _same(path, module.name) else None
+            source = self.tree.module(path) if _of_one_package(path, module.name) else None
             if source is not None and source.binding(alias.name):
                 return self.global_value(path, alias.name)
             return self._external(f"{path}.{alias.name}")
@@ -361,7 +361,7 @@ class Evaluator:
         return scope
 
 
-def _absolute(statement: ast.ImportFrom, module: SourceModule) -> str:
+def _absolute_name(statement: ast.ImportFrom, module: SourceModule) -> str:
     """The dotted name of the module that a ``from`` statement names."""
     if not statement.level:
         return statement.module or ""
@@ -370,6 +370,6 @@ def _absolute(statement: ast.ImportFrom, module: SourceModule) -> str:
     return ".".join([*kept, *([statement.module] if statement.module else [])])
 
 
-def _same(path: str, other: str) -> bool:
+def _of_one_package(path: str, other: str) -> bool:
     """Whether two modules are of one package, so that one's source speaks for the other."""
     return path.partition(".")[0] == other.partition(".")[0]

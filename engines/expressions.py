@@ -23,11 +23,11 @@ _COMPARE = {
 }  # fmt: skip
 
 
-def _constant(ev: Any, node: ast.Constant, module: SourceModule, scope: dict[str, Any]) -> Any:
+def _eval_constant(ev: Any, node: ast.Constant, module: SourceModule, scope: dict[str, Any]) -> Any:
     return node.value
 
 
-def _name(ev: Any, node: ast.Name, module: SourceModule, scope: dict[str, Any]) -> Any:
+def _eval_name(ev: Any, node: ast.Name, module: SourceModule, scope: dict[str, Any]) -> Any:
     if node.id in scope:
         return scope[node.id]
     found = ev.global_value(module.name, node.id)
@@ -40,7 +40,7 @@ def _attribute(ev: Any, node: ast.Attribute, module: SourceModule, scope: dict[s
     return ev.attribute(ev.eval(node.value, module, scope), node.attr)
 
 
-def _call(ev: Any, node: ast.Call, module: SourceModule, scope: dict[str, Any]) -> Any:
+def _eval_call(ev: Any, node: ast.Call, module: SourceModule, scope: dict[str, Any]) -> Any:
     function = ev.eval(node.func, module, scope)
     args: list[Any] = []
     for each in node.args:
@@ -88,7 +88,7 @@ def _binop(ev: Any, node: ast.BinOp, module: SourceModule, scope: dict[str, Any]
     return function(left, right)
 
 
-def _compare(ev: Any, node: ast.Compare, module: SourceModule, scope: dict[str, Any]) -> Any:
+def _eval_compare(ev: Any, node: ast.Compare, module: SourceModule, scope: dict[str, Any]) -> Any:
     left = ev.eval(node.left, module, scope)
     for op, other in zip(node.ops, node.comparators, strict=True):
         right = ev.eval(other, module, scope)
@@ -107,14 +107,14 @@ def _ifexp(ev: Any, node: ast.IfExp, module: SourceModule, scope: dict[str, Any]
 
 
 def _tuple(ev: Any, node: ast.Tuple, module: SourceModule, scope: dict[str, Any]) -> Any:
-    return tuple(_list(ev, node, module, scope))
+    return tuple(_eval_list(ev, node, module, scope))
 
 
 def _set(ev: Any, node: ast.Set, module: SourceModule, scope: dict[str, Any]) -> Any:
-    return set(_list(ev, node, module, scope))
+    return set(_eval_list(ev, node, module, scope))
 
 
-def _list(
+def _eval_list(
     ev: Any, node: ast.List | ast.Tuple | ast.Set, module: SourceModule, scope: dict[str, Any]
 ) -> Any:
     found: list[Any] = []
@@ -217,18 +217,18 @@ def _compared(op: ast.cmpop, left: Any, right: Any) -> Any:
 
 
 KINDS: dict[type, Any] = {
-    ast.Constant: _constant,
-    ast.Name: _name,
+    ast.Constant: _eval_constant,
+    ast.Name: _eval_name,
     ast.Attribute: _attribute,
-    ast.Call: _call,
+    ast.Call: _eval_call,
     ast.BoolOp: _boolop,
     ast.UnaryOp: _unaryop,
     ast.BinOp: _binop,
-    ast.Compare: _compare,
+    ast.Compare: _eval_compare,
     ast.IfExp: _ifexp,
     ast.Tuple: _tuple,
     ast.Set: _set,
-    ast.List: _list,
+    ast.List: _eval_list,
     ast.Dict: _dict,
     ast.Subscript: _subscript,
     ast.JoinedStr: _joinedstr,

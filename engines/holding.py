@@ -71,11 +71,11 @@ def holding(
     if home.plugin:
         why = f"{flashinfer} cannot be asked" if flashinfer.there else "FlashInfer is not installed"
     raise NotTaken(
-        f"proven with {_some(tactics)}, and FlashInfer's tuner may pick others: they cannot be "
-        f"pinned, since {why}"
+        f"proven with {_some_tactics(tactics)}, and FlashInfer's tuner may pick others: they "
+        f"cannot be pinned, since {why}"
     )
 
 
-def _some(tactics: Sequence[str]) -> str:
+def _some_tactics(tactics: Sequence[str]) -> str:
     shown = ", ".join(tactics[:3]) + (", ..." if len(tactics) > 3 else "")
     return f"tactic{'s' if len(tactics) > 1 else ''} {shown}"

@@ -62,7 +62,9 @@ class Interpreter:
         self.program = program
         self.paths = None if paths is None else list(paths)
         self._packages = dict(packages or {})
-        self._versions = None if versions is None else {plain(k): v for k, v in versions.items()}
+        self._versions = (
+            None if versions is None else {normal_name(k): v for k, v in versions.items()}
+        )
         self._plugins = plugins
 
     def package(self, name: str) -> str | None:
@@ -91,7 +93,7 @@ class Interpreter:
     def version(self, distribution: str) -> str | None:
         """The installed version of a distribution, None without one."""
         if self._versions is not None:
-            return self._versions.get(plain(distribution))
+            return self._versions.get(normal_name(distribution))
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -107,7 +109,7 @@ class Interpreter:
         return self.program or "this Python"
 
 
-def plain(distribution: str) -> str:
+def normal_name(distribution: str) -> str:
     """A distribution's name as indexes compare it: lower case, runs of ``-_.`` as one dash."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 

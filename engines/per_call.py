@@ -201,7 +201,9 @@ class CallChooser:
         if os.environ.get(APPLIED) == "0":
             return None  # the user said what to run
         for name, value in call.items():
-            if name not in _KNOWN and not _same(value, self._defaults.get(name, inspect._empty)):
+            if name not in _KNOWN and not _is_default(
+                value, self._defaults.get(name, inspect._empty)
+            ):
                 return None
         asked = call.get("backend", self._defaults.get("backend", "auto"))
         if asked != "auto" and asked not in BACKENDS:
@@ -247,7 +249,7 @@ def evidence_against(reader: Reader) -> dict[str, str]:
     return found
 
 
-def _same(value: Any, default: Any) -> bool:
+def _is_default(value: Any, default: Any) -> bool:
     if default is inspect._empty:
         return False
     return value is default or (type(value) is type(default) and bool(value == default))

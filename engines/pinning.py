@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from ..cache.decision import TACTIC
+from ..words import tuples
 from .asked import Configured
 from .names import NAMES
 from .notice import guarded, say_once
@@ -80,13 +81,9 @@ def value(tactic: str) -> Any:
     if tactic == TACTIC:
         return FALLBACK
     try:
-        return _tuples(json.loads(tactic))
+        return tuples(json.loads(tactic))
     except ValueError:
         raise ValueError(f"{tactic!r} is not a FlashInfer tactic") from None
-
-
-def _tuples(found: Any) -> Any:
-    return tuple(_tuples(each) for each in found) if isinstance(found, list) else found
 
 
 def pins_of(selection: Selection) -> PinnedTactics:

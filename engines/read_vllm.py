@@ -189,7 +189,7 @@ class VllmSource:
         if "enable_flashinfer_autotune" not in self.tree.text(_CONFIG):
             return False
         given = configured.options()
-        off = _asked(given).get("enable_flashinfer_autotune") is False
+        off = _kernel_config(given).get("enable_flashinfer_autotune") is False
         level = given.get("--optimization-level", given.get("-O", ""))
         return not (
             off
@@ -262,7 +262,7 @@ class VllmSource:
     def _evaluator(self, kind: LayerKind, configured: Configured) -> Evaluator:
         environ = {**_inherited(), **configured.env}
         given = configured.options()
-        asked = _asked(given)
+        asked = _kernel_config(given)
         linear = given.get(LINEAR) or asked.get("linear_backend") or AUTO
         unknown = [
             option
@@ -396,7 +396,7 @@ def _quants(kind: LayerKind) -> tuple[str, ...]:
     return ("nvfp4_w4a16",) if kind.weight_only else ("nvfp4_w4a4", "nvfp4_w4a16")
 
 
-def _asked(given: Mapping[str, str]) -> dict[str, Any]:
+def _kernel_config(given: Mapping[str, str]) -> dict[str, Any]:
     """The JSON of ``--kernel-config``; empty without one, or where it is none."""
     try:
         found = json.loads(given.get(CONFIG) or "{}")

@@ -140,16 +140,16 @@ def select(
     sm = names.sm_of(scope[0])
     usual = "fp4" if (sm or 0) >= 100 else "bf16"
     kind = LayerKind(sm or 0, format, activation or usual)
-    rows = _rows(reader, "choice", kind, out_dtype)
+    rows = _dense_rows(reader, "choice", kind, out_dtype)
     if not rows and activation is None and usual == "fp4":
         # A checkpoint that is W4A16 is served as W4A16, whatever the GPU could do.
         kind = replace(kind, activation="bf16")
-        rows = _rows(reader, "choice", kind, out_dtype)
+        rows = _dense_rows(reader, "choice", kind, out_dtype)
     wanted = activation or (kind.activation if rows else usual)
     if not rows:
         raise Missing(reader.path, f"no {format} problem with {wanted} activations was probed here")
     proven = _proven(reader, rows, kind, out_dtype)
-    candidates = {row["backend"] for row in _rows(reader, "candidate", kind, out_dtype)}
+    candidates = {row["backend"] for row in _dense_rows(reader, "candidate", kind, out_dtype)}
     measured = sorted(candidates | set(proven))
     trial = _Trial(where, kind, reader, proven, len(rows))
     rejected: dict[str, str] = {}
@@ -188,7 +188,7 @@ def select(
         others={b: proven[b] for b in able if b != chosen},
         rejected=rejected,
         unclear=tuple(unclear),
-        default=_default(where, kind),
+        default=_engine_default(where, kind),
         place=os.path.dirname(os.path.abspath(reader.path)) if reader.path else "",
         notes=_notes(where, kind, chosen),
     )
@@ -236,7 +236,9 @@ class _Trial:
         return setting.with_args(held.args), held
 
 
-def _rows(reader: Reader, table: str, kind: LayerKind, out_dtype: str) -> list[dict[str, Any]]:
+def _dense_rows(
+    reader: Reader, table: str, kind: LayerKind, out_dtype: str
+) -> list[dict[str, Any]]:
     """The dense problems of that kind in the scope of `reader`."""
     scope = reader.scope()
     return [
@@ -274,7 +276,7 @@ def _own_build(
     return next((b for b in same if engine not in names.NAMES[b].note), None)
 
 
-def _default(home: EngineHome, kind: LayerKind) -> str | None:
+def _engine_default(home: EngineHome, kind: LayerKind) -> str | None:
     """What the engine takes by itself."""
     try:
         word = home.source.runs(kind, Configured())

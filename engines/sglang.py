@@ -34,11 +34,11 @@ def _hook() -> None:
 
 def _before_resolving(args: Any, *rest: Any, **named: Any) -> None:
     """Hook before a method of ServerArgs; None leaves its arguments as they are."""
-    _fill_in(args)
+    _fill_in_sglang(args)
 
 
 @plugin.guarded
-def _fill_in(args: Any) -> None:
+def _fill_in_sglang(args: Any) -> None:
     if getattr(args, "_resolution_finished", False):
         return  # a copy in a child process: decided, and sealed
     value = getattr(args, FIELD, None)

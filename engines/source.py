@@ -146,14 +146,14 @@ class SourceTree:
         base = os.path.join(place, *rest.split(".")) if rest else place
         for path, package in ((os.path.join(base, "__init__.py"), True), (base + ".py", False)):
             try:
-                return SourceModule(dotted, _text(path, os.stat(path).st_mtime_ns), package)
+                return SourceModule(dotted, _file_text(path, os.stat(path).st_mtime_ns), package)
             except (OSError, ValueError):
                 continue
         return None
 
 
 @functools.lru_cache(maxsize=64)
-def _text(path: str, changed: int) -> str:
+def _file_text(path: str, changed: int) -> str:
     """The text of a file as it was at `changed`, kept for the next who asks."""
     with open(path, encoding="utf-8") as file:
         return file.read()

@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from .installed import EngineHome
-from .interpreter import Interpreter, plain
+from .interpreter import Interpreter, normal_name
 
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*\(?==\s*([^\s;,)]+)\)?\s*(?:;(.*))?$")
 _LISTENED = ("torch", "triton", "flashinfer-python", "humming-kernels", "nvidia-cudnn-frontend")
@@ -51,8 +51,8 @@ def pins(engine: EngineHome) -> dict[str, str]:
     found = {}
     for line in _requirements(engine):
         match = _PINNED.match(line.strip())
-        if match and "extra" not in (match[3] or "") and plain(match[1]) in _LISTENED:
-            found[plain(match[1])] = match[2]
+        if match and "extra" not in (match[3] or "") and normal_name(match[1]) in _LISTENED:
+            found[normal_name(match[1])] = match[2]
     return found
 
 

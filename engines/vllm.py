@@ -39,7 +39,7 @@ def _wrap() -> None:
 def _configuring(original: Any) -> Any:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _fill_in(self)
+        _fill_in_vllm(self)
         return original(self, *args, **kwargs)
 
     setattr(create_engine_config, _MARK, True)
@@ -47,7 +47,7 @@ def _configuring(original: Any) -> Any:
 
 
 @plugin.guarded
-def _fill_in(args: Any) -> None:
+def _fill_in_vllm(args: Any) -> None:
     explicit = _explicit(args)
     if explicit is not None:
         if os.environ.get(plugin.APPLIED) != "1":

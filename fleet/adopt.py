@@ -39,13 +39,13 @@ def adopt(
     nothing; a file that is older than what was taken of the same signer is refused, and so is one
     that has expired or comes from the future.
     """
-    advice = _read(source, trusted)
+    advice = _read_advice(source, trusted)
     where = state.directory(state_dir)
     here = published.usable(where)
     mine = node_id(where)
     with taken.locked(where):
         known = taken.load(where)
-        _in_turn(advice, known, source)
+        _refuse_older(advice, known, source)
         wanted, ignored, lifted = _wanted(advice, here, known, again)
         present = {(q.backend, q.fingerprint) for q in _present(where) if q.by == _BY}
         # All of them are made, and so checked, before the first is written.
@@ -76,11 +76,11 @@ def adopt(
     }
 
 
-def _read(source: str, trusted: Sequence[signing.Trusted] | None) -> Advice:
+def _read_advice(source: str, trusted: Sequence[signing.Trusted] | None) -> Advice:
     place = Place(source)
     try:
         document = schema.parsed(place.read(most=advisories.MOST_BYTES, links=True), source)
-        advice = advisories.checked(document)
+        advice = advisories.checked_advice(document)
         signing.check(document, trusted)
     except opening.Irregular as error:
         raise Refused(f"{source} is not taken: {error}") from None
@@ -106,7 +106,7 @@ def _day(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
-def _in_turn(advice: Advice, known: taken.Taken, source: str) -> None:
+def _refuse_older(advice: Advice, known: taken.Taken, source: str) -> None:
     """Raises Refused for a file that is older than the last one of its signer."""
     serial, digest = known.serials.get(advice.key or "", (0, ""))
     who = f"of the key {advice.key[:12]}" if advice.key else "without a signature"

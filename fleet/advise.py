@@ -13,7 +13,7 @@ from ..autotune.verdict import statistics
 from ..cache.errors import translate
 from ..errors import UNSAFE, Refused
 from . import promote, report, signing
-from .advisories import FORMAT, MOST_DAYS, VERSION, checked
+from .advisories import FORMAT, MOST_DAYS, VERSION, checked_advice
 from .places import Place
 from .warehouse import Warehouse
 
@@ -90,7 +90,7 @@ def advise(
         "generation": promote.current(events),
     }
     signed = signing.sign(document, key_file) if key_file else signing.unsigned(document)
-    checked(signed)  # what no node would take is not published
+    checked_advice(signed)  # what no node would take is not published
     target = Place(out)
     try:
         target.write((json.dumps(signed, indent=1) + "\n").encode())

@@ -115,7 +115,7 @@ def digest_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(part).encode()).hexdigest()
 
 
-def checked(document: Any) -> Advice:
+def checked_advice(document: Any) -> Advice:
     """What a parsed file says. Its signature and its dates are for the caller to judge.
 
     Raises Unfit for anything that is not as this version writes it.
@@ -126,14 +126,16 @@ def checked(document: Any) -> Advice:
     if type(version) is not int or version != VERSION:
         said = schema.shown(version)
         raise Unfit(f"its schema is {said}, this fp4tune reads {VERSION}")
-    _flat(document)
-    _keys(document, _DOCUMENT, "it")
+    _refuse_nesting(document)
+    _check_keys(document, _DOCUMENT, "it")
     for name in ("fp4tune", "store_digest"):
-        _text(document[name], f"its {name}", 200)
+        _check_printable(document[name], f"its {name}", 200)
     serial = document["serial"]
     if type(serial) is not int or not 0 < serial < 1 << 53:
         raise Unfit("its number is none")
-    created, expires = (_number(document[n], f"its {n}", 0, 1e11) for n in ("created", "expires"))
+    created, expires = (
+        _check_range(document[n], f"its {n}", 0, 1e11) for n in ("created", "expires")
+    )
     if not created < expires <= created + MOST_DAYS * 86400:
         raise Unfit(f"it is not valid for up to {MOST_DAYS:g} days from its making")
     generation = document["generation"]
@@ -143,25 +145,29 @@ def checked(document: Any) -> Advice:
         expires,
         document["key"] if isinstance(document["key"], str) else None,
         digest_of(document),
-        tuple(map(_advisory, _list(document["advisories"], "advisories", MOST_ADVISORIES))),
-        tuple(map(_suspect, _list(document["suspect_gpus"], "suspect GPUs", MOST_CHOICES))),
+        tuple(
+            map(
+                _parsed_advisory, _check_list(document["advisories"], "advisories", MOST_ADVISORIES)
+            )
+        ),
+        tuple(map(_suspect, _check_list(document["suspect_gpus"], "suspect GPUs", MOST_CHOICES))),
         None if generation is None else _generation(generation),
     )
 
 
-def _advisory(row: Any) -> Advisory:
-    _keys(row, _ADVISORY, "an advisory")
+def _parsed_advisory(row: Any) -> Advisory:
+    _check_keys(row, _ADVISORY, "an advisory")
     _matches(row["id"], _ID, "an advisory's id")
     _matches(row["backend"], _BACKEND, "an advisory's backend")
     _matches(row["arch"], schema.ARCH, "an advisory's arch")
     _matches(row["fingerprint"], _SHA, "an advisory's environment")
     if row["code"] is not None:
-        _text(row["code"], "an advisory's code digest", 200)
-    _text(row["gpu"], "an advisory's GPU", schema.TEXT)
-    _text(row["text"], "an advisory's text", schema.TEXT)
-    profiles = _list(row["profiles"], "profiles of an advisory", 100)
+        _check_printable(row["code"], "an advisory's code digest", 200)
+    _check_printable(row["gpu"], "an advisory's GPU", schema.TEXT)
+    _check_printable(row["text"], "an advisory's text", schema.TEXT)
+    profiles = _check_list(row["profiles"], "profiles of an advisory", 100)
     for profile in profiles:
-        _text(profile, "an advisory's profile", 200)
+        _check_printable(profile, "an advisory's profile", 200)
     return Advisory(
         row["id"],
         row["backend"],
@@ -177,7 +183,7 @@ def _suspect(row: Any) -> tuple[str, str]:
     if type(row) is not dict:
         raise Unfit("a suspect GPU is none")
     for name in ("device", "node"):
-        _text(row.get(name), f"a suspect GPU's {name}", 200)
+        _check_printable(row.get(name), f"a suspect GPU's {name}", 200)
     return row["device"], row["node"]
 
 
@@ -189,21 +195,21 @@ def _generation(row: Any) -> FleetGeneration:
         raise Unfit("its generation is none")
     percent = 100.0
     if stage == "canary":
-        percent = _number(row.get("percent"), "the percentage of its canary", 0, 100)
-    choices = _list(row["choices"], "choices", MOST_CHOICES)
+        percent = _check_range(row.get("percent"), "the percentage of its canary", 0, 100)
+    choices = _check_list(row["choices"], "choices", MOST_CHOICES)
     for choice in choices:
         if type(choice) is not dict:
             raise Unfit("a choice is none")
         for name in _CHOICE_TEXTS:
-            _text(choice.get(name), f"a choice's {name}", schema.TEXT)
+            _check_printable(choice.get(name), f"a choice's {name}", schema.TEXT)
         for name in _CHOICE_NUMBERS:
-            _number(choice.get(name), f"a choice's {name}", 0, 1 << 40)
+            _check_range(choice.get(name), f"a choice's {name}", 0, 1 << 40)
         if choice["m_lo"] > choice["m_hi"]:
             raise Unfit("a choice's m_lo is above its m_hi")
     return FleetGeneration(number, stage, percent, tuple(choices))
 
 
-def _flat(value: Any, depth: int = 6) -> None:
+def _refuse_nesting(value: Any, depth: int = 6) -> None:
     """Raises Unfit for nesting that no such file has: what walks through it must not run out of
     stack."""
     if not depth:
@@ -211,21 +217,21 @@ def _flat(value: Any, depth: int = 6) -> None:
     children: Any = value.values() if type(value) is dict else value if type(value) is list else ()
     for child in children:
         if type(child) in (dict, list):
-            _flat(child, depth - 1)
+            _refuse_nesting(child, depth - 1)
 
 
-def _keys(row: Any, wanted: set[str], what: str) -> None:
+def _check_keys(row: Any, wanted: set[str], what: str) -> None:
     if type(row) is not dict or row.keys() != wanted:
         raise Unfit(f"{what} has not exactly the keys of its schema")
 
 
-def _list(value: Any, what: str, most: int) -> list[Any]:
+def _check_list(value: Any, what: str, most: int) -> list[Any]:
     if type(value) is not list or len(value) > most:
         raise Unfit(f"its {what} are no list of up to {most}")
     return value
 
 
-def _text(value: Any, what: str, most: int) -> None:
+def _check_printable(value: Any, what: str, most: int) -> None:
     if not isinstance(value, str) or len(value) > most or not value.isprintable():
         raise Unfit(f"{what} is not a text of up to {most} characters")
 
@@ -235,7 +241,7 @@ def _matches(value: Any, pattern: re.Pattern[str], what: str) -> None:
         raise Unfit(f"{what} is {schema.shown(value)}")
 
 
-def _number(value: Any, what: str, low: float, high: float) -> float:
+def _check_range(value: Any, what: str, low: float, high: float) -> float:
     if type(value) not in (int, float) or not low <= value <= high:
         raise Unfit(f"{what} is not a number from {low:g} to {high:g}")
     return value

@@ -164,7 +164,7 @@ def _library(counts: Mapping[Pair, int]) -> float:
     return _averaged(lambda at: sum(c * _likelihood(p, at) for p, c in items if c))
 
 
-def _some(counts: Mapping[Pair, int]) -> float:
+def _log_some(counts: Mapping[Pair, int]) -> float:
     failing = [(p, c) for p, c in counts.items() if c and p[0]]
     clean = [(p, c) for p, c in counts.items() if c and not p[0]]
     number = sum(c for _, c in failing)
@@ -184,11 +184,11 @@ def _some(counts: Mapping[Pair, int]) -> float:
     return _log_sum([at_share(share) for share in SHARES]) - log(len(SHARES))
 
 
-def _fault(counts: Mapping[Pair, int]) -> float:
+def _log_shared(counts: Mapping[Pair, int]) -> float:
     """log of P(these counts), by a fault that GPUs share; 0 where nothing failed."""
     if not any(c and p[0] for p, c in counts.items()):
         return 0.0
-    return _log_sum([log(OMEGA) + _library(counts), log(KAPPA) + _some(counts)])
+    return _log_sum([log(OMEGA) + _library(counts), log(KAPPA) + _log_some(counts)])
 
 
 def rounded(count: int) -> int:
@@ -230,7 +230,7 @@ def attribute(failing: Sequence[Trials], clean: Mapping[int, int], pi: float = P
         return Attribution(kind, 0.0, blames, ())
     library = log(OMEGA) + _library(counts)
     each_own = sum(log(pi) + own[pair[d.device]] for d in rest)
-    odds = _exp(library - _log_sum([log(KAPPA) + _some(counts), each_own]))
+    odds = _exp(library - _log_sum([log(KAPPA) + _log_some(counts), each_own]))
     if odds >= ODDS and len({d.node for d in rest}) >= LEAST_NODES:
         return Attribution("library", odds, blames, rest)
     if len(rest) <= _FEW:
@@ -263,10 +263,10 @@ def _standing_out(order: Sequence[Pair], own: Mapping[Pair, float], counts: dict
             best, likeliest = at, found
     if best > SHARES[0] * sum(counts.values()):
         # So many failing are no row of coincidences: what some of them share must lose, too.
-        together = _fault(counts)
+        together = _log_shared(counts)
         for key in order[:best]:
             counts[key] -= 1
-        alone = sum(log(PI) + own[key] for key in order[:best]) + _fault(counts)
+        alone = sum(log(PI) + own[key] for key in order[:best]) + _log_shared(counts)
         for key in order[:best]:
             counts[key] += 1
         if _exp(alone - together) < ODDS:
@@ -282,13 +282,13 @@ def _blames(
 ) -> tuple[Blame, ...]:
     if not devices:
         return ()
-    base = _fault(counts)
+    base = _log_shared(counts)
     shared: dict[Pair, float] = {}
     out = []
     for device in devices:
         key = pair[device.device]
         if key not in shared:
-            shared[key] = _fault({**counts, key: counts.get(key, 0) + 1}) - base
+            shared[key] = _log_shared({**counts, key: counts.get(key, 0) + 1}) - base
         odds = _exp(log(PI) + own[key] - shared[key])
         suspect = odds >= ODDS and device.failures >= LEAST_FAILURES
         out.append(Blame(device, suspect, odds, own[key], shared[key]))

@@ -79,7 +79,9 @@ class Bundle:
         try:
             count = 0
             with _opened(self.data) as file:
-                for lines in _lines(_unpacked(file, file.getinfo(f"{table}.ndjson")), table):
+                for lines in _line_chunks(
+                    _member_pieces(file, file.getinfo(f"{table}.ndjson")), table
+                ):
                     # One parse for many lines: a list is what joins them.
                     rows = schema.parsed(b"[" + b",".join(lines) + b"]", table)
                     if len(rows) != len(lines):
@@ -92,7 +94,7 @@ class Bundle:
             raise Refusal(str(error)) from None
 
 
-def _lines(chunks: Iterable[bytes], table: str) -> Iterator[list[bytes]]:
+def _line_chunks(chunks: Iterable[bytes], table: str) -> Iterator[list[bytes]]:
     """Lines without their ends, as many as are parsed together. Raises Unfit for one too long."""
     batch: list[bytes] = []
     size, rest = 0, b""
@@ -152,9 +154,9 @@ def pack(
     signed = signing.sign(manifest, key_file) if key_file else signing.unsigned(manifest)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
-        _add(file, MANIFEST, (json.dumps(signed, indent=1, sort_keys=True) + "\n").encode())
+        _add_member(file, MANIFEST, (json.dumps(signed, indent=1, sort_keys=True) + "\n").encode())
         for name, data in members.items():
-            _add(file, name, data)
+            _add_member(file, name, data)
     return _id(signed), out.getvalue()
 
 
@@ -165,7 +167,7 @@ def fits(data: bytes) -> bool:
     return len(data) <= MOST_PACKED and unpacked <= MOST_UNPACKED
 
 
-def _add(file: zipfile.ZipFile, name: str, data: bytes) -> None:
+def _add_member(file: zipfile.ZipFile, name: str, data: bytes) -> None:
     info = zipfile.ZipInfo(name, _DATE)
     info.external_attr = 0o644 << 16
     packed = zipfile.ZIP_STORED if name.endswith(".parquet") else zipfile.ZIP_DEFLATED
@@ -283,7 +285,7 @@ def _check_directory(data: bytes) -> None:
         raise Unfit("it has more members than a bundle")
 
 
-def _unpacked(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
+def _member_pieces(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
     """A member's bytes, a little at a time. Raises Unfit where they are not as many as the zip
     file declares, before more than that are read."""
     # Asked for one byte more than declared, zipfile shows whether there is more.
@@ -301,7 +303,7 @@ def _unpacked(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
 
 
 def _manifest(file: zipfile.ZipFile) -> bytes:
-    return b"".join(_unpacked(file, file.getinfo(MANIFEST)))
+    return b"".join(_member_pieces(file, file.getinfo(MANIFEST)))
 
 
 def _check_manifest(manifest: Any) -> None:
@@ -344,7 +346,7 @@ def _check_members(manifest: Mapping[str, Any], file: zipfile.ZipFile) -> None:
     digests = {}
     for name, info in infos.items():
         sha = hashlib.sha256()
-        for chunk in _unpacked(file, info):
+        for chunk in _member_pieces(file, info):
             sha.update(chunk)
         digests[name] = sha.hexdigest()
         if files[name]["sha256"] != digests[name]:

@@ -138,11 +138,11 @@ def probe_here(name: str, shared: bool, arguments: Sequence[str], limit: float) 
             return {"status": status, "reason": reason or str(error), "data": None}
         if not rows["evidence"]:
             return {"status": status, "reason": reason, "data": None}
-        _, data = bundle.pack(rows, _identity(name, shared), round(time.time(), 3))
+        _, data = bundle.pack(rows, _node_id(name, shared), round(time.time(), 3))
         return {"status": status, "reason": reason, "data": data}
 
 
-def _identity(name: str, shared: bool) -> str:
+def _node_id(name: str, shared: bool) -> str:
     """The machine's own node id; with several Ray nodes on it, one derived from that for each."""
     own = export.node_id(state.directory())
     if not shared:
@@ -176,14 +176,14 @@ def probe(
     have = set(place.names(NOTES, _folder(order.name)))
     result.before = [t.name for t in found if _note(t) in have]
     start = time.monotonic()
-    _run(ray, [t for t in found if _note(t) not in have], place, order, result, say)
+    _run_tasks(ray, [t for t in found if _note(t) not in have], place, order, result, say)
     result.seconds = round(time.monotonic() - start, 1)
     result.done.sort(key=lambda row: row["task"])
     result.failed.sort(key=lambda row: row["task"])
     return result
 
 
-def _run(
+def _run_tasks(
     ray: Any, todo: Sequence[Task], place: Place, order: Order, result: Campaign, say: Say
 ) -> None:
     """Start all of them, and take what comes as it comes."""
@@ -202,12 +202,14 @@ def _run(
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(0.0, min(left, 5.0)))
         for reference in ready:
             task = waiting.pop(reference)
-            _settle(task, _answer(ray, reference), place, result, say)
+            _store_answer(task, _answer(ray, reference), place, result, say)
         if not ready and left <= 0:
             for reference, task in waiting.items():
                 ray.cancel(reference, force=True)
                 why = f"no answer within {order.limit + order.grace:g} s"
-                _settle(task, {"status": "hung", "reason": why, "data": None}, place, result, say)
+                _store_answer(
+                    task, {"status": "hung", "reason": why, "data": None}, place, result, say
+                )
             return
 
 
@@ -223,17 +225,17 @@ def _answer(ray: Any, reference: Any) -> dict[str, Any]:
         errors.ObjectLostError,
         errors.RaySystemError,
     ) as error:
-        return {"status": "died", "reason": _first(error), "data": None}
+        return {"status": "died", "reason": _error_in_a_line(error), "data": None}
     except errors.RayError as error:
-        return {"status": "failed", "reason": _first(error), "data": None}
+        return {"status": "failed", "reason": _error_in_a_line(error), "data": None}
 
 
-def _first(error: Exception) -> str:
+def _error_in_a_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_SAID]
 
 
-def _settle(
+def _store_answer(
     task: Task, answer: Mapping[str, Any], place: Place, result: Campaign, say: Say
 ) -> None:
     """Put what a task brought into the store, and note it as done if it is."""

@@ -60,7 +60,7 @@ def node_id(state_dir: Path) -> str:
     """
     path = state_dir / NODE
     try:
-        text = _text(path)
+        text = _beginning(path)
         if text is None:
             state_dir.mkdir(parents=True, exist_ok=True)
             temporary = state_dir / f".{NODE}.{secrets.token_hex(8)}"
@@ -71,7 +71,7 @@ def node_id(state_dir: Path) -> str:
                 pass
             finally:
                 temporary.unlink()
-            text = _text(path)
+            text = _beginning(path)
     except OSError as error:
         raise translate(error, path) from error
     if text is None or not _NODE.fullmatch(text):
@@ -79,7 +79,7 @@ def node_id(state_dir: Path) -> str:
     return text.strip()
 
 
-def _text(path: Path) -> str | None:
+def _beginning(path: Path) -> str | None:
     try:
         with path.open(encoding="ascii", errors="replace") as file:
             return file.read(64)
@@ -110,14 +110,14 @@ def rows_of(state_dir: Path) -> NodeTables:
     rows: dict[str, list[dict[str, Any]]] = {}
     skipped: dict[str, Counter[str]] = {}
     for table in schema.TABLES:
-        flat, odd = _flat(table, found[table])
+        flat, odd = _exportable(table, found[table])
         rows[table], unfit = schema.fitting(table, flat)
         skipped[table] = odd + unfit + _newest(table, rows)
     _drop_orphans(rows, skipped)
     return NodeTables(rows, {table: dict(why) for table, why in skipped.items() if why})
 
 
-def _flat(table: str, found: Sequence[Any]) -> tuple[list[dict[str, Any]], Counter[str]]:
+def _exportable(table: str, found: Sequence[Any]) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Rows as a bundle has them, without those that hold what no bundle can."""
     rows, odd = [], Counter[str]()
     for row in found:

@@ -72,7 +72,7 @@ def merge(
     have = set(shard.indexed(place)["bundle"])
     result = Merged(into)
     seen: set[str] = set()
-    for part in _parts(sources, Into(into, have, trusted), jobs):
+    for part in _merged_chunks(sources, Into(into, have, trusted), jobs):
         for _, identity, rows in part["taken"]:
             if identity in seen or identity in have:
                 result.known += 1
@@ -125,9 +125,11 @@ def _tidy(place: Place) -> None:
             place.tidy(*folder)
 
 
-def _parts(sources: Iterable[str], into: Into, jobs: int | None) -> Iterator[dict[str, Any]]:
+def _merged_chunks(
+    sources: Iterable[str], into: Into, jobs: int | None
+) -> Iterator[dict[str, Any]]:
     """What each chunk of sources came to; in processes where there is work for several."""
-    files = _files(sources)
+    files = _bundle_files(sources)
     cores = len(os.sched_getaffinity(0)) if jobs is None else max(1, jobs)
     chunks = _chunks(files)
     first = next(chunks, [])
@@ -141,7 +143,9 @@ def _parts(sources: Iterable[str], into: Into, jobs: int | None) -> Iterator[dic
     # Spawned, not forked: Arrow and fsspec have threads here.
     context = multiprocessing.get_context("spawn")
     start = (os.getpid(), into)
-    with ProcessPoolExecutor(cores, mp_context=context, initializer=_start, initargs=start) as p:
+    with ProcessPoolExecutor(
+        cores, mp_context=context, initializer=_start_process, initargs=start
+    ) as p:
         waiting: set[Future[dict[str, Any]]] = set()
         for chunk in _before(first, chunks):
             waiting.add(p.submit(_take, chunk))
@@ -160,7 +164,7 @@ _into: list[Into] = []
 """Where a worker process puts what it takes: one, set when it starts."""
 
 
-def _start(parent: int, into: Into) -> None:
+def _start_process(parent: int, into: Into) -> None:
     die_with_parent(parent)
     _into[:] = [into]
 
@@ -197,7 +201,7 @@ def take(sources: Sequence[Source], into: Into) -> dict[str, Any]:
         except bundle.Refusal as refusal:
             refused.append((source.path, str(refusal)))
         except OSError as error:
-            raise _unwritten(open_shard.place, error) from None
+            raise _cannot_write(open_shard.place, error) from None
         if open_shard.full:
             _close(open_shard)
     _close(open_shard)
@@ -208,10 +212,10 @@ def _close(open_shard: shard.Shard) -> None:
     try:
         open_shard.close()
     except OSError as error:
-        raise _unwritten(open_shard.place, error) from None
+        raise _cannot_write(open_shard.place, error) from None
 
 
-def _unwritten(place: Place, error: OSError) -> Refused:
+def _cannot_write(place: Place, error: OSError) -> Refused:
     return Refused(f"the store {place.url} cannot be written: {error}")
 
 
@@ -224,7 +228,7 @@ def add(data: bytes, into: str, trusted: Sequence[Trusted] | None = None) -> str
     try:
         open_shard.add(found)
     except OSError as error:
-        raise _unwritten(place, error) from None
+        raise _cannot_write(place, error) from None
     if found.id not in set(shard.indexed(place)["bundle"]):
         _close(open_shard)
     return found.id
@@ -245,7 +249,7 @@ class Source:
         return Place(self.path).read(most=bundle.MOST_PACKED, links=self.named)
 
 
-def _files(sources: Iterable[str]) -> Iterator[Source]:
+def _bundle_files(sources: Iterable[str]) -> Iterator[Source]:
     """The files that `sources` name; a folder stands for every bundle directly in it."""
     for source in sources:
         if "://" not in source:

@@ -177,7 +177,10 @@ def attributed(warehouse: Warehouse) -> list[ExplainedSeries]:
         place = tuple(row[name] for name in key)
         if place in failing:
             clean.setdefault(place, {})[row["trials"]] = row["gpus"]
-    first = [_series(place, devices, clean.get(place, {})) for place, devices in failing.items()]
+    first = [
+        _explained_series(place, devices, clean.get(place, {}))
+        for place, devices in failing.items()
+    ]
     # A GPU that is bad somewhere is no witness against a build elsewhere.
     bad = {row["device"] for row in suspect_gpus(first)}
     gpus = warehouse.rows("SELECT count(DISTINCT device) AS n FROM counted")[0]["n"]
@@ -195,7 +198,7 @@ def attributed(warehouse: Warehouse) -> list[ExplainedSeries]:
     return out
 
 
-def _series(
+def _explained_series(
     place: Sequence[Any], devices: Sequence[attribution.Trials], clean: Mapping[int, int]
 ) -> ExplainedSeries:
     found = attribution.attribute(devices, clean)
@@ -249,7 +252,7 @@ def suspect_builds(series: Sequence[ExplainedSeries]) -> list[dict[str, Any]]:
             continue
         key = tuple(each.cohort[name] for name in COHORT)
         entry = out.setdefault(key, {**each.cohort, "seen": []})
-        entry["seen"].append(_seen(each))
+        entry["seen"].append(_series_document(each))
     return list(out.values())
 
 
@@ -262,13 +265,13 @@ def undetermined(series: Sequence[ExplainedSeries], suspects: set[str]) -> list[
             left |= {d.device for d in each.found.rest}
         left -= suspects
         if left:
-            row = {**each.cohort, **_seen(each), "gpus_failing": len(left)}
+            row = {**each.cohort, **_series_document(each), "gpus_failing": len(left)}
             row["devices"] = sorted(left)[:20]
             out.append(row)
     return out
 
 
-def _seen(each: ExplainedSeries) -> dict[str, Any]:
+def _series_document(each: ExplainedSeries) -> dict[str, Any]:
     rest = each.found.rest
     return {
         "regime": each.regime,
@@ -288,8 +291,8 @@ def slow_gpus(warehouse: Warehouse) -> list[dict[str, Any]]:
     for row in warehouse.rows(_SLOW):
         key = tuple(row[name] for name in COHORT)
         cells.setdefault(key, []).append((row["device"], row["node"], row["d"], row["buckets"]))
-    names = {_short(key): key for key in cells}
-    found = slow.outliers({_short(key): rows for key, rows in cells.items()})
+    names = {_joined_key(key): key for key in cells}
+    found = slow.outliers({_joined_key(key): rows for key, rows in cells.items()})
     out = []
     for each in found:
         cohort = dict(zip(COHORT, names[each.cohort], strict=True))
@@ -298,5 +301,5 @@ def slow_gpus(warehouse: Warehouse) -> list[dict[str, Any]]:
     return out
 
 
-def _short(key: Sequence[Any]) -> str:
+def _joined_key(key: Sequence[Any]) -> str:
     return "\t".join("" if part is None else str(part) for part in key)

@@ -148,7 +148,7 @@ def columns_of(table: str, rows: Sequence[Any]) -> dict[str, list[Any]]:
     out = {}
     for name, kind in kinds.items():
         values = [row[name] for row in rows]
-        _check(kind, values, f"{table}.{name}")
+        _check_values(kind, values, f"{table}.{name}")
         out[name] = values
     if "m_lo" in kinds and any(a > b for a, b in zip(out["m_lo"], out["m_hi"], strict=True)):
         raise Unfit(f"{table}: m_lo is above m_hi")
@@ -173,7 +173,7 @@ def fitting(table: str, rows: Sequence[Any]) -> tuple[list[Any], Counter[str]]:
     return kept, reasons
 
 
-def _check(kind: str, values: list[Any], where: str) -> None:
+def _check_values(kind: str, values: list[Any], where: str) -> None:
     if kind[-1] == "?":
         kind = kind[:-1]
         values = [v for v in values if v is not None]
@@ -199,32 +199,32 @@ def _word(kind: str, value: str, where: str) -> None:
         raise Unfit(f"{where}: {shown(value)} is no {kind}")
 
 
-def _text(kind: str, value: str, where: str) -> None:
+def _check_text(kind: str, value: str, where: str) -> None:
     if len(value) > TEXT or not value.isprintable():
         raise Unfit(f"{where}: longer than {TEXT} characters, or not printable")
 
 
-def _name(kind: str, value: str, where: str) -> None:
+def _check_name(kind: str, value: str, where: str) -> None:
     if not 0 < len(value) <= 200 or not value.isprintable():
         raise Unfit(f"{where}: {shown(value)} is not a name")
 
 
-def _arch(kind: str, value: str, where: str) -> None:
+def _check_arch(kind: str, value: str, where: str) -> None:
     if not ARCH.fullmatch(value):
         raise Unfit(f"{where}: {shown(value)} is not an architecture")
 
 
-def _digest(kind: str, value: str, where: str) -> None:
+def _check_digest(kind: str, value: str, where: str) -> None:
     if len(value) != 64 or not _HEX.issuperset(value):
         raise Unfit(f"{where}: {shown(value)} is not a SHA-256")
 
 
-def _number(kind: str, value: str, where: str) -> None:
+def _check_number(kind: str, value: str, where: str) -> None:
     if len(value) > 24 or not (value.isascii() and value.isdigit()):
         raise Unfit(f"{where}: {shown(value)} is not a whole number")
 
 
-def _json(kind: str, value: str, where: str) -> None:
+def _check_json(kind: str, value: str, where: str) -> None:
     if len(value) > JSON:
         raise Unfit(f"{where}: longer than {JSON} characters")
     try:
@@ -234,8 +234,8 @@ def _json(kind: str, value: str, where: str) -> None:
     parsed(value, where)
 
 
-def _device(kind: str, value: str, where: str) -> None:
-    _json(kind, value, where)
+def _check_device(kind: str, value: str, where: str) -> None:
+    _check_json(kind, value, where)
     device = parsed(value, where)
     if type(device) is not dict:
         raise Unfit(f"{where}: not an object")
@@ -248,13 +248,13 @@ def _device(kind: str, value: str, where: str) -> None:
 
 
 _FITS: Mapping[str, Callable[[str, str, str], None]] = {
-    "text": _text,
-    "name": _name,
-    "arch": _arch,
-    "digest": _digest,
-    "number": _number,
-    "json": _json,
-    "device": _device,
+    "text": _check_text,
+    "name": _check_name,
+    "arch": _check_arch,
+    "digest": _check_digest,
+    "number": _check_number,
+    "json": _check_json,
+    "device": _check_device,
 }
 
 

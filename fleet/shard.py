@@ -73,7 +73,7 @@ def staged(bundle: Bundle) -> Staged:
         for print_, arch, facts in zip(
             piece["fingerprint"], piece["arch"], piece["facts"], strict=True
         ):
-            environments[print_] = arch, _code(facts)
+            environments[print_] = arch, _code_digest(facts)
         if len(environments) > schema.MOST_FEW:
             raise Refusal(f"it has more than {schema.MOST_FEW} environments")
         piece["code"] = [environments[print_][1] for print_ in piece["fingerprint"]]
@@ -81,7 +81,7 @@ def staged(bundle: Bundle) -> Staged:
     runs: dict[str, tuple[str, str]] = {}
     for piece in bundle.pieces("run"):
         for run, device in zip(piece["id"], piece["device"], strict=True):
-            runs[run] = _device(device, bundle.node)
+            runs[run] = _device_id(device, bundle.node)
         if len(runs) > schema.MOST_FEW:
             raise Refusal(f"it has more than {schema.MOST_FEW} runs")
     counts = dict.fromkeys(runs, 0)
@@ -107,13 +107,13 @@ def staged(bundle: Bundle) -> Staged:
         piece["device_id"] = [runs[run][0] for run in piece["id"]]
         piece["gpu"] = [runs[run][1] for run in piece["id"]]
         piece["rows"] = [counts[run] for run in piece["id"]]
-        yield "run", "", _told(piece, bundle)
+        yield "run", "", _with_origin(piece, bundle)
     for piece in bundle.pieces("choice"):
         yield from _by_arch("choice", piece, piece["arch"], bundle)
 
 
 def _by_arch(table: str, piece: Columns, archs: list[str], bundle: Bundle) -> Staged:
-    told = _told(piece, bundle)
+    told = _with_origin(piece, bundle)
     kinds = set(archs)
     if len(kinds) == 1:
         yield table, archs[0], told
@@ -126,18 +126,18 @@ def _by_arch(table: str, piece: Columns, archs: list[str], bundle: Bundle) -> St
         yield table, kind, part
 
 
-def _told(piece: Columns, bundle: Bundle) -> Columns:
+def _with_origin(piece: Columns, bundle: Bundle) -> Columns:
     count = len(next(iter(piece.values())))
     return {**piece, "bundle": [bundle.id] * count, "node": [bundle.node] * count}
 
 
-def _device(text: str, node: str) -> tuple[str, str]:
+def _device_id(text: str, node: str) -> tuple[str, str]:
     """(the GPU's UUID, or the node for what has none; the model)."""
     device = schema.parsed(text, "run.device")
     return device.get("uuid") or f"cpu-{node}", device.get("name") or device.get("gpu") or "unknown"
 
 
-def _code(facts: str) -> str | None:
+def _code_digest(facts: str) -> str | None:
     found = schema.parsed(facts, "environment.facts")
     code = found.get("code") if type(found) is dict else None
     return code if isinstance(code, str) and len(code) <= 200 and code.isprintable() else None
@@ -154,14 +154,14 @@ def _failures(piece: Columns) -> None:
             detail = schema.parsed(text, "evidence.detail")
             said = detail if type(detail) is dict else {}
             bad = (
-                _count(said.get("bad_launches"), launches),
-                _count(said.get("bad_problems"), problems),
+                _failures_at_most(said.get("bad_launches"), launches),
+                _failures_at_most(said.get("bad_problems"), problems),
             )
         piece["bad_launches"].append(bad[0])
         piece["bad_problems"].append(bad[1])
 
 
-def _count(value: Any, most: int) -> int:
+def _failures_at_most(value: Any, most: int) -> int:
     """1 where a failure was not counted (a crash, a hang); never more than there were."""
     return max(1, min(value, most)) if type(value) is int else 1
 

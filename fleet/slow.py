@@ -47,12 +47,12 @@ def outliers(
         return []
     limit = NormalDist().inv_cdf(1 - alpha / tests)
     return sorted(
-        (slow for name, rows in cohorts.items() for slow in _of(name, rows, limit)),
+        (slow for name, rows in cohorts.items() for slow in _slow_of_cohort(name, rows, limit)),
         key=lambda slow: (-slow.factor, slow.device),
     )
 
 
-def _of(
+def _slow_of_cohort(
     cohort: str, rows: Iterable[tuple[str, str, float, int]], limit: float
 ) -> Iterable[SlowGpu]:
     rows = list(rows)

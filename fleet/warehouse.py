@@ -84,7 +84,7 @@ class Warehouse:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> Refused:
-        return Refused(f"the store {self.place.url} cannot be read: {_first_line(error)}")
+        return Refused(f"the store {self.place.url} cannot be read: {_first_line_of_error(error)}")
 
     def bundles(self) -> list[str]:
         """The ids of all bundles, sorted."""
@@ -172,5 +172,5 @@ class Warehouse:
         return [self.place.fs.unstrip_protocol(path) for path in paths]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line_of_error(error: Exception) -> str:
     return str(error).splitlines()[0][:200]

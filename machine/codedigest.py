@@ -86,9 +86,9 @@ def combined(
         try:
             compiled = [] if compiler is None else _ptx(os.fspath(path), compiler.sm)
             ptx += compiled
-            found, count, how = _code(os.fspath(path), bool(compiled))
+            found, count, how = _code_hashes(os.fspath(path), bool(compiled))
         except (elf.BadElf, OSError, subprocess.SubprocessError, NoCode) as error:
-            return CodeDigest(None, 0, f"{os.path.basename(path)}: {_sentence(error)}")
+            return CodeDigest(None, 0, f"{os.path.basename(path)}: {_tool_failure(error)}")
         words += found
         kernels += count
         if how not in hows:
@@ -110,7 +110,7 @@ class NoCode(Exception):
     """There is code we cannot get at, or none at all."""
 
 
-def _code(path: str, ptx: bool = False) -> tuple[list[str], int, str]:
+def _code_hashes(path: str, ptx: bool = False) -> tuple[list[str], int, str]:
     """(a hash per kernel or text section, how many kernels, how they were found). Nothing but PTX
     is enough where that is digested, too."""
     with mapped(path) as data:
@@ -125,7 +125,7 @@ def _code(path: str, ptx: bool = False) -> tuple[list[str], int, str]:
             if not text:
                 raise NoCode("the file has no machine code")
             return [_hash(data, s) for s in text], 0, "host text"
-        images = [image for module in _modules(data, parsed) for image in module]
+        images = [image for module in _fatbin_images(data, parsed) for image in module]
         if images and all(image.ptx for image in images):
             if ptx:
                 return [], 0, "PTX"
@@ -145,7 +145,7 @@ def _ptx(path: str, sm: int) -> list[str]:
     `sm` GPU: as it is stored, so that another compression counts as another code."""
     found = []
     with mapped(path) as data:
-        for module in _modules(data, elf.parse(data)):
+        for module in _fatbin_images(data, elf.parse(data)):
             word, image = fatbin.coverage(module, sm)
             if word == fatbin.DRIVER and image is not None:
                 begin, end = image.data
@@ -153,7 +153,7 @@ def _ptx(path: str, sm: int) -> list[str]:
     return found
 
 
-def _modules(data: memoryview, parsed: elf.Elf) -> Iterator[list[fatbin.Image]]:
+def _fatbin_images(data: memoryview, parsed: elf.Elf) -> Iterator[list[fatbin.Image]]:
     """The images of each fatbin of a host library; none of a cubin."""
     for section in () if parsed.machine == elf.EM_CUDA else fatbins(parsed):
         yield from fatbin.modules(data, section.offset, section.offset + section.size)
@@ -235,7 +235,7 @@ def mapped(path: str) -> Iterator[memoryview]:
                 mapped.close()
 
 
-def _sentence(error: Exception) -> str:
+def _tool_failure(error: Exception) -> str:
     if isinstance(error, subprocess.TimeoutExpired):
         return f"{TOOL} took longer than {TIMEOUT:g} s"
     if isinstance(error, OSError):

@@ -48,7 +48,7 @@ def hardware(which: int | str | None, environ: Mapping[str, str] | None = None) 
     memory_bytes, mig, ecc, power_cap_w, compute_mode, mps.
     """
     env = os.environ if environ is None else environ
-    return cpu() if which is None else _gpu(which, env)
+    return cpu() if which is None else _gpu_facts(which, env)
 
 
 def cpu() -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _cpuinfo() -> dict[str, str]:
     return found
 
 
-def _gpu(which: int | str, environ: Mapping[str, str]) -> dict[str, Any]:
+def _gpu_facts(which: int | str, environ: Mapping[str, str]) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "cuda"}
     try:
         node = visible.node(driver.ask("gpus"))

@@ -58,14 +58,14 @@ def gpus(_: str | None) -> list[dict[str, Any]]:
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        place = _ask("nvmlDeviceGetPciInfo", handle)
+        place = _nvml_answer("nvmlDeviceGetPciInfo", handle)
         found.append(
             {
-                "uuid": _text(nvml.nvmlDeviceGetUUID(handle)),
-                "name": _text(nvml.nvmlDeviceGetName(handle)),
+                "uuid": _decoded_string(nvml.nvmlDeviceGetUUID(handle)),
+                "name": _decoded_string(nvml.nvmlDeviceGetName(handle)),
                 "sm": 10 * major + minor,
-                "bus": None if place is None else _text(place.busId),
-                "mig": _instances(handle),
+                "bus": None if place is None else _decoded_string(place.busId),
+                "mig": _mig_instances(handle),
             }
         )
     return found
@@ -75,14 +75,17 @@ def facts(gpu: str | None) -> dict[str, Any]:
     """What evidence of a GPU depends on: uuid, gpu (the model), driver, memory_bytes, mig, ecc,
     power_cap_w, compute_mode. A fact that cannot be asked is None."""
     own, whole = _handles(gpu)
-    memory = _ask("nvmlDeviceGetMemoryInfo", own)
-    mig, ecc = _ask("nvmlDeviceGetMigMode", whole), _ask("nvmlDeviceGetEccMode", whole)
-    power = _ask("nvmlDeviceGetPowerManagementLimit", whole)
-    compute = _ask("nvmlDeviceGetComputeMode", whole)
+    memory = _nvml_answer("nvmlDeviceGetMemoryInfo", own)
+    mig, ecc = (
+        _nvml_answer("nvmlDeviceGetMigMode", whole),
+        _nvml_answer("nvmlDeviceGetEccMode", whole),
+    )
+    power = _nvml_answer("nvmlDeviceGetPowerManagementLimit", whole)
+    compute = _nvml_answer("nvmlDeviceGetComputeMode", whole)
     return {
-        "uuid": _text(_ask("nvmlDeviceGetUUID", own)),
-        "gpu": _text(_ask("nvmlDeviceGetName", own)),
-        "driver": _text(_ask("nvmlSystemGetDriverVersion")),
+        "uuid": _decoded_string(_nvml_answer("nvmlDeviceGetUUID", own)),
+        "gpu": _decoded_string(_nvml_answer("nvmlDeviceGetName", own)),
+        "driver": _decoded_string(_nvml_answer("nvmlSystemGetDriverVersion")),
         "memory_bytes": None if memory is None else int(memory.total),
         "mig": None if mig is None else bool(mig[0]),
         "ecc": None if ecc is None else bool(ecc[0]),
@@ -95,17 +98,17 @@ def health(gpu: str | None) -> dict[str, Any]:
     """How a GPU is at this moment: sm_mhz, memory_mhz, temperature_c, power_w, slowed (names of
     active `SLOWDOWNS`), ecc (uncorrected errors since the driver was loaded)."""
     _, whole = _handles(gpu)
-    reasons = _ask("nvmlDeviceGetCurrentClocksThrottleReasons", whole)
-    power = _ask("nvmlDeviceGetPowerUsage", whole)
+    reasons = _nvml_answer("nvmlDeviceGetCurrentClocksThrottleReasons", whole)
+    power = _nvml_answer("nvmlDeviceGetPowerUsage", whole)
     bits = {name: getattr(nvml, f"nvmlClocksThrottleReason{name}", 0) for name in SLOWDOWNS}
     slowed = [name for name, bit in bits.items() if (reasons or 0) & bit]
     return {
-        "sm_mhz": _ask("nvmlDeviceGetClockInfo", whole, nvml.NVML_CLOCK_SM),
-        "memory_mhz": _ask("nvmlDeviceGetClockInfo", whole, nvml.NVML_CLOCK_MEM),
-        "temperature_c": _ask("nvmlDeviceGetTemperature", whole, nvml.NVML_TEMPERATURE_GPU),
+        "sm_mhz": _nvml_answer("nvmlDeviceGetClockInfo", whole, nvml.NVML_CLOCK_SM),
+        "memory_mhz": _nvml_answer("nvmlDeviceGetClockInfo", whole, nvml.NVML_CLOCK_MEM),
+        "temperature_c": _nvml_answer("nvmlDeviceGetTemperature", whole, nvml.NVML_TEMPERATURE_GPU),
         "power_w": None if power is None else power / 1000,
         "slowed": None if reasons is None else slowed,
-        "ecc": _ask("nvmlDeviceGetTotalEccErrors", whole, *_uncorrected()),
+        "ecc": _nvml_answer("nvmlDeviceGetTotalEccErrors", whole, *_uncorrected()),
     }
 
 
@@ -158,36 +161,36 @@ def _handles(gpu: str | None) -> tuple[Any, Any]:
     try:
         own = nvml.nvmlDeviceGetHandleByUUID(gpu)
     except nvml.NVMLError as by_uuid:
-        own = _listed(str(gpu))
+        own = _handle_by_place(str(gpu))
         if own is None:
             lost = isinstance(by_uuid, nvml.NVMLError_GpuIsLost)
-            raise Unasked("refused" if lost else "unknown", _said(by_uuid)) from None
+            raise Unasked("refused" if lost else "unknown", _error_and_type(by_uuid)) from None
     if not str(gpu).startswith("MIG-"):
         return own, own
-    whole = _ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", own)
+    whole = _nvml_answer("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", own)
     return own, own if whole is None else whole
 
 
-def _listed(gpu: str) -> Any:
+def _handle_by_place(gpu: str) -> Any:
     """The handle of a GPU by its place among all, for a driver that finds none by its UUID."""
-    for index in range(_ask("nvmlDeviceGetCount") or 0):
-        handle = _ask("nvmlDeviceGetHandleByIndex", index)
-        if handle is not None and _text(_ask("nvmlDeviceGetUUID", handle)) == gpu:
+    for index in range(_nvml_answer("nvmlDeviceGetCount") or 0):
+        handle = _nvml_answer("nvmlDeviceGetHandleByIndex", index)
+        if handle is not None and _decoded_string(_nvml_answer("nvmlDeviceGetUUID", handle)) == gpu:
             return handle
     return None
 
 
-def _instances(handle: Any) -> list[dict[str, str]] | None:
+def _mig_instances(handle: Any) -> list[dict[str, str]] | None:
     """The MIG instances of a GPU in NVML's order; None where MIG is off."""
-    mode = _ask("nvmlDeviceGetMigMode", handle)
+    mode = _nvml_answer("nvmlDeviceGetMigMode", handle)
     if mode is None or not mode[0]:
         return None
     found = []
-    for index in range(_ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
-        one = _ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-        uuid = None if one is None else _text(_ask("nvmlDeviceGetUUID", one))
+    for index in range(_nvml_answer("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+        one = _nvml_answer("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+        uuid = None if one is None else _decoded_string(_nvml_answer("nvmlDeviceGetUUID", one))
         if uuid is not None:
-            name = _text(_ask("nvmlDeviceGetName", one))
+            name = _decoded_string(_nvml_answer("nvmlDeviceGetName", one))
             found.append({"uuid": uuid, "name": name or "a MIG instance"})
     return found
 
@@ -227,7 +230,7 @@ def _listen(handle: Any) -> tuple[Any, dict[int, str]]:
         return None, {}
 
 
-def _ask(name: str, *arguments: Any) -> Any:
+def _nvml_answer(name: str, *arguments: Any) -> Any:
     """The answer of one of NVML's functions, or None: the GPU does not have it, or driver or pynvml
     are too old to say."""
     try:
@@ -248,12 +251,12 @@ def _supported(function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def _text(value: Any) -> Any:
+def _decoded_string(value: Any) -> Any:
     """A string of NVML's, whose older bindings give bytes; None stays."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _said(error: Exception) -> str:
+def _error_and_type(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -267,7 +270,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     except Unasked as error:
         reply.update(error=str(error), kind=error.kind)
     except Exception as error:
-        reply.update(error=_said(error), kind="refused")
+        reply.update(error=_error_and_type(error), kind="refused")
     return reply
 
 

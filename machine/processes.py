@@ -54,7 +54,9 @@ def adopt_orphans() -> None:
 
 def children(pid: int) -> list[int]:
     """The living processes whose parent is `pid`."""
-    return [child for child, parent, state in _table() if parent == pid and state not in "ZX"]
+    return [
+        child for child, parent, state in _process_table() if parent == pid and state not in "ZX"
+    ]
 
 
 def descendants(pid: int) -> list[int]:
@@ -63,7 +65,7 @@ def descendants(pid: int) -> list[int]:
     From /proc: a process is found by its parents, whatever session, group or environment it has.
     """
     below: dict[int, list[int]] = {}
-    for child, parent, state in _table():
+    for child, parent, state in _process_table():
         if state not in "ZX":
             below.setdefault(parent, []).append(child)
     found: list[int] = []
@@ -114,7 +116,7 @@ def _pids() -> list[int]:
     return []
 
 
-def _table() -> Iterator[tuple[int, int, str]]:
+def _process_table() -> Iterator[tuple[int, int, str]]:
     """(process, parent, state) of every process there is."""
     for pid in _pids():
         with contextlib.suppress(OSError, ValueError, IndexError):

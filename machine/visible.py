@@ -86,8 +86,8 @@ def seen(gpus: Sequence[NodeGpu], environ: Mapping[str, str]) -> VisibleDevices:
     if variable is None:
         found, by_index = [*numbered], True
     else:
-        found, by_index = _named(numbered, variable)
-    devices = [device for part in found for device in _devices(part)]
+        found, by_index = _entries_named(numbered, variable)
+    devices = [device for part in found for device in _cuda_devices(part)]
     instances = [device for device in devices if device[0].startswith("MIG-")]
     return VisibleDevices(tuple(instances[:1] or devices), ordered or not by_index)
 
@@ -113,7 +113,7 @@ def _by_bus(gpus: Sequence[NodeGpu]) -> list[NodeGpu]:
     )
 
 
-def _named(gpus: Sequence[NodeGpu], variable: str) -> tuple[list[_Part], bool]:
+def _entries_named(gpus: Sequence[NodeGpu], variable: str) -> tuple[list[_Part], bool]:
     """What the entries name, up to the first that names nothing, and whether any is an index."""
     found: list[_Part] = []
     by_index = False
@@ -145,7 +145,7 @@ def _by_uuid(gpus: Sequence[NodeGpu], entry: str) -> _Part | None:
     return found[0] if len(found) == 1 else None
 
 
-def _devices(part: _Part) -> list[tuple[str, str, int]]:
+def _cuda_devices(part: _Part) -> list[tuple[str, str, int]]:
     """What CUDA can run on of a GPU: itself, or its instances where MIG is on."""
     if isinstance(part, tuple):
         gpu, one = part

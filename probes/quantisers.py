@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .check.sweep import bytes_of
 from .data.activations import ACTIVATIONS as DATA
 from .data.blocks import normal_matrix
 from .data.generator import stream_key
@@ -169,7 +170,7 @@ def judge(quantiser: Quantiser, x: torch.Tensor, gsf: torch.Tensor | None) -> Ju
             free.poison(byte)
             codes, scales = quantiser.quantise(x, gsf)
             # To the host: a copy in the pool would make it grow by memory that has no poison.
-            runs.append((_bytes(codes.cpu()), _bytes(scales.cpu())))
+            runs.append((bytes_of(codes.cpu()), bytes_of(scales.cpu())))
             del codes, scales
     first, second = ((codes.to(x.device), scales.to(x.device)) for codes, scales in runs)
     return compare(x, gsf, FORMATS[quantiser.format], quantiser.layout, first, second)
@@ -226,10 +227,6 @@ def compare(
     )
 
 
-def _bytes(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view(torch.uint8).reshape(-1)
-
-
 def _never_written(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Which bytes hold the poison of either run."""
     return (first == _POISONS[0]) & (second == _POISONS[1])
@@ -284,7 +281,7 @@ def _worst_element(
     }
 
 
-def probe(
+def probe_quantiser(
     quantiser: Quantiser, dtype: str, k: int, seed: int, device: Device
 ) -> list[dict[str, Any]]:
     """Every family at every m of `ROWS`: plain results, one a family.
@@ -319,7 +316,7 @@ def probe(
             paddings.add(judged.padding)
             if judged.kind:
                 result["bad"].append(
-                    {"kind": judged.kind, "m": m, "seed": drawn, **_counts(judged)}
+                    {"kind": judged.kind, "m": m, "seed": drawn, **_mistakes(judged)}
                 )
         result["bad_launches"] = 2 * len(result["bad"])
         result["proof"] = {"blocks": blocks, "differ": differs, "padding": sorted(paddings)}
@@ -363,7 +360,7 @@ class QuantiserTiming:
         return [self._timed[index].sample() for index in indices]
 
 
-def _counts(judged: Judged) -> dict[str, Any]:
+def _mistakes(judged: Judged) -> dict[str, Any]:
     found: dict[str, Any] = {
         "unwritten": judged.unwritten_codes + judged.unwritten_scales,
         "wrong": judged.wrong,

@@ -145,11 +145,11 @@ def check(candidate: Any, where: str) -> Backend:
     return backend
 
 
-def _instances(loaded: Any, where: str) -> Iterable[Backend]:
+def _unfolded(loaded: Any, where: str) -> Iterable[Backend]:
     """Unfold what an entry point or a file may give: a backend, a factory, or a list of them."""
     if isinstance(loaded, (list, tuple)):
         for each in loaded:
-            yield from _instances(each, where)
+            yield from _unfolded(each, where)
     elif inspect.isclass(loaded) or (
         callable(loaded) and not (hasattr(loaded, "run") or hasattr(loaded, "matmul"))
     ):
@@ -159,7 +159,7 @@ def _instances(loaded: Any, where: str) -> Iterable[Backend]:
             raise BadBackend(f"{where} failed when called: {error!r}") from error
         if inspect.isclass(made) or inspect.isroutine(made):
             raise BadBackend(f"{where} returns {made!r}, which is not a backend")
-        yield from _instances(made, where)
+        yield from _unfolded(made, where)
     else:
         yield check(loaded, where)
 
@@ -185,7 +185,7 @@ def _load_builtin(name: str) -> Backend:
     def load() -> Any:
         return getattr(importlib.import_module(f".backends.{module}", __package__), attribute)
 
-    return _select(name, _instances(_import(load, name), name), name)
+    return _select(name, _unfolded(_import(load, name), name), name)
 
 
 def _load_mutant(name: str) -> Backend:
@@ -199,7 +199,7 @@ def _load_mutant(name: str) -> Backend:
 
 def _load_entry_point(entry: metadata.EntryPoint) -> Backend:
     where = f"{entry.name} ({entry.value})"
-    return _select(entry.name, _instances(_import(entry.load, where), where), where)
+    return _select(entry.name, _unfolded(_import(entry.load, where), where), where)
 
 
 def is_file(spec: str) -> bool:
@@ -243,7 +243,7 @@ def load_file(spec: str) -> Backend:
     module = _import(load, str(path))
     if not hasattr(module, attribute):
         raise BadBackend(f"{path} has no {attribute!r}")
-    made = list(_instances(getattr(module, attribute), spec))
+    made = list(_unfolded(getattr(module, attribute), spec))
     if len(made) != 1:
         raise BadBackend(f"{spec} is {len(made)} backends, and one was asked for")
     return made[0]

@@ -50,8 +50,12 @@ def explain(
         raise Refused(f"nothing was measured at {where}: {_nearest(layer)}")
     group.sort(key=_best_first)
     findings = [f for f in documents.stored_findings(place)[0] if f.bucket == group[0].bucket]
-    taken = _of(group, decision.backend, decision.tactic) if decision.status == "safe" else None
-    candidates = [_candidate(c, taken, findings, record) for c in group]
+    taken = (
+        _candidate_of(group, decision.backend, decision.tactic)
+        if decision.status == "safe"
+        else None
+    )
+    candidates = [_explained_candidate(c, taken, findings, record) for c in group]
     comparison = documents.layer_of(stands, layer)
     arch, gpu, under = scope
     document = {
@@ -72,7 +76,7 @@ def explain(
         },
         "why": _why(decision, taken, group),
         "candidates": candidates,
-        "default": _default(decision, taken, group, stands.meta, under),
+        "default": _default_compared(decision, taken, group, stands.meta, under),
         "price": _price(taken, group),
         "layer": comparison.json(),
     }
@@ -109,11 +113,11 @@ def _best_first(c: Candidate) -> tuple[bool, int, bool, float, str, str]:
     return ranked, c.rank or 0, timed, c.median_us or 0.0, c.backend, c.tactic
 
 
-def _of(group: Sequence[Candidate], backend: str, tactic: str) -> Candidate | None:
+def _candidate_of(group: Sequence[Candidate], backend: str, tactic: str) -> Candidate | None:
     return next((c for c in group if (c.backend, c.tactic) == (backend, tactic)), None)
 
 
-def _candidate(
+def _explained_candidate(
     c: Candidate,
     taken: Candidate | None,
     findings: Sequence[Finding],
@@ -154,7 +158,7 @@ def _candidate(
             }
             for f in mine
         ],
-        "text": _sentence(c, taken),
+        "text": _candidate_in_words(c, taken),
     }
 
 
@@ -164,9 +168,9 @@ def _ratio(c: Candidate, taken: Candidate | None) -> float | None:
     return c.median_us / taken.median_us
 
 
-def _sentence(c: Candidate, taken: Candidate | None) -> str:
+def _candidate_in_words(c: Candidate, taken: Candidate | None) -> str:
     tactic = "" if c.tactic == "default" else f" {c.tactic}"
-    text = f"{c.backend}{tactic} ({c.layout}): {c.verdict}, {_time(c)}"
+    text = f"{c.backend}{tactic} ({c.layout}): {c.verdict}, {_time_with_interval(c)}"
     ratio = _ratio(c, taken)
     if c is taken:
         text += ", the choice"
@@ -177,7 +181,7 @@ def _sentence(c: Candidate, taken: Candidate | None) -> str:
     return text
 
 
-def _time(c: Candidate) -> str:
+def _time_with_interval(c: Candidate) -> str:
     if c.median_us is None:
         return "not timed"
     if c.lo_us is None or c.hi_us is None:
@@ -215,7 +219,7 @@ def _why(decision: Decision, taken: Candidate | None, group: Sequence[Candidate]
     return f"{name} is chosen: the fastest that is safe."
 
 
-def _default(
+def _default_compared(
     decision: Decision,
     taken: Candidate | None,
     group: Sequence[Candidate],
@@ -241,7 +245,8 @@ def _default(
     elif taken is not None and default.backend == taken.backend:
         text = f"{name} is also what the engine would take by itself."
     else:
-        text = f"The engine by itself would take {name}: {default.verdict}, {_time(default)}"
+        time = _time_with_interval(default)
+        text = f"The engine by itself would take {name}: {default.verdict}, {time}"
         text += f" ({'; '.join(default.reasons)})." if default.reasons else "."
         if taken is not None and saved is not None:
             text += f" {_saving(taken, default, saved)}"
@@ -286,8 +291,8 @@ def _price(taken: Candidate | None, group: Sequence[Candidate]) -> dict[str, Any
         if time < taken.median_us and not _overlap(fastest, taken):
             out.update(faster_unproven=name, costs_us=taken.median_us - time)
             parts.append(
-                f"The fastest of all is {name} at {_time(fastest)}, which is {fastest.verdict}: "
-                f"leaving it out costs {taken.median_us - time:.1f} us a call."
+                f"The fastest of all is {name} at {_time_with_interval(fastest)}, which is "
+                f"{fastest.verdict}: leaving it out costs {taken.median_us - time:.1f} us a call."
             )
     floor = next((c for c in group if c.backend in FLOORS and c.median_us is not None), None)
     if floor is not None and floor is not taken and floor.median_us is not None:

@@ -258,7 +258,7 @@ def test_any_one_value_replaced_is_taken_or_refused_never_an_error(data):
         inside = inside[name]
     inside[place[-1]] = odd
     try:
-        found = advisories.checked(changed)
+        found = advisories.checked_advice(changed)
     except advisories.Unfit as error:
         assert str(error).isprintable() and len(str(error)) < 300
         return

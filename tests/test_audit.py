@@ -80,7 +80,7 @@ def build(tmp_path_factory):
 
 @needs_nvcc
 def test_kernels_with_and_without_the_wait_are_told_apart(build):
-    code = disassemble.examine(build("all.cubin"))
+    code = disassemble.machine_code_of(build("all.cubin"))
     waits = {k.kernel.name: k.kernel.wait for k in code.kernels}
     told = {name[name.index("ILi") + 3]: wait for name, wait in waits.items()}
     assert told == {"0": "no-wait", "1": "wait-present", "2": "access-before-wait"}

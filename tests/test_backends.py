@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes import registry
-from fp4tune.probes.backends import DEFAULT_TACTIC, build, tactics
+from fp4tune.probes.backends import DEFAULT_TACTIC, build_kernels, tactics
 from fp4tune.probes.backends.torch.compiled import TorchCompile
 from fp4tune.probes.backends.torch.dequant import (
     Decoder,
@@ -192,7 +192,7 @@ def compiled():
     reason = backend.unsupported(problems[0], CPU)
     if reason:
         pytest.skip(reason)
-    build(backend, problems, CPU, 1)
+    build_kernels(backend, problems, CPU, 1)
     return backend
 
 
@@ -422,7 +422,7 @@ def test_on_a_gpu_sums_are_fp32_and_rounded_once(name, alpha, out_dtype, format_
     global_scale = alpha if fmt.has_global else 1.0
     weight = draw(fmt, n, k, 11, global_scale, one)
     values = Decoder.of(fmt, torch.float32, torch.device("cpu"))(weight).double()
-    build(backend, [problem], device, 1)
+    build_kernels(backend, [problem], device, 1)
     state = backend.prepare(weight.to("cuda"), problem)
     for m in (0, 1, 17, 129):
         a = activation(m, k, problem.dtype, m) / 64

@@ -128,9 +128,9 @@ def test_buckets_of_one_kernel_are_pooled_and_regimes_never():
 def test_many_launches_of_few_problems_do_not_reach_an_aim():
     few = bounds.pool([row(launches=1_000_000, problems=3)])[KERNEL]["serial"]
     assert few.upper == statistics.upper(0, 1_000_000)
-    assert "of 3 different problems only" in str(bounds.short("serial", few, Aim(1e-4)))
+    assert "of 3 different problems only" in str(bounds.short_of_aim("serial", few, Aim(1e-4)))
     many = bounds.pool([row(launches=1_000_000, problems=300)])[KERNEL]["serial"]
-    assert bounds.short("serial", many, Aim(1e-4)) is None
+    assert bounds.short_of_aim("serial", many, Aim(1e-4)) is None
 
 
 def test_only_exact_problems_that_passed_or_failed_count():

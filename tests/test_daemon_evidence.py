@@ -162,14 +162,14 @@ def test_compiled_files_are_compared_by_content(tmp_path):
     made = environment("fast", metadata, "1.0", [module])
     module.unlink()
     module.write_bytes(b"kernels")
-    again = renewal.renew(made, MACHINE, {})
+    again = renewal.compare_with_now(made, MACHINE, {})
     assert again is not None and again.changes == ()
     assert not renewal.moved([again.environment])
     module.write_bytes(b"others!")
-    again = renewal.renew(made, MACHINE, {})
+    again = renewal.compare_with_now(made, MACHINE, {})
     assert again is not None and again.changes == ("the compiled code is another",)
     module.unlink()
-    assert renewal.renew(made, MACHINE, {}).changes
+    assert renewal.compare_with_now(made, MACHINE, {}).changes
 
 
 def test_ptx_is_compared_as_the_driver_here_compiles_it(tmp_path):
@@ -180,7 +180,7 @@ def test_ptx_is_compared_as_the_driver_here_compiles_it(tmp_path):
     made = fingerprint.environment(on)
 
     def changes(driver: str = "580.1") -> tuple[str, ...]:
-        again = renewal.renew(made, {"GPU G": {**gpu, "driver": driver}}, {})
+        again = renewal.compare_with_now(made, {"GPU G": {**gpu, "driver": driver}}, {})
         assert again is not None
         return again.changes
 
@@ -209,7 +209,7 @@ def test_an_environment_put_together_again_has_its_fingerprint(device, versions,
     device = {**device, "kind": "cpu"}
     on = fingerprint.Dependencies(device, "fast", versions, extra=extra, arch="cpu")
     made = fingerprint.environment(on)
-    again = renewal.renew(made, {"cpu": device}, {})
+    again = renewal.compare_with_now(made, {"cpu": device}, {})
     assert (
         again is not None
         and again.changes == ()

@@ -19,7 +19,7 @@ ALL = [(r, c) for r in range(4) for c in range(5)]
 def seen(tiles=ALL, **other) -> Failure:
     values = {"kind": "wrong", "regime": "serial", "data": "exact", "wrong": 10, **other}
     m = values.pop("m", M)
-    return Failure(m=m, n=N, k=K, tiles=tilemap.of(m, N, tiles), **values)
+    return Failure(m=m, n=N, k=K, tiles=tilemap.tiles_of(m, N, tiles), **values)
 
 
 ROWS = {

@@ -119,7 +119,7 @@ def test_silence_is_told_at_once_after_the_first_time(hung, monkeypatch):
     for ask in (devices.gpus, lambda: devices.select(None), lambda: driver.ask("facts", "GPU-a")):
         with pytest.raises(DriverSilent, match="does not answer"):
             ask()
-    (line,) = doctor._gpus()
+    (line,) = doctor._gpu_lines()
     assert line.status == "bad" and line.do
 
 

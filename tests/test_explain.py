@@ -18,7 +18,7 @@ from fp4tune.cache.rows import BucketKey, Candidate, Environment, Finding
 from fp4tune.errors import Refused
 from fp4tune.probes.problem import Problem
 from fp4tune.report import explanation
-from fp4tune.report.terminal.explain import lines
+from fp4tune.report.terminal.explain import explained_lines
 
 BUCKET = BucketKey("nvfp4", "bf16", "bf16", 1, 9, 16, 4096, 4096)
 ENVIRONMENT = Environment("e" * 64, "any", "sm90", {"distributions": {}, "code": "ab"})
@@ -69,7 +69,7 @@ def problem(m, n=4096):
 def told(place, m=16, **other):
     document = explanation.explain(place, problem(m), **other)
     assert json.loads(json.dumps(document)) == document
-    return document, "\n".join(lines(document))
+    return document, "\n".join(explained_lines(document))
 
 
 def test_all_candidates_with_times_intervals_verdicts_and_conditions(put):

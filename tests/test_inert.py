@@ -205,7 +205,7 @@ def test_pictures_are_whole_xml(place, tmp_path):
     found = Finding("r", "f", NAMES["nul"], NAMES["script"], stores.BUCKET, {"m": 1, "n": 1,
                     "k": 1}, NAMES["title"], NAMES["newline"], "exact", 1,
                     detail={"message": NAMES["right to left"]})  # fmt: skip
-    drawn = reproduce.picture(found, tilemap.of(512, 1024, [(0, 0, 9)]))
+    drawn = reproduce.picture(found, tilemap.tiles_of(512, 1024, [(0, 0, 9)]))
     ElementTree.fromstring(drawn)
     inert(drawn)
 
@@ -327,7 +327,7 @@ def test_tables_of_plugins_and_devices_are_inert(capsys):
 
 
 def test_progress_lines_are_lines(capsys):
-    report = progress._lines(0.0, NAMES["right to left"])
+    report = progress._progress_lines(0.0, NAMES["right to left"])
     for text in TEXTS:
         report(f"layer {text}", text)
     said = capsys.readouterr().err

@@ -59,7 +59,7 @@ TWO = {
 
 @pytest.mark.parametrize(("weights", "layout"), [({1: 9, 8: 1}, "left"), ({1: 1, 8: 9}, "right")])
 def test_the_distribution_of_m_decides(weights, layout):
-    found = layouts.compare(candidates(TWO), traffic.of("mine", weights))
+    found = layouts.compare(candidates(TWO), traffic.traffic_of("mine", weights))
     assert found.layout == layout
     assert found.covered == pytest.approx(1)
     assert found.layer_us == pytest.approx(0.9 * 10 + 0.1 * 100)
@@ -68,7 +68,9 @@ def test_the_distribution_of_m_decides(weights, layout):
 
 def test_a_layout_stands_with_the_best_safe_candidate_of_each_bucket():
     times = {**TWO, "also-left": ("left", {1: 50.0, 2: 50.0, 4: 20.0, 8: 20.0})}
-    found = layouts.compare(candidates(times, early_1="unsafe"), traffic.of("t", {1: 1, 4: 1}))
+    found = layouts.compare(
+        candidates(times, early_1="unsafe"), traffic.traffic_of("t", {1: 1, 4: 1})
+    )
     (left,) = [fit for fit in found.fits if fit.layout == "left"]
     assert [(p.m_hi, p.backend, p.median_us) for p in left.parts] == [
         (1, "also-left", 50.0),
@@ -78,17 +80,17 @@ def test_a_layout_stands_with_the_best_safe_candidate_of_each_bucket():
 
 
 def test_a_layout_with_nothing_safe_at_some_m_does_not_compete_even_without_traffic_there():
-    found = layouts.compare(candidates(TWO, early_8="unsafe"), traffic.of("t", {1: 1}))
+    found = layouts.compare(candidates(TWO, early_8="unsafe"), traffic.traffic_of("t", {1: 1}))
     assert found.layout == "right"
     (left,) = [fit for fit in found.fits if fit.layout == "left"]
     assert left.holes == ((5, 8),) and left.expected_us is None
 
 
 def test_an_m_beyond_what_was_probed_counts_for_nothing_and_is_told():
-    found = layouts.compare(candidates(TWO), traffic.of("t", {1: 1, 4096: 3}))
+    found = layouts.compare(candidates(TWO), traffic.traffic_of("t", {1: 1, 4096: 3}))
     assert found.covered == pytest.approx(0.25)
     assert found.layer_us == pytest.approx(10)
-    nothing = layouts.compare(candidates(TWO), traffic.of("t", {4096: 1}))
+    nothing = layouts.compare(candidates(TWO), traffic.traffic_of("t", {4096: 1}))
     assert nothing.layout is None and "no m of the traffic" in nothing.reason
 
 
@@ -99,12 +101,12 @@ def test_a_reference_line_is_no_layout():
         replace(c, verdict="inconclusive", reasons=why) if c.backend == "resident" else c
         for c in rows
     ]
-    found = layouts.compare(rows, traffic.of("t", {1: 1}))
+    found = layouts.compare(rows, traffic.traffic_of("t", {1: 1}))
     assert "dense" not in {fit.layout for fit in found.fits}
 
 
 def test_within_the_noise_the_name_decides_and_what_stands_needs_3_per_cent():
-    t = traffic.of("t", {1: 1})
+    t = traffic.traffic_of("t", {1: 1})
     near = {"x": ("zeta", flat(100.0)), "y": ("alpha", flat(101.0))}
     assert layouts.compare(candidates(near), t).layout == "alpha"
     assert layouts.compare(candidates(near), t, stands="zeta").layout == "zeta"
@@ -134,7 +136,7 @@ def test_every_rank_chooses_the_same_and_never_more_than_the_noise_slower(each, 
 
 def compared(activation, us, profile="sglang", quantiser=None, **verdicts):
     rows = candidates({"one": ("only", flat(us))}, profile, activation, **verdicts)
-    return layouts.compare(rows, traffic.of("t", {1: 1, 8: 1}), None, quantiser)
+    return layouts.compare(rows, traffic.traffic_of("t", {1: 1, 8: 1}), None, quantiser)
 
 
 def test_w4a4_is_not_compared_while_its_quantiser_has_no_time():
@@ -165,9 +167,9 @@ def test_with_a_quantiser_time_the_faster_layer_wins_where_the_profile_crosses()
 def test_shares_add_up_and_survive_the_store(weights):
     if not any(weights.values()):
         with pytest.raises(ValueError, match="no weight is above 0"):
-            traffic.of("t", weights)
+            traffic.traffic_of("t", weights)
         return
-    found = traffic.of("t", weights)
+    found = traffic.traffic_of("t", weights)
     assert sum(share for _, share in found.weights) == pytest.approx(1)
     document = json.loads(json.dumps(found.json()))
     again = layouts.traffics_of({"traffic": {"strict": document}})["strict"]
@@ -223,7 +225,7 @@ def put(place, times=TWO, weights=None, **verdicts):
     stands = published.usable(place)
     meta = {k: v for k, v in stands.meta.items() if k not in publish.RESERVED}
     if weights:
-        meta["traffic"] = {"strict": traffic.of("mine", weights).json()}
+        meta["traffic"] = {"strict": traffic.traffic_of("mine", weights).json()}
     fresh = replace(stands, meta=meta)
     return publication.republish(place, fresh, rows, [ENVIRONMENT])
 

@@ -23,7 +23,7 @@ ADDED = {
 @pytest.mark.parametrize("file", [*INSIDE, *OUTSIDE])
 @pytest.mark.parametrize("what", ADDED)
 def test_only_code_in_what_measures_changes_the_method(tmp_path, file, what):
-    measured = [module for module in methods._modules(PACKAGE) if module == PACKAGE / file]
+    measured = [module for module in methods._measuring_files(PACKAGE) if module == PACKAGE / file]
     assert bool(measured) == (file in INSIDE)
     copy = tmp_path / file
     copy.parent.mkdir(parents=True)

@@ -68,7 +68,7 @@ def test_the_faster_of_two_is_what_a_layer_takes(tmp_path):
             ledger.add_environment(environment)
             record.knows(name, environment.fingerprint)
         runners = {"ours": InProcess(Ours()), "slow": InProcess(Slow())}
-        quantising._time(problem, runners, 5, 3, record)
+        quantising._time_quantisers(problem, runners, 5, 3, record)
         rows = list(record.timings.values())
     assert {(row.bucket.m_hi, row.bucket.n, row.backend) for row in rows} == {
         (m.hi, 0, name) for m in ranges(2) if m.hi for name in runners

@@ -38,7 +38,7 @@ class Ours:
 
 
 def kinds(quantiser, k=64, dtype="bf16"):
-    found = quantisers.probe(quantiser, dtype, k, 3, CPU)
+    found = quantisers.probe_quantiser(quantiser, dtype, k, 3, CPU)
     assert [result["data"] for result in found] == list(quantisers.DATA)
     assert not any("error" in result for result in found)
     return {bad["kind"] for result in found for bad in result["bad"]}
@@ -149,10 +149,10 @@ def test_what_is_not_free_is_found(rogue, kind):
 
 
 def test_padding_left_unwritten_is_said_and_no_fault_of_the_rows():
-    results = quantisers.probe(LeavesPadding(), "bf16", 48, 3, CPU)
+    results = quantisers.probe_quantiser(LeavesPadding(), "bf16", 48, 3, CPU)
     assert not any(result["bad"] for result in results)
     assert {p for result in results for p in result["proof"]["padding"]} >= {"unwritten"}
-    results = quantisers.probe(Ours(), "bf16", 48, 3, CPU)
+    results = quantisers.probe_quantiser(Ours(), "bf16", 48, 3, CPU)
     assert {p for result in results for p in result["proof"]["padding"]} == {"zero"}
 
 
@@ -164,7 +164,7 @@ class Raises(Ours):
 
 
 def test_what_it_raises_is_an_error_with_its_m():
-    for result in quantisers.probe(Raises(), "bf16", 64, 3, CPU):
+    for result in quantisers.probe_quantiser(Raises(), "bf16", 64, 3, CPU):
         assert result["error"]["m"] == 128 and "not written yet" in result["error"]["message"]
 
 

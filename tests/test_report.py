@@ -99,7 +99,7 @@ def check(document: str) -> Page:
 
 
 def finding(run: str, **other) -> Finding:
-    bad = tilemap.of(512, 1024, [(0, 0, 9), (3, 7, 1)])
+    bad = tilemap.tiles_of(512, 1024, [(0, 0, 9), (3, 7, 1)])
     detail = {
         "map": bad.pack(),
         "diagnosis": "2 tiles: consistent with a test",
@@ -279,7 +279,7 @@ def drawn(packed) -> str:
 def test_a_map_of_tiles_is_small_and_says_its_scale(m, n):
     rows, cols = -(-m // 128), -(-n // 128)
     checkers = [(r, c, 1) for r in range(rows) for c in range(cols) if (r + c) % 2]
-    found = drawn(tilemap.of(m, n, checkers).pack())
+    found = drawn(tilemap.tiles_of(m, n, checkers).pack())
     if rows * cols == 1:
         assert not found
         return
@@ -299,8 +299,8 @@ def test_what_is_no_map_is_left_out(packed):
 
 
 def test_the_finding_that_shows_most_is_shown():
-    whole = tilemap.of(256, 256, [(r, c, 1) for r in range(2) for c in range(2)]).pack()
-    part = tilemap.of(256, 256, [(0, 1, 1)]).pack()
+    whole = tilemap.tiles_of(256, 256, [(r, c, 1) for r in range(2) for c in range(2)]).pack()
+    part = tilemap.tiles_of(256, 256, [(0, 1, 1)]).pack()
     group = [replace(finding("r", detail={"map": m}), id=i) for i, m in enumerate((whole, part))]
     (kind,) = findings.kinds(group)
     assert kind.shown.id == 1 and kind.findings == 2

@@ -116,7 +116,7 @@ def test_every_finding_says_what_it_takes_to_see_it_again(found):
         assert finding.launch and finding.launch >= 1
         chain = detail["chain"][detail["at"]]
         assert chain == [finding.seed, detail["offset"], finding.problem["m"], finding.tactic]
-        tiles = tilemap.unpack(detail["map"])
+        tiles = tilemap.unpack_tiles(detail["map"])
         assert (tiles.m, tiles.n) == (finding.problem["m"], N) and tiles.bad
         assert {(row, col) for row, col, _ in detail["tiles"]} <= tiles.bad
         assert {"row", "col", "found", "expected"} == set(detail["worst"])

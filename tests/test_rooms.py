@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fp4tune.probes.bundle.closure import PACKAGE
@@ -65,6 +66,50 @@ def test_a_class_name_is_defined_once():
         for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(str(module))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+INTERFACES = {
+    "main": "what a module does that is run as a program",
+    "register": "the entry point of a plugin, as engines call it",
+}
+"""Functions whose name is agreed with whoever calls them, and why more than one module has it."""
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function at the top of a module."""
+    for module in modules():
+        for node in ast.parse((PACKAGE / module).read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield module, node
+
+
+def test_a_helper_s_name_is_defined_once():
+    """What a module keeps to itself is read without the module's name before it."""
+    places: dict[str, list[str]] = {}
+    for module, function in functions():
+        if function.name.startswith("_"):
+            places.setdefault(function.name, []).append(str(module))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_a_name_that_is_imported_alone_means_one_function():
+    """So is a function that others import by its name; the rest are read as ``module.name``, and a
+    command's function is called what the command is."""
+    places: dict[str, set[str]] = {}
+    defined = {(m, f.name) for m, f in functions() if m.parts[0] != "commands"}
+    for module in modules():
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+            if isinstance(node, ast.ImportFrom):
+                base = module.parents[max(node.level, 1) - 1] if node.level else Path()
+                parts = (node.module or "").split(".")
+                parts = parts if node.level else parts[1:]
+                place = base.joinpath(*parts)
+                for name in (each.name for each in node.names):
+                    for file in (Path(f"{place}.py"), place / "__init__.py"):
+                        if (file, name) in defined and name not in INTERFACES:
+                            places.setdefault(name, set()).add(str(file))
+    assert len(places) > 300, "imports are not followed any more"
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 

@@ -23,7 +23,7 @@ def maps(draw) -> TileMap:
 @settings(deadline=None)
 @given(maps())
 def test_packing_loses_nothing(tiles):
-    assert tilemap.unpack(tiles.pack()) == tiles
+    assert tilemap.unpack_tiles(tiles.pack()) == tiles
 
 
 @settings(deadline=None)
@@ -48,7 +48,7 @@ def test_the_picture_is_xml_with_every_wrong_tile_in_it(tiles):
 
 
 def test_downsampling_says_so():
-    tiles = tilemap.of(4096, 28672, [(0, 0, 5), (31, 223, 1)])
+    tiles = tilemap.tiles_of(4096, 28672, [(0, 0, 5), (31, 223, 1)])
     assert tilemap.text(tiles, 64, 16).splitlines()[-1] == "each mark: 2 x 4 tiles"
 
 
@@ -65,4 +65,4 @@ def test_downsampling_says_so():
 )
 def test_what_is_no_map_is_refused(packed):
     with pytest.raises(ValueError, match="not a tile map"):
-        tilemap.unpack(packed)
+        tilemap.unpack_tiles(packed)

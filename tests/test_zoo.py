@@ -236,7 +236,7 @@ def test_one_bad_tactic_is_caught_though_another_is_right_and_the_candidate(unsa
     right = Candidate("sm90", "", "strict", bucket, BAD.name, "one", "plain", "safe")
     blamed = Finding("r", "", BAD.name, "two", bucket, {}, "wrong", "streams", "exact", 1)
     report = Report("r", 1, devices.cpu(), candidates=[right], findings=[blamed])
-    assert selftest._row(BAD, report, [], unsafe).result == result
+    assert selftest._selftest_row(BAD, report, [], unsafe).result == result
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ...cache.rows import Candidate, Layer
 from ..verdict.buckets import MRange
 from ..verdict.profiles import PROFILES, Profile
 from .rank import NOISE, WORTH
-from .traffic import BUILTIN, Traffic, of
+from .traffic import BUILTIN, Traffic, traffic_of
 
 NO_QUANTISER = "quantiser time not measured"
 Key = tuple[str, str, str, str, str, str, int, int, int]
@@ -180,7 +180,7 @@ def traffics_of(meta: Mapping[str, Any]) -> dict[str, Traffic]:
     found = {}
     for profile, document in (stored if isinstance(stored, dict) else {}).items():
         try:
-            found[profile] = of(document["name"], document["weights"])
+            found[profile] = traffic_of(document["name"], document["weights"])
         except (ValueError, KeyError, TypeError):
             continue  # of another version: the default takes its place
     return found

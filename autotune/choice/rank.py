@@ -35,7 +35,7 @@ def ranked(
         for c in candidates
         if c.verdict == "safe" and (t := time.get(c.backend)) is not None
     }
-    first = _kept(times, default, stands)
+    first = _kept_choice(times, default, stands)
     order = [first] if first else []
     left = {name: t for name, t in times.items() if name != first}
     while left:
@@ -46,7 +46,7 @@ def ranked(
     return order
 
 
-def _kept(times: Mapping[str, float], default: str | None, stands: str | None) -> str | None:
+def _kept_choice(times: Mapping[str, float], default: str | None, stands: str | None) -> str | None:
     """`stands`, where it is to be kept."""
     if stands is None or stands not in times:
         return None

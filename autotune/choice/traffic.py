@@ -29,11 +29,11 @@ class Traffic:
     weights: tuple[tuple[int, float], ...]
 
     def json(self) -> dict[str, Any]:
-        """As `of` takes it."""
+        """As `traffic_of` takes it."""
         return {"name": self.name, "weights": {str(m): share for m, share in self.weights}}
 
 
-def of(name: object, weights: Mapping[Any, Any]) -> Traffic:
+def traffic_of(name: object, weights: Mapping[Any, Any]) -> Traffic:
     """A distribution from m -> weight; weights are relative, so counts of calls will do.
 
     Raises ValueError, one sentence, for what is none: no m, an m that is not a whole number from
@@ -79,9 +79,9 @@ def _mixed() -> dict[int, float]:
 BUILTIN = {
     traffic.name: traffic
     for traffic in (
-        of("decode", dict.fromkeys(_DECODE, 1)),
-        of("prefill", dict.fromkeys(_PREFILL, 1)),
-        of("mixed", _mixed()),
+        traffic_of("decode", dict.fromkeys(_DECODE, 1)),
+        traffic_of("prefill", dict.fromkeys(_PREFILL, 1)),
+        traffic_of("mixed", _mixed()),
     )
 }
 
@@ -109,19 +109,19 @@ def load(path: Path) -> Traffic:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    document = _toml(text, path) if path.suffix == ".toml" else _json(text, path)
+    document = _toml(text, path) if path.suffix == ".toml" else _json_object(text, path)
     unknown = set(document) - {"name", "weights"}
     if unknown:
         raise ValueError(
             f"{path}: {min(unknown)!r} is not a key of a traffic: name and weights are"
         )
     try:
-        return of(document.get("name", path.stem), document.get("weights", {}))
+        return traffic_of(document.get("name", path.stem), document.get("weights", {}))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _json(text: str, path: Path) -> dict[str, Any]:
+def _json_object(text: str, path: Path) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(items)) < len(items):
             raise ValueError("a key is there twice")

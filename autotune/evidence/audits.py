@@ -46,7 +46,7 @@ def row(report: AuditReport, backend: str | None = None) -> Audit:
     )
 
 
-def sentence(audit: Audit) -> str:
+def audit_sentence(audit: Audit) -> str:
     """An audit's verdict and the last of its evidence, which decided."""
     why = audit.evidence[-1] if audit.evidence else "nothing is known of it"
     return f"{audit.module} is {audit.verdict}: {why}"
@@ -58,5 +58,5 @@ def remarks(audits: Iterable[Audit]) -> dict[str, str]:
     said: dict[str, str] = {}
     for audit in sorted(audits, key=lambda a: a.verdict != FLAGGED):
         if audit.verdict != CLEAN:
-            said.setdefault(audit.backend or audit.module, sentence(audit))
+            said.setdefault(audit.backend or audit.module, audit_sentence(audit))
     return said

@@ -49,7 +49,7 @@ found by any other method counts on, whatever has changed here since."""
 @lru_cache(maxsize=1)
 def method() -> str:
     """SHA-256 (hex) over the syntax of what measures here, without comments and docstrings."""
-    return digest(PACKAGE, _modules(PACKAGE))
+    return digest(PACKAGE, _measuring_files(PACKAGE))
 
 
 @lru_cache(maxsize=256)
@@ -62,7 +62,7 @@ def method_of(backend: str) -> str:
         made_by, _ = registry.origin(backend)
     except ValueError:
         return method()
-    measuring = set(_modules(PACKAGE))
+    measuring = set(_measuring_files(PACKAGE))
     own = [m for m in closure([made_by]) if m not in measuring]
     return hashlib.sha256(f"{method()}\n{digest(PACKAGE, own)}".encode()).hexdigest()
 
@@ -76,7 +76,7 @@ def digest(root: Path, modules: Iterable[Path]) -> str:
     return sha.hexdigest()
 
 
-def _modules(root: Path) -> Iterator[Path]:
+def _measuring_files(root: Path) -> Iterator[Path]:
     for part in MEASURES:
         place = root / part
         yield from place.rglob("*.py") if place.is_dir() else (place,)
@@ -88,11 +88,11 @@ def _syntax(source: str) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            body[:] = [each for each in body if not _is_text(each)] or [ast.Pass()]
+            body[:] = [each for each in body if not _is_docstring(each)] or [ast.Pass()]
     return ast.dump(tree)
 
 
-def _is_text(statement: ast.AST) -> bool:
+def _is_docstring(statement: ast.AST) -> bool:
     if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
         return False
     return isinstance(statement.value.value, str)

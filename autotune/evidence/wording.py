@@ -54,7 +54,7 @@ def shown(bounds: Mapping[str, Mapping[str, Any]], lo: int, hi: int) -> str:
     launches = min(int(known["launches"]) for known in waiting.values())
     problems = min(int(known["problems"]) for known in waiting.values())
     worst = max(waiting.values(), key=lambda known: known["upper"])
-    said = f"{_counted(launches, 'launch')} over {_counted(problems, 'problem')}"
+    said = f"{_count_and_noun(launches, 'launch')} over {_count_and_noun(problems, 'problem')}"
     if EVERY_M in bounds and hi:
         said += f" and every m from {lo} to {hi}" if hi > lo else f" at m = {hi}"
     where = ", ".join(sorted(waiting))
@@ -66,6 +66,6 @@ def shown(bounds: Mapping[str, Mapping[str, Any]], lo: int, hi: int) -> str:
     return f"{said}: a fault in more than 1 of {one_in:,} would have shown ({confidence})"
 
 
-def _counted(number: int, what: str) -> str:
+def _count_and_noun(number: int, what: str) -> str:
     plural = "" if number == 1 else "es" if what.endswith("ch") else "s"
     return f"{number:,} {what}{plural}"

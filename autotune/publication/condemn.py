@@ -12,7 +12,7 @@ from dataclasses import replace
 from ...cache import fingerprint
 from ...cache.rows import Audit, Candidate, Environment
 from ...probes.audit import FLAGGED
-from ..evidence.audits import content, sentence
+from ..evidence.audits import audit_sentence, content
 
 
 def condemned(
@@ -35,7 +35,7 @@ def condemned(
 
 
 def _unsafe(candidate: Candidate, audit: Audit) -> Candidate:
-    reason = f"audit: {sentence(audit)}"
+    reason = f"audit: {audit_sentence(audit)}"
     # Another unsafe reason may stand already; what was only open or conditional no longer matters.
     others = candidate.reasons if candidate.verdict == "unsafe" else ()
     if any(other.startswith("audit:") for other in others):

@@ -49,7 +49,9 @@ class Renewed:
     changes: tuple[str, ...]
 
 
-def renew(environment: Environment, machine: Machine, environ: Mapping[str, str]) -> Renewed | None:
+def compare_with_now(
+    environment: Environment, machine: Machine, environ: Mapping[str, str]
+) -> Renewed | None:
     """`environment` compared with what is here now; None where its device is not on `machine`.
 
     `environ` are the variables that a probe would run with. What cannot be asked again without
@@ -77,14 +79,14 @@ def renew(environment: Environment, machine: Machine, environ: Mapping[str, str]
     names = [name for name in versions if name != "python"]
     facts["variables"] = fingerprint.variables(environ, names)
     another = facts["device"].get("driver") != before.get("driver")
-    if any(_moved(stamp) for stamp in files) or (another and fingerprint.COMPILED in facts):
+    if any(_stamp_changed(stamp) for stamp in files) or (another and fingerprint.COMPILED in facts):
         for name in ("files", fingerprint.COMPILED):
             facts.pop(name, None)
         sm = environment.arch.removeprefix("sm")
         compiler = codedigest.compiler(int(sm) if sm.isdecimal() else None, facts["device"])
-        facts.update(_code([stamp.path for stamp in files], compiler))
-    if any(_moved(stamp) for stamp in sources):
-        facts["extra"] = {**(facts.get("extra") or {}), **_source(sources)}
+        facts.update(_code_facts([stamp.path for stamp in files], compiler))
+    if any(_stamp_changed(stamp) for stamp in sources):
+        facts["extra"] = {**(facts.get("extra") or {}), **_source_facts(sources)}
     if fingerprint.of(facts) == environment.fingerprint:
         stamps = tuple(_now(s.path) or s for s in (*files, *sources))
         stamps += tuple(now_installed[s.path] or s for s in installed)
@@ -106,7 +108,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable
         old, new = before.get(group) or {}, after.get(group) or {}
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
-                yield f"{key}: {_short(old.get(key))}, now {_short(new.get(key))}"
+                yield f"{key}: {_shortened(old.get(key))}, now {_shortened(new.get(key))}"
     if any(before.get(key) != after.get(key) for key in ("code", "files")):
         yield "the compiled code is another"
     if before.get(fingerprint.COMPILED) != after.get(fingerprint.COMPILED):
@@ -115,7 +117,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable
         yield "the backend's own source is another"
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -136,7 +138,7 @@ def _installed(path: str) -> tuple[str, str | None, Stamp | None]:
     name = os.path.basename(folder).removesuffix(".dist-info").rpartition("-")[0]
     there = state.file_stamp(path)
     if there is not None:
-        version = _version(path, there)
+        version = _metadata_version(path, there)
         if version is not None:
             return _plain(name), version, Stamp(path, *there)
     for found in metadata.distributions(name=name.replace("_", "-"), path=[site]):
@@ -146,7 +148,7 @@ def _installed(path: str) -> tuple[str, str | None, Stamp | None]:
 
 
 @lru_cache(maxsize=1024)
-def _version(path: str, stamp: tuple[int, int, int]) -> str | None:
+def _metadata_version(path: str, stamp: tuple[int, int, int]) -> str | None:
     """The version a METADATA file says; asked of the file once for each of its stamps."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -160,7 +162,7 @@ def _version(path: str, stamp: tuple[int, int, int]) -> str | None:
     return None
 
 
-def _code(paths: list[str], compiler: codedigest.DriverCompiler | None) -> dict[str, Any]:
+def _code_facts(paths: list[str], compiler: codedigest.DriverCompiler | None) -> dict[str, Any]:
     """The facts of compiled files as `fingerprint.environment` writes them."""
     if not all(os.path.exists(path) for path in paths):
         return {"code": "gone"}
@@ -171,7 +173,7 @@ def _code(paths: list[str], compiler: codedigest.DriverCompiler | None) -> dict[
     return facts
 
 
-def _source(stamps: Sequence[Stamp]) -> dict[str, str]:
+def _source_facts(stamps: Sequence[Stamp]) -> dict[str, str]:
     try:
         return fingerprint.source(stamp.path for stamp in stamps)
     except OSError:
@@ -183,11 +185,11 @@ def _now(path: str) -> Stamp | None:
     return Stamp(path, *found) if found else None
 
 
-def _moved(stamp: Stamp) -> bool:
+def _stamp_changed(stamp: Stamp) -> bool:
     return _now(stamp.path) != stamp
 
 
 def moved(environments: Iterable[Environment]) -> bool:
     """Whether any file that these rest on is another than it was: cheap, a `stat` each."""
     paths = {stamp.path: stamp for e in environments for stamp in e.stamps}
-    return any(_moved(stamp) for stamp in paths.values())
+    return any(_stamp_changed(stamp) for stamp in paths.values())

@@ -39,7 +39,7 @@ def publish(
         stands = published.usable(state_dir)
         everyone, known = published.join(stands, new, environments)
         audits = [audit for report in reports for audit in report.audits]
-        chosen, placed = _chosen(condemned(everyone, known, audits), stands.choices)
+        chosen, placed = _ranked(condemned(everyone, known, audits), stands.choices)
         unsupported = {name: why for report in reports for name, why in report.unsupported.items()}
         meta: dict[str, Any] = {
             "runs": [report.run for report in reports],
@@ -58,7 +58,7 @@ def publish(
             stands.generation, meta, tuple(chosen), tuple(placed), tuple(known), tuple(rows)
         )
         generation = stands.generation
-        if not generation or _said(now) != _said(stands):
+        if not generation or _publication_text(now) != _publication_text(stands):
             generation = publishing.publish(state_dir, chosen, placed, known, meta, rows)
     for report in reports:
         probed = {(c.scope, c.bucket) for c in report.candidates}
@@ -69,18 +69,18 @@ def publish(
         report.layers = [each for each in compared if each.key in mine]
 
 
-def _said(stands: published.Standing) -> list[object]:
+def _publication_text(stands: published.Standing) -> list[object]:
     """What a publication says, whoever made it and when, in one order."""
     by = (*publishing.RESERVED, "runs", "seed")
     tables = (stands.choices, stands.candidates, stands.environments, stands.layers)
     return [
         {key: value for key, value in stands.meta.items() if key not in by},
         {e.fingerprint: frozenset(e.stamps) for e in stands.environments},
-        *(sorted(codec.canonical(_columns(row)) for row in table) for table in tables),
+        *(sorted(codec.canonical(_compared_columns(row)) for row in table) for table in tables),
     ]
 
 
-def _columns(row: object) -> dict[str, Any]:
+def _compared_columns(row: object) -> dict[str, Any]:
     return {k: v for k, v in codec.columns(row).items() if k != "first_seen"}
 
 
@@ -135,7 +135,7 @@ def republish(
 
     For those who hold ``join.lock``. Raises StateError.
     """
-    chosen, placed = _chosen(candidates, stands.choices)
+    chosen, placed = _ranked(candidates, stands.choices)
     kept = {k: v for k, v in stands.meta.items() if k not in publishing.RESERVED}
     compared = layouts.compare_all(
         placed, layouts.traffics_of(kept), stands.layers, layouts.quantisers_of(kept)
@@ -144,7 +144,7 @@ def republish(
     return publishing.publish(state_dir, chosen, placed, environments, kept, rows)
 
 
-def _chosen(
+def _ranked(
     candidates: Sequence[Candidate], stood: Sequence[Choice]
 ) -> tuple[list[Choice], list[Candidate]]:
     """The choices among candidates of any scope, and the candidates with their ranks."""

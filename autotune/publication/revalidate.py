@@ -20,7 +20,7 @@ from ...cache.errors import StateError
 from ...cache.ledger import Ledger
 from ...cache.rows import Candidate, Environment, Stamp
 from . import publish, published
-from .environment import Machine, Renewed, renew, withdraw, withdrawn
+from .environment import Machine, Renewed, compare_with_now, withdraw, withdrawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def settle(state_dir: Path, machine: Machine, environ: Mapping[str, str]) -> Set
     with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
         stands = published.load(state_dir)
         seen: dict[str, Renewed | None] = {
-            e.fingerprint: renew(e, machine, environ) for e in stands.environments
+            e.fingerprint: compare_with_now(e, machine, environ) for e in stands.environments
         }
         past = _Past(state_dir, machine, environ)
         candidates: list[Candidate] = []
@@ -104,7 +104,7 @@ class _Past:
                 spent.add((place, environment.fingerprint))
                 print_ = environment.fingerprint
                 if print_ not in checked:
-                    checked[print_] = renew(environment, self.machine, self.environ)
+                    checked[print_] = compare_with_now(environment, self.machine, self.environ)
                 now = checked[print_]
                 if now is not None and not now.changes:
                     found[place] = (candidate, now.environment)
@@ -117,12 +117,12 @@ class _Past:
                 for row in reversed(ledger.generations()):
                     content = ledger.generation_content(row.number)
                     if row.status == "published" and content is not None:
-                        yield _decoded(json.loads(zlib.decompress(content)))
+                        yield _rows_of_tables(json.loads(zlib.decompress(content)))
         except (StateError, ValueError, zlib.error):
             return
 
 
-def _decoded(
+def _rows_of_tables(
     tables: dict[str, list[dict[str, object]]],
 ) -> tuple[list[Candidate], dict[str, Environment]]:
     stamps: dict[object, list[Stamp]] = {}

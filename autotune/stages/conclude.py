@@ -35,7 +35,7 @@ class Grounds:
     earlier: Mapping[Where, Sequence[Evidence]]
 
 
-def candidates(
+def concluded(
     layers: Layers, record: Recorder, ledger: Ledger, grounds: Grounds
 ) -> list[Candidate]:
     """A verdict for every tactic that was tried, and a candidate for each backend's best."""
@@ -74,7 +74,7 @@ def candidates(
         m = MRange(where.bucket.m_lo, where.bucket.m_hi)
         if where.tactic == entrant.winner.get(m, entrant.tactics[m][0]):
             layout = entrant.runner.hello["layout"]
-            found.append(_candidate(verdict, judged, layout, grounds.target, record))
+            found.append(_concluded(verdict, judged, layout, grounds.target, record))
     return found
 
 
@@ -88,7 +88,7 @@ def _ran_every_m(facts: Sequence[Evidence]) -> bool:
     )
 
 
-def _candidate(
+def _concluded(
     verdict: Verdict, judged: Judgement, layout: str, target: Target, record: Recorder
 ) -> Candidate:
     timing = record.timings.get(verdict.where)

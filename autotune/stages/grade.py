@@ -41,7 +41,7 @@ def grade(
         if entrant.known and not entrant.winner:
             return False  # it never came so far as to be timed
         with spent("open", entrant.name):
-            if not _open(layer, entrant, record):
+            if not _open_layer(layer, entrant, record):
                 return False
         if entrant.known:
             return True
@@ -60,7 +60,7 @@ def grade(
     return [entrant for entrant, ok in zip(entrants, graded, strict=True) if ok]
 
 
-def _open(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> bool:
+def _open_layer(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> bool:
     """Have the entrant's worker open the layer; whether it could."""
     try:
         pool = layer.problem.at(layer.problem.m + SPARE_ROWS)

@@ -19,7 +19,7 @@ from ...probes.regimes import ALONE, CERTAIN, CHANCE
 from .. import budget
 from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer
-from ..regime import at_length, every_m
+from ..regime import at_length, run_every_m
 from ..verdict.buckets import MRange
 
 LESS = 10
@@ -69,7 +69,7 @@ def prove(
         return wanted.right(layer.where(by_name[name], m, by_name[name].winner[m]))
 
     while time.monotonic() < wanted.until:
-        orders = _orders(layer, tried, right)
+        orders = _fastest_first(layer, tried, right)
         wave = _lacking(orders, done, wanted.also)
         if not wave:
             return
@@ -78,11 +78,11 @@ def prove(
                 name: [m for (who, m), depth in wave.items() if who == name and depth == less]
                 for name in by_name
             }
-            _launch(layer, by_name, part, (wanted, less), (record, say, pool))
+            _prove_wave(layer, by_name, part, (wanted, less), (record, say, pool))
         done.update(wave)
 
 
-def _orders(
+def _fastest_first(
     layer: ProbedLayer, tried: Sequence[Entrant], right: Callable[[str, MRange], bool]
 ) -> dict[MRange, list[str]]:
     """The candidates of each range that are right, the fastest first."""
@@ -112,7 +112,7 @@ def _lacking(orders: Mapping[MRange, Sequence[str]], done: Depths, also: Collect
     return wave
 
 
-def _launch(
+def _prove_wave(
     layer: ProbedLayer,
     by_name: Mapping[str, Entrant],
     part: Mapping[str, Sequence[MRange]],
@@ -143,7 +143,7 @@ def _launch(
         if time.monotonic() < wanted.until:
             say(f"every m: {entrant.name}")
             with layer.clock.spent("every m", entrant.name):
-                every_m(layer, entrant, record, part[entrant.name])
+                run_every_m(layer, entrant, record, part[entrant.name])
 
     with layer.clock.spent("at length, one at a time"):
         for name in (n for n in names if n in ALONE):

@@ -40,7 +40,7 @@ class Quantised:
     broken: dict[str, str] = field(default_factory=dict)
 
 
-def quantise(
+def probe_quantisers(
     plan: Plan, ledger: Ledger, record: Recorder, history: History, progress: Progress
 ) -> Quantised:
     """Probe the plan's quantisers for every (format, dtype, k) of its W4A4 problems, those that
@@ -81,7 +81,7 @@ def quantise(
                     record.recall((), *known)
                     continue
                 since = time.time()
-                _one(runner, problem, plan.seed, record)
+                _quantise_one(runner, problem, plan.seed, record)
                 ledger.add_probed(probed_quantiser(plan, name, bucket, record, since))
     record.take_facts()  # they are evidence, and no bucket's verdict rests on them
     return found
@@ -114,10 +114,10 @@ def time_quantisers(
                 for name, runner in runners.items()
                 if (name, place) not in wrong and formats[name] == problem.format
             }
-            _time(problem, able, plan.level.samples, plan.seed, record)
+            _time_quantisers(problem, able, plan.level.samples, plan.seed, record)
 
 
-def _time(
+def _time_quantisers(
     problem: Problem, runners: Mapping[str, Runner], rounds: int, seed: int, record: Recorder
 ) -> None:
     wanted = [m for m in ranges(problem.m) if m.hi]
@@ -156,7 +156,7 @@ def bucket_of(problem: Problem) -> BucketKey:
     return BucketKey(problem.format, "fp4", problem.out_dtype, 1, 1, most, 0, problem.k)
 
 
-def _one(runner: Runner, problem: Problem, seed: int, record: Recorder) -> None:
+def _quantise_one(runner: Runner, problem: Problem, seed: int, record: Recorder) -> None:
     where = Where(runner.name, TACTIC, bucket_of(problem))
     try:
         # The first call may compile for minutes.

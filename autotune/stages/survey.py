@@ -98,7 +98,7 @@ def survey(
     def one(group: tuple[str, ...]) -> dict[str, Answer]:
         # Of ours it is known that they need some seconds, and that none hangs.
         limit = _START if group == ours else hang_seconds or _START
-        return _ask(target, group, asked, python, limit)
+        return _ask_of_one_process(target, group, asked, python, limit)
 
     ours = tuple(spec for spec in dict.fromkeys(backends) if _is_ours(spec))
     groups: list[tuple[str, ...]] = [
@@ -116,7 +116,7 @@ def _is_ours(spec: str) -> bool:
     return spec in registry.BUILTIN or spec.startswith("zoo-")
 
 
-def _ask(
+def _ask_of_one_process(
     target: Target,
     backends: Sequence[str],
     problems: Sequence[dict[str, Any]],
@@ -130,7 +130,7 @@ def _ask(
         try:
             worker.ask("ready", _START)
             for spec in left:
-                answers[spec] = _one(worker, target, spec, problems, silence)
+                answers[spec] = _survey_one(worker, target, spec, problems, silence)
                 if not worker.alive:
                     break
         except WorkerFailed as failure:  # before any of them was asked
@@ -140,7 +140,7 @@ def _ask(
     return answers
 
 
-def _one(
+def _survey_one(
     worker: Worker,
     target: Target,
     spec: str,

@@ -135,7 +135,7 @@ def worst(bounds: Mapping[str, Bound]) -> float:
     return max((b.upper for b in bounds.values()), default=1.0)
 
 
-def short(regime: str, bound: Bound | None, aim: Aim) -> str | None:
+def short_of_aim(regime: str, bound: Bound | None, aim: Aim) -> str | None:
     """Why this regime did not reach the aim, in words; None where it did."""
     found = bound.upper if bound else inf
     if found > aim.rate:

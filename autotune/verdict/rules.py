@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ...words import CENSUS, EXACT, NOT_TRIED, Condition
-from .bounds import Aim, Bound, short
+from .bounds import Aim, Bound, short_of_aim
 from .profiles import LEFT_OUT, Profile
 
 __all__ = [
@@ -146,7 +146,7 @@ def decide(
                 unsafe.append(f"{fact.data} data: failed, and no run bounds the fault")
     _missing_families(facts, open_)
 
-    for regime in _regimes(facts, profile):
+    for regime in _regimes_to_judge(facts, profile):
         mine = [f for f in facts if f.regime == regime and f.data == EXACT]
         statuses = {f.status for f in mine}
         required = regime in profile.required
@@ -168,7 +168,7 @@ def decide(
         elif required and statuses != {"passed"} and statuses != {"not applicable"}:
             open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
         elif required and regime in rules.aims and statuses == {"passed"}:
-            missed = short(regime, (bounds or {}).get(regime), rules.aims[regime])
+            missed = short_of_aim(regime, (bounds or {}).get(regime), rules.aims[regime])
             if missed:
                 open_.append(missed)
 
@@ -195,7 +195,7 @@ def _fewest(facts: Sequence[Fact]) -> tuple[int, int]:
     return min(launches.values(), default=0), min(problems.values(), default=0)
 
 
-def _regimes(facts: Sequence[Fact], profile: Profile) -> list[str]:
+def _regimes_to_judge(facts: Sequence[Fact], profile: Profile) -> list[str]:
     seen = [f.regime for f in facts if f.data == EXACT]
     return list(dict.fromkeys([*profile.required, *seen]))
 

@@ -21,8 +21,8 @@ from .disassemble import (
     Progress,
     ReadLimits,
     cores,
-    examine,
     holds_code,
+    machine_code_of,
 )
 from .install import FoundModule
 from .judge import (
@@ -128,7 +128,7 @@ def _report(found: FoundModule, options: AuditOptions) -> AuditReport:
     module, build = found.module, found.build
     path = Path(module.path) if module.path and not found.problem else None
     limits = ReadLimits(options.seconds, None, options.jobs, None, options.progress)
-    code = examine(path, found.sm, limits) if path else None
+    code = machine_code_of(path, found.sm, limits) if path else None
     launches: list[launch.PdlUse] = []
     waits: tuple[str, ...] = ()
     if path and code and code.read:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from . import sass
-from .disassemble import examine
+from .disassemble import machine_code_of
 from .judge import FLAG, MACRO, BarrierTrial
 from .ninja import NinjaBuild
 
@@ -44,7 +44,7 @@ def of(build: NinjaBuild, sm: int) -> BarrierTrial | None:
     if not any(int(m) // 10 == sm // 10 for m in _CODE.findall(" ".join(build.flags))):
         return BarrierTrial(None, "flags", f"its flags build nothing for SM{sm}")
     trial, why = _compiled(build, sm)
-    return trial or _read(build.flags, header, sm, why)
+    return trial or _barrier_trial(build.flags, header, sm, why)
 
 
 def flag_works(build: NinjaBuild, sm: int) -> bool | None:
@@ -104,7 +104,7 @@ def _tried(nvcc: str, flags: tuple[str, ...], sm: int) -> tuple[BarrierTrial | N
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             said = next((line for line in lines if "error" in line), (lines or ["?"])[-1])
             return None, f"nvcc failed: {said[:200]}"
-        code = examine(cubin, sm)
+        code = machine_code_of(cubin, sm)
     if not code.kernels:
         return None, code.problem or "what nvcc made holds no kernel"
     waits = all(found.kernel.wait != sass.NO_WAIT for found in code.kernels)
@@ -116,7 +116,7 @@ def _tried(nvcc: str, flags: tuple[str, ...], sm: int) -> tuple[BarrierTrial | N
     ), ""
 
 
-def _read(flags: tuple[str, ...], header: Path, sm: int, why: str) -> BarrierTrial:
+def _barrier_trial(flags: tuple[str, ...], header: Path, sm: int, why: str) -> BarrierTrial:
     macro = f"CUTLASS_ENABLE_GDC_FOR_SM{90 if sm < 100 else 100}"
     given = any(re.match(rf"-D{macro}(=|$)", flag) for flag in flags)
     text = header.read_text(errors="replace")

@@ -51,7 +51,7 @@ def is_cubin(path: str) -> bool:
             return False
         if begin[:4] == FATBIN:
             return False
-        if begin[:4] != elf.MAGIC and _is_text(data):
+        if begin[:4] != elf.MAGIC and _looks_like_text(data):
             raise elf.BadElf(_about_text(data))
         parsed = elf.parse(data)
         if not any(s.name or s.size for s in parsed.sections):
@@ -63,7 +63,7 @@ def is_cubin(path: str) -> bool:
     return False
 
 
-def _is_text(data: memoryview) -> bool:
+def _looks_like_text(data: memoryview) -> bool:
     begin = bytes(data[:512])
     return all(byte >= 32 or byte in b"\t\n\r\f" for byte in begin)
 

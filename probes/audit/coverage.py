@@ -58,7 +58,7 @@ def of_paths(
     match: a regular expression that a library's path or a family's name must contain. Raises
     Refused where there is nothing to look at.
     """
-    places = [*paths, *(_packages(engine) if engine else ())]
+    places = [*paths, *(_engine_packages(engine) if engine else ())]
     if not places:
         raise Refused("--coverage needs a path, or --engine sglang, vllm or flashinfer")
     wanted = re.compile(match) if match else None
@@ -67,7 +67,7 @@ def of_paths(
         if not place.exists():
             found.append(LibraryCoverage(str(place), problem=f"{place} does not exist"))
             continue
-        for file in _files(place):
+        for file in _files_below(place):
             one = of_file(file, sms, explicit=place.is_file())
             if one is None:
                 continue
@@ -81,7 +81,7 @@ def of_paths(
     return found
 
 
-def _packages(engine: str) -> Iterator[Path]:
+def _engine_packages(engine: str) -> Iterator[Path]:
     """Where an engine's packages lie; nothing is imported."""
     if engine not in ENGINES:
         raise Refused(f"--engine {engine} is none of {', '.join(ENGINES)}")
@@ -94,7 +94,7 @@ def _packages(engine: str) -> Iterator[Path]:
     yield from found
 
 
-def _files(place: Path) -> Iterator[Path]:
+def _files_below(place: Path) -> Iterator[Path]:
     if place.is_file():
         yield place
         return
@@ -183,7 +183,7 @@ def lines(found: Sequence[LibraryCoverage], sms: Sequence[int]) -> Iterator[str]
         if each.problem:
             yield f"    {each.problem}"
         for name, rows in sorted(each.families.items()):
-            said = "  ".join(f"SM{sm}: {_counts(rows.get(sm, Counter()))}" for sm in sms)
+            said = "  ".join(f"SM{sm}: {_counts_in_words(rows.get(sm, Counter()))}" for sm in sms)
             yield f"    {shortened(name)}  {said}"
     counts = {sm: Counter[str]() for sm in sms}
     for each in found:
@@ -191,8 +191,8 @@ def lines(found: Sequence[LibraryCoverage], sms: Sequence[int]) -> Iterator[str]
             for sm in sms:
                 counts[sm].update({w.partition(" ")[0]: n for w, n in rows.get(sm, {}).items()})
     for sm in sms:
-        yield f"SM{sm}: {_counts(counts[sm])} kernels"
+        yield f"SM{sm}: {_counts_in_words(counts[sm])} kernels"
 
 
-def _counts(counter: Counter[str]) -> str:
+def _counts_in_words(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {word}" for word, count in sorted(counter.items())) or "none"

@@ -86,7 +86,7 @@ class _Cubin:
         return self.sm == sm if self.exact else runs_on(self.sm, sm)
 
 
-def examine(
+def machine_code_of(
     path: str | os.PathLike[str], sm: int | None = None, limits: ReadLimits = ReadLimits()
 ) -> MachineCode:
     """Disassemble the kernels in a cubin, object, library, archive or fatbin; those an `sm` GPU

@@ -44,9 +44,9 @@ def kernels(
         elif any(t not in section.labels for n in section.nodes for t in _called(n)):
             waiting.append(section)  # it calls functions that may come later
         else:
-            yield _kernel(section, {}, known)
+            yield _kernel_of_section(section, {}, known)
     for section in waiting:
-        yield _kernel(section, shared, known)
+        yield _kernel_of_section(section, shared, known)
 
 
 def _called(node: Node) -> tuple[bytes, ...]:
@@ -73,7 +73,7 @@ class _Walker:
     done: dict[tuple[bytes, int], _Effect] = field(default_factory=dict)
 
 
-def _kernel(
+def _kernel_of_section(
     section: CodeSection, shared: Mapping[bytes, CodeSection], known: Mapping[str, Parameters]
 ) -> SassKernel:
     walker = _Walker(shared)
@@ -133,7 +133,7 @@ def _walk(section: CodeSection, start: int, walker: _Walker) -> _Effect:
         elif node.op == b"RET":
             effect.returns = True
         elif node.op == b"CALL":
-            after = _call(section, node, effect, walker) or not node.always
+            after = _add_callee(section, node, effect, walker) or not node.always
         elif not node.targets and _jumps(node):
             effect.unfollowed.add(f"{node.at:#06x} {node.op.decode()}")
         if after:
@@ -181,7 +181,7 @@ def _callee(section: CodeSection, node: Node, walker: _Walker) -> _Effect | None
     return None
 
 
-def _call(section: CodeSection, node: Node, effect: _Effect, walker: _Walker) -> bool:
+def _add_callee(section: CodeSection, node: Node, effect: _Effect, walker: _Walker) -> bool:
     """Add what the called function does; whether it may come back without having waited."""
     callee = _callee(section, node, walker)
     if callee is None:

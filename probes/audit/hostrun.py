@@ -145,10 +145,10 @@ class _Frame:
                 del self.stack[at]
                 # What is left of it before and behind.
                 for place in (*range(at, start, 4), *range(end, at + cell[0], 4)):
-                    self.stack[place] = (4, _part(cell[1], 8 * (place - at)))
+                    self.stack[place] = (4, _word_of(cell[1], 8 * (place - at)))
 
 
-def _part(value: Value, shift: int) -> Value:
+def _word_of(value: Value, shift: int) -> Value:
     """32 bits of a constant."""
     if value is None or not all(isinstance(v, int) for v in value):
         return None
@@ -264,7 +264,7 @@ class HostRun:
                     to = self.image.target(target) if target is not None else self._slot(one)
                     self._call(one.address, to, now, chain)
                 else:
-                    _step(one, now, self)
+                    _run_instruction(one, now, self)
                 i += 1
                 if i >= len(code):
                     break
@@ -359,13 +359,13 @@ def _attributes(frame: _Frame) -> str:
         if len(where) != 1:
             answers.add(UNKNOWN)
             continue
-        answers.add(_asked(frame, where[0], counts))
+        answers.add(_launch_attributes(frame, where[0], counts))
     if not answers or UNKNOWN in answers:
         return UNKNOWN
     return answers.pop() if len(answers) == 1 else POSSIBLE
 
 
-def _asked(frame: _Frame, at: int, counts: Value) -> str:
+def _launch_attributes(frame: _Frame, at: int, counts: Value) -> str:
     """From the attributes at `at`, of which there are `counts`."""
     sure = counts is not None and all(isinstance(c, int) for c in counts)
     most = max(counts) if sure and counts else _MOST_ATTRIBUTES
@@ -482,7 +482,7 @@ def _address(one: Any, memory: Any, frame: _Frame) -> Value:
     return _map(frame.registers.get(_FULL.get(base, ("", 0))[0]), lambda v: v + memory.disp)
 
 
-def _read(one: Any, operand: Any, frame: _Frame, image: HostImage) -> Value:
+def _operand_value(one: Any, operand: Any, frame: _Frame, image: HostImage) -> Value:
     if operand.type == _IMMEDIATE:
         return frozenset([operand.imm & ((1 << 8 * max(operand.size, 1)) - 1)])
     if operand.type == _REGISTER:
@@ -527,12 +527,12 @@ def _write(one: Any, operand: Any, value: Value, frame: _Frame, run: HostRun) ->
             frame.store(place, operand.size, None)
 
 
-def _step(one: Any, frame: _Frame, run: HostRun) -> None:
+def _run_instruction(one: Any, frame: _Frame, run: HostRun) -> None:
     """One instruction that neither branches nor calls."""
     name, operands = one.mnemonic, one.operands
     if name == "push":
         frame.registers["rsp"] = _map(frame.registers["rsp"], lambda v: v - 8)
-        value = _read(one, operands[0], frame, run.image)
+        value = _operand_value(one, operands[0], frame, run.image)
         for place in _places(frame.registers["rsp"]):
             frame.store(place, 8, value)
     elif name == "pop":
@@ -546,9 +546,9 @@ def _step(one: Any, frame: _Frame, run: HostRun) -> None:
     elif name == "lea":
         _write(one, operands[0], _address(one, operands[1].mem, frame), frame, run)
     elif name in _MOVES:
-        _write(one, operands[0], _read(one, operands[1], frame, run.image), frame, run)
+        _write(one, operands[0], _operand_value(one, operands[1], frame, run.image), frame, run)
     elif name in ("movzx", "movsxd", "movsx", "cdqe"):
-        value = _read(one, operands[1], frame, run.image) if len(operands) > 1 else None
+        value = _operand_value(one, operands[1], frame, run.image) if len(operands) > 1 else None
         small = value is not None and all(isinstance(v, int) and v < 128 for v in value)
         if operands:
             _write(one, operands[0], value if small or name == "movzx" else None, frame, run)
@@ -558,7 +558,8 @@ def _step(one: Any, frame: _Frame, run: HostRun) -> None:
         _repeat(name, frame)
     elif name.startswith("cmov"):
         both = _union(
-            _read(one, operands[0], frame, run.image), _read(one, operands[1], frame, run.image)
+            _operand_value(one, operands[0], frame, run.image),
+            _operand_value(one, operands[1], frame, run.image),
         )
         _write(one, operands[0], both, frame, run)
     elif name.startswith("set") and operands:
@@ -585,7 +586,7 @@ def _compute(one: Any, frame: _Frame, run: HostRun) -> None:
             return
     value: Value = None
     if len(operands) == 2 and operands[1].type == _IMMEDIATE:
-        mine = _read(one, operands[0], frame, run.image)
+        mine = _operand_value(one, operands[0], frame, run.image)
         number = operands[1].imm
         if name == "add":
             value = _map(mine, lambda v: v + number)
@@ -600,10 +601,10 @@ def _compute(one: Any, frame: _Frame, run: HostRun) -> None:
             value = None if _places(mine) else _map(mine, lambda v: v << (number & 63))
     elif name in ("inc", "dec"):
         step = 1 if name == "inc" else -1
-        value = _map(_read(one, operands[0], frame, run.image), lambda v: v + step)
+        value = _map(_operand_value(one, operands[0], frame, run.image), lambda v: v + step)
     elif name in ("punpcklqdq", "movhps") and len(operands) == 2:
-        low = _read(one, operands[0], frame, run.image)
-        high = _read(one, operands[1], frame, run.image)
+        low = _operand_value(one, operands[0], frame, run.image)
+        high = _operand_value(one, operands[1], frame, run.image)
         if low and high and len(low) == len(high) == 1:
             (a,), (b,) = low, high
             if isinstance(a, int) and isinstance(b, int):

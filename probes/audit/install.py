@@ -86,11 +86,11 @@ def modules(
 
 def _specs(package: Path, sms: Sequence[int], scratch: Path) -> list[FoundModule]:
     """What the install would compile, asked of its own interpreter without a GPU."""
-    wanted = {_arch(sm): sm for sm in sms if sm >= 100}
+    wanted = {_arch_for_flashinfer(sm): sm for sm in sms if sm >= 100}
     if not wanted:
         return []
     scratch.mkdir(parents=True, exist_ok=True)
-    said, problem = _asked(package, scratch, list(wanted))
+    said, problem = _worker_answers(package, scratch, list(wanted))
     unknown = GpuModule(
         "fp4_gemm_cutlass", "spec", None, BACKENDS["fp4_gemm_cutlass"], installed_version(package)
     )
@@ -108,11 +108,11 @@ def _specs(package: Path, sms: Sequence[int], scratch: Path) -> list[FoundModule
     return found
 
 
-def _arch(sm: int) -> str:
+def _arch_for_flashinfer(sm: int) -> str:
     return f"{sm // 10}.{sm % 10}{'f' if sm == 120 else 'a'}"
 
 
-def _asked(
+def _worker_answers(
     package: Path, scratch: Path, archs: Sequence[str]
 ) -> tuple[dict[str, dict], str | None]:
     """What the worker said of each architecture, and why it said nothing of others."""

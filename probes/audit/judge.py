@@ -106,7 +106,7 @@ def decide(module: GpuModule, seen: AuditEvidence) -> AuditReport:
     if code is not None and code.read:
         verdict, lines = _by_code(code, launched, seen.sm)
         authority = "sass"
-        kernels = tuple(_row(k, launched) for k in code.kernels)
+        kernels = tuple(_kernel_row(k, launched) for k in code.kernels)
     else:
         verdict, lines, authority = _by_barrier(seen)
     evidence += list(launched.evidence) or ["launch: nothing says whether PDL is used"]
@@ -279,7 +279,7 @@ def remedy(module: GpuModule, flag_works: bool | None = None) -> str:
     )
 
 
-def _row(found: ArchKernel, launched: PdlUse) -> Mapping[str, Any]:
+def _kernel_row(found: ArchKernel, launched: PdlUse) -> Mapping[str, Any]:
     of_it = launched.of(found.kernel.name)
     verdict, why = judge_kernel(found, of_it)
     judged = {"launched_with_pdl": of_it, "verdict": verdict, "why": why}

@@ -402,7 +402,7 @@ def _texts(sources: Sequence[Path], roots: Sequence[Path]) -> Iterator[tuple[Pat
                 near = root / name
                 if near.is_file():
                     near = near.resolve()
-                    if near not in seen and _inside(near, roots, file.parent):
+                    if near not in seen and _below_any(near, roots, file.parent):
                         seen.add(near)
                         todo.append(near)
                     break
@@ -413,7 +413,7 @@ def _without_comments(file: str) -> str:
     return _COMMENT.sub("", Path(file).read_text(errors="replace"))
 
 
-def _inside(file: Path, roots: Sequence[Path], beside: Path) -> bool:
+def _below_any(file: Path, roots: Sequence[Path], beside: Path) -> bool:
     return any(file.is_relative_to(root.resolve()) for root in (*roots, beside))
 
 

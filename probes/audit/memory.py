@@ -24,7 +24,7 @@ _RULES = ("sass.py", "flow.py", "origins.py", "parameters.py")
 
 
 @lru_cache(maxsize=1)
-def _rules() -> bytes:
+def _rules_digest() -> bytes:
     """Changes whenever the same bytes could be read differently."""
     sha = hashlib.sha256()
     for name in _RULES:
@@ -35,7 +35,7 @@ def _rules() -> bytes:
 def key(cubin: bytes, symbols: Sequence[int] = ()) -> str:
     """What the kernels of a cubin, or those at `symbols` of it, are kept by (hex)."""
     asked = ",".join(map(str, symbols)).encode()
-    return hashlib.sha256(_rules() + asked + b"\0" + cubin).hexdigest()
+    return hashlib.sha256(_rules_digest() + asked + b"\0" + cubin).hexdigest()
 
 
 def folder() -> Path:
@@ -50,14 +50,14 @@ def recall(name: str) -> list[SassKernel] | None:
         rows = json.loads(path.read_text())
         if not isinstance(rows, list):
             return None
-        kernels = [_kernel(row) for row in rows]
+        kernels = [_kernel_of_row(row) for row in rows]
         os.utime(path)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return kernels
 
 
-def _kernel(row: dict) -> SassKernel:
+def _kernel_of_row(row: dict) -> SassKernel:
     kinds = {"name": str, "wait": str, "waits": int, "triggers": int, "mma": dict,
              "block_scaled": int, "idle": bool}  # fmt: skip
     if set(row) != {f.name for f in fields(SassKernel)}:

@@ -57,7 +57,7 @@ class _Instruction:
     @property
     def operands(self) -> tuple[bytes, ...]:
         if self._operands is None:
-            self._operands = tuple(_operands(self.rest))
+            self._operands = tuple(_split_operands(self.rest))
         return self._operands
 
 
@@ -107,7 +107,7 @@ class _Program:
         return [i for i in following if i < len(self.code)]
 
 
-def _operands(text: bytes) -> Iterator[bytes]:
+def _split_operands(text: bytes) -> Iterator[bytes]:
     """The operands, cut at commas outside of brackets."""
     depth = start = 0
     for i, c in enumerate(text):

@@ -123,7 +123,7 @@ def sections(text: Iterable[bytes]) -> Iterator[CodeSection]:
             name, other, flags, label, at, predicate, op, rest = match.groups()
             if op is not None:
                 if now is not None:
-                    _add(now, int(at, 16), predicate, op, rest)
+                    _add_instruction(now, int(at, 16), predicate, op, rest)
             elif label is not None:
                 if now is not None:
                     now.labels[label] = len(now.nodes)
@@ -163,7 +163,7 @@ def pieces(read: Callable[[int], bytes], size: int = 1 << 20) -> Iterator[bytes]
         yield rest
 
 
-def _add(
+def _add_instruction(
     section: CodeSection, at: int, predicate: bytes | None, op: bytes, operands: bytes
 ) -> None:
     name, _, modifiers = op.partition(b".")

@@ -28,10 +28,10 @@ def modules(paths: Sequence[Path], sm: int | None) -> Iterator[Iterator[FoundMod
     specs are written to a temporary folder.
     """
     with tempfile.TemporaryDirectory(prefix="fp4tune-") as scratch:
-        yield _all(paths, sm, Path(scratch))
+        yield _modules_of_all(paths, sm, Path(scratch))
 
 
-def _all(paths: Sequence[Path], sm: int | None, scratch: Path) -> Iterator[FoundModule]:
+def _modules_of_all(paths: Sequence[Path], sm: int | None, scratch: Path) -> Iterator[FoundModule]:
     if not paths:
         yield from _here(sm, scratch)
     for number, path in enumerate(paths):

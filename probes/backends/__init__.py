@@ -90,7 +90,9 @@ def tactics(backend: Backend, problem: Problem, device: Device) -> tuple[str, ..
     return tuple(named) or (DEFAULT_TACTIC,)
 
 
-def build(backend: Backend, problems: Sequence[Problem], device: Device, workers: int) -> None:
+def build_kernels(
+    backend: Backend, problems: Sequence[Problem], device: Device, workers: int
+) -> None:
     """Compile what `problems` need, where the backend has anything to compile."""
     own = getattr(backend, "build", None)
     if own:

@@ -86,9 +86,9 @@ def write(
     with tempfile.TemporaryDirectory(prefix="fp4tune-bundle-") as temporary:
         folder = Path(temporary) / (path.stem if path.suffix == ".zip" else path.name)
         folder.mkdir()
-        torch.save(_document(shown), folder / "data.pt")
+        torch.save(_bundle_data(shown), folder / "data.pt")
         shutil.copyfile(HARNESS, folder / "reproduce.py")
-        for name, text in {**texts, "call.py": _call(folder, call)}.items():
+        for name, text in {**texts, "call.py": _call_text(folder, call)}.items():
             (folder / name).write_text(text, encoding="utf-8")
         _must_run(folder, shown.kind, python)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,19 +112,20 @@ def _must_run(folder: Path, kind: str, python: str | None) -> None:
         shutil.rmtree(rubbish, ignore_errors=True)
 
 
-def _document(shown: Shown) -> dict[str, Any]:
+def _bundle_data(shown: Shown) -> dict[str, Any]:
     """What ``data.pt`` holds."""
     problem = shown.problem
-    chosen = _fitting(shown.cases, shown.launches, shown.at, problem.n)
+    chosen = _fitting_places(shown.cases, shown.launches, shown.at, problem.n)
     return {
-        "problem": _problem(problem),
+        "problem": _problem_data(problem),
         "regime": shown.regime,
         "mode": mode_of(shown.regime),
         "device": shown.device,
         "tile_limit": tile_limit(problem.k) if shown.by_tile else None,
         "weights": [_fp4(operands.weight) for operands, _ in shown.cases],
         "launches": [
-            _launch(shown.cases, shown.launches[i], i == shown.at, shown.by_tile) for i in chosen
+            _launch_data(shown.cases, shown.launches[i], i == shown.at, shown.by_tile)
+            for i in chosen
         ],
     }
 
@@ -161,7 +162,7 @@ def drawn(
     return operands, expect(operands, problem)
 
 
-def _fitting(
+def _fitting_places(
     cases: Sequence[tuple[Operands, Expectation]], launches: Sequence[Launch], at: int, n: int
 ) -> list[int]:
     """Places of the chain, the failing one and those nearest to it, as many as are not too much."""
@@ -174,7 +175,7 @@ def _fitting(
     return sorted(chosen)
 
 
-def _problem(problem: Problem) -> dict[str, Any]:
+def _problem_data(problem: Problem) -> dict[str, Any]:
     fmt = FORMATS[problem.format]
     return {
         "format": fmt.name,
@@ -193,7 +194,7 @@ def _fp4(t: Fp4Tensor) -> dict[str, torch.Tensor]:
     return {name: part.cpu().clone() for name, part in parts.items()}
 
 
-def _launch(
+def _launch_data(
     cases: Sequence[tuple[Operands, Expectation]], launch: Launch, target: bool, by_tile: bool
 ) -> dict[str, Any]:
     operands, expectation = cases[launch.case]
@@ -279,7 +280,7 @@ def run(state, a, out, tactic):
 '''
 
 
-def _call(folder: Path, call: CallSource) -> str:
+def _call_text(folder: Path, call: CallSource) -> str:
     """The text of ``call.py``; copies what it imports into `folder`."""
     if call.source is not None:
         return call.source

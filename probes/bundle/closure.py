@@ -27,7 +27,7 @@ def closure(
     found: dict[Path, None] = {}
     queue = [Path(file).resolve() for file in files]
     for file in queue:
-        if _inside(file, package):
+        if _in_package(file, package):
             for each in _with_packages(file, package):
                 found.setdefault(each)
     queue += [each for each in found if each not in queue]
@@ -41,7 +41,7 @@ def closure(
     return list(found)
 
 
-def _inside(file: Path, package: Path) -> bool:
+def _in_package(file: Path, package: Path) -> bool:
     return package in file.parents
 
 
@@ -62,7 +62,7 @@ def _imports(file: Path, package: Path, name: str, relative: bool) -> Iterator[P
                 yield from _module(_below(alias.name, package, name))
         elif isinstance(node, ast.ImportFrom):
             base: Path | None
-            if node.level and relative and _inside(file, package):
+            if node.level and relative and _in_package(file, package):
                 base = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             elif node.level:
                 continue

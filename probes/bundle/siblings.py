@@ -29,12 +29,12 @@ def beside(file: Path, loaded: Mapping[str, str]) -> dict[Path, str]:
     root = file.resolve().parent
     found = {file.resolve(): f"{OWN}/{file.name}"}
     for name, path in loaded.items():
-        found.setdefault(Path(path).resolve(), _place(Path(path).resolve(), root, name))
+        found.setdefault(Path(path).resolve(), _place_in_bundle(Path(path).resolve(), root, name))
     queue = [path for path in found if path.suffix == ".py"]
     for each in queue:  # grows while it is walked
         for more in _needed(each, root):
             if more not in found and root in more.parents:
-                found[more] = _place(more, root, more.stem)
+                found[more] = _place_in_bundle(more, root, more.stem)
                 if more.suffix == ".py":
                     queue.append(more)
     size = sum(path.stat().st_size for path in found)
@@ -43,7 +43,7 @@ def beside(file: Path, loaded: Mapping[str, str]) -> dict[Path, str]:
     return found
 
 
-def _place(path: Path, root: Path, name: str) -> str:
+def _place_in_bundle(path: Path, root: Path, name: str) -> str:
     if root in path.parents:
         return f"{OWN}/{path.relative_to(root).as_posix()}"
     folders = name.split(".")
@@ -61,30 +61,30 @@ def _needed(file: Path, root: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield from _absolute(alias.name, file, root)
+                yield from _files_of_absolute(alias.name, file, root)
         elif isinstance(node, ast.ImportFrom) and node.level:
             base = file
             for _ in range(node.level):
                 base = base.parent
             for alias in node.names:
-                yield from _modules(base, f"{node.module or ''}.{alias.name}".strip("."))
+                yield from _module_files(base, f"{node.module or ''}.{alias.name}".strip("."))
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                yield from _absolute(f"{node.module}.{alias.name}", file, root)
+                yield from _files_of_absolute(f"{node.module}.{alias.name}", file, root)
         elif isinstance(node, ast.Constant):
             texts.add(node.value)
     texts = {t for t in texts if isinstance(t, str) and 0 < len(t) <= _MOST_NAME}
-    yield from _named(texts, file.parent)
+    yield from _files_in_strings(texts, file.parent)
 
 
-def _absolute(dotted: str, file: Path, root: Path) -> Iterator[Path]:
+def _files_of_absolute(dotted: str, file: Path, root: Path) -> Iterator[Path]:
     first = dotted.split(".")[0]
     if first != NAME and first not in sys.stdlib_module_names:
         for folder in dict.fromkeys((root, file.parent)):
-            yield from _modules(folder, dotted)
+            yield from _module_files(folder, dotted)
 
 
-def _modules(folder: Path, dotted: str) -> Iterator[Path]:
+def _module_files(folder: Path, dotted: str) -> Iterator[Path]:
     """The files of ``a``, ``a.b`` and ``a.b.c`` in a folder, as far as they are there."""
     for part in filter(None, dotted.split(".")):
         folder = folder / part
@@ -93,7 +93,7 @@ def _modules(folder: Path, dotted: str) -> Iterator[Path]:
                 yield path.resolve()
 
 
-def _named(texts: set[str], folder: Path) -> Iterator[Path]:
+def _files_in_strings(texts: set[str], folder: Path) -> Iterator[Path]:
     """Files beside, or in a folder beside, that the source names in its strings."""
     folders = [folder, *(folder / t for t in texts if _is(folder / t, "is_dir"))]
     for place in folders:

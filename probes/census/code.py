@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...machine import codedigest, elf
-from ..audit.disassemble import ReadLimits, examine
+from ..audit.disassemble import ReadLimits, machine_code_of
 from ..audit.parameters import of_kernels
 from ..audit.sass import NO_WAIT
 from .kernels import UNKNOWN, Wait
@@ -106,7 +106,7 @@ class CodeBook:
         if not found:
             return Wait(UNKNOWN, how="its module was not seen when it was loaded")
         different = {cubin.words[launch.name]: cubin for cubin in found}
-        waits = [_judged(cubin, launch.name) for cubin in different.values()]
+        waits = [_wait_of(cubin, launch.name) for cubin in different.values()]
         if len({wait.status for wait in waits}) > 1:
             return Wait(UNKNOWN, how=f"{len(waits)} loaded modules have different kernels so named")
         return waits[0]
@@ -122,7 +122,7 @@ def _latest(functions: Sequence[RawFunction], seq: int) -> RawFunction | None:
     return max((f for f in functions if f.seq < seq), key=lambda f: f.seq, default=None)
 
 
-def _judged(cubin: Cubin, name: str) -> Wait:
+def _wait_of(cubin: Cubin, name: str) -> Wait:
     if name not in cubin.waits:
         if cubin.data is None:
             wait = Wait(UNKNOWN, how="its machine code was not kept, for want of room")
@@ -141,7 +141,7 @@ def disassembled(data: bytes, name: str) -> Wait:
         path = os.path.join(folder, "module.cubin")
         with open(path, "wb") as file:
             file.write(data)
-        code = examine(path, limits=ReadLimits(JUDGE_SECONDS, only=name))
+        code = machine_code_of(path, limits=ReadLimits(JUDGE_SECONDS, only=name))
     for each in code.kernels:
         kernel = each.kernel
         if kernel.name != name:

@@ -82,7 +82,7 @@ class Census:
         return codedigest.total(known) if known and None not in words else None
 
 
-def plain(kernel: Kernel, count: int = 1) -> dict[str, Any]:
+def plain_kernel(kernel: Kernel, count: int = 1) -> dict[str, Any]:
     """A kernel as JSON data, without what was not seen."""
     found: dict[str, Any] = {"name": kernel.name[:300], "launches": count}
     readable = demangled(kernel.name)

@@ -97,7 +97,9 @@ def claimed(pattern: str | None, ran: Iterable[Ran]) -> list[Found]:
     if not missed:
         return []
     first = missed[0]
-    message = f"no kernel like {pattern!r} ran at m={first.m}, but {_listed(first.census.kernels)}"
+    message = (
+        f"no kernel like {pattern!r} ran at m={first.m}, but {_first_names(first.census.kernels)}"
+    )
     return [_fallback(first.m, message, ms=[each.m for each in missed])]
 
 
@@ -119,7 +121,7 @@ def alike(ran: Sequence[Ran], kept: Iterable[str] = ()) -> tuple[dict, dict]:
         for later, second in enumerate(order):
             for first in order[:later]:
                 one, two = tactics[first], tactics[second]
-                if set(one) != set(two) or not all(_same(one[m], two[m]) for m in one):
+                if set(one) != set(two) or not all(_same_launches(one[m], two[m]) for m in one):
                     continue
                 same.setdefault((second, bucket), []).append(first)
                 same.setdefault((first, bucket), []).append(second)
@@ -138,7 +140,7 @@ def alike(ran: Sequence[Ran], kept: Iterable[str] = ()) -> tuple[dict, dict]:
                 m = max(one)
                 message = (
                     f"tactic {guilty} launched exactly what {other} did at m={m},"
-                    f" {_listed(one[m].kernels)}, {proof}"
+                    f" {_first_names(one[m].kernels)}, {proof}"
                 )
                 accused.setdefault((guilty, bucket), []).append(
                     _fallback(m, message, other=other, ms=sorted(one))
@@ -166,11 +168,11 @@ def timed(checked: Iterable[Census], timing: Census) -> list[Found]:
     ]
     if not strange:
         return []
-    message = f"timed, but never run when it was checked: {_listed(strange)}"
+    message = f"timed, but never run when it was checked: {_first_names(strange)}"
     return [{**_fallback(None, message), "checked": names(known)[:8]}]
 
 
-def _same(one: Census, two: Census) -> bool:
+def _same_launches(one: Census, two: Census) -> bool:
     """The same code, known, with the same geometry, in the same order."""
     return all(k.digest for k in one.kernels) and [(k.code, k.geometry) for k in one.kernels] == [
         (k.code, k.geometry) for k in two.kernels
@@ -233,6 +235,6 @@ def _fallback(m: int | None, message: str, **more: Any) -> Found:
     return found
 
 
-def _listed(kernels: Sequence[Kernel]) -> str:
+def _first_names(kernels: Sequence[Kernel]) -> str:
     found = names(kernels)
     return ", ".join(name[:80] for name in found[:3]) + (" ..." if len(found) > 3 else "")

@@ -136,7 +136,7 @@ def compiled() -> Path:
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=place.parent, prefix="build-") as folder:
                 made = Path(folder, name)
-                _compile(compiler, folders, made)
+                _compile_shim(compiler, folders, made)
                 os.replace(made, place)
             return place
         except OSError:
@@ -144,7 +144,7 @@ def compiled() -> Path:
     raise CannotSee("nowhere to write the census's library: set FP4TUNE_CACHE")
 
 
-def _compile(compiler: str, folders: tuple[str, ...], made: Path) -> None:
+def _compile_shim(compiler: str, folders: tuple[str, ...], made: Path) -> None:
     includes = [part for folder in folders for part in ("-isystem", folder)]
     command = [compiler, *FLAGS, *includes, "-o", str(made), str(SOURCE), "-ldl", "-lpthread"]
     try:
@@ -335,12 +335,14 @@ class Shim:
         self._c.census_sizes(name.encode(), len(sizes), (ctypes.c_uint32 * len(sizes))(*sizes))
 
     def launches(self) -> list[RawLaunch]:
-        return [_launch(self._c.census_launch(i)) for i in range(self.counts().launches)]
+        return [_raw_launch(self._c.census_launch(i)) for i in range(self.counts().launches)]
 
     def functions(self, start: int = 0) -> list[RawFunction]:
         """Those from the `start`-th on."""
         found = (self._c.census_function(i) for i in range(start, self.counts().functions))
-        return [RawFunction(f.seq, f.handle, f.owner, f.kind, _text(f.name)) for f in found]
+        return [
+            RawFunction(f.seq, f.handle, f.owner, f.kind, _decoded_bytes(f.name)) for f in found
+        ]
 
     def take_blobs(self, start: int = 0) -> list[RawBlob]:
         """Those from the `start`-th on; the shim's own copy of their bytes is given back."""
@@ -353,7 +355,7 @@ class Shim:
         return taken
 
 
-def _launch(raw: CLaunch) -> RawLaunch:
+def _raw_launch(raw: CLaunch) -> RawLaunch:
     return RawLaunch(
         raw.seq,
         raw.function,
@@ -367,14 +369,14 @@ def _launch(raw: CLaunch) -> RawLaunch:
         raw.flags,
         raw.other,
         raw.result,
-        _text(raw.name),
+        _decoded_bytes(raw.name),
     )
 
 
-def _text(raw: bytes | None) -> str:
+def _decoded_bytes(raw: bytes | None) -> str:
     return (raw or b"").decode(errors="replace")
 
 
 def _raise(why: bytes | None) -> None:
     if why:
-        raise CannotSee(_text(why))
+        raise CannotSee(_decoded_bytes(why))

@@ -106,13 +106,13 @@ def seen(
     m, n, k = shape
     tiles = None
     if bad.get("tiles"):
-        from .tilemap import of
+        from .tilemap import tiles_of
 
-        tiles = of(m, n, bad["tiles"])
+        tiles = tiles_of(m, n, bad["tiles"])
     if bad.get("map"):
-        from .tilemap import unpack
+        from .tilemap import unpack_tiles
 
-        tiles = unpack(bad["map"])
+        tiles = unpack_tiles(bad["map"])
     counts = {name: int(bad.get(name) or 0) for name in ("wrong", "unwritten", "not_finite")}
     return Failure(
         kind=str(bad["kind"]),
@@ -305,7 +305,7 @@ def _cause(seen: Failure) -> str:
         what = "tiles that no block took" if mostly_unwritten else "a race inside the kernel"
         return f"consistent with {what}, dependent on timing"
     if mostly_unwritten:
-        return _unwritten(seen)
+        return _unwritten_in_words(seen)
     found = _anatomy(seen)
     if found:
         return found
@@ -321,7 +321,7 @@ def _cause(seen: Failure) -> str:
     return _values_found(seen)
 
 
-def _unwritten(seen: Failure) -> str:
+def _unwritten_in_words(seen: Failure) -> str:
     if _whole_output(seen) or (seen.tiles and seen.tiles.whole and seen.unwritten == seen.wrong):
         whole = seen.alone.get("bad") in (None, seen.m * seen.n)
         if whole:

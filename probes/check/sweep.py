@@ -245,7 +245,7 @@ class Unchanged:
 
     def look(self, some: Sequence[torch.Tensor]) -> None:
         """Note which of `some` differ, before they are written on purpose; enqueues only."""
-        self._seen += [(_bytes(now) != _bytes(then)).any() for now, then in self._those(some)]
+        self._seen += [(bytes_of(now) != bytes_of(then)).any() for now, then in self._those(some)]
 
     def renew(self, some: Sequence[torch.Tensor]) -> None:
         """Remember `some` as they are now; enqueues only."""
@@ -256,12 +256,13 @@ class Unchanged:
         """How many of the tensors differ, or did, from what they were; waits for the device."""
         earlier = int(torch.stack(self._seen).sum()) if self._seen else 0
         self._seen.clear()
-        return earlier + sum(not torch.equal(_bytes(a), _bytes(b)) for a, b in self._pairs)
+        return earlier + sum(not torch.equal(bytes_of(a), bytes_of(b)) for a, b in self._pairs)
 
     def _those(self, some: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         wanted = {id(each) for each in some}
         return [pair for pair in self._pairs if id(pair[0]) in wanted]
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes in order, as uint8 of one dimension; a view where that can be."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -52,12 +52,12 @@ class TileMap:
         return {"m": self.m, "n": self.n, "tile": TILE, "rows": runs}
 
 
-def of(m: int, n: int, tiles: Iterable[Sequence[int]]) -> TileMap:
+def tiles_of(m: int, n: int, tiles: Iterable[Sequence[int]]) -> TileMap:
     """The map of an (m, n) output whose `tiles` (tile row, tile column, ...) were wrong."""
     return TileMap(m, n, frozenset((tile[0], tile[1]) for tile in tiles))
 
 
-def unpack(packed: Mapping[str, Any]) -> TileMap:
+def unpack_tiles(packed: Mapping[str, Any]) -> TileMap:
     """The map that `pack` made. Raises ValueError for anything else."""
     try:
         found = TileMap(int(packed["m"]), int(packed["n"]), frozenset())

@@ -20,7 +20,7 @@ def _outlier_channels(m: int, k: int, key: int, device: Any) -> torch.Tensor:
     return _normal(m, k, key, device) * torch.where((channel & 63) == 0, 47.0, 1.0)
 
 
-def _zero_blocks(m: int, k: int, key: int, device: Any) -> torch.Tensor:
+def _with_zero_blocks(m: int, k: int, key: int, device: Any) -> torch.Tensor:
     """Blocks of zeros, with -0 among them, between ordinary ones."""
     keep = (hash_elements(m, k // 16, key + 2, device) & 3) != 0
     return _normal(m, k, key, device) * keep.repeat_interleave(16, dim=1)
@@ -44,7 +44,7 @@ def _wide(m: int, k: int, key: int, device: Any) -> torch.Tensor:
 ACTIVATIONS: Mapping[str, Callable[[int, int, int, Any], torch.Tensor]] = {
     "realistic": _normal,
     "outliers": _outlier_channels,
-    "zero-blocks": _zero_blocks,
+    "zero-blocks": _with_zero_blocks,
     "ties": _ties,
     "wide-scales": _wide,
 }

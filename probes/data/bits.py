@@ -26,15 +26,19 @@ _UNITS = (6, 4, 2, 1)
 def activation_bits(problem: Problem, seed: int, device: torch.device | str) -> Operands:
     """Activations of 8 significant bits, one in each row, on a weight of ones and minus ones made
     of four block scales. FP4 activations have all that their codes and scales hold."""
-    weight = _ones(problem, seed, device)
+    weight = _ones_by_scales(problem, seed, device)
     key = stream_key(seed, "activation bits")
     if problem.activation == "fp4":
-        return _operands("activation-bits", seed, _one_code_a_row(problem, key, device), weight)
+        return _operands_of_width(
+            "activation-bits", seed, _one_code_a_row(problem, key, device), weight
+        )
     bits = hash_rows(problem.m, key, device)
     # Odd numbers from 129 to 255: all eight bits are needed.
     size = 129 + 2 * below(bits, 0, 12, 64)
     value = torch.where((bits & 1 << 20) != 0, -size, size).float()
-    return _operands("activation-bits", seed, _one_a_row(problem, value, key, device), weight)
+    return _operands_of_width(
+        "activation-bits", seed, _one_a_row(problem, value, key, device), weight
+    )
 
 
 def weight_bits(problem: Problem, seed: int, device: torch.device | str) -> Operands:
@@ -52,18 +56,20 @@ def weight_bits(problem: Problem, seed: int, device: torch.device | str) -> Oper
     key = stream_key(seed, "powers")
     if problem.activation == "fp4":
         a = _one_code_a_row(problem, key, device, plain=True)
-        return _operands("weight-bits", seed, a, weight)
+        return _operands_of_width("weight-bits", seed, a, weight)
     bits = hash_rows(problem.m, key, device)
     value = torch.exp2((below(bits, 0, 12, 7) - 3).float())
     value = torch.where((bits & 1 << 20) != 0, -value, value)
-    return _operands("weight-bits", seed, _one_a_row(problem, value, key, device), weight)
+    return _operands_of_width("weight-bits", seed, _one_a_row(problem, value, key, device), weight)
 
 
-def _operands(name: str, seed: int, a: torch.Tensor | Fp4Tensor, weight: Fp4Tensor) -> Operands:
+def _operands_of_width(
+    name: str, seed: int, a: torch.Tensor | Fp4Tensor, weight: Fp4Tensor
+) -> Operands:
     return Operands(a, weight, family=name, width=_WIDTH, seed=seed)
 
 
-def _columns(problem: Problem, key: int, device: torch.device | str) -> torch.Tensor:
+def _one_column_a_row(problem: Problem, key: int, device: torch.device | str) -> torch.Tensor:
     """Where each row has its one element."""
     return (hash_rows(problem.m, mix(key + 1), device) & 0x7FFFFFFF) % problem.k
 
@@ -73,7 +79,7 @@ def _one_a_row(
 ) -> torch.Tensor:
     a = torch.zeros(problem.m, problem.k, dtype=problem.dtype, device=device)
     row = torch.arange(problem.m, device=device)
-    a[row, _columns(problem, key, device)] = value.to(problem.dtype)
+    a[row, _one_column_a_row(problem, key, device)] = value.to(problem.dtype)
     return a
 
 
@@ -84,7 +90,7 @@ def _one_code_a_row(
     fmt = FORMATS[problem.format]
     m, k = problem.m, problem.k
     bits = hash_rows(m, key, device)
-    column = _columns(problem, key, device)
+    column = _one_column_a_row(problem, key, device)
     row = torch.arange(m, device=device)
     code = 2 if plain else 1 + below(bits, 0, 12, 7)
     signed = code | ((bits >> 20 & 1) << 3)
@@ -102,7 +108,7 @@ def _one_code_a_row(
     )
 
 
-def _ones(problem: Problem, seed: int, device: torch.device | str) -> Fp4Tensor:
+def _ones_by_scales(problem: Problem, seed: int, device: torch.device | str) -> Fp4Tensor:
     """A weight whose every value is 1 or -1, by four block scales and the code that undoes each."""
     fmt = FORMATS[problem.format]
     key = stream_key(seed, "ones")

@@ -58,13 +58,15 @@ def _normal_pair(problem: Problem, seed: int, device: Device) -> tuple[torch.Ten
     return a, weight
 
 
-def _operands(name: str, seed: int, a: torch.Tensor | Fp4Tensor, weight: Fp4Tensor) -> Operands:
+def _operands_of_any_width(
+    name: str, seed: int, a: torch.Tensor | Fp4Tensor, weight: Fp4Tensor
+) -> Operands:
     return Operands(a, weight, family=name, width=None, seed=seed)
 
 
 def _realistic(problem: Problem, seed: int, device: Device) -> Operands:
     a, weight = _normal_pair(problem, seed, device)
-    return _operands(
+    return _operands_of_any_width(
         "realistic", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
     )
 
@@ -75,12 +77,12 @@ def _outlier_operands(problem: Problem, seed: int, device: Device) -> Operands:
     a *= torch.where((channel & 63) == 0, 47.0, 1.0)
     row = hash_rows(problem.n, stream_key(seed, "rows"), device).unsqueeze(1)
     weight *= torch.where((row & 31) == 0, 11.0, 1.0)
-    return _operands(
+    return _operands_of_any_width(
         "outliers", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
     )
 
 
-def _zero_blocks(problem: Problem, seed: int, device: Device) -> Operands:
+def _zero_block_pair(problem: Problem, seed: int, device: Device) -> Operands:
     fmt = FORMATS[problem.format]
     a, weight = _normal_pair(problem, seed, device)
 
@@ -95,7 +97,9 @@ def _zero_blocks(problem: Problem, seed: int, device: Device) -> Operands:
     a = thin(a, stream_key(seed, "zero a"), index % every == at)
     rows = hash_rows(problem.n, stream_key(seed, "zero rows"), device)
     weight = thin(weight, stream_key(seed, "zero weight"), (rows & 7) == 0)
-    return _operands("zero-blocks", seed, _in_format(a, problem), quantise(weight, fmt))
+    return _operands_of_any_width(
+        "zero-blocks", seed, _in_format(a, problem), quantise(weight, fmt)
+    )
 
 
 def _activation_range(problem: Problem, seed: int, device: Device) -> Operands:
@@ -111,7 +115,7 @@ def _activation_range(problem: Problem, seed: int, device: Device) -> Operands:
         torch.where(third == 0, near, torch.where(third == 1, high - low - near, anywhere)) + low
     )
     a *= torch.exp2(power.float()).unsqueeze(1)
-    return _operands(
+    return _operands_of_any_width(
         "activation-range", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
     )
 
@@ -131,7 +135,7 @@ def _odd_rows(problem: Problem, seed: int, device: Device) -> Operands:
     a[row, column] = torch.where(huge, spike, a[row, column])
     equal = (kind == 3) & (row > 0)
     a = torch.where(equal.unsqueeze(1), a.roll(1, 0), a)
-    return _operands(
+    return _operands_of_any_width(
         "odd-rows", seed, _in_format(a, problem), quantise(weight, FORMATS[problem.format])
     )
 
@@ -149,9 +153,9 @@ def _max_scales(problem: Problem, seed: int, device: Device) -> Operands:
     if w4a4:
         drawn = Drawn(problem.m, problem.k, stream_key(seed, "a"), device)
         a = random_fp4(drawn, fmt, largest, share)
-        return _operands("max-scales", seed, a, weight)
+        return _operands_of_any_width("max-scales", seed, a, weight)
     a16 = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
-    return _operands("max-scales", seed, _in_format(a16, problem), weight)
+    return _operands_of_any_width("max-scales", seed, _in_format(a16, problem), weight)
 
 
 def _overflow(problem: Problem, seed: int, device: Device) -> Operands:
@@ -159,7 +163,7 @@ def _overflow(problem: Problem, seed: int, device: Device) -> Operands:
     a, weight = _normal_pair(problem, seed, device)
     weight *= 2.0 ** round(math.log2(2.0**16 / (_WEIGHT_STD * problem.k**0.5)))
     quantised = quantise(weight, FORMATS[problem.format])
-    return _operands("overflow", seed, _in_format(a, problem), quantised)
+    return _operands_of_any_width("overflow", seed, _in_format(a, problem), quantised)
 
 
 def _with_weight_scales(
@@ -174,7 +178,7 @@ def _with_weight_scales(
     a = normal_matrix(problem.m, problem.k, stream_key(seed, "a"), device)
     drawn = Drawn(problem.n, problem.k, stream_key(seed, "weight"), device)
     weight = random_fp4(drawn, FORMATS[problem.format], scale, global_scale)
-    return _operands(name, seed, _in_format(a, problem), weight)
+    return _operands_of_any_width(name, seed, _in_format(a, problem), weight)
 
 
 def _min_normal_scales(problem: Problem, seed: int, device: Device) -> Operands:
@@ -204,7 +208,7 @@ def _alpha_small(problem: Problem, seed: int, device: Device) -> Operands:
     exponent = -24 if problem.out_dtype == "fp16" else -40
     quantised = quantise(weight, FORMATS[problem.format])
     tiny = torch.tensor(_fraction(seed, "alpha") * 2.0**exponent, device=device)
-    return _operands(
+    return _operands_of_any_width(
         "alpha-small", seed, _in_format(a, problem), replace(quantised, global_scale=tiny)
     )
 
@@ -266,7 +270,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "zero-blocks",
-            _zero_blocks,
+            _zero_block_pair,
             None,
             "a quarter of the blocks and an eighth of the rows are zero, with -0 among them",
         ),

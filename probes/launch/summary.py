@@ -47,7 +47,7 @@ def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> 
                 if len(result["bad"]) < MOST_BAD:
                     n = cases[launch.case].problem.n
                     found = {**launched(launch, cases, report.draw), **describe(report)}
-                    found["map"] = tilemap.of(launch.m, n, report.tiles).pack()
+                    found["map"] = tilemap.tiles_of(launch.m, n, report.tiles).pack()
                     found.update(around(chain, at, cases))
                     result["bad"].append(found)
     failed = [*result["bad"]]

@@ -81,11 +81,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name in ("config.json", "hf_quant_config.json"):
         beside = found.beside(name)
         if beside is not None:
-            sha.update(f"{name}|{os.stat(beside).st_mtime_ns}|".encode() + _digest(beside))
+            sha.update(f"{name}|{os.stat(beside).st_mtime_ns}|".encode() + _file_digest(beside))
     return Checkpoint(os.path.realpath(found.path), entries, sha.hexdigest(), total)
 
 
-def _digest(file: Path) -> bytes:
+def _file_digest(file: Path) -> bytes:
     try:
         return hashlib.sha256(file.read_bytes()).digest()
     except OSError as error:

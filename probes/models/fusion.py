@@ -53,44 +53,44 @@ _BY_ENGINE = {
 ENGINES = tuple(_BY_ENGINE)
 
 
-def _rules(base: str, split: str, *leaves: str) -> dict[str, Rule]:
+def _leaf_rules(base: str, split: str, *leaves: str) -> dict[str, Rule]:
     return {leaf: Rule(base, (leaf,), split) for leaf in leaves}
 
 
 _SINGLE = {
-    **_rules("qkv", "heads", "qkv_proj", "qkv", "query_key_value", "W_pack", "wqkv", "Wqkv"),
-    **_rules("qkv", "heads", "c_attn"),
-    **_rules("q", "column", "q_proj", "wq"),
-    **_rules("q_a", "whole", "q_a_proj", "wq_a"),
-    **_rules("q_b", "column", "q_b_proj", "wq_b"),
-    **_rules("kv_a", "whole", "kv_a_proj_with_mqa", "wkv_a_with_mqa"),
-    **_rules("kv_b", "column", "kv_b_proj", "wkv_b"),
-    **_rules("o", "row", "o_proj", "wo"),
-    **_rules("o_a", "column", "wo_a"),
-    **_rules("o_b", "row", "wo_b"),
-    **_rules("gate_up", "column", "gate_up_proj"),
-    **_rules("up", "column", "up_proj", "w1", "fc1", "linear_fc1", "c_fc", "dense_h_to_4h"),
-    **_rules("down", "row", "down_proj", "w2", "fc2", "linear_fc2", "dense_4h_to_h"),
-    **_rules("in_proj", "mamba", "in_proj"),
-    **_rules("in_proj_qkvz", "delta", "in_proj_qkvz"),
-    **_rules("in_proj_ba", "delta", "in_proj_ba"),
-    **_rules("out_proj", "row", "out_proj"),
-    **_rules("lm_head", "vocabulary", "lm_head", "head", "output", "embed_out"),
-    **_rules("fc1_latent", "whole", "fc1_latent_proj"),
-    **_rules("fc2_latent", "whole", "fc2_latent_proj"),
-    **_rules("eh_proj", "whole", "eh_proj"),
-    **_rules("e_proj", "whole", "e_proj"),
-    **_rules("h_proj", "whole", "h_proj"),
-    **_rules("per_layer_input_gate", "whole", "per_layer_input_gate"),
-    **_rules("per_layer_projection", "whole", "per_layer_projection"),
-    **_rules("router", "whole", "gate", "router", "shared_expert_gate"),
+    **_leaf_rules("qkv", "heads", "qkv_proj", "qkv", "query_key_value", "W_pack", "wqkv", "Wqkv"),
+    **_leaf_rules("qkv", "heads", "c_attn"),
+    **_leaf_rules("q", "column", "q_proj", "wq"),
+    **_leaf_rules("q_a", "whole", "q_a_proj", "wq_a"),
+    **_leaf_rules("q_b", "column", "q_b_proj", "wq_b"),
+    **_leaf_rules("kv_a", "whole", "kv_a_proj_with_mqa", "wkv_a_with_mqa"),
+    **_leaf_rules("kv_b", "column", "kv_b_proj", "wkv_b"),
+    **_leaf_rules("o", "row", "o_proj", "wo"),
+    **_leaf_rules("o_a", "column", "wo_a"),
+    **_leaf_rules("o_b", "row", "wo_b"),
+    **_leaf_rules("gate_up", "column", "gate_up_proj"),
+    **_leaf_rules("up", "column", "up_proj", "w1", "fc1", "linear_fc1", "c_fc", "dense_h_to_4h"),
+    **_leaf_rules("down", "row", "down_proj", "w2", "fc2", "linear_fc2", "dense_4h_to_h"),
+    **_leaf_rules("in_proj", "mamba", "in_proj"),
+    **_leaf_rules("in_proj_qkvz", "delta", "in_proj_qkvz"),
+    **_leaf_rules("in_proj_ba", "delta", "in_proj_ba"),
+    **_leaf_rules("out_proj", "row", "out_proj"),
+    **_leaf_rules("lm_head", "vocabulary", "lm_head", "head", "output", "embed_out"),
+    **_leaf_rules("fc1_latent", "whole", "fc1_latent_proj"),
+    **_leaf_rules("fc2_latent", "whole", "fc2_latent_proj"),
+    **_leaf_rules("eh_proj", "whole", "eh_proj"),
+    **_leaf_rules("e_proj", "whole", "e_proj"),
+    **_leaf_rules("h_proj", "whole", "h_proj"),
+    **_leaf_rules("per_layer_input_gate", "whole", "per_layer_input_gate"),
+    **_leaf_rules("per_layer_projection", "whole", "per_layer_projection"),
+    **_leaf_rules("router", "whole", "gate", "router", "shared_expert_gate"),
 }  # fmt: skip
 _INDEXER = (
-    _rules("wq_b", "whole", "wq_b")
-    | _rules("wk", "whole", "wk")
-    | _rules("weights", "whole", "weights_proj")
+    _leaf_rules("wq_b", "whole", "wq_b")
+    | _leaf_rules("wk", "whole", "wk")
+    | _leaf_rules("weights", "whole", "weights_proj")
 )
-_ATTENTION = _rules("o", "row", "out_proj", "dense", "proj", "c_proj")
+_ATTENTION = _leaf_rules("o", "row", "out_proj", "dense", "proj", "c_proj")
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 _TOWERS = {
     "vision": ("visual", "vision_tower", "vision_model", "vision_encoder", "vision", "vit"),

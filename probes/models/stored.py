@@ -79,7 +79,7 @@ def stored_modules(files: Iterable[Tensors], hidden: int | None) -> list[LinearM
     parts: dict[str, _Parts] = {}
     strange: dict[str, tuple[str, Shape]] = {}
     for name, kinds in _tensors(files).items():
-        module, part = _part(name)
+        module, part = _module_and_part(name)
         if module:
             own = parts.setdefault(module, _Parts()).by_part
             own[part] = own[part] + kinds if part in own else kinds
@@ -97,7 +97,7 @@ _LEAST = 16
 def of_no_known_name(name: str, dtype: str, shape: Shape) -> bool:
     """Whether a tensor may be codes of a linear module, and its name says nothing."""
     small = len(shape) < 2 or min(shape[-2:]) < _LEAST
-    return dtype in ("U8", "F4") and not small and not _part(name)[0]
+    return dtype in ("U8", "F4") and not small and not _module_and_part(name)[0]
 
 
 def _strangers(
@@ -143,7 +143,7 @@ def _alike(tensors: Tensors) -> list[str]:
     return names
 
 
-def _part(name: str) -> tuple[str, str]:
+def _module_and_part(name: str) -> tuple[str, str]:
     """The module that a tensor is of, and what of it that is; empty for no linear module's."""
     module, _, last = name.rpartition(".")
     if last in _PARTS:

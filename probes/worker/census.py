@@ -10,7 +10,7 @@ import torch
 
 from ..census import rules
 from ..census.attach import census
-from ..census.kernels import NONE, PROFILER, UNKNOWN, Census, Kernel, plain
+from ..census.kernels import NONE, PROFILER, UNKNOWN, Census, Kernel, plain_kernel
 from ..data import WIDTHS
 from ..launch.case import BackendRaised, bind, blame, prepared_activation
 from ..launch.item import Item
@@ -47,7 +47,7 @@ def checked(layer: OpenLayer, items: Sequence[Item]) -> tuple[list[Result], Seen
                 # Grading, or the regime that launches so, has it as a finding of its own.
                 notes[index].append(f"m={m}: {str(error).splitlines()[0][:200]}")
                 continue
-            ran.append(rules.Ran(item.tactic, _bucket(item), m, found[0]))
+            ran.append(rules.Ran(item.tactic, _bucket_number(item), m, found[0]))
             seen[item.tactic, m] = found
     patterns = {item.tactic: _pattern(layer, item.tactic) for item in items}
     bad: list[list[Result]] = []
@@ -58,7 +58,7 @@ def checked(layer: OpenLayer, items: Sequence[Item]) -> tuple[list[Result], Seen
             kept.add(tactic)
     same, accused = rules.alike(ran, kept)
     for item in items:
-        place = item.tactic, _bucket(item)
+        place = item.tactic, _bucket_number(item)
         mine = [each for each in ran if (each.tactic, each.bucket) == place]
         forms = [c for m in item.ms for c in seen.get((item.tactic, m), ())]
         everything = Census(tuple(k for c in forms for k in c.kernels), NONE)
@@ -72,7 +72,7 @@ def checked(layer: OpenLayer, items: Sequence[Item]) -> tuple[list[Result], Seen
             "bad": bad[index],
             **_described(
                 [seen[item.tactic, m] for m in item.ms if (item.tactic, m) in seen],
-                same.get((item.tactic, _bucket(item)), []),
+                same.get((item.tactic, _bucket_number(item)), []),
                 notes[index],
             ),
         }
@@ -100,7 +100,7 @@ def timed(layer: OpenLayer, seen: Seen) -> list[list[Result]]:
     return found
 
 
-def _bucket(item: Item) -> int:
+def _bucket_number(item: Item) -> int:
     """Items of one bucket have the same m's, of different buckets none in common."""
     return max(item.ms)
 
@@ -163,7 +163,9 @@ def _described(
     pdl = [kernel for census in every for kernel in census.kernels if kernel.pdl]
     detail: Result = {
         "source": source,
-        "kernels": [plain(each[0], len(each)) for each in list(unique.values())[:_MOST_KERNELS]],
+        "kernels": [
+            plain_kernel(each[0], len(each)) for each in list(unique.values())[:_MOST_KERNELS]
+        ],
         "pdl": None if source in (PROFILER, NONE) else bool(pdl),
     }
     digest = Census(tuple(kernels), source).digest

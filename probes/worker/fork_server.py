@@ -59,7 +59,7 @@ def serve(control_fd: int) -> Role | None:
             if request == WARM:
                 _imported()
                 continue
-            made = _start(control, fds)
+            made = _start_keeper(control, fds)
             if not isinstance(made, int):
                 return made
             nest.keepers.add(made)
@@ -90,7 +90,7 @@ class _Nest:
         self.keepers.discard(pid)
 
 
-def _start(control: socket.socket, fds: list[int]) -> int | Role:
+def _start_keeper(control: socket.socket, fds: list[int]) -> int | Role:
     """Fork a keeper, which starts the worker: its process id, or in a worker its role."""
     request_fd, read_fd, write_fd, keeper_fd = fds
     with open(request_fd, "rb") as file:
@@ -104,10 +104,12 @@ def _start(control: socket.socket, fds: list[int]) -> int | Role:
             os.close(fd)
         return keeper
     control.close()
-    return _keep(asked, (read_fd, write_fd, keeper_fd), forked, why)
+    return _keep_worker(asked, (read_fd, write_fd, keeper_fd), forked, why)
 
 
-def _keep(asked: dict[str, Any], fds: tuple[int, int, int], forked: bool, why: str | None) -> Role:
+def _keep_worker(
+    asked: dict[str, Any], fds: tuple[int, int, int], forked: bool, why: str | None
+) -> Role:
     """In the keeper: start the worker and keep it. Returns in a forked worker only."""
     read_fd, write_fd, keeper_fd = fds
     os.setsid()

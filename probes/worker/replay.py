@@ -45,7 +45,7 @@ def replay(
             cases, launches = recall(layer, bad, afresh=True)
         own = replace(budget, least=1, most=1) if kind in _SEPARATE else budget
         outcomes = layer.run(regime, cases, launches, own)
-        _count(result, outcomes, kind)
+        _add_outcomes(result, outcomes, kind)
         missed = next((o.not_exercised for o in outcomes if o.not_exercised), None)
         if missed:
             result["not_exercised"] = missed
@@ -56,7 +56,7 @@ def replay(
     return result
 
 
-def _count(result: dict[str, Any], outcomes: Sequence[Outcome], kind: str) -> None:
+def _add_outcomes(result: dict[str, Any], outcomes: Sequence[Outcome], kind: str) -> None:
     for outcome in outcomes:
         mine = [report for launch, report in outcome.reports if launch.item == _TARGET]
         if _TARGET in outcome.errors:

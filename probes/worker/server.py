@@ -31,7 +31,7 @@ _FEWEST, _MOST = 200, 1000
 def main(read_fd: int, write_fd: int) -> NoReturn:
     """Serve commands until the channel closes; ends the process."""
     try:
-        _serve(read_fd, write_fd)
+        _serve_commands(read_fd, write_fd)
         atexit._run_exitfuncs()
     except SystemExit:
         pass
@@ -42,7 +42,7 @@ def main(read_fd: int, write_fd: int) -> NoReturn:
     os._exit(0)
 
 
-def _serve(read_fd: int, write_fd: int) -> None:
+def _serve_commands(read_fd: int, write_fd: int) -> None:
     channel = Channel(_hidden(read_fd), _hidden(write_fd))
     try:
         greeting = channel.receive()
@@ -169,10 +169,10 @@ class Server:
             "pid": os.getpid(),
             "python": platform.python_version(),
             "executable": sys.executable,
-            **_identity(self._backend),
+            **_backend_facts(self._backend),
             "versions": _versions(getattr(self._backend, "distributions", ())),
             "metadata": _metadata(getattr(self._backend, "distributions", ())),
-            "source": _source(self._backend, backend),
+            "source": _source_files(self._backend, backend),
             "has_files": hasattr(self._backend, "files"),
             "device": _describe(self._device),
         }
@@ -187,11 +187,11 @@ class Server:
         from ..problem import Device
         from ..registry import BadBackend, UnknownBackend, load_one
 
-        device, wanted = Device(kind, sm), [_problem(p) for p in problems]
+        device, wanted = Device(kind, sm), [_problem_of_fields(p) for p in problems]
         try:
             loaded = load_one(backend)
             reasons = [_mismatch(loaded, p) or loaded.unsupported(p, device) for p in wanted]
-            return {**_identity(loaded), "reasons": reasons}
+            return {**_backend_facts(loaded), "reasons": reasons}
         except (BadBackend, UnknownBackend) as error:
             return {"error": str(error)}
         except Exception as error:
@@ -200,14 +200,16 @@ class Server:
     def do_tactics(self, problems: list[dict[str, Any]]) -> list[list[str]]:
         from ..backends import tactics
 
-        return [list(tactics(self._backend, _problem(p), self._device)) for p in problems]
+        return [list(tactics(self._backend, _problem_of_fields(p), self._device)) for p in problems]
 
     def do_build(self, problems: list[dict[str, Any]], workers: int) -> dict[str, Any]:
         """Compile everything these problems need; seconds taken and the files that hold it."""
-        from ..backends import build
+        from ..backends import build_kernels
 
         start = time.perf_counter()
-        build(self._backend, [_problem(p) for p in problems], self._device, workers)
+        build_kernels(
+            self._backend, [_problem_of_fields(p) for p in problems], self._device, workers
+        )
         return {"seconds": time.perf_counter() - start}
 
     def do_files(self) -> list[str]:
@@ -231,7 +233,7 @@ class Server:
             if regime in STARTS:
                 STARTS[regime](self._device)
         self._layer = OpenLayer(
-            self._backend, self._device, _problem(problem), seed, memory, self._progress
+            self._backend, self._device, _problem_of_fields(problem), seed, memory, self._progress
         )
 
     def do_close(self) -> None:
@@ -319,9 +321,9 @@ class Server:
 
     def do_quantise(self, dtype: str, k: int, seed: int) -> list[dict[str, Any]]:
         """Probe the quantiser this worker was greeted with; see `quantisers.probe`."""
-        from ..quantisers import probe
+        from ..quantisers import probe_quantiser
 
-        return probe(self._backend, dtype, k, seed, self._device)
+        return probe_quantiser(self._backend, dtype, k, seed, self._device)
 
     def do_open_quantiser_timing(self, dtype: str, k: int, ms: list[int], seed: int) -> None:
         """Prepare the quantiser for timing at each m; `do_sample` takes the samples."""
@@ -349,7 +351,7 @@ class Server:
         settled(lambda: self._progress("waiting for another process to start"))
 
 
-def _identity(backend: Any) -> dict[str, Any]:
+def _backend_facts(backend: Any) -> dict[str, Any]:
     return {
         "name": backend.name,
         "activation": backend.activation,
@@ -370,7 +372,7 @@ def _mismatch(backend: Any, problem: Any) -> str | None:
     return f"it takes {backend.activation} activations, not {problem.activation}"
 
 
-def _problem(fields: dict[str, Any]) -> Any:
+def _problem_of_fields(fields: dict[str, Any]) -> Any:
     from ..problem import Problem
 
     return Problem(**fields)
@@ -412,7 +414,7 @@ def _metadata(distributions: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _source(backend: Any, spec: str) -> list[str]:
+def _source_files(backend: Any, spec: str) -> list[str]:
     """The Python files that a backend from elsewhere was loaded from: the file named, those that
     define its class and what that inherits from, and those beside its own in one package. What
     fp4tune brings is left out."""

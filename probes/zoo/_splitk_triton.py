@@ -9,7 +9,9 @@ from ._gemm_triton import _e2m1, _e4m3, _weight_bytes
 
 
 @triton.jit
-def _partial(a, codes, scales, row, col, m, n, k, stride, begin, end, BM, BN, HALF: tl.constexpr):
+def _partial_product(
+    a, codes, scales, row, col, m, n, k, stride, begin, end, BM, BN, HALF: tl.constexpr
+):
     """The product of bytes `begin` to `end` along k: float32 (BM, BN), without the global scale."""
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(begin, end, HALF):
@@ -46,7 +48,7 @@ def accumulate(
     share = tl.cdiv(tl.cdiv(k // 2, HALF), SPLITS) * HALF
     begin = tl.program_id(2) * share
     end = tl.minimum(begin + share, k // 2)
-    acc = _partial(a, codes, scales, row, col, m, n, k, stride, begin, end, BM, BN, HALF)
+    acc = _partial_product(a, codes, scales, row, col, m, n, k, stride, begin, end, BM, BN, HALF)
     tl.atomic_add(sums + row * n + col, acc, mask=(row < m) & (col < n))
 
 
@@ -97,7 +99,7 @@ def in_turn(
     share = tl.cdiv(tl.cdiv(k // 2, HALF), SPLITS) * HALF
     begin = split * share
     end = tl.minimum(begin + share, k // 2)
-    acc = _partial(a, codes, scales, row, col, m, n, k, stride, begin, end, BM, BN, HALF)
+    acc = _partial_product(a, codes, scales, row, col, m, n, k, stride, begin, end, BM, BN, HALF)
     if split > 0:
         # Past the first-level cache: another SM wrote this.
         acc += tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")

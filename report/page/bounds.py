@@ -59,7 +59,7 @@ def scope_bounds(title: str, choices: Sequence[Choice], known: BackendNames) -> 
         tuple(f"{known.letter(name)} {name}" for name in backends),
         tuple(regimes),
         tuple(spans),
-        tuple(_kernel(group, regimes, known) for group in kernels.values()),
+        tuple(_kernel_bounds(group, regimes, known) for group in kernels.values()),
     )
 
 
@@ -74,13 +74,15 @@ def _confidence(group: Sequence[Choice]) -> str:
     return f" ({100 * said.pop():g} %)" if len(said) == 1 else ""
 
 
-def _kernel(group: Sequence[Choice], regimes: Sequence[str], known: BackendNames) -> KernelBounds:
+def _kernel_bounds(
+    group: Sequence[Choice], regimes: Sequence[str], known: BackendNames
+) -> KernelBounds:
     first = group[0]
     layers = sorted({(c.bucket.n, c.bucket.k) for c in group})
     m = range_text(min(c.bucket.m_lo for c in group), max(c.bucket.m_hi for c in group), DASH)
     where = ", ".join(f"n {n} k {k}" for n, k in layers[:3])
     where += f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-    cells = tuple(_bound(first.bounds.get(regime)) for regime in regimes)
+    cells = tuple(_bound_cell(first.bounds.get(regime)) for regime in regimes)
     return KernelBounds(known.letter(first.backend), first.tactic, f"{where}, m {m}", cells)
 
 
@@ -98,7 +100,7 @@ def _span(regime: str, group: Sequence[Choice]) -> HeatCell:
     return HeatCell(_shade(loose), text=f"{loose:.2g}", below=below)
 
 
-def _bound(known: object) -> HeatCell:
+def _bound_cell(known: object) -> HeatCell:
     if known is None:
         return HeatCell(text="·")
     try:

@@ -85,23 +85,23 @@ def between(old: Standing, new: Standing) -> list[Change]:
 
 def _choices(old: Standing, new: Standing) -> Iterable[Change]:
     before, after = _keyed(old.choices), _keyed(new.choices)
-    for key in _all(before, after):
-        was, now = _said(before.get(key)), _said(after.get(key))
+    for key in _keys_of_both(before, after):
+        was, now = _choice_in_words(before.get(key)), _choice_in_words(after.get(key))
         if was != now:
             yield Change("choice", where(*key), was, now)
 
 
 def _candidates(old: Standing, new: Standing) -> Iterable[Change]:
-    before = {(*_key(c), c.backend): c for c in old.candidates}
+    before = {(*_scoped_bucket(c), c.backend): c for c in old.candidates}
     for c in new.candidates:
-        was = before.get((*_key(c), c.backend))
+        was = before.get((*_scoped_bucket(c), c.backend))
         if was is None:
             continue
-        place = f"{c.backend}, {where(*_key(c))}"
+        place = f"{c.backend}, {where(*_scoped_bucket(c))}"
         if was.verdict != c.verdict:
             yield Change("verdict", place, was.verdict, c.verdict)
-        if _apart(was, c):
-            yield Change("time", place, _time(was), _time(c))
+        if _times_apart(was, c):
+            yield Change("time", place, _time_in_words(was), _time_in_words(c))
 
 
 def _environments(old: Standing, new: Standing) -> Iterable[Change]:
@@ -126,7 +126,7 @@ def flat(facts: object, prefix: str = "") -> dict[str, str]:
 
 
 def _differing(was: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:
-    names = [name for name in _all(was, now) if was.get(name) != now.get(name)]
+    names = [name for name in _keys_of_both(was, now) if was.get(name) != now.get(name)]
 
     def said(facts: Mapping[str, str]) -> str:
         return ", ".join(f"{name} {facts[name][:48]}" for name in names if name in facts)
@@ -134,19 +134,19 @@ def _differing(was: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str
     return said(was), said(now)
 
 
-def _key(row: Choice | Candidate) -> Scoped:
+def _scoped_bucket(row: Choice | Candidate) -> Scoped:
     return row.arch, row.gpu, row.profile, row.bucket
 
 
 def _keyed(rows: Iterable[Choice]) -> dict[Scoped, Choice]:
-    return {_key(row): row for row in rows}
+    return {_scoped_bucket(row): row for row in rows}
 
 
-def _all(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
+def _keys_of_both(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
     return list(dict.fromkeys([*after, *before]))
 
 
-def _said(choice: Choice | None) -> str:
+def _choice_in_words(choice: Choice | None) -> str:
     if choice is None:
         return ""
     if choice.status == "none":
@@ -162,7 +162,7 @@ def where(arch: str, gpu: str, profile: str, bucket: Any) -> str:
     return f"m={m} n={b.n} k={b.k} {b.format} {b.activation}, {gpu}, {profile}"
 
 
-def _apart(a: Candidate, b: Candidate) -> bool:
+def _times_apart(a: Candidate, b: Candidate) -> bool:
     a_low, a_high = positive(a.lo_us), positive(a.hi_us)
     b_low, b_high = positive(b.lo_us), positive(b.hi_us)
     if a_low is None or a_high is None or b_low is None or b_high is None:
@@ -170,6 +170,6 @@ def _apart(a: Candidate, b: Candidate) -> bool:
     return a_high < b_low or b_high < a_low
 
 
-def _time(c: Candidate) -> str:
+def _time_in_words(c: Candidate) -> str:
     us = positive(c.median_us)
     return f"{us:.2f} us" if us else "not timed"

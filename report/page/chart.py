@@ -90,12 +90,12 @@ def chart(candidates: Sequence[Candidate], known: BackendNames) -> Chart | None:
     drawn, ends = [], []
     for name in sorted(by_backend, key=lambda n: known.order.index(n) if n in known.order else 99):
         row = [by_backend[name][m] for m in sorted(by_backend[name])]
-        drawn.append(_line(row, known, scale))
+        drawn.append(_backend_line(row, known, scale))
         ends.append((scale.y(_median(row[-1])), scale.x(row[-1].bucket.m_hi), known.letter(name)))
-    return Chart(_ms(ms, scale), _times(low, high, scale), tuple(drawn), _letters(ends))
+    return Chart(_m_ticks(ms, scale), _times(low, high, scale), tuple(drawn), _letters(ends))
 
 
-def _line(row: Sequence[Candidate], known: BackendNames, scale: Scale) -> BackendLine:
+def _backend_line(row: Sequence[Candidate], known: BackendNames, scale: Scale) -> BackendLine:
     """One backend's candidates, by m."""
     name = row[0].backend
     at = known.order.index(name) if name in known.order else 0
@@ -113,7 +113,7 @@ def _line(row: Sequence[Candidate], known: BackendNames, scale: Scale) -> Backen
     return BackendLine(f"l{known.at(name)}", dash, Markup(path), Markup(bars))
 
 
-def _ms(ms: Sequence[int], scale: Scale) -> tuple[Tick, ...]:
+def _m_ticks(ms: Sequence[int], scale: Scale) -> tuple[Tick, ...]:
     """Those m that have room for their number."""
     out: list[Tick] = []
     for m in ms:

@@ -48,17 +48,19 @@ def cohorts(found: Mapping[str, Any]) -> Cohorts | None:
     if not rows:
         return None
     confidence = f"{100 * found['confidence']:g} %"
-    return Cohorts(confidence, tuple(map(_table, rows[:_MOST])), max(0, len(rows) - _MOST))
+    return Cohorts(confidence, tuple(map(_cohort_table, rows[:_MOST])), max(0, len(rows) - _MOST))
 
 
-def _table(cohort: Mapping[str, Any]) -> CohortTable:
+def _cohort_table(cohort: Mapping[str, Any]) -> CohortTable:
     code = f", code {cohort['code'][:12]}" if cohort["code"] else ""
     where = f"on {cohort['gpu']} ({cohort['arch']}), environment {cohort['fingerprint'][:12]}{code}"
     failing = sum(1 for e in cohort["evidence"] if e["nodes_failing"])
-    return CohortTable(cohort["backend"], where, failing, tuple(map(_row, cohort["evidence"])))
+    return CohortTable(
+        cohort["backend"], where, failing, tuple(map(_cohort_row, cohort["evidence"]))
+    )
 
 
-def _row(e: Mapping[str, Any]) -> CohortRow:
+def _cohort_row(e: Mapping[str, Any]) -> CohortRow:
     failing, clean = e["rate_within_failing_nodes"], e["rate_within_clean_nodes"]
     share = e["share"]
     return CohortRow(

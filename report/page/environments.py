@@ -51,24 +51,24 @@ def environments(found: Sequence[Environment]) -> Environments | None:
                 e.backend,
                 e.arch,
                 e.fingerprint,
-                _lines(facts.get("distributions")),
-                _lines(facts.get("variables")),
+                _fact_lines(facts.get("distributions")),
+                _fact_lines(facts.get("variables")),
                 str(facts.get("code") or facts.get("code_how") or ""),
             )
         )
     if not rows:
         return None
     more = len(found) - len(rows)
-    return Environments(tuple(map(_device, devices.values())), tuple(rows), more)
+    return Environments(tuple(map(_device_facts, devices.values())), tuple(rows), more)
 
 
-def _device(device: Mapping[str, object]) -> DeviceFacts:
+def _device_facts(device: Mapping[str, object]) -> DeviceFacts:
     order = [*(n for n in _FIRST if n in device), *sorted(set(device) - set(_FIRST), key=str)]
     name = next((device[n] for n in _NAMES if device.get(n)), "device")
     return DeviceFacts(str(name), tuple((n, device[n]) for n in order))
 
 
-def _lines(found: object) -> tuple[str, ...]:
+def _fact_lines(found: object) -> tuple[str, ...]:
     if isinstance(found, Mapping):
         return tuple(f"{name} {value}" for name, value in found.items())
     return (str(found),) if found else ()

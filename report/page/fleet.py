@@ -76,7 +76,7 @@ def document(store: str, found: Mapping[str, Any] | None = None) -> str:
         f"FP4 GEMM choices of {count(found['nodes'], 'node')}",
         f"{_LOGIN.sub('//', found['store'])}: {count(found['bundles'], 'bundle')}, "
         f"digest {found['digest'][:12]}",
-        _glance(found),
+        _fleet_glance(found),
         [
             PageSection("suspects", "Suspects", _suspects(found)),
             PageSection("choices", "Choices", maps),
@@ -84,8 +84,10 @@ def document(store: str, found: Mapping[str, Any] | None = None) -> str:
             PageSection("cohorts", "Cohorts", cohorts(found)),
             PageSection("times", "Times", drawn),
             PageSection("node-verdicts", "Verdicts", verdicts and _verdicts(verdicts)),
-            PageSection("slow", "Slow GPUs", slow and _first("Slower than their like", slow)),
-            PageSection("disagreements", "Disagreements", apart and _apart(apart)),
+            PageSection(
+                "slow", "Slow GPUs", slow and _captioned_first("Slower than their like", slow)
+            ),
+            PageSection("disagreements", "Disagreements", apart and _choices_apart(apart)),
             PageSection("findings", "Findings", findings.section(kinds)),
             PageSection("environment", "Environment", held and (held, ())),
         ],
@@ -112,7 +114,7 @@ def _agreement(row: CommonChoice) -> HeatCell:
     return HeatCell(f"s{step}", text=f"{row.nodes:,} of {row.all_nodes:,}")
 
 
-def _glance(found: Mapping[str, Any]) -> list[tuple[str, object]]:
+def _fleet_glance(found: Mapping[str, Any]) -> list[tuple[str, object]]:
     named = (
         ("Nodes", "nodes"),
         ("Cohorts", "cohorts"),
@@ -128,7 +130,7 @@ def _glance(found: Mapping[str, Any]) -> list[tuple[str, object]]:
     return [(title, number(found[name])) for title, name in named]
 
 
-def _first(caption: str, rows: Sequence[Mapping[str, Any]]) -> FleetRows:
+def _captioned_first(caption: str, rows: Sequence[Mapping[str, Any]]) -> FleetRows:
     if len(rows) > MOST:
         caption = f"{caption} (the first {MOST} of {len(rows):,})"
     return FleetRows(caption, rows[:MOST])
@@ -136,19 +138,21 @@ def _first(caption: str, rows: Sequence[Mapping[str, Any]]) -> FleetRows:
 
 def _suspects(found: Mapping[str, Any]) -> Suspects:
     return Suspects(
-        _first("Builds that fail on all GPUs alike", found["suspect_builds"]),
-        _first("GPUs that fail by themselves", found["suspect_gpus"]),
-        _first("Undetermined: neither the GPU nor the build is clear", found["undetermined"]),
+        _captioned_first("Builds that fail on all GPUs alike", found["suspect_builds"]),
+        _captioned_first("GPUs that fail by themselves", found["suspect_gpus"]),
+        _captioned_first(
+            "Undetermined: neither the GPU nor the build is clear", found["undetermined"]
+        ),
     )
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> FleetRows:
-    return _first("Verdicts of all runs: on how many nodes and in how many buckets", rows)
+    return _captioned_first("Verdicts of all runs: on how many nodes and in how many buckets", rows)
 
 
-def _apart(rows: Sequence[Mapping[str, Any]]) -> FleetRows:
+def _choices_apart(rows: Sequence[Mapping[str, Any]]) -> FleetRows:
     told = [{**row, "m": range_text(row["m_lo"], row["m_hi"], DASH)} for row in rows]
-    return _first("Nodes with the same environments that chose differently", told)
+    return _captioned_first("Nodes with the same environments that chose differently", told)
 
 
 def _generations(happened: Sequence[Mapping[str, Any]]) -> Generations:

@@ -62,7 +62,7 @@ class CommonChoice:
     all_nodes: int
 
 
-def _bucket(row: Mapping[str, Any]) -> BucketKey:
+def _bucket_key(row: Mapping[str, Any]) -> BucketKey:
     return BucketKey(**{name: row[name] for name in _BUCKET})
 
 
@@ -71,7 +71,7 @@ def choices(warehouse: Warehouse) -> list[CommonChoice]:
     best: dict[tuple[Any, ...], Choice] = {}
     votes: dict[tuple[Any, ...], dict[tuple[Any, ...], int]] = {}
     for row in warehouse.rows(_CHOICES):
-        bucket = _bucket(row)
+        bucket = _bucket_key(row)
         key = row["arch"], row["gpu"], row["profile"], bucket
         what = row["backend"], row["tactic"], row["layout"]
         best.setdefault(key, Choice(*key, *what, row["status"], (), row["median_us"]))
@@ -103,7 +103,7 @@ def times(warehouse: Warehouse) -> list[Candidate]:
             row["arch"],
             row["gpu"],
             "",
-            _bucket(row),
+            _bucket_key(row),
             row["backend"],
             "",
             "",
@@ -120,7 +120,7 @@ def times(warehouse: Warehouse) -> list[Candidate]:
 def environments(warehouse: Warehouse) -> list[Environment]:
     """Every environment that a node has reported from."""
     return [
-        Environment(row["fingerprint"], row["backend"], row["arch"], _loaded(row["facts"]))
+        Environment(row["fingerprint"], row["backend"], row["arch"], _json_or_empty(row["facts"]))
         for row in warehouse.rows(_ENVIRONMENTS)
     ]
 
@@ -144,13 +144,13 @@ def findings(warehouse: Warehouse) -> list[FindingKind]:
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
-    detail, problem = _loaded(row["detail"]), _loaded(row["problem"])
+    detail, problem = _json_or_empty(row["detail"]), _json_or_empty(row["problem"])
     return Finding(
         row["run"],
         row["fingerprint"],
         row["backend"],
         row["tactic"],
-        _bucket(row),
+        _bucket_key(row),
         problem,
         row["kind"],
         row["regime"],
@@ -160,7 +160,7 @@ def _finding(row: Mapping[str, Any]) -> Finding:
     )
 
 
-def _loaded(text: str | None) -> dict[str, Any]:
+def _json_or_empty(text: str | None) -> dict[str, Any]:
     """A bundle's JSON, where it is an object."""
     try:
         found = json.loads(text or "{}")
@@ -173,6 +173,6 @@ def said(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """A generation's choices by bucket in words; several environments of one are listed."""
     found: dict[str, set[str]] = {}
     for row in rows:
-        place = where(row["arch"], row["gpu"], row["profile"], _bucket(row))
+        place = where(row["arch"], row["gpu"], row["profile"], _bucket_key(row))
         found.setdefault(place, set()).add(f"{row['backend']} {row['tactic']}")
     return {place: ", ".join(sorted(names)) for place, names in found.items()}

@@ -179,13 +179,13 @@ def gain(choices: Sequence[Choice], candidates: Iterable[Candidate]) -> HeatGrid
             cells[choice.bucket] = HeatCell(text="·")
             continue
         times = floor / us
-        cells[choice.bucket] = HeatCell(f"s{_step(times)}", text=f"{ratio(times)}×")
+        cells[choice.bucket] = HeatCell(f"s{_shade_of(times)}", text=f"{ratio(times)}×")
     if not any("×" in cell.text for cell in cells.values()):
         return None
     return grid("How many times faster than the floor, dequantise and multiply", cells)
 
 
-def _step(times: float) -> int:
+def _shade_of(times: float) -> int:
     """A shade for a speed-up: 1 or less is the lightest, 16 and more the strongest."""
     limits = (1.05, 1.5, 2.0, 4.0, 8.0, 16.0)
     return sum(times >= limit for limit in limits)

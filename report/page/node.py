@@ -70,9 +70,9 @@ def draw(rows: NodeRows) -> str:
     left_out = unsupported if isinstance(unsupported, dict) else {}
     held = environments.environments(now.environments)
     return render.page(
-        f"FP4 GEMM choices on {_devices(now)}",
+        f"FP4 GEMM choices on {_device_names(now)}",
         f"Generation {now.generation}, published {when(now.meta.get('published'))}",
-        _glance(rows),
+        _node_glance(rows),
         [
             PageSection("quarantine", "Quarantine", rows.quarantines),
             PageSection("choices", "Choices", maps),
@@ -92,12 +92,12 @@ def _environment(
     return (held, list(runs)[-_RUNS:][::-1]) if held or runs else None
 
 
-def _devices(now: Standing) -> str:
+def _device_names(now: Standing) -> str:
     names = list(dict.fromkeys([*(c.gpu for c in now.choices), *(c.gpu for c in now.candidates)]))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "?"
 
 
-def _glance(rows: NodeRows) -> list[tuple[str, object]]:
+def _node_glance(rows: NodeRows) -> list[tuple[str, object]]:
     choices, candidates = rows.now.choices, rows.now.candidates
     layers = {(c.arch, c.gpu, c.profile, c.bucket.n, c.bucket.k) for c in choices}
     statuses = Counter(c.status for c in choices)

@@ -31,9 +31,9 @@ class TileFigure:
         return f"{self.columns * 1.5:g}"
 
 
-def _unpacked(packed: Any) -> TileMap | None:
+def _tile_map(packed: Any) -> TileMap | None:
     try:
-        return tilemap.unpack(packed)
+        return tilemap.unpack_tiles(packed)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
@@ -41,14 +41,14 @@ def _unpacked(packed: Any) -> TileMap | None:
 def weight(packed: Any) -> tuple[bool, int]:
     """How much a map shows: one in part wrong more than one that is wrong everywhere or is none,
     and of these the larger."""
-    tiles = _unpacked(packed)
+    tiles = _tile_map(packed)
     return (False, 0) if tiles is None else (not tiles.whole, tiles.rows * tiles.cols)
 
 
 def figure(packed: Any) -> TileFigure | None:
     """The map that `tilemap.TileMap.pack` made, with its scale in words; None where it is none, or
     where there is but one tile."""
-    tiles = _unpacked(packed)
+    tiles = _tile_map(packed)
     if tiles is None or tiles.rows * tiles.cols < 2:
         return None
     down, across = -(-tiles.rows // HEIGHT), -(-tiles.cols // WIDTH)

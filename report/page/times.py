@@ -81,7 +81,9 @@ def scope_times(
         b = candidate.bucket
         layers.setdefault((layer_text(b), b.n, b.k), []).append(candidate)
     shown = [
-        LayerTimes(f"n {n}, k {k}", kind, chart(some, known), *_table(some, taken, known, spread))
+        LayerTimes(
+            f"n {n}, k {k}", kind, chart(some, known), *_times_table(some, taken, known, spread)
+        )
         for (kind, n, k), some in sorted(layers.items())[:_MOST_LAYERS]
     ]
     said = spread or "median, below it an interval of it"
@@ -89,7 +91,7 @@ def scope_times(
     return ScopeTimes(scope_text(*scope), tuple(shown), more, said, bool(spread))
 
 
-def _table(
+def _times_table(
     candidates: Sequence[Candidate],
     taken: Mapping[BucketKey, Choice],
     known: BackendNames,
@@ -104,13 +106,14 @@ def _table(
     for bucket in sorted(by_bucket, key=lambda b: (b.m_lo, b.m_hi)):
         row, choice = by_bucket[bucket], taken.get(bucket)
         cells = tuple(
-            tuple(_cell(c, choice, bool(spread)) for c in row.get(name, ())) for name in backends
+            tuple(_time_cell(c, choice, bool(spread)) for c in row.get(name, ()))
+            for name in backends
         )
         rows.append((range_text(bucket.m_lo, bucket.m_hi, DASH), cells))
     return tuple(f"{known.letter(name)} {name}" for name in backends), tuple(rows)
 
 
-def _cell(c: Candidate, choice: Choice | None, pooled: bool) -> TimeCell:
+def _time_cell(c: Candidate, choice: Choice | None, pooled: bool) -> TimeCell:
     is_chosen = (
         choice is not None
         and choice.status != "none"

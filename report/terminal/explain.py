@@ -13,7 +13,7 @@ _MOST_FINDINGS = 3
 """Of one candidate; the document has all."""
 
 
-def lines(document: Mapping[str, Any]) -> list[str]:
+def explained_lines(document: Mapping[str, Any]) -> list[str]:
     """The document in words, one paragraph a topic."""
     d, p, b = document, document["problem"], document["bucket"]
     weights = WEIGHTS[p["activation"]]

@@ -32,7 +32,7 @@ def print_finding(out: Console, finding: Finding) -> None:
             style="dim",
         )
     try:
-        tiles = tilemap.unpack(detail["map"])
+        tiles = tilemap.unpack_tiles(detail["map"])
     except (KeyError, ValueError):
         return
     if tiles.rows * tiles.cols > 1:
@@ -58,13 +58,15 @@ def print_findings(out: Console, findings: Sequence[Finding]) -> None:
         diagnosis = first.detail.get("diagnosis")
         seen = lines(said, str(diagnosis)) if diagnosis else lines(said)
         buckets = str(len({f.bucket for f in group}))
-        made.add_row(backend, kind, regime, data, buckets, _some([f.tactic for f in group]), seen)
+        made.add_row(
+            backend, kind, regime, data, buckets, _some_names([f.tactic for f in group]), seen
+        )
     out.print(made)
     if len(groups) > _MOST:
         out.print(f"and {len(groups) - _MOST} more kinds; see fp4tune show --findings")
 
 
-def _some(names: Sequence[str]) -> str:
+def _some_names(names: Sequence[str]) -> str:
     """The first of several names, and how many more there are."""
     unique = list(dict.fromkeys(names))
     more = f" and {len(unique) - 1} more" if len(unique) > 1 else ""

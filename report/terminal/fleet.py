@@ -9,7 +9,7 @@ _MOST = 50
 """Rows of each section; the document has all."""
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def fleet_lines(found: Mapping[str, Any]) -> list[str]:
     """What `fleet.report.report` found, in lines."""
     out = [f"{found['bundles']} bundles of {found['nodes']} nodes"]
     for cohort in found["cohorts"]:

@@ -22,9 +22,9 @@ def layer_table(found: CheckpointLayers) -> list[str]:
     for part in PARTS:
         out += ["", f"{part}:" if cells[part] else f"{part}: none"]
         if cells[part]:
-            out.append(_line(_HEADINGS, widths))
+            out.append(_table_line(_HEADINGS, widths))
         for row, own in zip((r for r in found.rows if r.part == part), cells[part], strict=True):
-            out.append(_line(own, widths))
+            out.append(_table_line(own, widths))
             if row.reason and part != "not FP4" and not _of_all(row, found):
                 out.append(f"    not probed: {row.reason}")
     sentences = about(found)
@@ -50,7 +50,7 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _line(cells: Iterable[str], widths: list[int]) -> str:
+def _table_line(cells: Iterable[str], widths: list[int]) -> str:
     out = []
     for heading, cell, width in zip(_HEADINGS, cells, [*widths, 0], strict=True):
         out.append(cell.rjust(width) if heading in _RIGHT else cell.ljust(width))

@@ -46,7 +46,7 @@ def watching_all(plans: Sequence[Plan]) -> Iterator[dict[str, Progress]]:
             yield progress
     else:
         alone = len(labels) == 1
-        yield {label: _lines(start, "" if alone else f"{label} ") for label in labels}
+        yield {label: _progress_lines(start, "" if alone else f"{label} ") for label in labels}
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _live(out: InertConsole, start: float, labels: Sequence[str]) -> Iterator[di
         yield {label: partial(progress, label) for label in labels}
 
 
-def _lines(start: float, prefix: str) -> Progress:
+def _progress_lines(start: float, prefix: str) -> Progress:
     """One line per step of a layer and per finished build; workers' own chatter is left out."""
 
     def progress(who: str, text: str) -> None:

@@ -37,10 +37,10 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
         )
         for row in rows:
             group = by_bucket.get(row.bucket, {})
-            cells = [_cell(group.get(name), name == row.backend) for name in names]
+            cells = [_verdict_cell(group.get(name), name == row.backend) for name in names]
             launches = "" if row.status == "none" else str(row.launches)
             made.add_row(
-                range_text(row.bucket.m_lo, row.bucket.m_hi), _chosen(row), launches, *cells
+                range_text(row.bucket.m_lo, row.bucket.m_hi), _choice_text(row), launches, *cells
             )
         out.print(made)
     out.print(
@@ -49,13 +49,13 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
     )
 
 
-def _chosen(choice: Choice) -> Text:
+def _choice_text(choice: Choice) -> Text:
     if choice.status == "none":
         return styled(("none safe", "red"))
     return styled((choice.backend, "green"), " (conditions)" if choice.conditions else "")
 
 
-def _cell(candidate: Candidate | None, chosen: bool) -> Text:
+def _verdict_cell(candidate: Candidate | None, chosen: bool) -> Text:
     if candidate is None:
         return styled()
     time = "·" if candidate.median_us is None else f"{candidate.median_us:.1f}"

@@ -206,7 +206,7 @@ def test_quantisers_on_their_own(name):
     if why:
         pytest.skip(why)
     os.environ.setdefault("MAX_JOBS", "8")
-    for result in quantisers.probe(quantiser, "bf16", 1024, 1, device):
+    for result in quantisers.probe_quantiser(quantiser, "bf16", 1024, 1, device):
         print(name, result)
         kinds = {bad["kind"] for bad in result["bad"]}
         if sm < 100:

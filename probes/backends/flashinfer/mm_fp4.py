@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from ....words import tuples
 from ...layouts import padded, swizzle_8x4
 from ...problem import FORMATS, Device, Format, Fp4Tensor, Problem
 from .. import DEFAULT_TACTIC, _call_sources
@@ -127,16 +128,11 @@ def _runner(**call: Any) -> _Chosen | None:
     return None
 
 
-def _tuples(value: Any) -> Any:
-    """JSON's lists back to the tuples tactics are made of."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
 @functools.lru_cache(maxsize=4096)
 def parse_tactic(name: str) -> Any:
     """A tactic from its name. Raises ValueError for one that `tactics` did not write."""
     try:
-        return _tuples(json.loads(name))
+        return tuples(json.loads(name))
     except ValueError:
         raise ValueError(f"{name!r} is not a FlashInfer tactic") from None
 

@@ -183,17 +183,19 @@ def product(unit: str, sm: int) -> Path:
     root, compiler = kernel_root(), nvcc()
     assert root is not None and compiler is not None
     flags = compile_flags(sm, nvcc_version(compiler))
-    path = cache_root() / _key(root, compiler, tuple(flags), unit) / f"marlin_{unit}_sm{sm}.so"
+    path = (
+        cache_root() / _build_key(root, compiler, tuple(flags), unit) / f"marlin_{unit}_sm{sm}.so"
+    )
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         if not path.is_file():
-            _compile(unit, root, compiler, flags, path)
+            _compile_unit(unit, root, compiler, flags, path)
     return path
 
 
-def _compile(unit: str, root: Path, compiler: Path, flags: list[str], path: Path) -> None:
+def _compile_unit(unit: str, root: Path, compiler: Path, flags: list[str], path: Path) -> None:
     from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path, find_libtvm_ffi
 
     library = Path(find_libtvm_ffi())
@@ -236,7 +238,7 @@ def _version_text(program: str) -> str:
 
 
 @functools.cache
-def _key(root: Path, compiler: Path, flags: tuple[str, ...], unit: str) -> str:
+def _build_key(root: Path, compiler: Path, flags: tuple[str, ...], unit: str) -> str:
     digest = hashlib.sha256()
     files = sorted((root / MARLIN).rglob("*")) + sorted((root / "include").rglob("*"))
     for file in (f for f in files if f.is_file()):
