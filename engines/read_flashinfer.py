@@ -45,21 +45,11 @@ class FlashInferSource:
         return self.parameter("backend")[0]
 
     @property
-    def loads_tactics(self) -> bool:
-        """Whether its tuner loads tactics from a file (``AutoTuner.load_configs``)."""
-        return any("def load_configs(" in self.tree.text(module) for module in _TUNERS)
-
-    @property
     def asks_for_tactics(self) -> bool:
         """Whether each call of `mm_fp4` asks the tuner for its tactic, as `pinning` answers it."""
         asks = any('"fp4_gemm",' in self.tree.text(module) for module in _GEMM[:2])
         answers = any("def choose_one(" in self.tree.text(module) for module in _TUNERS)
         return asks and answers
-
-    @property
-    def blocks_tactics(self) -> bool:
-        """Whether its tuner leaves out what FLASHINFER_TACTICS_BLOCKLIST names."""
-        return any("FLASHINFER_TACTICS_BLOCKLIST" in self.tree.text(name) for name in _TUNERS)
 
     def __str__(self) -> str:
         return f"flashinfer {self.version}" if self.version else "flashinfer"

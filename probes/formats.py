@@ -16,7 +16,6 @@ from .problem import Format, Fp4Tensor
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-E4M3_MIN_NORMAL = 2.0**-6
 GSF_NUMERATOR = E2M1_MAX * E4M3_MAX
 """NVFP4's global scale factor is this over the tensor's largest magnitude."""
 

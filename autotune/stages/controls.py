@@ -8,7 +8,6 @@ is in doubt and so is every verdict that rests on it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ...cache.ledger import Ledger
@@ -19,8 +18,7 @@ from ...probes.zoo.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
 from ...words import EXACT
 from ..environment import environment_of
 from ..keys import layer_key
-from ..plan import Plan
-from ..runner import Progress, Runner
+from ..runner import Runner
 from ..verdict.rules import Doubt
 
 BUDGET = {"least": 3, "most": 20, "seconds": 0.05}
@@ -29,13 +27,6 @@ TRIES = 3
 _MEMORY = 1 << 28
 _FAULTS = ("host leak", "device leak", "memory held", "side effect", "wrong")
 """Errors that are what a regime says of a backend, and not an exception that one raised."""
-
-
-def runner_of(plan: Plan, progress: Progress) -> Runner:
-    """The worker that runs them, not started."""
-    # A hang is looked for among backends; this one has none, and may have to compile.
-    usual = replace(plan, hang_seconds=None).patience
-    return Runner(NAME, plan.target, usual, plan.python, progress)
 
 
 def control(

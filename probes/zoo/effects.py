@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import sys
 import tempfile
 from typing import Any
 
@@ -88,26 +86,6 @@ class ChangesFolder(Right):
 
     def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
         os.chdir(tempfile.gettempdir())
-        return super().prepare(weight, problem)
-
-
-class SetsTheEnvironment(Right):
-    """Counts its calls in a variable of the environment; that changes nobody's results."""
-
-    calls = 0
-
-    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
-        self.calls += 1
-        os.environ["ZOO_CALLS"] = str(self.calls)
-        super().run(state, a, out, tactic)
-
-
-class TakesASignal(Right):
-    """Takes over the signal by which an engine's profiler is started."""
-
-    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        sys.setswitchinterval(0.003)
         return super().prepare(weight, problem)
 
 

@@ -25,8 +25,6 @@ from ...registry import load_one
 from .own_process import NoAnswer, Question, ask, loaded_by, name_of
 
 SOURCE = Path(__file__).with_name("canaries.c")
-ZONE = 512
-"""Bytes before and behind each block, as in the C source."""
 _ROWS = 512
 """Rows of the pool that is drawn, and the largest m that is called under canaries."""
 _ROUNDS = 2
