@@ -139,12 +139,16 @@ def checked_advice(document: Any) -> Advice:
     if not created < expires <= created + MOST_DAYS * 86400:
         raise Unfit(f"it is not valid for up to {MOST_DAYS:g} days from its making")
     generation = document["generation"]
+    try:
+        digest = digest_of(document)
+    except ValueError:
+        raise Unfit("it has a number that JSON has no spelling for") from None
     return Advice(
         serial,
         created,
         expires,
         document["key"] if isinstance(document["key"], str) else None,
-        digest_of(document),
+        digest,
         tuple(
             map(
                 _parsed_advisory, _check_list(document["advisories"], "advisories", MOST_ADVISORIES)

@@ -266,6 +266,12 @@ def test_any_one_value_replaced_is_taken_or_refused_never_an_error(data):
         adopt._entry(each, each.fingerprint)  # whatever was let in can be quarantined
 
 
+@pytest.mark.parametrize("name", ["advisories", "key", "generation"])
+def test_a_number_without_a_spelling_is_refused(name):
+    with pytest.raises(advisories.Unfit):
+        advisories.checked_advice({**document(), name: float("inf")})
+
+
 def test_a_pipe_or_an_endless_file_in_place_of_advice_is_refused(node, tmp_path):
     import os
 

@@ -120,6 +120,7 @@ def test_what_is_printed_without_end_takes_neither_memory_nor_disk(worker):
             os.write(1 + _ % 2, b"spam and eggs " * 4096)
         os.write(2, b"the last words")
         say(event="done", result=None)
+        read()  # its keeper ends with it, and is looked at
     """
     with worker(code) as made:
         before = memory(keeper_of(made))
