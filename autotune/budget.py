@@ -1,19 +1,17 @@
 """What a probe may spend: seconds in all.
 
-Within a limit of time two proven candidates are enough in a bucket, so that a quarantine has a
-proven successor. So per bucket the two fastest go through the regimes first, then as many more as
-are lacking, until two are proven or nothing is left; the floor, mostly the slowest, comes in its
-place. What was not tried is never safe.
+Two proven candidates are enough in a bucket, so that a quarantine has a proven successor. So per
+bucket the two fastest go through the regimes first, then as many more as are lacking, until two are
+proven or nothing is left. What was not tried is never safe.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from ..cache.rows import Where
 from .verdict.buckets import MRange
 
 ENOUGH = 2
@@ -24,13 +22,9 @@ OVER = "the time budget had ended"
 
 @dataclass(frozen=True, slots=True)
 class TimeBudget:
-    """`seconds` from `start` (of `time.monotonic`), which is when the probe began to build.
-
-    `proven` says of a tactic in a bucket whether its verdict, as far as known, is safe.
-    """
+    """`seconds` from `start` (of `time.monotonic`), which is when the probe began to build."""
 
     seconds: float
-    proven: Callable[[Where], bool]
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -62,8 +56,10 @@ def next_wave(
     orders: Mapping[MRange, Sequence[str]],
     tried: Mapping[MRange, Sequence[str]],
     proven: Callable[[str, MRange], bool],
+    also: Collection[str] = (),
 ) -> dict[str, list[MRange]]:
-    """Who goes through the regimes next, in which ranges: as many as a range lacks of `ENOUGH`.
+    """Who goes through the regimes next, in which ranges: as many as a range lacks of `ENOUGH`, and
+    those in `also` wherever they come.
 
     `orders` has each range's candidates, the fastest first; `tried` those that did already. Empty
     where nothing is lacking, or nobody is left.
@@ -72,6 +68,7 @@ def next_wave(
     for m, names in orders.items():
         done = tried.get(m, ())
         short = ENOUGH - sum(proven(name, m) for name in done)
-        for name in [n for n in names if n not in done][: max(0, short)]:
+        left = [n for n in names if n not in done]
+        for name in [n for at, n in enumerate(left) if at < short or n in also]:
             wave.setdefault(name, []).append(m)
     return wave

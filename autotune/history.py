@@ -197,7 +197,7 @@ class History:
         """Whether this evidence comes to a verdict: what it leaves open is tried again.
 
         Except for one that took its worker down, which is left at what that leaves open, and for
-        those that a time budget left out since two faster ones are proven.
+        those that were left out since two faster ones are proven.
         """
         state = _SETTLED
         if known["reference_line"] or known["dead"]:
@@ -212,7 +212,8 @@ class History:
             if judge(facts, self._plan.rules, bounds).status != INCONCLUSIVE:
                 continue
             notes = [str(r.detail.get("note")) for r in facts if r.regime == NOT_TRIED]
-            if self._plan.budget is None or not notes or not all(SLOWER in n for n in notes):
+            everyone = self._plan.budget is None and self._plan.target.device.kind == "cpu"
+            if everyone or not notes or not all(SLOWER in n for n in notes):
                 return _OPEN
             state = _LEFT
         return state

@@ -33,6 +33,7 @@ from .history import History, Recalled, tactics_of
 from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
 from .probed import Done, probed
+from .regime import Wanted
 from .runner import Progress, Runner
 from .stages import recall
 from .stages.audit import Auditor
@@ -40,7 +41,7 @@ from .stages.build import Built, build, start
 from .stages.conclude import Grounds, concluded, unfinished
 from .stages.controls import control
 from .stages.grade import grade
-from .stages.prove import Wanted, prove
+from .stages.prove import prove
 from .stages.quantise import Quantised, probe_quantisers, time_quantisers
 from .stages.stress import stress
 from .stages.survey import Field, enrol
@@ -149,7 +150,7 @@ class Probe:
             self.progress("quantisers", "timing side by side")
             time_quantisers(quantised.result().environments, self.plan, self.record, self.progress)
         self._take_up(layers, recalled)
-        layers = self._budgeted(layers, doubts)
+        layers = self._budgeted(layers)
         cut = self._measure(layers, recalled, doubts)
         # At the end, when all launches of a kernel are known, and its machine code.
         self._condemn(audits.result())
@@ -296,7 +297,7 @@ class Probe:
         if said := recall.sentence(self.report.known):
             self.progress("layers", said)
 
-    def _budgeted(self, layers: Layers, doubts: Doubts) -> Layers:
+    def _budgeted(self, layers: Layers) -> Layers:
         """The layers with the time that the probe may take.
 
         Builds are part of the time and all end before the first layer begins: compilers take the
@@ -305,7 +306,7 @@ class Probe:
         """
         if self.plan.budget is None:
             return layers
-        limit = TimeBudget(self.plan.budget, self._is_right(doubts), self._start)
+        limit = TimeBudget(self.plan.budget, self._start)
         return [(replace(layer, time=limit), entrants) for layer, entrants in layers]
 
     def _is_right(self, doubts: Doubts) -> Callable[[Where], bool]:
@@ -349,10 +350,11 @@ class Probe:
             say = partial(self.progress, f"layer {number}/{len(layers)} {p.format} n={p.n} k={p.k}")
             opened = grade(layer, entrants, self.record, say, pool)
             time_layer(layer, opened, self.record, say)
-            stress(layer, opened, self.record, say, pool)
-            if self.plan.aim.launches and (pool or self.plan.rate is not None):
-                left = sum(recalled[each.problem].times is None for each, _ in layers[number - 1 :])
-                prove(layer, opened, self.record, say, self._wanted(doubts, left, begun), pool)
+            left = sum(recalled[each.problem].times is None for each, _ in layers[number - 1 :])
+            wanted = self._wanted(doubts, left, begun)
+            stress(layer, opened, self.record, say, wanted, pool)
+            if wanted.aim.launches and (pool or self.plan.rate is not None):
+                prove(layer, opened, self.record, say, wanted, pool)
             for entrant in opened:
                 # A worker that dies now has shown all it had; the next layer starts another.
                 with suppress(WorkerFailed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,21 @@ from .verdict.buckets import MRange
 
 MANY_MS = 8
 """Different m of a bucket where many launches are to be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be proven of a layer, and by when.
+
+    `right` says of a tactic in a bucket whether its verdict, as far as known, is safe; `also` are
+    backends of which a little is wanted wherever they come. `until` is of `time.monotonic`.
+    """
+
+    aim: LaunchAim
+    regimes: tuple[str, ...]
+    right: Callable[[Where], bool]
+    also: frozenset[str]
+    until: float
 
 
 @dataclass(frozen=True, slots=True)

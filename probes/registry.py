@@ -60,6 +60,7 @@ BUILTIN: dict[str, str] = {
     "triton-w4a16": "triton_w4a16.gemm:TritonW4A16",
     "marlin": "sglang_marlin.marlin:Marlin",
     "humming": "humming:Humming",
+    "quack": "quack:Quack",
     **{name: "flashinfer.mm_fp4:backends" for name in FLASHINFER},
     **{name: "flashinfer.w4a16:backends" for name in FLASHINFER_W4A16},
     "cudnn-graph": "cudnn_graph:backends",

@@ -78,8 +78,8 @@ def test_the_order_is_that_of_time_then_of_names_and_untimed_ones_are_last():
 
 def test_an_allowance_is_counted_from_the_start_of_the_probe():
     begun = time.monotonic() - 5
-    assert 4 < TimeBudget(10, lambda *_: True, begun).left < 6
-    over = TimeBudget(3, lambda *_: True, begun)
+    assert 4 < TimeBudget(10, begun).left < 6
+    over = TimeBudget(3, begun)
     assert over.over and over.left == 0
 
 

@@ -76,7 +76,7 @@ def test_all_candidates_with_times_intervals_verdicts_and_conditions(put):
     document, text = told(put(FLOOR, HUMMING, TRITON, MARLIN))
     names = [each["backend"] for each in document["candidates"]]
     assert names == ["triton-w4a16", "marlin", "torch-dequant", "humming"]
-    assert "timed at m=16" in text
+    assert "timed at m=9, 12 and 16" in text
     assert "10.0 us (9.9 to 10.1), the choice" in text
     assert "1.60 times the choice" in text
     assert "because streams: failed" in text

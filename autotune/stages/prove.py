@@ -11,15 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ...cache.rows import Where
 from ...probes.launch.item import LaunchAim
 from ...probes.regimes import ALONE, CERTAIN, CHANCE
 from .. import budget
 from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer
-from ..regime import at_length, run_every_m
+from ..regime import Wanted, at_length, run_every_m
 from ..verdict.buckets import MRange
 
 LESS = 10
@@ -35,21 +34,6 @@ FAST_SHARES = 10.0
 
 Depths = dict[tuple[str, MRange], int]
 """By backend and range: how many times less than the aim it was launched. 1 is all of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to be proven of a layer, and by when.
-
-    `right` says of a tactic in a bucket whether its verdict, as far as known, is safe; `also` are
-    backends of which a little is wanted wherever they come. `until` is of `time.monotonic`.
-    """
-
-    aim: LaunchAim
-    regimes: tuple[str, ...]
-    right: Callable[[Where], bool]
-    also: frozenset[str]
-    until: float
 
 
 def prove(
@@ -73,12 +57,7 @@ def prove(
         wave = _lacking(orders, done, wanted.also)
         if not wave:
             return
-        for less in sorted({less for less in wave.values()}):
-            part = {
-                name: [m for (who, m), depth in wave.items() if who == name and depth == less]
-                for name in by_name
-            }
-            _prove_wave(layer, by_name, part, (wanted, less), (record, say, pool))
+        _prove_wave(layer, by_name, wave, wanted, (record, say, pool))
         done.update(wave)
 
 
@@ -115,35 +94,35 @@ def _lacking(orders: Mapping[MRange, Sequence[str]], done: Depths, also: Collect
 def _prove_wave(
     layer: ProbedLayer,
     by_name: Mapping[str, Entrant],
-    part: Mapping[str, Sequence[MRange]],
-    how: tuple[Wanted, int],
+    wave: Depths,
+    wanted: Wanted,
     to: tuple[Recorder, Callable[[str], None], Executor | None],
 ) -> None:
     """One wave: every regime in which much is to be shown, and every m."""
-    wanted, less = how
     record, say, pool = to
-    mine = [by_name[name] for name, ms in part.items() if ms]
+    mine = [by_name[name] for name in dict.fromkeys(name for name, _ in wave)]
     names = [n for n in layer.regimes if n in wanted.regimes and n in CHANCE | CERTAIN]
     asks = max(1, len(mine) * len(names))
 
     def run(entrant: Entrant, names: Sequence[str]) -> None:
         for name in names:
             say(f"{name} at length: {entrant.name}")
-            aim = _aim(wanted.aim, less * (LESS if name in CERTAIN else 1))
-            for only, patience in _by_speed(entrant, part[entrant.name]):
-                left = wanted.until - time.monotonic()
-                if left <= 0 or name in entrant.dead:
-                    return
-                each = min(patience * aim.seconds, 2 * left / asks / len(only))
-                with layer.clock.spent(f"{name} at length", entrant.name):
-                    at_length(layer, entrant, name, record, only, replace(aim, seconds=each))
+            for less, ms in _by_depth(wave, entrant.name).items():
+                aim = _aim(wanted.aim, less * (LESS if name in CERTAIN else 1))
+                for only, patience in _by_speed(entrant, ms):
+                    left = wanted.until - time.monotonic()
+                    if left <= 0 or name in entrant.dead:
+                        return
+                    each = min(patience * aim.seconds, 2 * left / asks / len(only))
+                    with layer.clock.spent(f"{name} at length", entrant.name):
+                        at_length(layer, entrant, name, record, only, replace(aim, seconds=each))
 
     def beside(entrant: Entrant) -> None:
         run(entrant, [n for n in names if n not in ALONE])
         if time.monotonic() < wanted.until:
             say(f"every m: {entrant.name}")
             with layer.clock.spent("every m", entrant.name):
-                run_every_m(layer, entrant, record, part[entrant.name])
+                run_every_m(layer, entrant, record, [m for name, m in wave if name == entrant.name])
 
     with layer.clock.spent("at length, one at a time"):
         for name in (n for n in names if n in ALONE):
@@ -151,6 +130,15 @@ def _prove_wave(
                 run(entrant, [name])
     with layer.clock.spent("at length, side by side"):
         list(pool.map(beside, mine) if pool else map(beside, mine))
+
+
+def _by_depth(wave: Depths, name: str) -> dict[int, list[MRange]]:
+    """The ranges in which one backend is to be launched, by how many times less than the aim."""
+    found: dict[int, list[MRange]] = {}
+    for (who, m), less in wave.items():
+        if who == name:
+            found.setdefault(less, []).append(m)
+    return found
 
 
 def _by_speed(entrant: Entrant, ms: Sequence[MRange]) -> list[tuple[list[MRange], float]]:

@@ -11,7 +11,7 @@ from .. import budget
 from ..budget import OVER, SLOWER
 from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer, not_tried
-from ..regime import briefly
+from ..regime import Wanted, briefly
 from ..verdict.buckets import MRange
 
 Part = Mapping[str, Collection[MRange] | None]
@@ -23,10 +23,11 @@ def stress(
     entrants: Sequence[Entrant],
     record: Recorder,
     say: Callable[[str], None],
+    wanted: Wanted,
     pool: Executor | None = None,
 ) -> None:
-    """Every regime of the level, for the winners of these entrants; the fastest first where time is
-    limited.
+    """Every regime of the level, for the winners of these entrants: on a GPU, and where time is
+    limited, the fastest first, until two are right in each bucket.
 
     With `pool`, entrants go through most regimes at once: on a GPU most of that time is the host's,
     and a hang of one is waited for while others go on. The regimes in `ALONE` have the device to
@@ -50,10 +51,10 @@ def stress(
 
                 list(pool.map(together, mine) if pool else map(together, mine))
 
-    if layer.time is None:
+    if layer.time is None and pool is None:
         run({entrant.name: None for entrant in tried})
     else:
-        _from_the_fastest(layer, layer.time, tried, run, record)
+        _from_the_fastest(layer, tried, run, wanted, record)
 
 
 def _regimes(
@@ -72,9 +73,9 @@ def _regimes(
 
 def _from_the_fastest(
     layer: ProbedLayer,
-    limit: budget.TimeBudget,
     tried: Sequence[Entrant],
     run: Callable[[Part], None],
+    wanted: Wanted,
     record: Recorder,
 ) -> None:
     """Run waves until two candidates of every m range are proven; the rest is told `not tried`.
@@ -96,9 +97,12 @@ def _from_the_fastest(
         return layer.where(by_name[name], m, by_name[name].winner[m])
 
     def proven(name: str, m: MRange) -> bool:
-        return limit.proven(where(name, m))
+        return wanted.right(where(name, m))
 
-    while not limit.over and (wave := budget.next_wave(orders, done, proven)):
+    def over() -> bool:
+        return layer.time is not None and layer.time.over
+
+    while not over() and (wave := budget.next_wave(orders, done, proven, wanted.also)):
         run(wave)
         for name, ranges in wave.items():
             for m in ranges:

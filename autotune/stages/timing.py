@@ -12,11 +12,13 @@ from .. import census
 from ..choice.rank import NOISE
 from ..clock_stability import Watch, undecided, unsteady
 from ..evidence.recorder import Recorder
-from ..layer import Entrant, ProbedLayer, died
+from ..layer import LARGE_M, Entrant, ProbedLayer, died
 from ..race import LEAST, Race, run_races
-from ..verdict.buckets import MRange, representative
+from ..verdict.buckets import MRange, representatives
 from ..verdict.statistics import median
 
+UNEVEN = 1.2
+"""A kernel that takes so many times as long at some m of a bucket as at its largest is named."""
 TACTIC_NOISE = NOISE / 2
 """Tactics within half a percent of their backend's fastest count as equal, and the first in the
 backend's own order is taken."""
@@ -52,7 +54,7 @@ def _tune(
     if pairs:
         say(f"comparing tactics: {entrant.name}")
         try:
-            open_timing(layer, entrant, pairs)
+            open_timing(layer, entrant, pairs, edges_of)
             places = {pair: (entrant.name, index) for index, pair in enumerate(pairs)}
             run_races(races, places, lambda _, which: entrant.runner.ask("sample", indices=which))
             entrant.runner.ask("close_timing")
@@ -73,6 +75,11 @@ def _tune(
         entrant.winner = layer.agreement.settle(scope, entrant.winner, alive)
 
 
+def edges_of(m: MRange) -> list[int]:
+    """The m that tactics are compared at: who wins at both edges is taken for the whole."""
+    return sorted({m.lo, m.hi}) if m.hi <= LARGE_M else [m.hi]
+
+
 def fastest_tactic(race: Race, tactics: Sequence[str]) -> str:
     """The winner of a race that is over: of those left within its band, the first of `tactics`."""
     times = {name: median(race.samples[name]) for name in race.alive}
@@ -88,10 +95,13 @@ def _zero_and_first(ranges: Iterable[MRange]) -> tuple[MRange | None, MRange | N
 
 
 def open_timing(
-    layer: ProbedLayer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]]
+    layer: ProbedLayer,
+    entrant: Entrant,
+    pairs: Sequence[tuple[MRange, str]],
+    ms_of: Callable[[MRange], Sequence[int]],
 ) -> list[float | None]:
-    """Have the worker prepare these; the host microseconds of a call of each."""
-    items = [{"ms": [representative(m)], "tactic": tactic} for m, tactic in pairs]
+    """Have the worker prepare these, at a few m of each range; the host microseconds of a call."""
+    items = [{"ms": list(ms_of(m)), "tactic": tactic} for m, tactic in pairs]
     found: list[float | None] = entrant.runner.ask(
         "open_timing", items=items, cache_bytes=layer.cache_bytes
     )
@@ -105,7 +115,7 @@ def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: R
     for entrant in entrants:
         chosen = [(m, t) for m, t in entrant.winner.items() if m.hi > 0]
         try:
-            spans = open_timing(layer, entrant, chosen)
+            spans = open_timing(layer, entrant, chosen, representatives)
         except WorkerFailed as failure:
             died(layer, entrant, "timing", failure, record)
             continue
@@ -138,23 +148,40 @@ def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: R
     run_races(races, places, ask, watch.look)
     watch.look(now=True)
     for name, mine in pairs.items():
-        for m, tactic in mine:
-            taken = races[m].levelled(name)
-            by_name[name].median_us[m] = median(taken)
-            where = layer.where(by_name[name], m, tactic)
-            record.timing(where, taken, host[m, name], _circumstances(races[m], name, watch))
+        within: list[list[tuple[int, float]]] = [[] for _ in mine]
         try:
             if not by_name[name].reference_line:
                 census.timed(layer, by_name[name], mine, record)
-            by_name[name].runner.ask("close_timing")
+            within = by_name[name].runner.ask("close_timing")
         except WorkerFailed as failure:
             died(layer, by_name[name], "timing", failure, record)
+        for (m, tactic), by_m in zip(mine, within, strict=True):
+            taken = races[m].levelled(name)
+            by_name[name].median_us[m] = median(taken)
+            where = layer.where(by_name[name], m, tactic)
+            detail = _circumstances(races[m], name, watch, by_m)
+            record.timing(where, taken, host[m, name], detail)
 
 
-def _circumstances(race: Race, name: str, watch: Watch) -> dict[str, Any]:
-    """What the device did while `name` was timed, and what its time should not rest on."""
+def _uneven(by_m: Sequence[tuple[int, float]]) -> str | None:
+    """That a kernel is much slower at some m of a bucket than at its largest, or None."""
+    if not by_m:
+        return None
+    m, us = max(by_m, key=lambda each: each[1])
+    last, usual = by_m[-1]
+    if us <= UNEVEN * usual:
+        return None
+    return f"at m={m} it takes {us / usual:.1f} times as long as at m={last}"
+
+
+def _circumstances(
+    race: Race, name: str, watch: Watch, by_m: Sequence[tuple[int, float]]
+) -> dict[str, Any]:
+    """What the device did while `name` was timed, what its time is at each m, and what it should
+    not rest on."""
     detail: dict[str, Any] = dict(watch.device)
-    notes = [unsteady(watch.seen)]
+    detail["by_m"] = [[m, round(us, 3)] for m, us in by_m]
+    notes = [unsteady(watch.seen), _uneven(by_m)]
     if race.open_question and race.margin is not None and name in race.alive:
         notes.append(undecided(len(race.levelled(name)), race.margin))
     if said := [note for note in notes if note]:

@@ -11,6 +11,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+SMALL = 1024
+"""In buckets of larger m a few rows more or less change little."""
 MAX_M = 65536
 """The largest m asked about unless told otherwise: a long prefill chunk."""
 
@@ -72,6 +74,12 @@ def ranges(max_m: int = MAX_M) -> list[MRange]:
 def representative(bucket: MRange) -> int:
     """The m a bucket is timed at: its upper edge, the most work and what tuners profile."""
     return bucket.hi
+
+
+def representatives(bucket: MRange) -> tuple[int, ...]:
+    """The m a bucket is timed at: both edges, and the middle of a small one, ascending."""
+    middle = (bucket.lo + bucket.hi) // 2 if bucket.hi <= SMALL else bucket.hi
+    return tuple(sorted({bucket.lo, middle, bucket.hi}))
 
 
 def ragged(bucket: MRange, count: int, rng: random.Random) -> list[int]:

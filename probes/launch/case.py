@@ -188,7 +188,10 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
         return {key: map_tensors(v, change) for key, v in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return type(value)(**{name: map_tensors(v, change) for name, v in fields.items()})
+        mapped = {name: map_tensors(v, change) for name, v in fields.items()}
+        if all(mapped[name] is fields[name] for name in fields):
+            return value  # others' classes may not be made of their fields
+        return type(value)(**mapped)
     return value
 
 

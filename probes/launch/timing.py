@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -81,6 +82,31 @@ class Timed:
     def sample(self) -> float:
         """Microseconds per launch, from one run over all copies (repeated if that is short)."""
         return self._sampler.sample()
+
+
+class TimedRange:
+    """A tactic at a few m of a range, timed together: a sample is the mean over them."""
+
+    def __init__(self, parts: Sequence[Timed]) -> None:
+        self.parts = tuple(parts)
+        self._seen: list[list[float]] = [[] for _ in parts]
+
+    @property
+    def host_us(self) -> float | None:
+        found = [part.host_us for part in self.parts if part.host_us is not None]
+        return fmean(found) if found else None
+
+    def sample(self) -> float:
+        """Microseconds per launch, the mean over the m."""
+        now = [part.sample() for part in self.parts]
+        for seen, us in zip(self._seen, now, strict=True):
+            seen.append(us)
+        return fmean(now)
+
+    def by_m(self) -> list[tuple[int, float]]:
+        """(m, median of all samples in microseconds) of each m that was sampled."""
+        pairs = zip(self.parts, self._seen, strict=True)
+        return [(part.m, median(seen)) for part, seen in pairs if seen]
 
 
 class Sampler:

@@ -32,6 +32,7 @@ from .plain.strided import strided
 
 __all__ = [
     "ALONE",
+    "CALLS",
     "CERTAIN",
     "CHANCE",
     "COPIES",
@@ -68,7 +69,6 @@ REGIMES: dict[str, Regime] = {
     "weights": weights,
     "effects": effects,
     "callers": callers,
-    "first-calls": first_calls,
     "scratch": scratch,
     "history": history,
     "churn": churn,
@@ -76,6 +76,7 @@ REGIMES: dict[str, Regime] = {
     "neighbours": neighbours,
     "huge": huge,
     "streams": streams,
+    "first-calls": first_calls,
     "threads": threads,
     "graph-streams": graph_streams,
 }
@@ -118,7 +119,9 @@ CHANCE = frozenset({"graph", "mlp-chain", "churn", "streams", "graph-streams", "
 CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})
 """Those where a fault of timing shows at once, or none can: more problems, and fewer launches."""
 
-HARDER = {"threads": "streams"}
+CALLS = {"churn": 2, "mlp-chain": 2}
+"""Checked calls that a regime makes of each launch, where more than one."""
+HARDER = {"threads": "streams", "graph-streams": "streams", "first-calls": "streams"}
 """Regimes that only add to another: what took a worker down in that one would in this one, too."""
 
 SAME_START = {"pdl-war": "pdl-raw", "pdl-waw": "pdl-raw"}

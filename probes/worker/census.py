@@ -15,6 +15,7 @@ from ..data import WIDTHS
 from ..launch.case import BackendRaised, bind, blame, prepared_activation
 from ..launch.item import Item
 from ..launch.outcome import capture
+from ..launch.timing import Timed
 from .session import OpenLayer
 
 _MOST_KERNELS = 24
@@ -83,21 +84,21 @@ def checked(layer: OpenLayer, items: Sequence[Item]) -> tuple[list[Result], Seen
 
 def timed(layer: OpenLayer, seen: Seen) -> list[list[Result]]:
     """What is wrong with each timed item: code that never ran when the tactic was checked."""
-    found: list[list[Result]] = []
-    for each in layer.timed:
-        forms = seen.get((each.tactic, each.m))
-        if not forms:
-            found.append([])
-            continue
-        layer.progress(f"census: {each.tactic} as timed at m={each.m}")
-        try:
-            timing = census(lambda each=each: _captured(each.eager))  # type: ignore[misc]
-        except (RuntimeError, BackendRaised):
-            found.append([])
-            continue
-        bad = rules.timed(forms, timing)
-        found.append([{**finding, "m": each.m} for finding in bad] + rules.findings(timing))
-    return found
+    # The largest m of each: that was captured when it was checked.
+    return [_timed(layer, each.parts[-1], seen) for each in layer.timed]
+
+
+def _timed(layer: OpenLayer, part: Timed, seen: Seen) -> list[Result]:
+    forms = seen.get((part.tactic, part.m))
+    if not forms:
+        return []
+    layer.progress(f"census: {part.tactic} as timed at m={part.m}")
+    try:
+        timing = census(lambda: _captured(part.eager))
+    except (RuntimeError, BackendRaised):
+        return []
+    bad = rules.timed(forms, timing)
+    return [{**finding, "m": part.m} for finding in bad] + rules.findings(timing)
 
 
 def _bucket_number(item: Item) -> int:

@@ -343,12 +343,14 @@ class Server:
     def do_sample(self, indices: list[int]) -> list[float]:
         return self._layer.sample(indices)
 
-    def do_close_timing(self) -> None:
+    def do_close_timing(self) -> list[list[tuple[int, float]]]:
+        """The end of timing; (m, median microseconds) of each item."""
         from ..regimes import settled
 
-        self._layer.close_timing()
+        found: list[list[tuple[int, float]]] = self._layer.close_timing()
         # What is still starting would take device memory under a regime that looks for leaks.
         settled(lambda: self._progress("waiting for another process to start"))
+        return found
 
 
 def _backend_facts(backend: Any) -> dict[str, Any]:

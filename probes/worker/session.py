@@ -22,10 +22,10 @@ from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, cas
 from ..launch.item import Item, LaunchAim
 from ..launch.redraw import Redraw
 from ..launch.summary import MOST_BAD, Result, launched, summarise
-from ..launch.timing import Timed, buffers, weight_copies
+from ..launch.timing import Timed, TimedRange, buffers, weight_copies
 from ..launch.windows import Windows, window_offsets
 from ..problem import Device, Problem
-from ..regimes import COPIES, COSTLY, EVERY_M, WHOLE, Budget, NotApplicable, Outcome
+from ..regimes import CALLS, COPIES, COSTLY, EVERY_M, WHOLE, Budget, NotApplicable, Outcome
 from ..seeds import derive
 
 WEIGHTS = 2
@@ -62,7 +62,7 @@ class OpenLayer:
         self._exact: dict[int, list[Case]] = {}
         self._fields: dict[tuple[int, bool, bool], _Field] = {}
         self._windows = Windows()
-        self._timed: list[Timed] = []
+        self._timed: list[TimedRange] = []
         self._otherwise: dict[str, bool] = {}
         """By tactic: whether its outputs are rounded otherwise than to nearest."""
 
@@ -358,7 +358,7 @@ class OpenLayer:
                 launches.sort(key=lambda launch: launch.m)  # batches of m that are near
             else:
                 random.Random(derive(self.seed, *tag)).shuffle(launches)
-            own = _towards(aim, launches, len(mine), field.redraw) if aim else budget
+            own = _towards(aim, name, launches, field.redraw) if aim else budget
             outcomes = self.run(name, cases, launches, own)
             changed = sum(o.changed_inputs for o in outcomes)
             summaries = self._summaries(name, len(chosen), outcomes, cases)
@@ -437,7 +437,7 @@ class OpenLayer:
         return outcomes
 
     def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float | None]:
-        """Prepare each item's first m for timing; the host microseconds of a call of each."""
+        """Prepare each item's m for timing; the host microseconds of a call of each item."""
         operands = self.cases(WIDTHS[0])[0].operands
         copies = weight_copies(self.problem, cache_bytes, self.device.kind)
         self.progress(f"preparing {copies} copies of the weight")
@@ -447,9 +447,12 @@ class OpenLayer:
         shared = buffers(operands, self.problem)
         self._timed = []
         for item in items:
-            problem = self.problem.at(item.ms[0])
-            self.progress(f"timing m={problem.m}")
-            self._timed.append(Timed(self.backend, states, shared, problem, item.tactic))
+            self.progress(f"timing m={item.ms[-1]}")
+            parts = [
+                Timed(self.backend, states, shared, self.problem.at(m), item.tactic)
+                for m in item.ms
+            ]
+            self._timed.append(TimedRange(parts))
         return [timed.host_us for timed in self._timed]
 
     def sample(self, indices: Sequence[int]) -> list[float]:
@@ -457,14 +460,17 @@ class OpenLayer:
         return [self._timed[index].sample() for index in indices]
 
     @property
-    def timed(self) -> Sequence[Timed]:
+    def timed(self) -> Sequence[TimedRange]:
         """What is being timed, in the order of `open_timing`'s items."""
         return self._timed
 
-    def close_timing(self) -> None:
+    def close_timing(self) -> list[list[tuple[int, float]]]:
+        """Let go of what was timed; of each item (m, median microseconds)."""
+        found = [each.by_m() for each in self._timed]
         self._timed = []
         if self.device.kind == "cuda":
             torch.cuda.empty_cache()
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,14 +488,17 @@ def _bytes_of_case(problem: Problem) -> int:
 
 
 def _towards(
-    aim: LaunchAim, launches: Sequence[Launch], items: int, redraw: Redraw | None
+    aim: LaunchAim, name: str, launches: Sequence[Launch], redraw: Redraw | None
 ) -> Budget:
-    """How often a chain is launched, and its data drawn anew, so that each item reaches `aim`."""
-    counts = Counter(launch.item for launch in launches)
+    """How often a chain is launched, and its data drawn anew, so that each item reaches `aim`.
+
+    An empty batch is one problem, however often it is drawn: it goes with the others.
+    """
+    counts = Counter(x.item for x in launches if x.m) or Counter(x.item for x in launches)
     fewest = min(counts.values())
-    times = -(-aim.launches // fewest)
+    times = -(-aim.launches // (fewest * CALLS.get(name, 1)))
     draws = max(1, -(-aim.problems // fewest) - 1)
-    return Budget(1, times, aim.seconds * items, redraw=redraw, draws=draws)
+    return Budget(1, times, aim.seconds * len(counts), redraw=redraw, draws=draws)
 
 
 def _of_draws(found: Outcome, first: int, last: int) -> Outcome:

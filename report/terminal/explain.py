@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...autotune import checkpoint_check
+from ...autotune.verdict.buckets import MRange, representatives
 from ..wording import WEIGHTS
 from .choice import layer_lines
 
@@ -17,10 +18,12 @@ def explained_lines(document: Mapping[str, Any]) -> list[str]:
     """The document in words, one paragraph a topic."""
     d, p, b = document, document["problem"], document["bucket"]
     weights = WEIGHTS[p["activation"]]
+    at = [str(m) for m in representatives(MRange(b["m_lo"], b["m_hi"]))]
+    timed = " and ".join(filter(None, (", ".join(at[:-1]), at[-1])))
     out = [
         f"m={p['m']} n={p['n']} k={p['k']} {p['format']} {weights} {p['out_dtype']} on {d['gpu']} "
         f"({d['arch']}), profile {d['profile']}, generation {d['generation']}",
-        f"Its bucket is m={b['m_lo']} to {b['m_hi']}, timed at m={b['m_hi']}.",
+        f"Its bucket is m={b['m_lo']} to {b['m_hi']}, timed at m={timed}.",
         "",
         d["why"],
         d["default"]["text"],

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...check.sweep import SlotReport
-from ...data import exact
+from ...check.reference import Expectation
+from ...check.sweep import SlotReport, Unchanged
+from ...data import Operands
 from ...launch.case import Case, Launch, bind, blame
-from ...launch.case import case as make_case
 from ...launch.outcome import Budget, NotApplicable, Outcome, need_cuda
-from ...problem import Problem
+from ...problem import FORMATS, Fp4Tensor, Problem
 from ...registry import load_one
 from .own_process import NoAnswer, Question, ask, loaded_by, name_of
 
@@ -90,7 +90,6 @@ def _ask_of(spec: str, case: Case, launches: Sequence[Launch], budget: Budget) -
         "scratch",
         spec,
         replace(case.problem, m=_ROWS),
-        # Values are not compared there, so one width stands for all.
         case.operands.width or 8,
         case.operands.seed,
         tuple(m for m, _ in pairs),
@@ -166,8 +165,7 @@ def answer(question: Question) -> dict[str, Any]:
         library = ctypes.CDLL(str(path))
         backend = load_one(question.spec)
         device = torch.device(question.device)
-        operands = exact(question.problem, question.width, question.seed, device)
-        case = make_case(backend, question.problem, operands)
+        case = _any_case(backend, question.problem, device)
         if read(library).zones:
             where = _error(read(library), "`prepare`")
             return {"error": where, "blocks": read(library).blocks}
@@ -189,6 +187,29 @@ def answer(question: Question) -> dict[str, Any]:
                 by_tactic.setdefault(tactic, _error(damage, f"calls of {tactic}"))
             before = damage.zones
         return {"by_tactic": by_tactic, "blocks": read(library).blocks}
+
+
+def _any_case(backend: Backend, problem: Problem, device: torch.device) -> Case:
+    """A weight and rows of no matter which values, made of few allocations: each costs a call of
+    the driver here, and what comes out is not compared."""
+    fmt = FORMATS[problem.format]
+    one = 0x38 if fmt.scale == "e4m3" else 127
+
+    def operand(rows: int) -> Fp4Tensor:
+        codes = torch.full((rows, problem.k // 2), 0x21, dtype=torch.uint8, device=device)
+        scales = torch.full((rows, problem.k // fmt.block), one, dtype=torch.uint8, device=device)
+        return Fp4Tensor(fmt, codes, scales, torch.ones((), device=device))
+
+    weight = operand(problem.n)
+    if problem.activation == "fp4":
+        a: torch.Tensor | Fp4Tensor = operand(problem.m)
+    else:
+        a = torch.ones(problem.m, problem.k, dtype=problem.dtype, device=device)
+    with blame(backend):
+        state = backend.prepare(weight, problem)
+    nothing = torch.zeros(problem.m, problem.n, dtype=problem.dtype, device=device)
+    operands = Operands(a, weight, "none", None, 0)
+    return Case(problem, operands, Expectation(nothing, nothing, exact=False), state, Unchanged([]))
 
 
 def _error(damage: Damage, who: str) -> dict[str, str]:

@@ -62,12 +62,13 @@ def weights(
     the prepared weight gets new values in place, where the backend has `update`; on a GPU under a
     captured graph, too. What the crowd holds is held against what its weights take (`memory held`).
     """
-    parts = [_in_turn(backend, cases, launches, budget)]
     smallest = smallest_of_each(launches)
+    empty = list({x.item: x for x in launches if not x.m}.values())
+    parts = [_in_turn(backend, cases, [*smallest, *empty], budget)]
     if smallest:
         parts.append(_crowd(backend, cases, smallest, budget))
         budget.beat()
-        parts.append(_loaded(backend, cases, smallest))
+        parts.append(_loaded(backend, cases, smallest, budget))
         update = getattr(backend, "update", None)
         if update is not None:
             parts.append(_updated(backend, cases, smallest, update))
@@ -87,9 +88,10 @@ def _in_turn(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
     """A, B, A on one activation, whose answers with both are known, and on one's own each."""
-    others = [_sharing(backend, cases, launch) for launch in launches]
     calls: list[Call] = []
-    for launch, other in zip(launches, others, strict=True):
+    for launch in launches:
+        budget.beat()
+        other = _sharing(backend, cases, launch)
         own = bind(backend, cases, launch)
         calls += [own, other.call(backend, launch, own.activation)]
         calls += [bind(backend, cases, launch)]
@@ -311,13 +313,17 @@ def _holding(held: int, size: int, calls: Sequence[Call]) -> dict[str, str]:
     return {"kind": "memory held", "message": text}
 
 
-def _loaded(backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]) -> Outcome:
-    """Weights that come one after the other at one address, each when the last is gone."""
+def _loaded(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> Outcome:
+    """Weights that come one after the other at one address, each when the last is gone; tried with
+    the first launch of each tactic."""
     device = device_of(cases)
     start = time.perf_counter()
     parts: list[Outcome] = []
     again = 0
-    for launch in launches:
+    for launch in {x.tactic: x for x in reversed(launches)}.values():
+        budget.beat()
         case = cases[launch.case]
         place = variant(case, 0).weight
         activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
