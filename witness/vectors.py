@@ -1,0 +1,136 @@
+"""Signs, and what they make of a weight: ``s = W.T @ r``, in float64 and kept in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..probes.formats import dequantise
+from ..probes.problem import Fp4Tensor
+from .groups import Groups, groups_of
+
+VECTORS = 2
+_CHUNK = 1 << 24
+"""Elements of a weight in float64 at once: 128 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What one weight (or one per expert) is watched with.
+
+    signs   int8 (VECTORS, n), each 1 or -1
+    sums    float32 (experts, groups, VECTORS, k): W.T @ r of each group, without the global scale
+    alpha   float32 (experts,): the weight's global scales
+    gate    int32 (1,): 0 while the others are made anew, and the check then leaves rows alone
+    finite  whether every number in it is: a weight with a NaN or an infinity is not watched
+    """
+
+    signs: torch.Tensor
+    sums: torch.Tensor
+    alpha: torch.Tensor
+    gate: torch.Tensor
+    groups: Groups
+    finite: bool
+
+    @property
+    def experts(self) -> int:
+        return self.sums.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.sums.shape[-1]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(t.numel() * t.element_size() for t in (self.signs, self.sums, self.alpha))
+
+    def to(self, device: torch.device | str) -> Sums:
+        return replace(
+            self,
+            signs=self.signs.to(device),
+            sums=self.sums.to(device),
+            alpha=self.alpha.to(device),
+            gate=self.gate.to(device),
+        )
+
+
+def draw(n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """int8 (VECTORS, n): random signs. Without a generator they come from the system's randomness:
+    nothing that made the data may have made them."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.manual_seed(int.from_bytes(_random_bytes(), "little") >> 1)
+    return torch.randint(0, 2, (VECTORS, n), generator=generator, dtype=torch.int8) * 2 - 1
+
+
+def _random_bytes() -> bytes:
+    import os
+
+    return os.urandom(8)
+
+
+def sums_of(
+    weights: Sequence[Fp4Tensor | torch.Tensor], signs: torch.Tensor, groups: Groups | None = None
+) -> Sums:
+    """What `weights`, one per expert, are watched with.
+
+    Each is an `Fp4Tensor` or a floating tensor (n, k), all of one shape; the result is on their
+    device. The product with the signs is exact but for float64 sums. Raises ValueError where they
+    do not fit one another.
+    """
+    n, k = weights[0].shape
+    cut = groups or groups_of(n)
+    if any(tuple(w.shape) != (n, k) for w in weights) or signs.shape != (VECTORS, n):
+        raise ValueError(f"signs of {tuple(signs.shape)} do not fit weights of {n} x {k}")
+    device = _device(weights[0])
+    sums = torch.empty(len(weights), cut.count, VECTORS, k, dtype=torch.float32, device=device)
+    alpha = torch.ones(len(weights), dtype=torch.float32, device=device)
+    signs = signs.to(device)
+    for expert, weight in enumerate(weights):
+        if isinstance(weight, Fp4Tensor):
+            alpha[expert] = weight.global_scale.to(device)
+        for group in range(cut.count):
+            sums[expert, group] = _sum(weight, signs, cut.columns(group)).float()
+    finite = bool(torch.isfinite(sums).all()) and bool(torch.isfinite(alpha).all())
+    gate = torch.ones(1, dtype=torch.int32, device=device)
+    return Sums(signs, sums, alpha, gate, cut, finite)
+
+
+def remake(
+    into: Sums, weights: Sequence[Fp4Tensor | torch.Tensor], generator: torch.Generator | None
+) -> Sums:
+    """Fresh signs, and what they make of the same `weights`, written where `into` lies.
+
+    Two equal and opposite errors are invisible to two fixed sign vectors in one weight of four for
+    ever; so they are drawn anew now and then. Kernels must not look at it meanwhile.
+    """
+    fresh = sums_of(weights, draw(into.groups.n, generator), into.groups)
+    into.signs.copy_(fresh.signs)
+    into.sums.copy_(fresh.sums)
+    into.alpha.copy_(fresh.alpha)
+    return replace(into, finite=fresh.finite)
+
+
+def _sum(weight: Fp4Tensor | torch.Tensor, signs: torch.Tensor, columns: slice) -> torch.Tensor:
+    """float64 (VECTORS, k): the signed sum of a weight's rows `columns`, in slices of them."""
+    total = torch.zeros(VECTORS, weight.shape[1], dtype=torch.float64, device=signs.device)
+    step = max(1, _CHUNK // weight.shape[1])
+    for start in range(columns.start, columns.stop, step):
+        rows = slice(start, min(columns.stop, start + step))
+        total += signs[:, rows].double() @ rows_of(weight, rows)
+    return total
+
+
+def rows_of(weight: Fp4Tensor | torch.Tensor, rows: slice) -> torch.Tensor:
+    """float64 (rows, k): rows of a weight, dequantised without the global scale."""
+    if isinstance(weight, Fp4Tensor):
+        part = replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])
+        return dequantise(part, torch.float64, with_global=False)
+    return weight[rows].double()
+
+
+def _device(weight: Fp4Tensor | torch.Tensor) -> torch.device:
+    return weight.codes.device if isinstance(weight, Fp4Tensor) else weight.device
