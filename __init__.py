@@ -1,7 +1,7 @@
 """fp4tune: finds, proves and remembers the fastest safe FP4 GEMM backend of this GPU."""
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "report_fault"]
+__all__ = ["__version__", "report_fault", "watch"]
 
 
 def __getattr__(name: str) -> object:
@@ -10,4 +10,8 @@ def __getattr__(name: str) -> object:
         from .cache.reader import report_fault
 
         return report_fault
+    if name == "watch":
+        from .witness.linear import watch
+
+        return watch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -292,9 +292,9 @@ def witness(
                 tl.atomic_xchg(head, claim + 1)
             else:
                 tl.atomic_add(counters + 5, 1)
-    if (block == 0) & (group == 0):
-        # Programs of this launch that begin later see the next number, and look or do not look as
-        # those of the next launch: each is still asked once in `period` launches.
+    if (block == tl.num_programs(0) - 1) & (group == tl.num_programs(1) - 1):
+        # By the last to begin: the others have read it. Were one later all the same, it would look
+        # or not look as in the next launch, and still once in `period` launches.
         tl.atomic_add(counters + 4, 1)
 
 

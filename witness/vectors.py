@@ -12,8 +12,8 @@ from ..probes.problem import Fp4Tensor
 from .groups import Groups, groups_of
 
 VECTORS = 2
-_CHUNK = 1 << 24
-"""Elements of a weight in float64 at once: 128 MiB."""
+_CHUNK = 1 << 22
+"""Elements of a weight in float64 at once: 32 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,12 @@ def sums_of(
 
 
 def remake(
-    into: Sums, weights: Sequence[Fp4Tensor | torch.Tensor], generator: torch.Generator | None
+    into: Sums,
+    weights: Sequence[Fp4Tensor | torch.Tensor],
+    generator: torch.Generator | None = None,
 ) -> Sums:
-    """Fresh signs, and what they make of the same `weights`, written where `into` lies.
+    """Fresh signs, and what they make of the same `weights`, written where `into` lies; `weights`
+    may lie elsewhere, and their global scales do not count: `alpha` stays.
 
     Two equal and opposite errors are invisible to two fixed sign vectors in one weight of four for
     ever; so they are drawn anew now and then. Kernels must not look at it meanwhile.
@@ -110,7 +113,6 @@ def remake(
     fresh = sums_of(weights, draw(into.groups.n, generator), into.groups)
     into.signs.copy_(fresh.signs)
     into.sums.copy_(fresh.sums)
-    into.alpha.copy_(fresh.alpha)
     return replace(into, finite=fresh.finite)
 
 

@@ -1,0 +1,293 @@
+"""What processes that watch tell their node: one small JSON file each, in a drop box.
+
+Anybody on the node may write there, so what is read is untrusted: of its size, of its kind, of
+every number in it. It is shown, summed by who reported it, and used for nothing that loosens
+anything: it narrows no bound, lifts no quarantine and makes no verdict ``safe``. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+FOLDER = "witness"
+"""The drop box's name in a state directory."""
+VARIABLE = "FP4TUNE_WITNESS"
+"""A drop box elsewhere, for engines that mount the state read-only."""
+VERSION = 1
+_BYTES = 1 << 18
+_FILES_OF_ONE = 64
+_FILES = 4096
+_MOST_CALLS = 4096
+MOST_FAULTS = 64
+"""Faults, and suspicions that could not be confirmed, kept of one process."""
+_TEXT = 200
+_LARGEST = 1 << 62
+COUNTED = ("rows", "skipped", "suspicions", "beyond", "faults", "suspected", "cleared", "launches")
+"""rows judged; rows not looked at (their own activation was not finite, or they were elsewhere);
+groups of rows that were suspicious, and that were too near overflow; suspicions that were confirmed
+as faults, that could not be judged, and that were right after all; launches that were looked at or
+might have been."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedLayer:
+    """What one process counted of one backend's tactic on layers of one shape."""
+
+    backend: str
+    tactic: str
+    format: str
+    activation: str
+    out_dtype: str
+    groups: int
+    n: int
+    k: int
+    m_lo: int
+    m_hi: int
+    layers: int
+    counts: Mapping[str, int]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (
+            self.backend, self.tactic, self.format, self.activation, self.out_dtype, self.groups,
+            self.n, self.k,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class WatchReport:
+    """One process's file. `faults` are documents as `respond` makes them; `uid` is the file's
+    owner, who is the one that reports, whatever the file says."""
+
+    pid: int
+    started: float
+    at: float
+    gpu: str
+    arch: str
+    uuid: str
+    watched: tuple[WatchedLayer, ...]
+    faults: tuple[Mapping[str, Any], ...] = ()
+    unwatched: int = 0
+    """Pairs of a layer and a kernel that are watched nowhere in that process."""
+    uid: int = field(default=0, compare=False)
+
+    @property
+    def reporter(self) -> str:
+        """Who counted: the user and the process."""
+        return f"{self.uid}:{self.pid}@{self.started:.0f}"
+
+    def total(self, what: str) -> int:
+        return sum(each.counts[what] for each in self.watched)
+
+
+def folder_of(state_dir: str | os.PathLike[str] | None) -> str | None:
+    """Where a process of this node leaves its file: FP4TUNE_WITNESS, else the state's own box."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return os.path.abspath(named)
+    return None if state_dir is None else os.path.join(os.fspath(state_dir), FOLDER)
+
+
+def write(report: WatchReport, folder: str) -> str:
+    """Replace this process's file; returns its path. Raises OSError.
+
+    The folder is made if it is missing, for everyone to write to and nobody to remove others'
+    files from.
+    """
+    if not os.path.isdir(folder):
+        os.makedirs(folder, exist_ok=True)
+        with contextlib.suppress(OSError):
+            os.chmod(folder, 0o1777)
+    name = f"{report.pid}-{report.started:.0f}.json"
+    document = {"version": VERSION, **asdict(report)}
+    del document["uid"]
+    aside = os.path.join(folder, f".{name}.{os.urandom(4).hex()}")
+    path = os.path.join(folder, name)
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, json.dumps(document).encode())
+        os.close(fd)
+        os.rename(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+    return path
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[list[WatchReport], list[str]]:
+    """Every report in a drop box, and a sentence for each file that is none.
+
+    Of one owner the newest 64 files count. Never raises: a folder that is not there holds none.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return [], []
+    by_owner: dict[int, list[tuple[float, str]]] = {}
+    for name in names[: 4 * _FILES]:
+        if name.startswith(".") or not name.endswith(".json"):
+            continue
+        with contextlib.suppress(OSError):
+            about = os.lstat(os.path.join(folder, name))
+            by_owner.setdefault(about.st_uid, []).append((about.st_mtime, name))
+    found, ignored = [], []
+    for owner, files in sorted(by_owner.items()):
+        if len(files) > _FILES_OF_ONE:
+            ignored.append(
+                f"user {owner} has {len(files)} files in {os.fspath(folder)}: the newest "
+                f"{_FILES_OF_ONE} are read"
+            )
+        for _, name in sorted(files, reverse=True)[:_FILES_OF_ONE]:
+            try:
+                found.append(_read_one(os.path.join(folder, name)))
+            except (OSError, ValueError, RecursionError) as error:
+                ignored.append(f"{name} is ignored: {error}")
+    return found[:_FILES], ignored
+
+
+def _read_one(path: str) -> WatchReport:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("it is no plain file")
+        data = os.read(fd, _BYTES + 1)
+    finally:
+        os.close(fd)
+    if len(data) > _BYTES:
+        raise ValueError(f"it has more than {_BYTES} bytes")
+    return parse(data, about.st_uid)
+
+
+def parse(data: bytes, uid: int) -> WatchReport:
+    """A report from a file's bytes. Raises ValueError, one sentence."""
+    try:
+        given = json.loads(data)
+        if given["version"] != VERSION:
+            raise ValueError("it is of another version")
+        watched = given["watched"]
+        faults = given["faults"]
+        if type(watched) is not list or len(watched) > _MOST_CALLS or type(faults) is not list:
+            raise ValueError("it does not hold what a report does")
+        return WatchReport(
+            pid=_count(given["pid"]),
+            started=_time(given["started"]),
+            at=_time(given["at"]),
+            gpu=_text(given["gpu"]),
+            arch=_text(given["arch"]),
+            uuid=_text(given["uuid"]),
+            watched=tuple(_layer(each) for each in watched),
+            faults=tuple(_fault(each) for each in faults[:MOST_FAULTS]),
+            unwatched=_count(given["unwatched"]),
+            uid=uid,
+        )
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"it is not a report of counts: {type(error).__name__}") from None
+
+
+_SHAPE = ("groups", "n", "k", "m_lo", "m_hi", "layers")
+_NAMES = ("backend", "tactic", "format", "activation", "out_dtype")
+_FAULT = {
+    **dict.fromkeys(("status", "layer", *_NAMES, "regime", "why"), "text"),
+    **dict.fromkeys(("groups", "n", "k", "m", "row", "wrong"), "count"),
+    "at": "time",
+    "tile": "pair",
+    "columns": "pair",
+    "error": "number",
+    "allowed": "number",
+}
+
+
+def _layer(given: Mapping[str, Any]) -> WatchedLayer:
+    counts = given["counts"]
+    values: dict[str, Any] = {name: _text(given[name]) for name in _NAMES}
+    values.update((name, _count(given[name])) for name in _SHAPE)
+    return WatchedLayer(**values, counts={name: _count(counts[name]) for name in COUNTED})
+
+
+def _fault(given: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {"text": _text, "count": _count, "time": _time, "pair": _pair, "number": _number}
+    return {name: kinds[kind](given[name]) for name, kind in _FAULT.items()}
+
+
+def _text(value: object) -> str:
+    if type(value) is not str or len(value) > _TEXT or not value.isprintable():
+        raise ValueError("a name in it is none")
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ValueError("a number in it is no count")
+    return value
+
+
+def _time(value: object) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1e11:  # type: ignore[operator]
+        raise ValueError("a time in it is none")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _pair(value: object) -> list[int]:
+    if type(value) is not list or len(value) != 2:
+        raise ValueError("a range in it is none")
+    return [_count(each) for each in value]
+
+
+def _number(value: object) -> float | None:
+    """A finite number; None stands for one that is not."""
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not -1e308 < value < 1e308:  # type: ignore[operator]
+        raise ValueError("a number in it is none")
+    return float(value)  # type: ignore[arg-type]
+
+
+def by_backend(reports: Iterable[WatchReport]) -> dict[tuple[str, str, str], dict[str, int]]:
+    """(gpu, backend, reporter) to its counts."""
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    for report in reports:
+        for each in report.watched:
+            own = found.setdefault(
+                (report.gpu, each.backend, report.reporter), dict.fromkeys(COUNTED, 0)
+            )
+            for name, count in each.counts.items():
+                own[name] += count
+    return found
+
+
+def forget_old(folder: str | os.PathLike[str], days: float = 7.0) -> None:
+    """Remove the files of processes that have told nothing for so long, as far as one may."""
+    before = time.time() - 86400 * days
+    with contextlib.suppress(OSError):
+        for path in Path(folder).iterdir():
+            with contextlib.suppress(OSError):
+                if path.name.endswith(".json") and path.lstat().st_mtime < before:
+                    path.unlink()
+
+
+def merged(layers: Sequence[WatchedLayer]) -> tuple[WatchedLayer, ...]:
+    """Layers of one shape and backend as one."""
+    by_key: dict[tuple[Any, ...], list[WatchedLayer]] = {}
+    for each in layers:
+        by_key.setdefault(each.key, []).append(each)
+    return tuple(
+        replace(
+            same[0],
+            m_lo=min(each.m_lo for each in same),
+            m_hi=max(each.m_hi for each in same),
+            layers=sum(each.layers for each in same),
+            counts={name: sum(each.counts[name] for each in same) for name in COUNTED},
+        )
+        for same in by_key.values()
+    )

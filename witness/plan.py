@@ -1,0 +1,81 @@
+"""Which calls are watched: a few of each graph, others in each, so that each is watched somewhere.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+FEW, EVERY = "few", "every"
+SHARES = (FEW, EVERY)
+ONE_OF = 32
+"""Of so many calls one is watched by default."""
+PERIOD = 4
+"""And of that one, one launch of so many is looked at."""
+
+
+@dataclass(slots=True)
+class WatchPlan(Generic[Key]):
+    """Decides, call after call, which are watched; a call is known by its key (layer, kernel).
+
+    share  ``few`` (one of `ONE_OF`) or ``every``
+    turn   where this process begins: with several processes of an engine, its rank
+    """
+
+    share: str = FEW
+    turn: int = 0
+    asked: Counter[Key] = field(default_factory=Counter)
+    watched: Counter[Key] = field(default_factory=Counter)
+    _by_count: Counter[int] = field(default_factory=Counter)
+    _calls: int = 0
+    _owed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.share not in SHARES:
+            raise ValueError(f"a share of calls is {' or '.join(SHARES)}, not {self.share!r}")
+        # The first of all calls is not the one that every process watches.
+        self._calls = (self.turn * 11) % ONE_OF
+
+    def choose(self, key: Key) -> bool:
+        """Whether this call is watched.
+
+        One comes due with each `ONE_OF` calls, and is given to the first call from then on that is
+        watched as seldom as any; at the latest to the last before the next one comes due.
+        """
+        if key not in self.asked:
+            self._by_count[0] += 1
+        self.asked[key] += 1
+        if self.share == EVERY:
+            return self._watch(key)
+        self._calls += 1
+        if self._calls >= ONE_OF:
+            self._calls = 0
+            self._owed += 1
+        if not self._owed:
+            return False
+        if self.watched[key] > self._least() and self._owed < 2:
+            return False
+        self._owed -= 1
+        return self._watch(key)
+
+    def _watch(self, key: Key) -> bool:
+        before = self.watched[key]
+        self._by_count[before] -= 1
+        self._by_count[before + 1] += 1
+        if not self._by_count[before]:
+            del self._by_count[before]
+        self.watched[key] += 1
+        return True
+
+    def _least(self) -> int:
+        """How often the key that is watched most seldom is."""
+        return min(self._by_count)
+
+    def unwatched(self) -> list[Key]:
+        """The keys of calls that are watched nowhere in this process, in order of asking."""
+        return [key for key in self.asked if not self.watched[key]]
