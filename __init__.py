@@ -1,5 +1,7 @@
 """fp4tune: finds, proves and remembers the fastest safe FP4 GEMM backend of this GPU."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "report_fault", "watch"]
 
@@ -11,7 +13,6 @@ def __getattr__(name: str) -> object:
 
         return report_fault
     if name == "watch":
-        from .witness.linear import watch
-
-        return watch
+        # Loaded and not imported: every room may ask for the version, and few may for a witness.
+        return import_module(".witness.linear", __name__).watch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
