@@ -15,7 +15,7 @@ from .asked import Configured, NotTaken, Unclear
 from .names import TUNER
 from .select import Bucket, Selection
 
-LEVELS = ("off", "emit", "process", "call")
+LEVELS = ("off", "emit", "watch", "process", "call")
 VARIABLE = "FP4TUNE_LEVEL"
 ACTING = ("process", "call")
 """The levels at which a plugin changes what an engine runs."""

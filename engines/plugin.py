@@ -78,14 +78,16 @@ def _against(engine: str, asked: Sequence[str]) -> str | None:
 
 
 def run(engine: str, would: str, wrap: Callable[[], None]) -> None:
-    """What a plugin does in each process of its engine. At level ``off`` nothing; at ``emit`` it
-    says what it `would` run; else it calls `wrap` and pins tactics, and wraps `mm_fp4` at ``call``.
+    """What a plugin does in each process of its engine. At level ``off`` nothing; at ``emit`` and
+    ``watch`` it says what it `would` run; else it calls `wrap` and pins tactics, and wraps `mm_fp4`
+    at ``call``. At ``watch``, and where FP4TUNE_WATCH asks for it, the witness watches.
     """
     level = applied.level()
     if level == "off":
         return
     hold_gpus()
-    if level == "emit":
+    watch(engine, level)
+    if level not in applied.ACTING:
         told = os.environ.get(APPLIED, "")
         if told.startswith(_TOLD) and told != _mine():
             return  # by the process that started this one
@@ -101,6 +103,23 @@ def run(engine: str, would: str, wrap: Callable[[], None]) -> None:
         from . import per_call
 
         per_call.install()
+
+
+@guarded
+def watch(engine: str, level: str) -> None:
+    """Have the witness watch what `engine` runs, where that is asked for."""
+    from . import watching
+
+    if watching.wanted(level):
+        watching.install(engine)
+
+
+def only_watches() -> bool:
+    """Whether the plugin watches in this process and changes nothing of what its engine runs."""
+    from . import watching
+
+    level = applied.level()
+    return watching.wanted(level) and level not in applied.ACTING
 
 
 def _mine() -> str:

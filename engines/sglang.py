@@ -12,6 +12,7 @@ from typing import Any
 
 from . import plugin
 from .read_sglang import FIELD, OPTION
+from .watching import CHECKPOINT
 
 ARGUMENTS = "sglang.srt.server_args.ServerArgs"
 
@@ -19,6 +20,8 @@ ARGUMENTS = "sglang.srt.server_args.ServerArgs"
 @plugin.guarded
 def register() -> None:
     """Called by SGLang's `load_plugins`."""
+    if plugin.only_watches():
+        _hook()  # for the checkpoint's name
     plugin.run("sglang", f"would run SGLang with {OPTION}", _hook)
 
 
@@ -34,7 +37,10 @@ def _hook() -> None:
 
 def _before_resolving(args: Any, *rest: Any, **named: Any) -> None:
     """Hook before a method of ServerArgs; None leaves its arguments as they are."""
-    _fill_in_sglang(args)
+    if getattr(args, "model_path", None):
+        os.environ.setdefault(CHECKPOINT, str(args.model_path))
+    if not plugin.only_watches():
+        _fill_in_sglang(args)
 
 
 @plugin.guarded

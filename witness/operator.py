@@ -5,10 +5,11 @@ What it is given is looked up when it runs: one compiled graph serves many layer
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
 
 import torch
 
+from ..probes.problem import FORMATS, Fp4Tensor
 from .rows import WatchedCall
 from .watcher import WatchedWeight, Witness
 
@@ -68,15 +69,74 @@ def _(
     return None
 
 
-_marks: dict[torch.device, torch.Tensor] = {}
+@torch.library.custom_op("fp4tune::witness_after", mutates_args=("y",))
+def witness_after(
+    a: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """`witness` behind a function that made `y` just now: it is said to change."""
+    see_call(weight, WatchedCall(_rows(a), _rows(y), bias=bias))
 
 
+@witness_after.register_fake
+def _(
+    a: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    return None
+
+
+@torch.library.custom_op("fp4tune::witness_fp4", mutates_args=("y",))
+def witness_fp4(
+    a: torch.Tensor,
+    a_scales: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    alpha: torch.Tensor,
+    form: str,
+) -> None:
+    """Check a W4A4 GEMM that made `y` just now: packed codes, block scales as they lie; `form` is
+    ``nvfp4 128x4`` or the like."""
+    see_fp4((a, a_scales), y, weight, alpha, form)
+
+
+@witness_fp4.register_fake
+def _(
+    a: torch.Tensor,
+    a_scales: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    alpha: torch.Tensor,
+    form: str,
+) -> None:
+    return None
+
+
+def see_fp4(
+    a: tuple[torch.Tensor, torch.Tensor],
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    alpha: torch.Tensor | None,
+    form: str,
+) -> bool:
+    """`see_call` of a W4A4 GEMM: `a` is (codes, scales), `alpha` its whole factor, `form` the
+    format and how the scales lie."""
+    codes, scales = a
+    name, _, layout = form.partition(" ")
+    if not known(weight.data_ptr()):
+        return False
+    factor = _one(codes.device) if alpha is None else alpha.reshape(-1)
+    packed = Fp4Tensor(FORMATS[name], codes, scales.view(torch.uint8), _one(codes.device))
+    return see_call(weight, WatchedCall(packed, y, factor, scale_layout=layout))
+
+
+@lru_cache(maxsize=16)
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones(1, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
 def mark(device: torch.device) -> torch.Tensor:
-    """What the operator is said to change on `device`."""
-    found: Any = _marks.get(device)
-    if found is None:
-        found = _marks[device] = torch.zeros(1, dtype=torch.uint8, device=device)
-    return found
+    """What `witness` is said to change on `device`."""
+    return torch.zeros(1, dtype=torch.uint8, device=device)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..probes.problem import Problem
+from ..probes.problem import Fp4Tensor, Problem
 from . import here, launch
 from .confirm import CLEARED, FAULT, Confirmation, judge
 from .counts import COUNTED, WatchedLayer, WatchReport, merged
@@ -210,9 +210,11 @@ class Witness:
     def see(self, weight: WatchedWeight, call: WatchedCall) -> bool:
         """Check `call` of `weight`, or leave it, as the plan has it; whether it is watched.
 
-        On a GPU this enqueues one kernel on the current stream at most, also into a graph.
+        On a GPU this enqueues one kernel on the current stream at most, also into a graph. Raises
+        Unreadable for a call that is not one of this weight.
         """
         device = self._devices[weight.sums.signs.device]
+        call = _fitting(weight, call)
         m = call.y.shape[0]
         if not m:
             return False
@@ -360,6 +362,39 @@ class Witness:
         for number, m in self.plan.unwatched():
             found.append(f"{self.weights[number].subject.layer} up to m={m}")
         return found + [f"{layer}: {why}" for layer, why in sorted(self.left_alone.items())]
+
+
+def _fitting(weight: WatchedWeight, call: WatchedCall) -> WatchedCall:
+    """`call` without the columns and the part of k that a backend pads with. Raises Unreadable."""
+    n, k = weight.sums.groups.n, weight.sums.k
+    (m, columns), a = call.y.shape, call.a
+    problem = weight.subject.problem
+    wide = a.shape[1]
+    if columns < n or wide < k or a.shape[0] < m or call.y.dtype != problem.dtype:
+        raise Unreadable(
+            f"a call of {tuple(a.shape)} to {tuple(call.y.shape)} does not fit {n} x {k}"
+        )
+    packed = isinstance(a, Fp4Tensor)
+    if packed != (problem.activation == "fp4") or call.y.stride(1) != 1:
+        raise Unreadable(f"a call with another activation than {problem.activation}")
+    if columns > n:
+        call = replace(call, y=call.y[:, :n])
+    if wide > k or a.shape[0] > m:
+        call = replace(call, a=_less(a, m, k))
+    if not isinstance(a, Fp4Tensor) and (a.dtype != call.y.dtype or a.stride(1) != 1):
+        raise Unreadable(f"an activation of {a.dtype} beside an output of {call.y.dtype}")
+    return call
+
+
+def _less(a: torch.Tensor | Fp4Tensor, m: int, k: int) -> torch.Tensor | Fp4Tensor:
+    """The first m rows and k columns of an activation. Raises Unreadable where its scales lie so
+    that they are found no more."""
+    if not isinstance(a, Fp4Tensor):
+        return a[:m, :k]
+    block = a.format.block
+    if -(-a.shape[1] // block // 4) != -(-k // block // 4):
+        raise Unreadable(f"an activation padded from k={k} to {a.shape[1]}")
+    return replace(a, codes=a.codes[:m, : k // 2])
 
 
 def _counted(site: _Site, counters: list[int]) -> WatchedLayer:
