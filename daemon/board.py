@@ -18,6 +18,7 @@ from ..autotune.publication.environment import withdrawn
 from ..cache import opening, quarantine, state
 from ..cache.errors import StateError
 from .gpus import WatchedDevice
+from .witnessed import WitnessBoard
 
 BEAT_SECONDS = 20.0
 """A loop that was silent for longer than this is not healthy."""
@@ -113,8 +114,11 @@ class Board:
         self.state_dir = ""
         self.backends: frozenset[str] = frozenset()
         self.events: Counter[str] = Counter()
+        self.witness = b'{"reporters": [], "events": [], "ignored": []}'
+        """What processes that watch have told, as a document."""
         self._key: object = None
         self._findings = NewestFindings()
+        self._witness = WitnessBoard()
 
     def count(self, event: str) -> None:
         self.events[event] += 1
@@ -139,6 +143,8 @@ class Board:
         if key != self._key:
             self._key = key
             self._rebuild(report, spools)
+        self._witness.look(self.state_dir)
+        self.witness = json.dumps(self._witness.document()).encode()
         devices = [device.json() for device in report.devices]
         self.ready, self.why = report.ready()
         self.health = {
@@ -164,6 +170,7 @@ class Board:
             "devices": devices,
             "events": dict(self.events),
             "problem": bool(report.absent or report.problem),
+            "witness": self._witness.metrics(self.backends, {d["name"] for d in devices}),
         }
 
     def _rebuild(self, report: NodeReport, spools: list[str]) -> None:

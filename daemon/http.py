@@ -126,6 +126,9 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
         recent = board.recent_findings
         return bytes_(recent if recent is not None else await files.work(board.findings))
 
+    async def witness(request: Request) -> Response:
+        return bytes_(board.witness)
+
     async def faults(request: Request) -> Response:
         wanted = await files.work(token)
         if wanted is None:
@@ -157,6 +160,7 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             Route("/metrics", numbers),
             Route("/v1/choices", choices),
             Route("/v1/findings", findings),
+            Route("/v1/witness", witness),
             Route("/v1/faults", faults, methods=["POST"]),
         ],
         exception_handlers={TimeoutError: hangs},

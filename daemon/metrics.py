@@ -15,6 +15,7 @@ from ..errors import printable
 from .board import Board
 from .gpus import STATES
 from .probes import OUTCOMES
+from .witnessed import Numbers
 
 FRESH = 0.5
 """Seconds that a text of metrics is as good as new."""
@@ -56,6 +57,7 @@ class Metrics(Collector):
             ("quarantines", "Quarantined backends and tactics", n.get("quarantines", 0)),
         ):
             yield GaugeMetricFamily(f"fp4tune_{name}", help_, value=float(value))
+        yield from _witnessed(n.get("witness", {}))
         choices = GaugeMetricFamily(
             "fp4tune_choices", "Published choices", labels=["arch", "gpu", "profile", "status"]
         )
@@ -109,3 +111,21 @@ class Metrics(Collector):
         for result in ("compared", "published"):
             settled.add_metric([result], n.get("events", {}).get(result, 0))
         yield settled
+
+
+_WITNESSED = {
+    "rows": "Rows of an engine's GEMMs that the witness judged",
+    "skipped": "Rows that it left, their own activation not finite or elsewhere",
+    "suspicions": "Groups of rows that were suspicious",
+    "faults": "Suspicions that were confirmed",
+    "suspected": "Suspicions that could not be judged",
+}
+
+
+def _witnessed(numbers: Numbers) -> Iterator[Metric]:
+    """What processes that watch have told, by GPU model and backend."""
+    for name, text in _WITNESSED.items():
+        family = CounterMetricFamily(f"fp4tune_witness_{name}", text, labels=["gpu", "backend"])
+        for (gpu, backend), counts in sorted(numbers.items()):
+            family.add_metric([printable(gpu, 200), printable(backend, 200)], counts[name])
+        yield family

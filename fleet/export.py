@@ -18,7 +18,7 @@ from ..cache import codec, state
 from ..cache.errors import Missing, StateError, translate
 from ..cache.ledger import Ledger
 from ..errors import Refused, printable
-from . import bundle, schema
+from . import bundle, production, schema
 from .places import Place
 
 NODE = "node"
@@ -103,6 +103,10 @@ def rows_of(state_dir: Path) -> NodeTables:
             "timing": ledger.timings(),
             "verdict": ledger.verdicts(),
         }
+    runs, evidence, findings = production.rows(state_dir, found["environment"])
+    found["run"] = [*found["run"], *runs]
+    found["evidence"] = [*found["evidence"], *evidence]
+    found["finding"] = [*found["finding"], *findings]
     try:
         found["choice"] = published.load(state_dir).choices
     except Missing:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..autotune.verdict import bounds, statistics
-from . import attribution, slow
+from . import attribution, production, slow
 from .warehouse import Warehouse
 
 COHORT = ("arch", "gpu", "backend", "fingerprint", "code")
@@ -113,6 +113,7 @@ def report(store: str, confidence: float = bounds.DEFAULT_CONFIDENCE) -> dict[st
             "undetermined": undetermined(series, {s["device"] for s in suspects}),
             "slow_gpus": slow_ones,
             "disagreements": warehouse.rows(_DISAGREE),
+            "production": production.summed(warehouse),
         }
 
 

@@ -23,11 +23,11 @@ FOLDER = "witness"
 VARIABLE = "FP4TUNE_WITNESS"
 """A drop box elsewhere, for engines that mount the state read-only."""
 VERSION = 1
-_BYTES = 1 << 18
+_BYTES = 1 << 16
 _FILES_OF_ONE = 64
 _FILES = 4096
-_MOST_CALLS = 4096
-MOST_FAULTS = 64
+_MOST_CALLS = 512
+MOST_FAULTS = 32
 """Faults, and suspicions that could not be confirmed, kept of one process."""
 _TEXT = 200
 _LARGEST = 1 << 62

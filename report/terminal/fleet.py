@@ -41,6 +41,7 @@ def fleet_lines(found: Mapping[str, Any]) -> list[str]:
     out += _titled("Undetermined", found["undetermined"], _open_line)
     out += _titled("Slow GPUs", found["slow_gpus"], _slow_line)
     out += _titled("Disagreements", found["disagreements"], _disagreement_line)
+    out += _titled("In production", found["production"], _production_line)
     return out
 
 
@@ -52,6 +53,15 @@ def _titled(title: str, rows: Sequence[Row], line: Callable[[Row], str]) -> list
         return []
     more = [f"  and {len(rows) - _MOST} more; --json has all"] if len(rows) > _MOST else []
     return ["", title, *(f"  {line(row)}" for row in rows[:_MOST]), *more]
+
+
+def _production_line(row: Row) -> str:
+    build = f", code {row['code'][:12]}" if row["code"] else ""
+    faulty = f", on {', '.join(g[:16] for g in row['gpus_faulty'])}" if row["gpus_faulty"] else ""
+    return (
+        f"{row['backend']} {row['fingerprint'][:12]}{build} on {row['gpu']}: {row['rows']} rows of "
+        f"{row['gpus']} GPUs judged, {row['suspicions']} suspicious, {row['faults']} faults{faulty}"
+    )
 
 
 def _build_line(row: Mapping[str, Any]) -> str:
