@@ -13,6 +13,7 @@ import typer
 
 from ..cache.errors import Missing
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
+from ..witness.plan import ON_FAULT, QUARANTINE, SHARES
 from ._console import EnginePython, Json, State, one_sentence, print_json, say_lines
 
 Format = Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")]
@@ -55,6 +56,14 @@ def emit(
         str | None, typer.Option(help="Whose choices. Default: the engine's, else strict.")
     ] = None,
     python: EnginePython = None,
+    watch: Annotated[
+        str | None,
+        typer.Option(help="few or every: the plugins watch that many of the engine's GEMMs, too."),
+    ] = None,
+    on_fault: Annotated[
+        str,
+        typer.Option(help="With --watch, on a confirmed fault: log, quarantine or stop."),
+    ] = QUARANTINE,
     explain: Annotated[
         bool,
         typer.Option("--explain", help="With json: every engine's names for every backend, too."),
@@ -74,10 +83,13 @@ def emit(
             raise Refused("--explain is for the target json")
         if checkpoint is not None:
             format_, activation = _checkpoint_kind(checkpoint, activation)
+        _check_watch(target, watch, on_fault)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
         if target == "json":
             raise typer.Exit(_print_all(asked, explain))
         made = _emission(target, out, asked)
+        if watch is not None:
+            made = emitting.watched(made, watch, on_fault)
         if as_json:
             print_json(made.json())
         else:
@@ -85,6 +97,19 @@ def emit(
         if made.selection.backend:
             raise typer.Exit(SAFE)
         raise typer.Exit(NOT_ASSESSED if made.selection.unclear else UNSAFE)
+
+
+def _check_watch(target: str, watch: str | None, on_fault: str) -> None:
+    """Raises Refused for words that are none, or that do nothing here."""
+    if watch is None:
+        if on_fault != QUARANTINE:
+            raise Refused("--on-fault is for what --watch finds: say --watch few or --watch every")
+        return
+    if target not in ("sglang", "vllm", "env"):
+        raise Refused(f"--watch is for sglang, vllm and env, not {target}")
+    for option, word, words in (("watch", watch, SHARES), ("on-fault", on_fault, ON_FAULT)):
+        if word not in words:
+            raise Refused(f"--{option} is {', '.join(words[:-1])} or {words[-1]}, not {word!r}")
 
 
 def _checkpoint_kind(checkpoint: str, activation: str | None) -> tuple[str, str | None]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import __version__
 from ..cache.reader import Reader
 from ..errors import Refused, printable
-from . import holding, names
+from . import holding, names, watching
 from .select import Selection
 
 TARGETS = ("sglang", "vllm", "flashinfer", "env", "json")
@@ -101,6 +101,19 @@ def environment(selection: Selection, level: str = "process") -> dict[str, str]:
         "FP4TUNE_GENERATION": str(selection.generation),
         "FP4TUNE_LEVEL": level,
     }
+
+
+def watched(made: Emission, share: str, on_fault: str) -> Emission:
+    """`made`, with what has the plugins watch in every process of the engine, too."""
+    env = {
+        "FP4TUNE_STATE": made.selection.place,
+        "FP4TUNE_LEVEL": "watch",
+        **made.env,
+        watching.SHARE: share,
+        watching.REACT: on_fault,
+    }
+    said = f"the witness watches {share} of its calls; on a fault: {on_fault}"
+    return replace(made, env=env, comments=[*made.comments, said])
 
 
 def evidence(s: Selection) -> list[str]:

@@ -27,6 +27,8 @@ from .notice import guarded, say_once
 
 SHARE = "FP4TUNE_WATCH"
 """``few`` or ``every`` (docs/witness.md); set, it has the plugins watch at every level but off."""
+REACT = "FP4TUNE_ON_FAULT"
+"""``log``, ``quarantine`` or ``stop``."""
 CHECKPOINT = "FP4TUNE_CHECKPOINT"
 """The checkpoint's folder or name, for the processes of an engine that says it to the first only.
 """
@@ -202,7 +204,9 @@ def _loading(
 
 @guarded
 def _read(layer: Any, inverse: bool | None) -> Any:
-    """(name, weight) of a layer as it was loaded; None for one that is left alone."""
+    """(name, weight, bias) of a layer as it was loaded; None for one that is left alone."""
+    import torch
+
     from ..witness import forms, process
     from ..witness.watcher import Unreadable
 
@@ -214,18 +218,19 @@ def _read(layer: Any, inverse: bool | None) -> Any:
             say_once(f"fp4tune: {name} is not watched: {error}", logging.WARNING)
         return None
     # Preparing may change it in place: sums are made from a copy that goes as soon as they are.
-    return name, weight.clone()
+    bias = getattr(layer, "bias", None)
+    return name, weight.clone(), bias.detach().clone() if isinstance(bias, torch.Tensor) else None
 
 
 @guarded
-def _register(layer: Any, raw: tuple[str, Any], backend: str) -> None:
+def _register(layer: Any, raw: tuple[str, Any, Any], backend: str) -> None:
     import torch
 
     from ..probes.problem import Fp4Tensor, Problem
     from ..witness import checkpoint, operator, process
     from ..witness.watcher import Unreadable, WatchSubject
 
-    name, weight = raw
+    name, weight, bias = raw
     prepared = getattr(layer, "weight", None)
     if not isinstance(prepared, torch.Tensor) or not isinstance(weight, Fp4Tensor):
         return
@@ -244,7 +249,7 @@ def _register(layer: Any, raw: tuple[str, Any], backend: str) -> None:
     own = process.mine().witness
     try:
         source = checkpoint.find(name, weight, _folder())
-        watched = own.add(subject, [weight], source)
+        watched = own.add(subject, [weight], source, bias)
     except Unreadable as error:
         if own.leave(name, str(error)):
             say_once(f"fp4tune: {name} is not watched: {error}", logging.WARNING)
@@ -296,16 +301,25 @@ def _calling(original: Callable[..., Any], seen: Callable[..., None]) -> Callabl
     """A function that gives a GEMM's output, with the witness behind it."""
     if hasattr(original, _MARKED):
         return original
-    bind = inspect.signature(original).bind
+    order = _parameters(original)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
-        seen(bind(*args, **kwargs).arguments, out)
+        seen(dict(zip(order, args, strict=False)) | kwargs, out)
         return out
 
     setattr(call, _MARKED, True)
     return call
+
+
+def _parameters(function: Any) -> list[str]:
+    """The names of a function's parameters in order; an operator's are in its schema."""
+    overload = getattr(function, "default", function)
+    schema = getattr(overload, "_schema", None)
+    if schema is not None:
+        return [argument.name for argument in schema.arguments]
+    return list(inspect.signature(function).parameters)
 
 
 def _marlin(given: dict[str, Any], out: Any) -> None:
@@ -334,8 +348,7 @@ def _patch_flashinfer(module: ModuleType) -> None:
     import torch
 
     compiling = torch.compiler.is_compiling
-    inner = getattr(original, "_fp4tune_original", original)
-    order = list(inspect.signature(inner).parameters)
+    order = _parameters(getattr(original, "_fp4tune_original", original))
 
     def mm_fp4(*args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)

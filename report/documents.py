@@ -9,6 +9,7 @@ from typing import Any
 
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
+from ..autotune.evidence.wording import witnessed
 from ..autotune.plan import Report
 from ..autotune.publication import published
 from ..autotune.verdict.statistics import failure_bound
@@ -136,7 +137,7 @@ def as_json(place: Path) -> dict[str, Any]:
         "candidates": [asdict(row) for row in stored.candidates],
         "layers": [each.json() for each in compared(stored)],
         "environments": [_with_dicts(asdict(row)) for row in stored.environments],
-        "findings": [_with_dicts(asdict(row)) for row in found],
+        "findings": [_finding(row) for row in found],
         "runs": [_with_dicts(asdict(row)) for row in runs],
     }
 
@@ -155,7 +156,7 @@ def probe_json(report: Report) -> dict[str, Any]:
         "choices": [asdict(row) for row in report.choices],
         "layers": [each.json() for each in report.layers],
         "candidates": [asdict(row) for row in report.candidates],
-        "findings": [_with_dicts(asdict(row)) for row in report.findings],
+        "findings": [_finding(row) for row in report.findings],
         "timings": [_with_dicts(asdict(row)) for row in report.timings],
         "audits": [asdict(row) for row in report.audits],
         "known": report.known,
@@ -167,6 +168,11 @@ def probe_json(report: Report) -> dict[str, Any]:
         "left": report.left,
         "spent": report.spent,
     }
+
+
+def _finding(row: Finding) -> dict[str, Any]:
+    """A finding, with what the witness would have seen of it in production."""
+    return {**_with_dicts(asdict(row)), "witness": witnessed(row)}
 
 
 def _with_dicts(row: dict[str, Any]) -> dict[str, Any]:

@@ -455,12 +455,12 @@ def test_members_of_a_backend():
 
 
 def test_variables_of_our_own():
-    parts = ("autotune", "cache", "engines", "machine", "probes")
+    parts = ("autotune", "cache", "engines", "machine", "probes", "witness")
     files = [file for part in parts for file in (ROOT / part).rglob("*.py")]
     used = {name for file in files for name in re.findall(r"FP4TUNE_[A-Z_]+", text_of(file))}
     said = {
         name
-        for page in ("probing.md", "engines.md")
+        for page in ("probing.md", "engines.md", "witness.md")
         for name in named(text_of(DOCS / page), "variable")
     }
     assert {name for name in said if name.startswith("FP4TUNE_")} == used

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fp4tune
-from fp4tune.cache import quarantine, reader
+from fp4tune.cache import reader
 from fp4tune.probes.formats import dequantise, quantise
 from fp4tune.probes.problem import NVFP4, Fp4Tensor, Problem
 from fp4tune.witness import counts, here, launch, process, rows, sources, vectors
@@ -329,10 +329,12 @@ def fault(layer: Packed, responder: Responder, name: str = "down", calls: int = 
 
 def test_a_fault_is_quarantined_once_and_said(own_state, caplog):
     own_state.mkdir()
-    fault(Packed(), Responder("quarantine", str(own_state)), calls=3)
-    entries, _ = quarantine.read(quarantine.spools(str(own_state)))
-    assert [(e.backend, e.by) for e in (*entries, *reader._own)][:1] == [("mine", "report")]
-    assert len(reader._own) == 1 and "production" in reader._own[0].reason
+    responder = Responder("quarantine", str(own_state))
+    fault(Packed(), responder, calls=3)
+    (reported,) = responder.reported
+    assert (reported.quarantine.backend, reported.quarantine.by) == ("mine", "report")
+    assert reported.shared and "production" in reported.quarantine.reason
+    assert [entry.id for entry in reader._own] == [reported.quarantine.id]
     said = [r.getMessage() for r in caplog.records if "mine" in r.getMessage()]
     assert sum("gave a wrong result in down" in text for text in said) == 1
 

@@ -13,6 +13,9 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 FEW, EVERY = "few", "every"
 SHARES = (FEW, EVERY)
+LOG, QUARANTINE, STOP = "log", "quarantine", "stop"
+ON_FAULT = (LOG, QUARANTINE, STOP)
+"""What may be done about a fault: say it; also choose another backend; also end the process."""
 ONE_OF = 32
 """Of so many calls one is watched by default."""
 PERIOD = 4

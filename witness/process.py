@@ -22,8 +22,8 @@ import torch
 from ..cache import state
 from ..errors import printable
 from . import counts
-from .plan import FEW, SHARES
-from .respond import ON_FAULT, QUARANTINE, Responder
+from .plan import FEW, ON_FAULT, QUARANTINE, SHARES
+from .respond import Responder
 from .watcher import WatchDevice, Witness, WitnessOptions
 
 WATCH, REACT, COPIES = "FP4TUNE_WATCH", "FP4TUNE_ON_FAULT", "FP4TUNE_WATCH_COPIES"
@@ -94,7 +94,7 @@ def made(environ: Mapping[str, str]) -> ProcessWitness:
         share=share, host_copies=environ.get(COPIES) == "1", turn=_rank(environ)
     )
     places = state.holding_places()
-    state_dir = places[0] if places else None
+    state_dir = places[0] if places else environ.get("FP4TUNE_STATE") or None
     responder = Responder(_word(environ, REACT, ON_FAULT, QUARANTINE), state_dir)
     found = ProcessWitness(Witness(options, responder), responder, counts.folder_of(state_dir))
     found.witness.after = found.tell

@@ -19,11 +19,10 @@ from ..cache import reader
 from ..errors import printable
 from .confirm import CLEARED, FAULT, Confirmation
 from .counts import MOST_FAULTS
+from .plan import LOG, ON_FAULT, QUARANTINE, STOP
 from .ring import Record
 from .watcher import WatchSubject
 
-LOG, QUARANTINE, STOP = "log", "quarantine", "stop"
-ON_FAULT = (LOG, QUARANTINE, STOP)
 REGIME = "production"
 """Stands where a regime does in what an engine's own calls showed."""
 _TILE = 128
@@ -43,6 +42,8 @@ class Responder:
     state_dir: str | None = None
     end: Callable[[], None] = end_this_process
     faults: list[dict[str, Any]] = field(default_factory=list)
+    reported: list[reader.Reported] = field(default_factory=list)
+    """What became of each fault that was reported, one a backend and tactic."""
     _said: set[tuple[str, str, str]] = field(default_factory=set)
     _condemned: set[tuple[str, str]] = field(default_factory=set)
 
@@ -93,6 +94,7 @@ class Responder:
         except ValueError as error:  # a name that no quarantine can hold
             log.warning("%s", printable(f"fp4tune: {subject.backend} is not quarantined: {error}"))
             return
+        self.reported.append(reported)
         log.warning("%s", printable(f"fp4tune: {reported.quarantine.where()} is quarantined"))
 
 

@@ -86,6 +86,10 @@ class WatchedWeight:
     eager: int
     """The site of its calls outside of graphs."""
     bias: torch.Tensor | None = None
+    """On the host."""
+    loaded_bias: torch.Tensor | None = None
+    """As it was loaded, on the weight's device: what its backend prepared of it may lie in another
+    order."""
     remaking: bool = False
     drawn: int = 1
 
@@ -163,10 +167,12 @@ class Witness:
         subject: WatchSubject,
         weights: Sequence[Weight],
         source: WeightSource | None = None,
+        bias: torch.Tensor | None = None,
     ) -> WatchedWeight:
         """Watch a weight (one per expert), from before its backend prepares it.
 
-        `source` counts only where it agrees with `weights`. Raises Unreadable.
+        `source` counts only where it agrees with `weights`. `bias` is what is added where a call
+        has a bias; without it, what the call says. Raises Unreadable.
         """
         problem = subject.problem
         if problem.k > LONGEST_ROW:
@@ -189,6 +195,8 @@ class Witness:
             if eager is None:
                 raise Unreadable("more weights than the witness has counters for")
             made.eager = eager
+            if bias is not None:
+                made.loaded_bias, made.bias = bias, bias.cpu()
             self.weights.append(made)
         return made
 
@@ -226,7 +234,9 @@ class Witness:
             site = index if index is not None else weight.eager
             own = device.sites[site]
             own.m_lo, own.m_hi = min(own.m_lo or m, m), max(own.m_hi, m)
-        if call.bias is not None and weight.bias is None and not capturing:
+        if call.bias is not None and weight.loaded_bias is not None:
+            call = replace(call, bias=weight.loaded_bias)
+        elif call.bias is not None and weight.bias is None and not capturing:
             weight.bias = call.bias.detach().cpu()
         # Outside of graphs the plan decides, call by call; in them the device, replay by replay.
         place = CallSite(site, site, self.options.period if index is not None else 1)

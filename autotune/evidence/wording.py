@@ -7,6 +7,7 @@ from typing import Any
 
 from ...cache.rows import Finding
 from ...probes.regimes import CHANCE, EVERY_M
+from ...witness.foresee import foresee
 
 FEW = 10
 """A bound that is no better than one launch in so many is not worth a number."""
@@ -69,3 +70,14 @@ def shown(bounds: Mapping[str, Mapping[str, Any]], lo: int, hi: int) -> str:
 def _count_and_noun(number: int, what: str) -> str:
     plural = "" if number == 1 else "es" if what.endswith("ch") else "s"
     return f"{number:,} {what}{plural}"
+
+
+def witnessed(finding: Finding) -> str:
+    """What the witness would have seen of it in production, in words; empty where nothing can be
+    said."""
+    p = finding.problem
+    try:
+        shape = (int(p["m"]), int(p["n"]), int(p["k"]))
+        return foresee(finding.kind, finding.detail, shape, str(p["out_dtype"])).said
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return ""

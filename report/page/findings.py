@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...autotune.evidence.wording import told
+from ...autotune.evidence.wording import told, witnessed
 from ...cache.rows import Finding
 from .tiles import TileFigure, figure, weight
 
@@ -39,6 +39,12 @@ class FindingKind:
     @property
     def retest(self) -> str:
         return _retest(self.shown.detail.get("retest"))
+
+    @property
+    def witness(self) -> str:
+        """What the witness would have seen of it in production."""
+        seen = witnessed(self.shown)
+        return f"The witness would see {seen}." if seen else ""
 
     @property
     def figure(self) -> TileFigure | None:

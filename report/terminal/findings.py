@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ...autotune.evidence.wording import told
+from ...autotune.evidence.wording import told, witnessed
 from ...cache.rows import Finding
 from ...probes.check import tilemap
 from .console import lines, table
@@ -23,6 +23,9 @@ def print_finding(out: Console, finding: Finding) -> None:
     detail = finding.detail
     if detail.get("diagnosis"):
         out.print(f"    {detail['diagnosis']}", style="dim")
+    seen = witnessed(finding)
+    if seen:
+        out.print(f"    the witness would see {seen}", style="dim")
     retest = detail.get("retest") or {}
     if retest.get("launches"):
         low, high = retest["rate"]
