@@ -1,6 +1,6 @@
 """A small MLP that serves, watched; one of its layers breaks, is caught and quarantined.
 
-    python docs/examples/served.py
+python docs/examples/served.py
 """
 
 import os
