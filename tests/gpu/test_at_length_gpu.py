@@ -35,7 +35,7 @@ def items(layer: OpenLayer) -> list[Item]:
 @pytest.mark.parametrize(
     "regime", ["serial", "graph", "churn", "regrow", "mlp-chain", "streams", "graph-streams"]
 )
-@pytest.mark.parametrize("name", ["torch-dequant", "zoo-waits"])
+@pytest.mark.parametrize("name", ["torch-dequant", "zoo-weights-before-wait"])
 def test_what_is_right_passes_on_as_many_problems_as_were_asked_for(name, regime):
     layer = opened(load_one(name))
     found = layer.regime(regime, items(layer), BUDGET, AIM)
@@ -92,7 +92,7 @@ def test_what_keeps_its_rows_is_found_by_the_second_draw_and_made_again():
 
 
 def test_every_m_is_launched_once():
-    layer = opened(load_one("zoo-waits"))
+    layer = opened(load_one("zoo-weights-before-wait"))
     every = [Item(tuple(range(1, 65)), "default"), Item(tuple(range(65, 257)), "default")]
     found = layer.regime("every-m", every, BUDGET)["items"]
     assert [part["problems"] for part in found] == [64, 192]
