@@ -15,6 +15,7 @@ from collections import Counter
 from .. import __version__
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused, printable
 from ..machine import driver as asking
+from ..machine import files
 from . import reader
 from .errors import Missing, StateError
 
@@ -167,8 +168,8 @@ def _of_another_driver(rows: Sequence[dict[str, Any]], loaded: str | None) -> se
 
 def _first_line_of_file(path: str) -> str | None:
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.readline(256).strip() or None
+        with files.opened(path) as file:
+            return file.readline(256).decode("ascii", "replace").strip() or None
     except OSError:
         return None
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..machine import files
 from ..machine.codedigest import CodeDigest
 from ..machine.hardware import IDENTITY, hardware
 from . import state
@@ -176,7 +177,7 @@ def source(paths: Iterable[str]) -> dict[str, str]:
 def content(path: str) -> str:
     """SHA-256 of a file's bytes. Raises OSError."""
     sha = hashlib.sha256()
-    with open(path, "rb") as file:
+    with files.opened(path) as file:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x46503443
 """``FP4C``."""
 VERSION = 1
+MOST = 1 << 30
+"""Bytes of a choices.db that is read at all; one of 10,000 layers has 200 MB."""
 
 _SCOPE = "arch TEXT NOT NULL, gpu TEXT NOT NULL, profile TEXT NOT NULL"
 _SHAPE = """format TEXT NOT NULL, activation TEXT NOT NULL, out_dtype TEXT NOT NULL,
@@ -226,7 +228,7 @@ def load_pages(path: str) -> Pages:
 
     Raises as `load` does. A file of an earlier fp4tune, which has no pages, is read whole.
     """
-    sqlitefile.inspect(path, APPLICATION_ID, VERSION, "choices database")
+    sqlitefile.inspect(path, APPLICATION_ID, VERSION, "choices database", MOST)
     try:
         conn = sqlite3.connect(sqlitefile.uri(path, "mode=ro&immutable=1"), uri=True)
         try:
@@ -264,7 +266,7 @@ def load(path: str) -> Snapshot:
     """
     import json
 
-    sqlitefile.inspect(path, APPLICATION_ID, VERSION, "choices database")
+    sqlitefile.inspect(path, APPLICATION_ID, VERSION, "choices database", MOST)
     try:
         conn = sqlite3.connect(sqlitefile.uri(path, "mode=ro&immutable=1"), uri=True)
         try:

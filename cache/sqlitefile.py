@@ -9,29 +9,42 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import struct
 
+from ..machine import files
 from .errors import Corrupt, Foreign, Missing, NewerSchema, translate
 
 MAGIC = b"SQLite format 3\0"
+_BESIDE = ("-wal", "-shm", "-journal")
 
 
-def inspect(path: str, application_id: int, version: int, what: str) -> None:
+def inspect(
+    path: str, application_id: int, version: int, what: str, most: int | None = None
+) -> None:
     """Raise what is wrong with the file at `path`; return if its header is ours and whole.
 
-    Missing, Foreign (no SQLite file, or another program's), NewerSchema, or Corrupt (empty, or
-    shorter than its own header says).
+    Missing, Foreign (no SQLite file, or another program's), NewerSchema, or Corrupt (a pipe, a
+    device or the like in its place or in that of its log, empty, of more than `most` bytes, or
+    shorter than its own header says). Never waits for whoever may never write to a pipe.
     """
     try:
-        with open(path, "rb") as file:
+        with files.opened(path) as file:
             head = file.read(100)
             size = os.fstat(file.fileno()).st_size
+    except files.Irregular as error:
+        raise Corrupt(path, f"this cannot be the {what}: {error}") from error
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise Missing(path, f"there is no {what} here; run fp4tune probe") from error
         raise translate(error, path) from error
+    for suffix in _BESIDE:
+        if _is_special(path + suffix):
+            raise Corrupt(path, f"what lies beside the {what} as {suffix} is no regular file")
     if not head:
         raise Corrupt(path, f"the {what} is empty")
+    if most is not None and size > most:
+        raise Corrupt(path, f"the {what} has {size} bytes, more than the {most} it may have")
     if not MAGIC.startswith(head[:16]):
         raise Foreign(path, f"this is not an fp4tune {what}, nor an SQLite database at all")
     if len(head) < 100:
@@ -46,6 +59,13 @@ def inspect(path: str, application_id: int, version: int, what: str) -> None:
     # A checkpoint that was killed may have written page 1 first; the WAL still has the rest.
     if size < page * pages and not pending_wal(path):
         raise Corrupt(path, f"the {what} is truncated: {size} of {page * pages} bytes are there")
+
+
+def _is_special(path: str) -> bool:
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def check_version(path: str, found: int, version: int, what: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..machine import files
 from .errors import translate
 
 FOLDER = "weights"
@@ -59,15 +60,13 @@ def load(state_dir: Path, identity: str) -> dict[str, Any] | None:
     """What is kept of a checkpoint; None where nothing is, or nothing that can be read."""
     place = _record_path(state_dir, identity)
     try:
-        if place.stat().st_size > _MOST:
-            return None
-        record = json.loads(place.read_text(encoding="utf-8"))
+        record = json.loads(files.whole(place, _MOST))
         if (record["version"], record["identity"]) != (VERSION, identity):
             return None
         for each in record["conditions"]:
             _ = each["id"], each["status"], each["out_dtype"], each["text"], each["first"]
         return {**record, "formats": dict(record["formats"])}
-    except FileNotFoundError:
+    except (FileNotFoundError, files.Irregular):
         return None
     except OSError as error:
         raise translate(error, place) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields
@@ -27,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..cache import state
 from ..errors import Refused
+from ..machine import files
 from ..probes.models import shapes
 from ..probes.models.fusion import ENGINES
 from ..probes.models.rows import CheckpointLayers
@@ -45,6 +45,8 @@ LEVELS: tuple[str, ...] = get_args(Level)
 PROFILES: tuple[str, ...] = get_args(Profile)
 LOCAL = ("127.0.0.1", "::1", "localhost")
 NOWHERE = "none"
+_MOST = 1 << 20
+"""Bytes of a configuration."""
 
 
 def address(listen: str) -> tuple[str, int] | str:
@@ -298,8 +300,7 @@ def load(path: Path | None) -> DaemonConfig:
 def _toml_document(path: Path) -> dict[str, Any]:
     """The TOML in `path`. Raises Refused."""
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(files.text(path, _MOST))
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -391,12 +392,9 @@ def _beyond(config: DaemonConfig) -> Iterator[str]:
 def token(path: str) -> str:
     """The token in that file. Raises Refused where it is too short, or everyone may read it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, encoding="ascii") as file:
-            mode = os.fstat(fd).st_mode
-            if not stat.S_ISREG(mode):
-                raise Refused(f"{path}: it is not a regular file")
-            text = file.read(4096).strip()
+        with files.opened(path) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read(4096).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"{path}: {getattr(error, 'strerror', None) or 'it is not ASCII'}") from None
     if mode & 0o004:

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 
+from ..machine import files
 from .interpreter import Interpreter
 
 _START = re.compile(r"^(?=[A-Za-z_@\"'(\[{])(?!(?:else|elif|except|finally)\b)", re.M)
@@ -155,8 +156,7 @@ class SourceTree:
 @functools.lru_cache(maxsize=64)
 def _file_text(path: str, changed: int) -> str:
     """The text of a file as it was at `changed`, kept for the next who asks."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    return files.text(path)
 
 
 def bound_by(statement: ast.stmt) -> set[str]:

@@ -13,7 +13,8 @@ from ..autotune.publication import published
 from ..cache import quarantine, state
 from ..cache.quarantine import Quarantine
 from ..errors import Refused
-from . import advisories, opening, promote, schema, signing, taken
+from ..machine import files
+from . import advisories, promote, schema, signing, taken
 from .advisories import Advice, Advisory, FleetGeneration
 from .export import node_id
 from .places import Place
@@ -82,7 +83,7 @@ def _read_advice(source: str, trusted: Sequence[signing.Trusted] | None) -> Advi
         document = schema.parsed(place.read(most=advisories.MOST_BYTES, links=True), source)
         advice = advisories.checked_advice(document)
         signing.check(document, trusted)
-    except opening.Irregular as error:
+    except files.Irregular as error:
         raise Refused(f"{source} is not taken: {error}") from None
     except OSError as error:
         raise Refused(f"{source} cannot be read: {error.strerror or error}") from None
@@ -193,7 +194,7 @@ def prior_backends(
     whole probe will do.
     """
     try:
-        choices = json.loads(opening.whole(state_dir / PRIOR, _MOST_PRIOR))["choices"]
+        choices = json.loads(files.whole(state_dir / PRIOR, _MOST_PRIOR))["choices"]
         found: dict[tuple[Any, ...], set[str]] = {}
         for c in choices:
             if (c["arch"], c["gpu"], c["profile"]) == scope:

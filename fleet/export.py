@@ -18,8 +18,12 @@ from ..cache import codec, state
 from ..cache.errors import Missing, StateError, translate
 from ..cache.ledger import Ledger
 from ..errors import Refused, printable
+from ..machine import files
 from . import bundle, production, schema
 from .places import Place
+
+_MOST_NODE = 256
+"""Bytes of the file of the node's id."""
 
 NODE = "node"
 """The file in a state directory that keeps this node's id."""
@@ -81,8 +85,7 @@ def node_id(state_dir: Path) -> str:
 
 def _beginning(path: Path) -> str | None:
     try:
-        with path.open(encoding="ascii", errors="replace") as file:
-            return file.read(64)
+        return files.whole(path, _MOST_NODE).decode("ascii", "replace")
     except FileNotFoundError:
         return None
 

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import Refused
+from ..machine import files
 from ..machine.processes import die_with_parent
-from . import bundle, opening, schema, shard
+from . import bundle, schema, shard
 from .places import Place
 from .signing import Trusted
 
@@ -183,7 +184,7 @@ def take(sources: Sequence[Source], into: Into) -> dict[str, Any]:
     for source in sources:
         try:
             data = source.read()
-        except (opening.Irregular, bundle.Refusal) as error:
+        except (files.Irregular, bundle.Refusal) as error:
             refused.append((source.path, str(error)))
             continue
         except OSError as error:
@@ -245,7 +246,7 @@ class Source:
     def read(self) -> bytes:
         """Raises Irregular, and OSError."""
         if "://" not in self.path:
-            return opening.whole(self.path, bundle.MOST_PACKED, self.named)
+            return files.whole(self.path, bundle.MOST_PACKED, self.named)
         return Place(self.path).read(most=bundle.MOST_PACKED, links=self.named)
 
 

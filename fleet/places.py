@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from ..errors import Refused
-from . import opening
+from ..machine import files
 from .extras import need
 
 MOST = 256 << 20
@@ -50,12 +50,12 @@ class Place:
         `links`, a link. Raises Irregular, and OSError."""
         path = self.path(*names)
         if self.local:
-            return opening.whole(path, most, links)
+            return files.whole(path, most, links)
         # What a server says of the size is not believed: reading ends there all the same.
         with self.fs.open(path, "rb") as file:
             data: bytes = file.read(most + 1)
         if len(data) > most:
-            raise opening.Irregular(f"it has more than {most} bytes")
+            raise files.Irregular(f"it has more than {most} bytes")
         return data
 
     def names(self, *folder: str, all_kinds: bool = False) -> list[str]:

@@ -15,7 +15,11 @@ from typing import Any
 
 from ..cache.codec import canonical
 from ..errors import Refused
+from ..machine import files
 from .extras import need
+
+_MOST = 1 << 20
+"""Bytes of a file of keys."""
 
 _PEM = re.compile(r"-----BEGIN PUBLIC KEY-----.+?-----END PUBLIC KEY-----", re.S)
 _HEX_KEY = re.compile(r"[0-9a-f]{64}")
@@ -42,7 +46,7 @@ def sign(document: Mapping[str, Any], key_file: Path) -> dict[str, Any]:
     serialization = need("cryptography.hazmat.primitives.serialization")
     ed25519 = need("cryptography.hazmat.primitives.asymmetric.ed25519")
     try:
-        private = serialization.load_pem_private_key(key_file.read_bytes(), None)
+        private = serialization.load_pem_private_key(files.whole(key_file, _MOST, links=True), None)
     except OSError as error:
         raise Refused(f"the key {key_file} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError):
@@ -102,7 +106,7 @@ def keys(path: Path) -> tuple[Trusted, ...]:
     Raises Refused.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.text(path, _MOST)
     except (OSError, ValueError) as error:
         raise Refused(f"the keys {path} cannot be read: {error}") from None
     found = _from_pem(text) if "BEGIN PUBLIC KEY" in text else _from_json(text)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..cache import state
 from ..cache.errors import Corrupt, translate
-from . import opening
+from ..machine import files
 
 FILE = "advisories.json"
 _MOST = 16 << 20
@@ -46,13 +46,15 @@ def load(place: Path) -> Taken:
     what was counted must not be forgotten unnoticed."""
     path = place / FILE
     try:
-        found = json.loads(opening.whole(path, _MOST))
+        found = json.loads(files.whole(path, _MOST))
         taken = Taken(found["serials"], found["quarantines"], found["lifted"])
         fits = all(type(v) is dict for v in (taken.serials, taken.quarantines, taken.lifted))
         if fits and all(_is_count(entry) for entry in taken.serials.values()):
             return taken
     except FileNotFoundError:
         return Taken()
+    except files.Irregular:
+        pass
     except OSError as error:
         raise translate(error, path) from error
     except (ValueError, KeyError, TypeError, RecursionError):

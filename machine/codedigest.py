@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from . import elf, fatbin
+from . import elf, fatbin, files
 
 TIMEOUT = 120.0
 """Seconds cuobjdump may take for one library; it reads about 90 MB a second."""
@@ -221,7 +221,7 @@ def disassembler(tool: str = TOOL) -> str | None:
 
 @contextmanager
 def mapped(path: str) -> Iterator[memoryview]:
-    with open(path, "rb") as file:
+    with files.opened(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise elf.BadElf("the file is empty")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...machine import files
 from ..verdict.buckets import MAX_M
 
 _DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -106,7 +107,7 @@ def load(path: Path) -> Traffic:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"{path} has more than {_MOST_BYTES >> 20} MiB: that is no traffic")
-        text = path.read_text(encoding="utf-8")
+        text = files.text(path, _MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     document = _toml(text, path) if path.suffix == ".toml" else _json_object(text, path)

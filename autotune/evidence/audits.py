@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...cache.rows import Audit
+from ...machine import files
 from ...probes import audit as auditing
 from ...probes.audit import CLEAN, FLAGGED, AuditReport
 
@@ -19,7 +20,7 @@ def content(path: str | Path) -> str:
     sha = hashlib.sha256(f"{RULES}\n".encode())
     for each in (Path(path), Path(path).parent / "build.ninja"):
         try:
-            with open(each, "rb") as file:
+            with files.opened(each) as file:
                 while block := file.read(1 << 20):
                     sha.update(block)
         except OSError:

@@ -8,6 +8,7 @@ module that was compiled again to the same code, is no change. No GPU is used fo
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 from ...cache import fingerprint, state
 from ...cache.rows import Candidate, Environment, Stamp
-from ...machine import codedigest
+from ...machine import codedigest, files
 from ...machine.hardware import IDENTITY
 
 Machine = Mapping[str, Mapping[str, Any]]
@@ -151,8 +152,8 @@ def _installed(path: str) -> tuple[str, str | None, Stamp | None]:
 def _metadata_version(path: str, stamp: tuple[int, int, int]) -> str | None:
     """The version a METADATA file says; asked of the file once for each of its stamps."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
+        with files.opened(path) as file:
+            for line in io.TextIOWrapper(file, encoding="utf-8", errors="replace"):
                 if line.startswith("Version:"):
                     return line.partition(":")[2].strip()
                 if not line.strip():

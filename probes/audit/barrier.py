@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from ...machine import files
 from . import sass
 from .disassemble import machine_code_of
 from .judge import FLAG, MACRO, BarrierTrial
@@ -119,7 +120,7 @@ def _tried(nvcc: str, flags: tuple[str, ...], sm: int) -> tuple[BarrierTrial | N
 def _barrier_trial(flags: tuple[str, ...], header: Path, sm: int, why: str) -> BarrierTrial:
     macro = f"CUTLASS_ENABLE_GDC_FOR_SM{90 if sm < 100 else 100}"
     given = any(re.match(rf"-D{macro}(=|$)", flag) for flag in flags)
-    text = header.read_text(errors="replace")
+    text = files.text(header, errors="replace")
     # Each SM stands there by its __CUDA_ARCH__; Hopper as everything from 900 on.
     listed = bool(re.search(rf"__CUDA_ARCH__\s*(?:==|>=)\s*{sm}0\b", text)) and macro in text
     said = f"-D{macro} is {'given' if given else 'missing'}"

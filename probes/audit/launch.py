@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from ...machine import codedigest, elf
+from ...machine import codedigest, elf, files
 from . import containers, hostimage
 from .hostrun import (
     NO,
@@ -410,7 +410,7 @@ def _texts(sources: Sequence[Path], roots: Sequence[Path]) -> Iterator[tuple[Pat
 
 @lru_cache(maxsize=4000)
 def _without_comments(file: str) -> str:
-    return _COMMENT.sub("", Path(file).read_text(errors="replace"))
+    return _COMMENT.sub("", files.text(file, errors="replace"))
 
 
 def _below_any(file: Path, roots: Sequence[Path], beside: Path) -> bool:
@@ -423,7 +423,7 @@ def _below_any(file: Path, roots: Sequence[Path], beside: Path) -> bool:
 def of_triton(cubin: Path) -> PdlUse:
     """From the JSON that Triton writes beside a cubin in its cache: its one kernel's launch."""
     try:
-        known = json.loads(cubin.with_suffix(".json").read_text())
+        known = json.loads(files.text(cubin.with_suffix(".json")))
         with_pdl = known["launch_pdl"]
     except (OSError, ValueError, KeyError, TypeError):
         return PdlUse()

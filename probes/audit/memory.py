@@ -16,10 +16,13 @@ from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 
+from ...machine import files
 from .sass import SassKernel
 
 MOST_BYTES = 512 << 20
 """Of all that is kept; what was not used for longest goes first."""
+_MOST = 64 << 20
+"""Bytes of what is kept of one cubin."""
 _RULES = ("sass.py", "flow.py", "origins.py", "parameters.py")
 
 
@@ -47,7 +50,7 @@ def recall(name: str) -> list[SassKernel] | None:
     """The kernels kept under `name`; None where nothing right is kept."""
     path = folder() / name[:2] / name
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(files.text(path, _MOST))
         if not isinstance(rows, list):
             return None
         kernels = [_kernel_of_row(row) for row in rows]

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...machine import files
+
 _ASSIGN = re.compile(r"^(\w+) = ?(.*)$")
 _BUILD = re.compile(r"^build (\S+): (?:cuda_compile|compile) (\S+)")
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
@@ -32,7 +34,7 @@ class NinjaBuild:
 def read(path: Path) -> NinjaBuild | None:
     """Parse a build file; None where there is none."""
     try:
-        text = path.read_text(errors="replace").replace("$\n", " ")
+        text = files.text(path, errors="replace").replace("$\n", " ")
     except OSError:
         return None
     variables: dict[str, str] = {}

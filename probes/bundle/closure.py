@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ...machine import files
+
 PACKAGE = Path(__file__).resolve().parents[2]
 NAME = "fp4tune"
 
@@ -55,7 +57,7 @@ def _with_packages(file: Path, package: Path) -> Iterator[Path]:
 
 
 def _imports(file: Path, package: Path, name: str, relative: bool) -> Iterator[Path]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = ast.parse(files.text(file))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...machine import files
 from .closure import NAME
 
 OWN = "backend"
@@ -54,7 +55,7 @@ def _place_in_bundle(path: Path, root: Path, name: str) -> str:
 
 def _needed(file: Path, root: Path) -> Iterator[Path]:
     try:
-        tree = ast.parse(file.read_bytes())
+        tree = ast.parse(files.whole(file, MOST_BYTES, links=True))
     except (SyntaxError, ValueError):
         return
     texts: set[Any] = set()

@@ -14,8 +14,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...machine import files
 from .headers import FileHeader, read_header
 from .place import INDEX, find_files
+
+_MOST_BESIDE = 1 << 26
+"""Bytes of a configuration beside the weights."""
 
 __all__ = ["INDEX", "Checkpoint", "Entry", "numbers", "open_checkpoint", "pieces"]
 
@@ -87,7 +91,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _file_digest(file: Path) -> bytes:
     try:
-        return hashlib.sha256(file.read_bytes()).digest()
+        return hashlib.sha256(files.whole(file, _MOST_BESIDE, links=True)).digest()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
 
@@ -100,7 +104,7 @@ def pieces(
     at, end = start, entry.nbytes if stop is None else stop
     with ExitStack() as stack:
         if fd is None:
-            fd = stack.enter_context(open(entry.file, "rb", buffering=0)).fileno()
+            fd = stack.enter_context(files.opened(entry.file)).fileno()
         while at < end:
             piece = os.pread(fd, min(PIECE, end - at), entry.start + at)
             if not piece:

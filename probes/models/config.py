@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...machine import files
 from .patterns import NamePatterns, cut_off
 from .place import CheckpointFiles
 from .quant_readers import no_table, read_quantisation
@@ -101,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST:
             raise ValueError(f"{path} is too large for a configuration")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(files.text(path, _MOST))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except RecursionError:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import msgspec
 
+from ...machine import files
+
 _MOST_HEADER = 100_000_000
 """What the format itself allows."""
 _BITS = {
@@ -69,7 +71,7 @@ class FileHeader:
 def read_header(file: Path) -> FileHeader:
     """The header of a safetensors file. Raises ValueError, one sentence, where it has none."""
     try:
-        with open(file, "rb") as opened:
+        with files.opened(file) as opened:
             size = os.fstat(opened.fileno()).st_size
             first = opened.read(8)
             length = int.from_bytes(first, "little")

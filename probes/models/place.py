@@ -15,7 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+from ...machine import files
+
 INDEX = "model.safetensors.index.json"
+_MOST_REF = 1000
+"""Bytes of the name of a revision."""
 _MOST_INDEX = 1 << 28
 _SHARD = re.compile(rb':\s*"([^"\\]*\.safetensors)"')
 _OF = re.compile(r"([\w.-]+)-(\d{5,6})-of-(\d{5,6})\.safetensors$")
@@ -147,7 +151,7 @@ def _named_files(index: Path) -> list[Path]:
         if index.stat().st_size > _MOST_INDEX:
             raise ValueError(f"{index} is too large for an index")
         # An index names each of hundreds of thousands of tensors: the files alone are looked for.
-        names = {name.decode() for name in _SHARD.findall(index.read_bytes())}
+        names = {name.decode() for name in _SHARD.findall(_bytes(index))}
     except OSError as error:
         raise ValueError(f"{index} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -159,9 +163,13 @@ def _named_files(index: Path) -> list[Path]:
     return [index.parent / shard for shard in shards]
 
 
+def _bytes(index: Path) -> bytes:
+    return files.whole(index, _MOST_INDEX, links=True)
+
+
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        listed = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        listed = msgspec.json.decode(_bytes(index), type=_Index).weight_map
     except OSError as error:
         raise ValueError(f"{index} cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -185,7 +193,7 @@ def _snapshot(name: str) -> Path:
         )
     found = sorted(p for p in snapshots.iterdir() if p.is_dir())
     try:
-        main = (place / "refs" / "main").read_text(encoding="ascii").strip()
+        main = files.text(place / "refs" / "main", _MOST_REF).strip()
     except (OSError, UnicodeDecodeError):
         main = found[0].name if len(found) == 1 else ""
     for each in found:

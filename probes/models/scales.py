@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from ...machine import files
 from .checkpoint import Entry, numbers, pieces
 from .weights import StoredWeight
 
@@ -58,7 +59,7 @@ class OpenFiles:
         """The descriptor of a tensor's file; None where too many are open."""
         found = self._open.get(entry.file)
         if found is None and len(self._open) < self._most:
-            found = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+            found = files.descriptor(entry.file, links=True)
             self._stack.callback(os.close, found)
             self._open[entry.file] = found
         return found
