@@ -12,6 +12,7 @@ from math import inf
 from pathlib import Path
 
 from ..cache import state
+from ..cache.errors import Full, StateError
 from ..cache.ledger import Ledger
 from ..cache.rows import Audit, Build, Where
 from ..machine.memory import free_memory
@@ -28,6 +29,7 @@ from .choice.rank import FLOORS
 from .device_lock import device_lock
 from .environment import environment_of
 from .evidence import earlier_failures
+from .evidence.kept import with_what_is_kept
 from .evidence.recorder import Recorder
 from .history import History, Recalled, tactics_of
 from .layer import Entrant, ProbedLayer
@@ -80,8 +82,11 @@ def probe(
         try:
             with Probe(plan, ledger, state_dir, progress, agreement, run) as it:
                 report = it.run()
-        except BaseException:
-            ledger.finish_run(run, "failed")
+        except BaseException as error:
+            with suppress(StateError):  # on a full disk: it counts as interrupted, then
+                ledger.finish_run(run, "failed")
+            if isinstance(error, Full):
+                raise with_what_is_kept(error, state_dir, [run]) from error
             raise
         ledger.finish_run(run)
     return report

@@ -105,7 +105,7 @@ def translate(error: Exception, path: object) -> StateError:
 
 
 def _full(path: object) -> Full:
-    return Full(path, "the disk is full, and nothing was changed")
+    return Full(path, "the disk is full: this could not be written, and what was there stays")
 
 
 def _no_space_left(path: object) -> bool:

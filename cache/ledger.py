@@ -277,6 +277,11 @@ class Ledger:
         rows = self._select("SELECT content FROM generation WHERE number = ?", (number,))
         return rows[0]["content"] if rows else None
 
+    def kept_generations(self) -> list[int]:
+        """The numbers whose content is kept, ascending, whatever became of them."""
+        sql = "SELECT number FROM generation WHERE content IS NOT NULL ORDER BY number"
+        return [row["number"] for row in self._select(sql, ())]
+
     # -- the machinery
 
     @contextlib.contextmanager
@@ -330,7 +335,7 @@ class Ledger:
         return [codec.decode(kind, dict(row)) for row in rows]
 
     def _run_lock(self, run: str) -> str:
-        return os.path.join(os.path.dirname(self.path), f"run-{run}.lock")
+        return state.lock_file(os.path.dirname(self.path), "run", run)
 
     def _settled(self, row: dict[str, Any]) -> dict[str, Any]:
         if row["status"] == "running" and not (

@@ -16,7 +16,7 @@ import shutil
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import __version__
@@ -26,7 +26,7 @@ from .ledger import Ledger
 from .rows import Candidate, Choice, Environment, Layer
 
 KEEP = 32
-"""How many generations keep their content in the ledger, to roll back to."""
+"""How many published generations keep their content in the ledger, to roll back to."""
 LINKED = 8
 """How many generations stay readable under their own names, for ranks that pinned them."""
 RESERVED = ("generation", "digest", snapshot.PAGE_DIGEST, "schema", "published", "fp4tune")
@@ -39,13 +39,11 @@ def publish(
     environments: Iterable[Environment],
     meta: Mapping[str, Any] | None = None,
     layers: Sequence[Layer] = (),
-    *,
-    ledger: Ledger | None = None,
 ) -> int:
     """Publish these rows as the next generation of choices.db; returns its number.
 
     The file then holds these rows and no others. `meta` is anything JSON holds; the keys in
-    RESERVED are the publication's own. `ledger` is that of `state_dir`, where it is open already.
+    RESERVED are the publication's own.
 
     Raises a StateError with the published file untouched and nothing left beside it (Full,
     ReadOnly, Busy when another process publishes for a minute, NewerSchema or Foreign for a
@@ -70,27 +68,74 @@ def publish(
         "candidate": [codec.columns(c) for c in candidates],
         "layer": [codec.columns(layer) for layer in layers],
     }
-    with contextlib.ExitStack() as stack:
-        book = ledger or stack.enter_context(Ledger.open(state_dir))
-        return _publish(book, tables, "publish")
+    with Ledger.open(state_dir) as ledger:
+        return _publish(ledger, lambda _: (tables, "publish"))
 
 
 def rollback(state_dir: str | os.PathLike[str] | None, to: int | None = None) -> int:
     """Publish generation `to` again under a new, higher number, and return that.
 
-    Without `to`: the last one published before the current one. Raises Missing when the ledger
-    does not hold its content.
+    Without `to`: the last one published before the current one that is kept. Its content comes
+    from the ledger, or from the file kept beside choices.db. Raises Missing where neither has it.
     """
     with Ledger.open(state_dir) as ledger:
-        if to is None:
-            done = [g.number for g in ledger.generations() if g.status == "published"]
-            if len(done) < 2:
-                raise Missing(ledger.path, "there is no earlier generation to roll back to")
-            to = done[-2]
-        content = ledger.generation_content(to)
-        if content is None:
-            raise Missing(ledger.path, f"the content of generation {to} is not kept")
-        return _publish(ledger, json.loads(zlib.decompress(content)), f"rollback to {to}")
+        return _publish(ledger, lambda current: _earlier(ledger, current, to))
+
+
+def kept(ledger: Ledger) -> list[int]:
+    """The generations that can be rolled back to, ascending: published, and still there in the
+    ledger or under a name of their own."""
+    published = {g.number for g in ledger.generations() if g.status == "published"}
+    held = published.intersection(ledger.kept_generations())
+    return sorted(held.union(state.generations(os.path.dirname(ledger.path))))
+
+
+def _earlier(
+    ledger: Ledger, current: snapshot.Snapshot | None, to: int | None
+) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The rows of generation `to`, and where they come from. Raises Missing."""
+    if to is not None:
+        wanted = [to]
+    else:
+        known = kept(ledger)
+        done = [g.number for g in ledger.generations() if g.status == "published"]
+        last = max([*known, *done, current.generation if current else 0], default=0)
+        wanted = [number for number in reversed(known) if number < last]
+        if not wanted:
+            raise Missing(ledger.path, "there is no earlier generation to roll back to")
+    for number in wanted:
+        tables = _content(ledger, number)
+        if tables is not None:
+            return tables, f"rollback to {number}"
+    raise Missing(ledger.path, f"the content of generation {wanted[0]} is not kept")
+
+
+def _content(ledger: Ledger, number: int) -> dict[str, list[dict[str, Any]]] | None:
+    """What one generation published, as `_build` takes it; None where nothing whole is left."""
+    content = ledger.generation_content(number)
+    if content is not None:
+        with contextlib.suppress(zlib.error, ValueError):
+            tables: dict[str, list[dict[str, Any]]] = json.loads(zlib.decompress(content))
+            return tables
+    path = state.generation_file(os.path.dirname(ledger.path), number)
+    try:
+        loaded = snapshot.load(path)
+    except StateError:
+        return None
+    if loaded.generation != number:
+        return None
+    found = {table: [_encoded(row) for row in rows] for table, rows in loaded.tables.items()}
+    found["meta"] = [
+        {"key": key, "value": codec.canonical(value)}
+        for key, value in loaded.meta.items()
+        if key not in RESERVED
+    ]
+    return found
+
+
+def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as SQLite takes it: what was decoded when it was loaded is JSON again."""
+    return {k: codec.canonical(v) if k in snapshot.STRUCTURED else v for k, v in row.items()}
 
 
 def restore(state_dir: str | os.PathLike[str]) -> int | None:
@@ -105,7 +150,7 @@ def restore(state_dir: str | os.PathLike[str]) -> int | None:
     numbers = state.generations(place)
     if not numbers:
         return None
-    with state.exclusive(os.path.join(place, "publish.lock"), "the publication"):
+    with state.exclusive(state.lock_file(place, "publish"), "the publication"):
         try:
             snapshot.load(target)
             return None
@@ -128,13 +173,18 @@ def restore(state_dir: str | os.PathLike[str]) -> int | None:
     return numbers[-1]
 
 
-def _publish(ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: str) -> int:
+def _publish(
+    ledger: Ledger,
+    rows: Callable[[snapshot.Snapshot | None], tuple[dict[str, list[dict[str, Any]]], str]],
+) -> int:
+    """Publish what `rows` gives of what is published now: tables, and where they come from."""
     place = os.path.dirname(ledger.path)
     target = os.path.join(place, state.CHOICES)
-    lock = state.exclusive(os.path.join(place, "publish.lock"), "the publication", wait=60)
+    lock = state.exclusive(state.lock_file(place, "publish"), "the publication", wait=60)
     with lock:
         _sweep(place)
         current = _settle(ledger, target)
+        tables, origin = rows(current)
         # Above those that are kept, too: a ledger may have been lost, and numbers only go up.
         last = max([current.generation if current else 0, *state.generations(place)])
         number = ledger.reserve_generation(last, origin)
@@ -159,8 +209,10 @@ def _publish(ledger: Ledger, tables: dict[str, list[dict[str, Any]]], origin: st
         # Published; should these fail, the next publication finds out from the file itself.
         with contextlib.suppress(StateError):
             ledger.set_generation(number, status="published")
-            for old in ledger.generations()[:-KEEP]:
-                ledger.set_generation(old.number, content=None)
+            # Of those alone that were published: attempts that failed take no place of theirs.
+            done = [g.number for g in ledger.generations() if g.status == "published"]
+            for old in set(ledger.kept_generations()).difference(done[-KEEP:]):
+                ledger.set_generation(old, content=None)
     return number
 
 
@@ -176,8 +228,10 @@ def _settle(ledger: Ledger, target: str) -> snapshot.Snapshot | None:
         there = None
     for row in ledger.generations():
         if row.status == "writing":
-            arrived = there is not None and there.digest == row.digest
-            ledger.set_generation(row.number, status="published" if arrived else "abandoned")
+            if there is not None and there.digest == row.digest:
+                ledger.set_generation(row.number, status="published")
+            else:
+                ledger.set_generation(row.number, status="abandoned", content=None)
     return there
 
 

@@ -172,9 +172,11 @@ def probe(
                     seed_given=seed is not None,
                 )
             )
+        from ..autotune.evidence.kept import with_what_is_kept
         from ..autotune.publication import published
         from ..autotune.publication.publish import publish
         from ..autotune.several_gpus import probe_all
+        from ..cache.errors import Full
         from ..report import documents
         from ..report.terminal.progress import watching_all
         from ..report.terminal.summary import print_probe
@@ -182,7 +184,10 @@ def probe(
         published.usable(state_dir)  # refuses now what could not be published over at the end
         with Ledger.open(state_dir) as ledger, watching_all(plans) as progress:
             reports, failed = probe_all(plans, ledger, state_dir, progress)
-        publish(reports, state_dir, weighed)
+        try:
+            publish(reports, state_dir, weighed)
+        except Full as full:
+            raise with_what_is_kept(full, state_dir, [r.run for r in reports]) from None
         verdicts = [
             _engine.assessed(
                 engine,

@@ -45,19 +45,12 @@ def mend(state_dir: Path) -> list[str]:
     except (Missing, Corrupt):
         pass
     with Ledger.open(state_dir) as ledger:
-        kept = [g.number for g in ledger.generations() if g.status == "published"]
-        numbers = [n for n in kept if ledger.generation_content(n) is not None]
-    if numbers:
-        number = publish.rollback(state_dir, numbers[-1])
-        done.append(
-            f"{state.CHOICES} was gone or damaged: generation {numbers[-1]} is {number} now"
-        )
-        return done
-    for number in reversed(state.generations(os.fspath(state_dir))):
-        with contextlib.suppress(StateError):
-            new = _from_file(state_dir, number)
+        numbers = publish.kept(ledger)
+    for number in reversed(numbers):
+        with contextlib.suppress(Missing, Corrupt):
+            new = publish.rollback(state_dir, number)
             done.append(f"{state.CHOICES} was gone or damaged: the kept {number} is {new} now")
-            return done
+            break
     return done
 
 
@@ -69,30 +62,6 @@ def _aside(state_dir: Path) -> str:
         with contextlib.suppress(FileNotFoundError):
             os.rename(state_dir / f"{state.LEDGER}{suffix}", state_dir / f"{name}{suffix}")
     return name
-
-
-def _from_file(state_dir: Path, number: int) -> int:
-    from ..cache import codec
-    from ..cache.rows import Candidate, Choice, Environment, Layer, Stamp
-
-    loaded = snapshot.load(state.generation_file(os.fspath(state_dir), number))
-    rows = loaded.tables
-    stamps: dict[str, list[Stamp]] = {}
-    for row in rows["stamp"]:
-        stamps.setdefault(row["fingerprint"], []).append(codec.decode(Stamp, row))
-    environments = [
-        codec.decode(Environment, {**row, "stamps": tuple(stamps.get(row["fingerprint"], ()))})
-        for row in rows["environment"]
-    ]
-    meta = {k: v for k, v in loaded.meta.items() if k not in publish.RESERVED}
-    return publish.publish(
-        state_dir,
-        [codec.decode(Choice, row) for row in rows["choice"]],
-        [codec.decode(Candidate, row) for row in rows["candidate"]],
-        environments,
-        meta,
-        [codec.decode(Layer, row) for row in rows["layer"]],
-    )
 
 
 def main() -> None:
