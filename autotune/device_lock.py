@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from ..cache import gpulock
-from ..errors import NOT_ASSESSED
+from ..errors import NOT_ASSESSED, printable
 from ..machine.devices import Target
 
 
@@ -23,6 +23,8 @@ def device_lock(target: Target, state_dir: Path) -> Iterator[None]:
     place = gpulock.path(state_dir, target.uuid or target.label)
     over = Event()
     with gpulock.Turn(place, f"{target.label} ({target.name})") as mine:
+        for each in mine.passed:
+            sys.stderr.write(f"fp4tune: {printable(each)}\n")
         watcher = Thread(
             target=mine.watch,
             args=(over.wait, lambda: leave(target)),

@@ -3,7 +3,11 @@
 An engine, or anyone who wants no probe beside them (``flock -s``), holds a shared `flock` as long
 as it runs. A probe holds it exclusively and never makes an engine wait for long: several times a
 second it shares the lock for a moment, and where somebody came in meanwhile, it has lost its turn.
-Nothing has to be announced, and a process that dies leaves nothing behind. Standard library only.
+Nothing has to be announced, and a process that dies leaves nothing behind.
+
+Any local user can hold a file that engines of any user share. So a holder that is neither root nor
+who owns the state counts only while it has a GPU open (for the CPU's lock: torch loaded): any other
+is named and passed over, and looked at again as long as it stays. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import fcntl
 import os
 import time
 
+from ..machine import files
 from . import state
 from .errors import Busy, StateError, translate
 
@@ -27,11 +32,12 @@ PULSE = 0.2
 OPENING = 0.03
 """Seconds that such a moment lasts: long enough for one who waits to be woken."""
 _LOOK = 0.01
+_LOOKS = 8
 
 
 def path(state_dir: str | os.PathLike[str], uuid: str) -> str:
     """The lock file of one GPU; `uuid` as NVML and nvidia-smi print it, ``GPU-`` included."""
-    return state.lock_file(state_dir, "gpu", uuid)
+    return os.path.join(os.fspath(state_dir), state.lock_name("gpu", uuid))
 
 
 def prepare(state_dir: str | os.PathLike[str], uuids: Iterable[str]) -> None:
@@ -42,14 +48,67 @@ def prepare(state_dir: str | os.PathLike[str], uuids: Iterable[str]) -> None:
     for uuid in uuids:
         place = path(state_dir, uuid)
         try:
-            os.close(os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            os.close(files.descriptor(place, flags=os.O_RDWR | os.O_CREAT, mode=0o644))
         except OSError as error:
             raise translate(error, place) from error
 
 
+class Watched:
+    """Who holds a GPU's lock: whether somebody who `counts` does, engine or probe, and the others
+    (sentences), who are `passed` over."""
+
+    __slots__ = ("counts", "passed")
+
+    def __init__(self, counts: bool, passed: tuple[str, ...] = ()) -> None:
+        self.counts = counts
+        self.passed = passed
+
+
+def watched(place: str) -> Watched:
+    """Who holds the lock at `place`. Who cannot be told is an engine; those who come and go are
+    looked at again, so that nobody is taken for one by being quick."""
+    for _ in range(_LOOKS):
+        found = _judged(place)
+        if found is not None:
+            return found
+        time.sleep(_LOOK / 2)
+        if not state.held(place, shared=True):
+            return Watched(False)
+    return Watched(True)
+
+
+def _judged(place: str) -> Watched | None:
+    """Who is listed as holding the lock; None where one of them has gone meanwhile."""
+    from ..machine import holders
+
+    cpu = os.path.basename(place) == state.lock_name("gpu", CPU)
+    without = "and has not loaded torch" if cpu else "and has no GPU open"
+    ours = state.trusted(os.path.dirname(place))
+    passed: list[str] = []
+    for each in holders.holders(place):
+        # A lock outlives who took it in whoever was given it, and the number may be another's.
+        there = holders.has_open(each.pid, place)
+        now = holders.having_open(place) if there is False else [each]
+        if not now:
+            return None
+        for holder in now:
+            if holder.users is None or ours.issuperset(holder.users):
+                return Watched(True)
+            if there is None or holders.computes(holder.pid, cpu) is not False:
+                return Watched(True)
+            passed.append(f"{holder} holds {place} {without}: it is passed over")
+    return Watched(False, tuple(dict.fromkeys(passed))) if passed else None
+
+
+def look(state_dir: str | os.PathLike[str], uuid: str) -> Watched:
+    """Who holds a GPU's lock now. Needs no right to write."""
+    place = path(state_dir, uuid)
+    return watched(place) if state.held(place, shared=True) else Watched(False)
+
+
 def in_use(state_dir: str | os.PathLike[str], uuid: str) -> bool:
     """Whether anyone, engine or probe, holds the lock now. Needs no right to write."""
-    return state.held(path(state_dir, uuid), shared=True)
+    return look(state_dir, uuid).counts
 
 
 class Share:
@@ -91,35 +150,54 @@ def share(state_dir: str | os.PathLike[str], uuids: Iterable[str], wait: float =
                 held.held[uuid] = fd
                 break
             except OSError as error:
-                if isinstance(error, BlockingIOError) and time.monotonic() < deadline:
+                stranger = _stranger(place)
+                waits = isinstance(error, BlockingIOError) and time.monotonic() < deadline
+                if waits and stranger is None:
                     time.sleep(_LOOK)
                     continue
                 os.close(fd)
-                held.problems[uuid] = f"{place}: a probe did not give it up in {wait:g} s"
+                why = stranger or f"a probe did not give it up in {wait:g} s"
+                held.problems[uuid] = f"{place}: {why}"
                 break
     return held
 
 
+def _stranger(place: str) -> str | None:
+    """Who holds a lock alone and is no probe, which only those are who may write here."""
+    from ..machine.holders import holders
+
+    ours = state.trusted(os.path.dirname(place))
+    alone = [each for each in holders(place) if each.alone]
+    if not alone or any(each.users is None or ours.issuperset(each.users) for each in alone):
+        return None
+    return f"{alone[0]} holds it alone, which is no probe, and is not waited for"
+
+
 def _open_lock(place: str) -> int:
     try:
-        return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        return files.descriptor(place)
     except FileNotFoundError:
-        return os.open(place, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return files.descriptor(place, flags=os.O_RDONLY | os.O_CREAT, mode=0o644)
 
 
 class Turn:
-    """A probe's turn on one GPU: ``with Turn(place, what):``. Raises Busy where someone has it."""
+    """A probe's turn on one GPU: ``with Turn(place, what):``. Raises Busy where someone has it.
 
-    __slots__ = ("_fd", "path", "what")
+    `passed` says who holds the lock and was passed over: then it is not held, and every moment it
+    is looked whether one of them has begun to compute, or an engine has come.
+    """
+
+    __slots__ = ("_fd", "passed", "path", "what")
 
     def __init__(self, place: str, what: str = "the GPU") -> None:
         self.path = place
         self.what = what
+        self.passed: tuple[str, ...] = ()
         self._fd = -1
 
     def __enter__(self) -> Turn:
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = files.descriptor(self.path, flags=os.O_RDWR | os.O_CREAT, mode=0o644)
         except OSError as error:
             raise translate(error, self.path) from error
         # A probe that has its moment of sharing would be taken for an engine: look twice.
@@ -128,6 +206,10 @@ class Turn:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                found = watched(self.path)
+                if not found.counts:
+                    self.passed = found.passed
+                    break
                 if attempt:
                     time.sleep(2 * OPENING)
                     continue
@@ -148,7 +230,19 @@ class Turn:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             time.sleep(OPENING)
+        except BlockingIOError:
+            pass  # one who is passed over has it alone
+        except OSError:
+            return False
+        try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.passed = ()
+        except BlockingIOError:
+            # Nothing is held for as long as the others are looked at: it would be taken for theirs.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            found = watched(self.path)
+            self.passed = found.passed
+            return not found.counts
         except OSError:
             return False
         return True

@@ -25,7 +25,7 @@ def to_write(path: str) -> sqlite3.Connection:
     if not os.access(place, os.W_OK | os.X_OK):
         raise ReadOnly(place, "the state directory cannot be written")
     if not os.path.exists(path):
-        with state.exclusive(os.path.join(place, "ledger.lock"), "a new ledger", wait=TIMEOUT):
+        with state.exclusive(state.lock_file(place, "ledger"), "a new ledger", wait=TIMEOUT):
             if not os.path.exists(path):
                 _create(path)
     _inspect(path)

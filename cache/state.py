@@ -13,7 +13,8 @@ import fcntl
 import os
 import time
 
-from .errors import Busy, Missing, translate
+from ..machine import files
+from .errors import Busy, Missing, StateError, translate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.db"
 CHOICES = "choices.db"
+LOCKS = "locks"
+"""The folder of writers' locks, of mode 0700."""
 VARIABLE = "FP4TUNE_STATE"
 SYSTEM = "/var/lib/fp4tune"
 
@@ -85,6 +88,16 @@ def generations(state_dir: str) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
+def trusted(state_dir: str | os.PathLike[str]) -> frozenset[int]:
+    """The users whose word counts in a state directory: root, its owner, and this process's own."""
+    ours = {0, os.geteuid()}
+    try:
+        owner = os.stat(state_dir).st_uid
+    except OSError:
+        return frozenset(ours)  # it is not there: nobody else's, then
+    return frozenset((*ours, owner))
+
+
 def probe_lock(state_dir: str | os.PathLike[str], device: str) -> str:
     """The lock file that one probe of `device` (a GPU's UUID, or ``cpu``) holds at a time."""
     return lock_file(state_dir, "probe", device)
@@ -95,10 +108,15 @@ def build_lock(state_dir: str | os.PathLike[str], what: str) -> str:
     return lock_file(state_dir, "build", what)
 
 
-def lock_file(state_dir: str | os.PathLike[str], kind: str, name: str) -> str:
+def lock_file(state_dir: str | os.PathLike[str], kind: str, name: str = "") -> str:
+    """The lock of writers ``KIND-NAME.lock``, or ``KIND.lock``, in their folder of the state."""
+    return os.path.join(os.fspath(state_dir), LOCKS, lock_name(kind, name))
+
+
+def lock_name(kind: str, name: str = "") -> str:
     """``KIND-NAME.lock``, with a dash for whatever of `name` does not belong into a file's name."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return os.path.join(os.fspath(state_dir), f"{kind}-{safe}.lock")
+    return f"{kind}-{safe}.lock" if safe else f"{kind}.lock"
 
 
 class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
@@ -106,6 +124,8 @@ class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
 
     An advisory `flock`: it goes with its process, however that dies. The file stays, because
     removing a lock file lets two processes hold two files of one name. `wait` is in seconds.
+    Whoever can read a file can hold it, so locks of writers lie in a folder of mode 0700, which is
+    made here; see `lock_file`.
     """
 
     def __init__(
@@ -119,7 +139,8 @@ class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
     def acquire(self) -> exclusive:
         deadline = time.monotonic() + self.wait
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            _make_private(os.path.dirname(self.path))
+            fd = files.descriptor(self.path, flags=os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise translate(error, self.path) from error
         while True:
@@ -138,6 +159,10 @@ class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
                 os.close(fd)
                 raise translate(error, self.path) from error
         self._fd = fd
+        older = _held_by_older(self.path, tidy=True)
+        if older is not None:
+            self.release()
+            raise Busy(self.path, f"process {older} holds {self.what}", older)
         try:
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -165,12 +190,15 @@ class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
 def held(path: str | os.PathLike[str], shared: bool = False) -> bool:
     """Whether a living process holds the lock at `path` alone, or, with `shared`, in any way.
 
-    Needs no right to write.
+    Needs no right to write. True where the file may not be read: nobody is said to be gone of whom
+    nothing is known.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = files.descriptor(path)
+    except PermissionError:
+        return True
     except OSError:
-        return False
+        return _held_by_older(os.fspath(path)) is not None
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -180,6 +208,59 @@ def held(path: str | os.PathLike[str], shared: bool = False) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def _make_private(folder: str) -> None:
+    """Make the folder of writers' locks, which its owner alone can enter. Raises StateError."""
+    if os.path.basename(folder) != LOCKS:
+        return
+    if not os.path.lexists(folder):
+        _make(folder)
+    found = os.lstat(folder)
+    if found.st_mode & 0o170000 != 0o040000:
+        raise StateError(folder, "this is no folder, and locks are to be kept in one; remove it")
+    if found.st_uid not in trusted(os.path.dirname(folder)):
+        raise StateError(
+            folder, f"user {found.st_uid} made this folder and could stop every writer; remove it"
+        )
+    if found.st_mode & 0o077:
+        os.chmod(folder, 0o700)
+
+
+def _make(folder: str) -> None:
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        return  # by another process, just now
+
+
+def _held_by_older(path: str, tidy: bool = False) -> int | None:
+    """The process of an earlier fp4tune that holds this lock where it lay then, in the state
+    directory itself. With `tidy` a file that nobody of ours holds there is removed."""
+    folder, name = os.path.split(path)
+    if os.path.basename(folder) != LOCKS:
+        return None
+    place = os.path.dirname(folder)
+    old = os.path.join(place, name)
+    if not os.path.lexists(old):
+        return None
+    from ..machine.holders import holders
+
+    # Anyone who may read that file can hold it: it counts who may write here.
+    mine = trusted(place)
+    for holder in holders(old):
+        if holder.alone and holder.users is not None and mine.issuperset(holder.users):
+            return holder.pid
+    if tidy and os.access(place, os.W_OK):
+        _forget(old)
+    return None
+
+
+def _forget(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return  # a lock file means nothing by itself
 
 
 def file_stamp(path: str) -> tuple[int, int, int] | None:

@@ -48,6 +48,7 @@ class DeviceReport:
             "doing": self.doing,
             "marks": dict(d.marks),
             "events": dict(d.events),
+            "passed_over": list(d.passed),
             "pending": self.pending,
             "last_probe": self.last_probe,
             "last_canary": self.last_canary,

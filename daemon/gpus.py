@@ -34,6 +34,8 @@ class WatchedDevice:
         self.look: dict[str, Any] = {}
         self.marks: dict[str, str] = {}
         self.events: Counter[str] = Counter()
+        self.passed: tuple[str, ...] = ()
+        """Sentences about who holds its lock, computes nothing, and was passed over."""
         self.changed = 0
         """Counts events after which the environment must be compared again."""
         self._sentinel: Sentinel | None = None
@@ -124,7 +126,9 @@ class WatchedDevice:
         return self._probed_until is not None and now < self._probed_until + _SETTLING
 
     def _occupied(self, config: DaemonConfig, state_dir: Path) -> str:
-        if gpulock.in_use(state_dir, self.uuid):
+        holds = gpulock.look(state_dir, self.uuid)
+        self.passed = holds.passed
+        if holds.counts:
             return "an engine, or another probe, holds its lock"
         if self.is_cpu:
             return ""

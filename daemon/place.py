@@ -9,7 +9,7 @@ from ..cache import state
 from ..cache.errors import Busy, StateError
 from ..errors import Refused
 
-LOCK = "daemon.lock"
+LOCK = f"{state.LOCKS}/{state.lock_name('daemon')}"
 
 
 class StatePlace:

@@ -110,7 +110,8 @@ def reap(reaped: Callable[[int, int], None]) -> bool:
         reaped(pid, status)
 
 
-def _pids() -> list[int]:
+def processes() -> list[int]:
+    """The numbers of all processes that can be seen from here."""
     with contextlib.suppress(OSError):
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
     return []
@@ -118,7 +119,7 @@ def _pids() -> list[int]:
 
 def _process_table() -> Iterator[tuple[int, int, str]]:
     """(process, parent, state) of every process there is."""
-    for pid in _pids():
+    for pid in processes():
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open(f"/proc/{pid}/stat", "rb") as file:
                 # The name in front may hold anything, brackets and spaces, too.

@@ -278,7 +278,7 @@ def test_a_choices_db_is_put_back_on_a_full_disk_and_while_nobody_publishes(tmp_
     number = put(tmp_path, tmp_path / "site", ("fast", "1.0"))
     assert publish.restore(tmp_path) is None
     (tmp_path / state.CHOICES).unlink()
-    with state.exclusive(tmp_path / "publish.lock"), pytest.raises(Busy):
+    with state.exclusive(state.lock_file(tmp_path, "publish")), pytest.raises(Busy):
         publish.restore(tmp_path)
     assert publish.restore(tmp_path) == number
     assert chosen(tmp_path) == ("fast", "safe")

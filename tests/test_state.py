@@ -116,7 +116,7 @@ def test_where_none_is_named_the_sentence_says_what_was_looked_at(
 
 def test_two_probes_of_one_gpu_exclude_each_other_and_say_so(tmp_path):
     path = state.probe_lock(tmp_path, "GPU-1234/../x")
-    assert os.path.dirname(path) == str(tmp_path)
+    assert os.path.dirname(path) == str(tmp_path / state.LOCKS)
     code = """
         import sys
         from fp4tune.cache import facts, reader, state

@@ -33,7 +33,7 @@ def publish(
     if not any(report.candidates for report in reports):
         return
     # Held from reading what stands to replacing it: two probes may end at the same time.
-    with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
+    with state.exclusive(state.lock_file(state_dir, "join"), "the publication", wait=60):
         new = on_every_gpu([c for report in reports for c in report.candidates])
         environments = [e for report in reports for e in report.environments]
         stands = published.usable(state_dir)
@@ -89,7 +89,7 @@ def publish_audits(audits: Sequence[Audit], state_dir: Path) -> int | None:
 
     Raises StateError.
     """
-    with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
+    with state.exclusive(state.lock_file(state_dir, "join"), "the publication", wait=60):
         stands = published.usable(state_dir)
         candidates = condemned(stands.candidates, stands.environments, audits)
         if candidates == list(stands.candidates):

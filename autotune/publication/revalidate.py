@@ -39,7 +39,7 @@ def settle(state_dir: Path, machine: Machine, environ: Mapping[str, str]) -> Set
 
     Raises Missing where nothing is published yet, and any StateError, having changed nothing.
     """
-    with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
+    with state.exclusive(state.lock_file(state_dir, "join"), "the publication", wait=60):
         stands = published.load(state_dir)
         seen: dict[str, Renewed | None] = {
             e.fingerprint: compare_with_now(e, machine, environ) for e in stands.environments
