@@ -73,7 +73,7 @@ class History:
     def __init__(self, plan: Plan, ledger: Ledger, state_dir: Path) -> None:
         self._plan = plan
         self._ledger = ledger
-        self._quarantines, _ = quarantine.read(quarantine.spools(str(state_dir)))
+        self._quarantines, _ = quarantine.read(quarantine.store(state_dir))
         self._rows: dict[LayerKey, list[Probed]] = {}
         self._evidence = lru_cache(maxsize=None)(self._read_evidence)
         if not plan.again:

@@ -259,7 +259,7 @@ class Soak:
             self.http[f"/v1/faults {answer.status}"] += 1
             if answer.status == 201:
                 time.sleep(3)
-                quarantine.lift(document["quarantine"]["id"], quarantine.spools(str(self.state)))
+                quarantine.lift(document["quarantine"]["id"], quarantine.store(self.state))
         except (OSError, ValueError, StateError):
             self.http["/v1/faults 0"] += 1
         finally:

@@ -87,8 +87,8 @@ def _judged(place: str) -> Watched | None:
     passed: list[str] = []
     for each in holders.holders(place):
         # A lock outlives who took it in whoever was given it, and the number may be another's.
-        there = holders.has_open(each.pid, place)
-        now = holders.having_open(place) if there is False else [each]
+        there = holders.holds(each.pid, place)
+        now = holders.all_holders(place) if there is False else [each]
         if not now:
             return None
         for holder in now:

@@ -18,7 +18,7 @@ from _thread import allocate_lock
 from _weakref import ref
 
 from ..errors import printable
-from . import quarantine, snapshot, state
+from . import dropbox, quarantine, snapshot, state
 from .decision import FALLBACK, Decision
 from .errors import Corrupt, Foreign, Missing, NewerSchema, StateError, translate
 from .view import View
@@ -61,7 +61,7 @@ class Reader:
         self._defaults = (arch, gpu, profile)
         self._view = View(None, *self._defaults)
         self._seen: tuple[int, int, int] | None = None
-        self._spool: object = None
+        self._stored: object = None
         self._shared: list[Quarantine] = []
         self._due = 0.0
         self._lock = allocate_lock()
@@ -198,11 +198,11 @@ class Reader:
         self.problem = None
 
     def _look_at_quarantines(self) -> None:
-        folders = self.spools()
-        stamp = quarantine.stamp(folders)
-        if stamp != self._spool:
-            self._spool = stamp
-            self._shared, ignored = quarantine.read(folders)
+        store = self.store()
+        stamp = quarantine.stamp(store)
+        if stamp != self._stored:
+            self._stored = stamp
+            self._shared, ignored = quarantine.read(store)
             for sentence in ignored:
                 _warn(sentence)
             self._apply()
@@ -227,9 +227,10 @@ class Reader:
     def _quarantined(self) -> tuple[Quarantine, ...]:
         return tuple({q.id: q for q in (*self._shared, *_own)}.values())
 
-    def spools(self) -> list[str]:
-        """The directories this reader learns quarantines from."""
-        return quarantine.spools(os.path.dirname(os.path.abspath(self.path)) if self.path else None)
+    def store(self) -> str | None:
+        """The folder this reader learns quarantines from."""
+        place = os.path.dirname(os.path.abspath(self.path)) if self.path else None
+        return quarantine.store(place) if place is not None else None
 
 
 def open(
@@ -290,9 +291,10 @@ def _named_generation() -> int | None:
 
 
 class Reported:
-    """What became of a reported fault: the `quarantine`, and the spool it is `shared` through.
+    """What became of a reported fault: the `quarantine`, and the file it is `shared` through: one
+    of the store, or one in a drop box, from which the daemon takes it up.
 
-    `shared` is None where no spool could be written: then only this process knows, and forgets it
+    `shared` is None where neither could be written: then only this process knows, and forgets it
     when it ends.
     """
 
@@ -320,12 +322,14 @@ def report_fault(
 ) -> Reported:
     """Quarantine a backend that gave a wrong result, raised or hung in production.
 
-    From its return on every reader of this process chooses the next safe one; those of other
-    processes within a second or two, through the spool beside choices.db or FP4TUNE_SPOOL. Weights
-    already prepared in another layout, and captured CUDA graphs, go on as they are until the engine
-    starts again. `scope` says how far it reaches: ``backend`` (everywhere, the default: a fault
-    seen once is a fault of compiled code), ``layer`` (this n and k) or ``bucket``. `tactic` limits
-    it to one. It holds for the environment the backend has now, until it is lifted.
+    From its return on every reader of this process chooses the next safe one. Those of other
+    processes do within a second or two where this one is root's or the state's owner's; else once
+    the daemon, or a command of theirs, has taken the report up from the drop box: ``reports``
+    beside choices.db, or FP4TUNE_SPOOL. Weights already prepared in another layout, and captured
+    CUDA graphs, go on as they are until the engine starts again. `scope` says how far it reaches:
+    ``backend`` (everywhere, the default: a fault seen once is a fault of compiled code), ``layer``
+    (this n and k) or ``bucket``. `tactic` limits it to one. It holds for the environment the
+    backend has now, until it is lifted.
 
     Where nothing can be written it holds in this process only; `Reported.shared` and a warning say
     so. Raises ValueError, one sentence, for arguments that cannot be a fault; nothing else.
@@ -342,11 +346,16 @@ def report_fault(
         for reader in readers
         for row in _rows_of(reader, backend, (format, activation, out_dtype, groups, n, k))
     }
+    reach = quarantine.Reach(
+        m, n, k, scope, format=format, activation=activation, out_dtype=out_dtype, groups=groups
+    )
     entry = quarantine.make(
-        backend, m, n, k, tactic=tactic, scope=scope, format=format, activation=activation,
-        out_dtype=out_dtype, groups=groups, reason=reason,
+        backend,
+        reach,
+        tactic=tactic,
+        reason=reason,
         fingerprint=next(iter(seen)) if len(seen) == 1 else None,
-    )  # fmt: skip
+    )
     with _own_lock:
         _own = (*_own, entry)
     for reader in _living():
@@ -354,13 +363,11 @@ def report_fault(
     shared: str | None = None
     problem = "there is no state directory"
     for place in dict.fromkeys(places):
-        for folder in quarantine.spools(place):
-            try:
-                path = quarantine.write(entry, folder)
-                shared = shared or path
-                break
-            except StateError as error:
-                problem = str(error)
+        try:
+            path = dropbox.report(entry, place)
+            shared = shared or path
+        except StateError as error:
+            problem = str(error)
     if shared is None:
         _warn(f"{entry.where()} is quarantined in this process only: {problem}")
     return Reported(entry, shared)

@@ -176,12 +176,16 @@ def probe(
         from ..autotune.publication import published
         from ..autotune.publication.publish import publish
         from ..autotune.several_gpus import probe_all
+        from ..cache import dropbox
         from ..cache.errors import Full
         from ..report import documents
         from ..report.terminal.progress import watching_all
         from ..report.terminal.summary import print_probe
 
-        published.usable(state_dir)  # refuses now what could not be published over at the end
+        # Refuses now what could not be published over at the end.
+        stands = published.usable(state_dir)
+        for sentence in dropbox.collect(state_dir, {c.backend for c in stands.candidates}):
+            say(f"fp4tune: {sentence}", err=True)
         with Ledger.open(state_dir) as ledger, watching_all(plans) as progress:
             reports, failed = probe_all(plans, ledger, state_dir, progress)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,9 @@ def list_(state: State = None, as_json: Json = False) -> None:
     with one_sentence():
         from ..cache import quarantine as quarantines
 
-        found, ignored = quarantines.read(_spools(state))
+        place = _place(state)
+        _collect(place)
+        found, ignored = quarantines.read(quarantines.store(place))
         if as_json:
             print_json({"quarantines": [q.json() for q in found], "ignored": ignored})
             return
@@ -57,6 +58,7 @@ def add(
     """Quarantine a backend, for every engine on this node that reads this state."""
     with one_sentence():
         from ..cache import quarantine as quarantines
+        from ..cache.errors import translate
 
         if m is not None and layer is None:
             raise Refused("--m says which bucket of a layer: say which layer, with --layer N,K")
@@ -68,21 +70,30 @@ def add(
 
             registry.known(backend)
         prints = {row["fingerprint"] for row in rows if row["backend"] == backend}
-        entry = quarantines.make(
-            backend,
+        reach = quarantines.Reach(
             m or 0,
             n,
             k,
-            tactic=tactic,
-            scope="backend" if layer is None else "layer" if m is None else "bucket",
+            "backend" if layer is None else "layer" if m is None else "bucket",
             format=format_,
             activation=activation,
             out_dtype=out_dtype,
+        )
+        entry = quarantines.make(
+            backend,
+            reach,
+            tactic=tactic,
             fingerprint=next(iter(prints)) if len(prints) == 1 else None,
             reason=reason,
             by="operator",
         )
-        where = quarantines.write(entry, _spools(state)[-1])
+        place = _place(state)
+        try:
+            os.makedirs(place, exist_ok=True)
+        except OSError as error:
+            raise translate(error, place) from None
+        _collect(place)
+        where = quarantines.write(entry, quarantines.store(place))
         if as_json:
             print_json(entry.json())
         else:
@@ -97,22 +108,36 @@ def lift(
 ) -> None:
     """Lift quarantines: the backends may be chosen again."""
     with one_sentence():
+        from ..cache import dropbox
         from ..cache import quarantine as quarantines
         from ..fleet import taken
 
+        place = _place(state)
+        _collect(place)
         for identity in ids:
-            quarantines.lift(identity, _spools(state))
-        taken.note_lifted(ids, Path(quarantines.state_dir(os.fspath(state) if state else None)))
+            quarantines.lift(identity, quarantines.store(place))
+        taken.note_lifted(ids, Path(place))
+        for identity in ids:
+            dropbox.withdrawn(identity, place)
         if as_json:
             print_json({"lifted": ids})
         else:
             say(f"lifted {', '.join(ids)}")
 
 
-def _spools(state: Path | None) -> Sequence[str]:
+def _place(state: Path | None) -> str:
     from ..cache import quarantine as quarantines
 
-    return quarantines.spools(quarantines.state_dir(os.fspath(state) if state else None))
+    return quarantines.state_dir(os.fspath(state) if state else None)
+
+
+def _collect(place: str) -> None:
+    """Take up what was reported, for who may: the daemon may not be here to do so."""
+    from ..cache import dropbox
+
+    known = {str(row["backend"]) for row in _published(Path(place))}
+    for sentence in dropbox.collect(place, known):
+        say(f"fp4tune: {sentence}", err=True)
 
 
 def _candidate_rows(state: Path | None) -> list[dict[str, Any]]:

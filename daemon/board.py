@@ -138,12 +138,12 @@ class Board:
         self.beat = time.monotonic()
         self.state_dir = report.state_dir
         stands = report.stands
-        spools = quarantine.spools(self.state_dir)
+        store = quarantine.store(self.state_dir)
         content = (stands.generation, stands.meta.get("digest")) if stands else None
-        key = (content, quarantine.stamp(spools), tuple(sorted(report.stale.items())))
+        key = (content, quarantine.stamp(store), tuple(sorted(report.stale.items())))
         if key != self._key:
             self._key = key
-            self._rebuild(report, spools)
+            self._rebuild(report, store)
         self._witness.look(self.state_dir)
         self.witness = json.dumps(self._witness.document()).encode()
         devices = [device.json() for device in report.devices]
@@ -174,9 +174,9 @@ class Board:
             "witness": self._witness.metrics(self.backends, {d["name"] for d in devices}),
         }
 
-    def _rebuild(self, report: NodeReport, spools: list[str]) -> None:
+    def _rebuild(self, report: NodeReport, store: str) -> None:
         stands = report.stands
-        entries, ignored = quarantine.read(spools)
+        entries, ignored = quarantine.read(store)
         choices = stands.choices if stands else ()
         candidates = stands.candidates if stands else ()
         known = {(c.gpu, c.profile, c.bucket, c.backend, c.tactic): c for c in candidates}

@@ -86,12 +86,13 @@ def main() -> None:
         candidate = asked["candidate"]
         bucket = candidate["bucket"]
         entry = quarantine.make(
-            candidate["backend"], bucket["m_hi"], bucket["n"], bucket["k"],
+            candidate["backend"],
+            quarantine.Reach(bucket["m_hi"], bucket["n"], bucket["k"]),
             tactic=candidate["tactic"], fingerprint=candidate["fingerprint"],
             reason=f"canary: {answer['note']}", by="canary",
         )  # fmt: skip
         try:
-            quarantine.write(entry, quarantine.spools(asked["state"])[-1])
+            quarantine.write(entry, quarantine.store(asked["state"]))
             answer["quarantine"] = entry.id
         except StateError as error:
             answer["note"] += f"; not quarantined: {error}"

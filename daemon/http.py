@@ -143,7 +143,7 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             return _no(400, "the request ended early")
         except ValueError as error:
             return _no(400, str(error))
-        folder = quarantine.spools(board.state_dir)[-1]
+        folder = quarantine.store(board.state_dir)
         try:
             where = await files.work(quarantine.write, entry, folder)
         except StateError as error:
@@ -217,7 +217,8 @@ def _quarantine_asked(body: bytes, backends: frozenset[str]) -> quarantine.Quara
         m, n, k = (given.pop(name, 0) for name in ("m", "n", "k"))
         if not all(type(value) is int for value in (m, n, k)):
             raise ValueError("m, n and k are whole numbers")
-        return quarantine.make(backend, m, n, k, **given)
+        own = {name: given.pop(name) for name in ("tactic", "reason") if name in given}
+        return quarantine.make(backend, quarantine.Reach(m, n, k, **given), **own)
     except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 
 from ..autotune.publication import published as standing
 from ..autotune.publication.environment import withdrawn
-from ..cache import fingerprint, gpulock, publish, state
+from ..cache import dropbox, fingerprint, gpulock, publish, state
 from ..cache.errors import StateError
+from ..errors import printable
 from ..machine import driver
 from ..probes.models.shapes import AskedLayer
 from . import gpus, sentinel, work
@@ -33,6 +35,9 @@ MEND_SECONDS = 900.0
 _AGAIN = 5.0
 """Seconds until that is tried again after it failed."""
 _LIST_AGAIN = 60.0
+_SAID = 4
+"""Lines of the log about what was reported, at one look."""
+log = logging.getLogger("fp4tune.daemon")
 
 
 @dataclass(slots=True)
@@ -52,10 +57,15 @@ class Service:
     missing: list[str] = field(default_factory=list)
     absent: str = ""
     """Why the state directory cannot be used now; empty where it can."""
+    unreported: str = ""
+    """Why what others report cannot be taken up; empty where it can."""
     probes: Probes = field(default_factory=Probes)
     canaries: Canaries = field(default_factory=Canaries)
     _place: StatePlace | None = None
+    _reports: dropbox.Collector | None = None
     _mending: Child | None = None
+    _went: str = ""
+    """Why the state directory could not be used when bringing it in line was ended for that."""
     _signature: tuple[str, object] = ("", None)
     _wanted: tuple[str, object] = ("", None)
     _mend_after: float = 0.0
@@ -77,6 +87,7 @@ class Service:
         except BaseException:
             self._place.release()
             raise
+        self._prepare()
         self._load()
         self._say()
 
@@ -121,6 +132,7 @@ class Service:
         self.canaries.look(self.config, now)
         if not here:
             return
+        self._collect()
         if now >= self._look_after or self.probes.finished or self._mending:
             self._look_after = now + self.config.watch.seconds
             self._load()
@@ -140,13 +152,41 @@ class Service:
             self.canaries.stop(self.absent)
             if self._mending is not None:
                 self._mending.end(self.absent)
+                self._went = self.absent
         if another:
             self.stands, self.stale, self.settled, self._seen = None, {}, False, None
             self._signature, self._mend_after, self._look_after = ("", None), 0.0, 0.0
             self.mended = [*self.mended, f"{self.config.state_dir} is back, or another"][-20:]
             with contextlib.suppress(StateError):
                 gpulock.prepare(self.config.state_dir, [d.uuid for d in self.devices])
+            self._prepare()
         return not self.absent
+
+    # -- quarantines that others report
+
+    def _prepare(self) -> None:
+        """Make the store and the drop boxes ready; what was found of an earlier fp4tune's is taken
+        over."""
+        self._reports = dropbox.Collector(self.config.state_dir)
+        try:
+            self.mended = [*self.mended, *dropbox.prepare(self.config.state_dir)][-20:]
+        except StateError as error:
+            self.unreported = str(error)
+
+    def _collect(self) -> None:
+        """Take up what was reported since."""
+        if self._reports is None:
+            return
+        try:
+            said = self._reports.step(self.board.backends)
+        except StateError as error:
+            self.unreported = f"what is reported cannot be taken up: {error}"
+            return
+        self.unreported = ""
+        for sentence in said[:_SAID]:
+            log.info("fp4tune daemon: %s", printable(sentence))
+        if said[_SAID:]:
+            log.info("fp4tune daemon: and %d more like these", len(said) - _SAID)
 
     def _load(self) -> None:
         """Load choices.db if it is another; what was loaded stays if that fails."""
@@ -225,6 +265,8 @@ class Service:
         self._mending = None
         self._look_after = 0.0
         self.mended = [*self.mended, *answer.get("mended", [])][-20:]
+        if child.ended is not None and child.ended == self._went:
+            return  # with the directory, which is back: it is begun anew
         if "error" in answer:
             self.problem = str(answer["error"])
             self._mend_after = now + _AGAIN
@@ -274,7 +316,7 @@ class Service:
             NodeReport(
                 state_dir=os.fspath(self.config.state_dir),
                 absent=self.absent,
-                problem=self.problem,
+                problem=self.problem or self.unreported,
                 stands=self.stands,
                 here=self._seen is not None,
                 settled=self.settled,

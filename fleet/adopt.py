@@ -152,16 +152,16 @@ def _wanted(
 def _entry(advisory: Advisory, fingerprint: str) -> Quarantine:
     reason = f"advisory {advisory.id}: {advisory.text}"
     return quarantine.make(
-        advisory.backend, 0, 0, 0, fingerprint=fingerprint, reason=reason, by=_BY
+        advisory.backend, quarantine.Reach(), fingerprint=fingerprint, reason=reason, by=_BY
     )
 
 
 def _present(where: Path) -> list[Quarantine]:
-    return quarantine.read(quarantine.spools(os.fspath(where)))[0]
+    return quarantine.read(quarantine.store(where))[0]
 
 
 def _quarantine(entry: Quarantine, where: Path) -> None:
-    quarantine.write(entry, quarantine.spools(os.fspath(where))[0])
+    quarantine.write(entry, quarantine.store(where))
 
 
 def _put_prior(generation: FleetGeneration | None, node: str, where: Path) -> int:

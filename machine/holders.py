@@ -63,14 +63,14 @@ def holders(path: str | os.PathLike[str]) -> list[Holder]:
     return exact or alike
 
 
-def having_open(path: str | os.PathLike[str]) -> list[Holder]:
-    """Every process that can be looked at and has the file at `path` open; its lock may have come
-    to it from one that is gone."""
-    return [_holder(pid, False) for pid in processes() if has_open(pid, path)]
+def all_holders(path: str | os.PathLike[str]) -> list[Holder]:
+    """Every process that can be looked at and holds the file at `path`, also by what one that is
+    gone gave it. Looks at every process there is."""
+    return [_holder(pid, False) for pid in processes() if holds(pid, path)]
 
 
-def has_open(pid: int, path: str | os.PathLike[str]) -> bool | None:
-    """Whether a process has that file open; None where it cannot be looked at."""
+def holds(pid: int, path: str | os.PathLike[str]) -> bool | None:
+    """Whether a process has that file open and locked; None where it cannot be looked at."""
     try:
         there = os.stat(path)
         names = os.listdir(f"/proc/{pid}/fd")
@@ -81,10 +81,12 @@ def has_open(pid: int, path: str | os.PathLike[str]) -> bool | None:
     for name in names:
         try:
             found = os.stat(f"/proc/{pid}/fd/{name}")
+            if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
+                with open(f"/proc/{pid}/fdinfo/{name}", encoding="ascii") as file:
+                    if any("FLOCK" in line for line in file):
+                        return True
         except OSError:
-            continue
-        if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
-            return True
+            continue  # closed meanwhile
     return False
 
 

@@ -660,7 +660,7 @@ def test_a_fault_that_cannot_be_is_refused_in_one_sentence(node, document, sente
     service, serving = node
     status, answer = report(serving, document)
     assert status == 400 and sentence in answer["error"]
-    assert quarantine.read(quarantine.spools(str(service.config.state_dir))) == ([], [])
+    assert quarantine.read(quarantine.store(service.config.state_dir)) == ([], [])
 
 
 def test_nothing_is_written_without_the_token(node, tmp_path):

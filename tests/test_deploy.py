@@ -93,7 +93,9 @@ def test_facts_of_what_is_published(tmp_path):
 
 def test_facts_count_what_a_reader_answers(tmp_path):
     put(tmp_path)
-    entry = quarantine.make("marlin", 8, BUCKET.n, BUCKET.k, scope="bucket", reason="NaN")
+    entry = quarantine.make(
+        "marlin", quarantine.Reach(8, BUCKET.n, BUCKET.k, "bucket"), reason="NaN"
+    )
     quarantine.write(entry, str(tmp_path / quarantine.FOLDER))
     found = facts.gather(tmp_path)
     view = reader.open(tmp_path)

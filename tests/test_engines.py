@@ -635,7 +635,7 @@ def test_a_fault_takes_effect_at_the_next_call(wrapped, tmp_path):
     told = fp4tune.report_fault("flashinfer-cutlass", 3, N, K, activation="fp4")
     wrapped(*operands(3), backend="b12x")
     assert [backend for _, backend, _ in calls] == ["cutlass", "cudnn"]
-    quarantine.lift(told.quarantine.id, quarantine.spools(str(tmp_path)))
+    quarantine.lift(told.quarantine.id, quarantine.store(tmp_path))
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ def test_what_the_fleet_found_protects_a_node_at_once(fleet, tmp_path):
     assert (after.status, after.backend) == ("safe", "plain")
     again = json.loads(call("import", file, "--state", where, "--json").stdout)
     assert again["quarantined"] == []
-    assert len(quarantine.read([str(where / quarantine.FOLDER)])[0]) == 1
+    assert len(quarantine.read(str(where / quarantine.FOLDER))[0]) == 1
 
 
 def test_another_environment_with_the_same_code_is_quarantined_too(fleet, tmp_path):
@@ -238,7 +238,7 @@ def test_another_environment_with_the_same_code_is_quarantined_too(fleet, tmp_pa
     file.write_text(json.dumps(document))
     where = node_state(tmp_path, 1)
     adopt.adopt(str(file), where)
-    found, _ = quarantine.read([str(where / quarantine.FOLDER)])
+    found, _ = quarantine.read(str(where / quarantine.FOLDER))
     assert {q.fingerprint for q in found} == {"0" * 64, fleets.sha("fast")}
 
 

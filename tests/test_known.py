@@ -266,8 +266,10 @@ def test_a_failure_seen_while_a_control_was_in_doubt_does_not_count(tmp_path):
 
 def test_a_fault_reported_since_has_it_measured_again_and_one_before_does_not(tmp_path):
     store = Store(tmp_path)
-    (spool,) = quarantine.spools(str(tmp_path))
-    entry = quarantine.make("x", 1, *SHAPES[0], scope="layer", reason="NaN", by="report")
+    spool = quarantine.store(tmp_path)
+    entry = quarantine.make(
+        "x", quarantine.Reach(1, *SHAPES[0], "layer"), reason="NaN", by="report"
+    )
     quarantine.write(entry, spool)
     assert not store.recall().entries
     assert Store(tmp_path).recall().entries  # measured after it

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import fp4tune
 from fp4tune import cli
-from fp4tune.cache import quarantine, reader
+from fp4tune.cache import dropbox, quarantine, reader
 from fp4tune.cache.errors import Missing, StateError
 from fp4tune.cache.rows import Candidate, Environment
 
@@ -131,7 +131,7 @@ def test_other_processes_hear_of_it_and_of_its_lifting(tmp_path):
     told = fp4tune.report_fault("cutlass", 3, N, K)
     assert kept.choose(3, N, K).backend == "marlin"
     assert other.stdout.readline() == "marlin\n"
-    quarantine.lift(told.quarantine.id, quarantine.spools(str(place)))
+    quarantine.lift(told.quarantine.id, quarantine.store(place))
     out, err = other.communicate(timeout=30)
     assert (other.returncode, out) == (0, "cutlass\n"), err
 
@@ -164,9 +164,12 @@ def test_where_nothing_can_be_written_this_process_alone_knows_and_says_so(
     assert "in this process only" in caplog.text
     monkeypatch.setattr(reader, "_own", ())
     assert reader.open(place).choose(3, N, K).backend == "cutlass"
-    monkeypatch.setenv(quarantine.VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(dropbox.VARIABLE, str(tmp_path / "elsewhere"))
     assert fp4tune.report_fault("cutlass", 3, N, K).shared
     monkeypatch.setattr(reader, "_own", ())
+    assert reader.open(place).choose(3, N, K).backend == "cutlass", "a drop box is nobody's word"
+    (place / quarantine.FOLDER).unlink()
+    assert len(dropbox.collect(place, {"cutlass"})) == 1
     assert reader.open(place).choose(3, N, K).backend == "marlin"
 
 
@@ -197,7 +200,7 @@ def test_what_cannot_be_a_fault_is_one_sentence(bad):
 
 
 def good(**other) -> dict:
-    entry = quarantine.make("cutlass", 3, N, K, reason="x").json()
+    entry = quarantine.make("cutlass", quarantine.Reach(3, N, K), reason="x").json()
     return {**entry, **other}
 
 
@@ -244,7 +247,7 @@ def test_links_pipes_and_folders_in_the_spool_are_ignored(tmp_path):
     os.mkfifo(folder / "pipe.json")
     (folder / "folder.json").mkdir()
     (folder / ".unfinished").write_text("{")
-    found, ignored = quarantine.read([str(folder)])
+    found, ignored = quarantine.read(str(folder))
     assert found == [] and len(ignored) == 3
     assert reader.open(place).choose(3, N, K).backend == "cutlass"
 
@@ -258,7 +261,7 @@ def test_no_content_and_no_name_breaks_the_reading(content, name):
             (Path(place) / f"{plain}.json").write_bytes(content)
         except OSError:
             return
-        assert quarantine.read([place])[0] == []
+        assert quarantine.read(place)[0] == []
 
 
 @settings(max_examples=15, deadline=None)
@@ -277,8 +280,8 @@ def test_a_quarantine_never_makes_a_backend_chosen_that_was_not_proven(reports):
     with tempfile.TemporaryDirectory() as place:
         root = store(Path(place), *SWIZZLED)
         for name, scope, m in reports:
-            entry = quarantine.make(name, m, N, K, scope=scope)
-            quarantine.write(entry, quarantine.spools(str(root))[-1])
+            entry = quarantine.make(name, quarantine.Reach(m, N, K, scope))
+            quarantine.write(entry, quarantine.store(root))
         found = reader.open(root)
         for m in (1, 16, 17, 32):
             gone = {

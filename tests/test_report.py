@@ -243,7 +243,7 @@ def test_nothing_from_a_database_becomes_markup():
         finding("r", detail={"message": HOSTILE, "retest": {"launches": 1, "rate": HOSTILE}}),
     ]
     meta = {"published": HOSTILE, "unsupported": {HOSTILE: HOSTILE}}
-    entry = quarantine.make("b", 1, 64, 64, reason=HOSTILE)
+    entry = quarantine.make("b", quarantine.Reach(1, 64, 64), reason=HOSTILE)
     now = Standing(2, meta, choices, (candidate, timeless), (environment,))
     old = Standing(1, meta, choices[:1], (), ())
     document = node.draw(node.NodeRows(now, old, [HOSTILE], found, [], [entry]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def document(place: Path) -> str:
     now = published.load(place)
     found, runs = documents.stored_findings(place)
     old, unread = changes.previous(place, now.generation)
-    entries, _ = quarantine.read(quarantine.spools(os.fspath(place)))
+    entries, _ = quarantine.read(quarantine.store(place))
     return draw(NodeRows(now, old, unread, found, runs, entries, bool(runs)))
 
 
