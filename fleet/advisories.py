@@ -112,7 +112,10 @@ class Advice:
 
 def digest_of(document: Mapping[str, Any]) -> str:
     part = {name: value for name, value in document.items() if name != "signature"}
-    return hashlib.sha256(canonical(part).encode()).hexdigest()
+    try:
+        return hashlib.sha256(canonical(part).encode()).hexdigest()
+    except ValueError:
+        raise Unfit("it holds a number that is none") from None
 
 
 def checked_advice(document: Any) -> Advice:

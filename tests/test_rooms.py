@@ -119,3 +119,61 @@ def test_no_rule_of_the_house_is_silenced():
     assert not PYPROJECT["tool"]["importlinter"]["exclude_type_checking_imports"]
     silenced = [str(m) for m in modules() if "noqa: PLR0913" in (PACKAGE / m).read_text()]
     assert not silenced
+
+
+OWN = "its own file, or what it has just made"
+KERNEL = "the kernel's, which is no one's to replace"
+OPENS_ITSELF = {
+    "autotune/evidence/method.py": OWN,
+    "cache/facts_text.py": OWN,
+    "cache/publish.py": OWN,
+    "cache/quarantine.py": OWN,
+    "daemon/place.py": "a folder",
+    "fleet/places.py": "a server's; on a disk it goes through machine.files",
+    "fleet/taken.py": OWN,
+    "machine/files.py": "the one way",
+    "machine/hardware.py": KERNEL,
+    "machine/holders.py": KERNEL,
+    "machine/memory.py": KERNEL,
+    "machine/processes.py": KERNEL,
+    "probes/audit/_worker.py": "run by an interpreter without fp4tune",
+    "probes/audit/disassemble.py": OWN,
+    "probes/audit/memory.py": OWN,
+    "probes/backends/sglang_marlin/_build.py": "what the regular files of a package hold",
+    "probes/bundle/__init__.py": OWN,
+    "probes/bundle/harness.py": "runs without fp4tune",
+    "probes/census/code.py": OWN,
+    "probes/census/shim.py": OWN,
+    "probes/launch/process.py": KERNEL,
+    "probes/regimes/host/child.py": OWN,
+    "probes/regimes/host/own_process.py": OWN,
+    "probes/regimes/leaks.py": KERNEL,
+    "probes/worker/fork_server.py": OWN,
+    "probes/worker/nursery.py": OWN,
+}
+"""Modules that open a file by themselves, and whose file it is."""
+
+
+def opens_itself(tree: ast.Module) -> bool:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("open", "os.open", "io.open", "shutil.copyfile", "shutil.copy"):
+                return True
+            if isinstance(node.func, ast.Attribute) and node.func.attr in (
+                "read_text",
+                "read_bytes",
+            ):
+                return True
+    return False
+
+
+def test_files_that_others_made_are_opened_in_one_way():
+    found = {
+        path.as_posix()
+        for path in modules()
+        if opens_itself(ast.parse((PACKAGE / path).read_text()))
+    }
+    # A function of that name of the reader's own is no opening.
+    assert found - {"cache/reader.py"} <= set(OPENS_ITSELF), "use machine.files, or say whose it is"
+    assert set(OPENS_ITSELF) - found <= {"probes/bundle/harness.py"}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...machine import files
 from ..check.reference import Expectation, expect, tile_limit
 from ..data import draw as of_family
 from ..data import exact, steady
@@ -290,7 +291,7 @@ def _call_text(folder: Path, call: CallSource) -> str:
     for source, place in theirs.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        target.write_bytes(files.whole(source, MOST_BYTES, links=True))
     python = [source for source in theirs if source.suffix == ".py"]
     for module in closure([problems] if theirs else [file, problems], outside=python):
         target = folder / "vendor" / NAME / module.relative_to(PACKAGE)
