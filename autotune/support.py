@@ -3,6 +3,7 @@ the last probe there."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def outcomes(target: Target, state_dir: Path | None = None) -> dict[str, str]:
     ``ran``, the first three with the reason. Empty without a ledger. Raises StateError.
     """
     place = Path(state.directory(state_dir))
-    if not (place / state.LEDGER).exists():
+    if not os.access(place / state.LEDGER, os.R_OK):  # nor where it is another user's
         return {}
     found: dict[str, str] = {}
     with Ledger.open(place, readonly=True) as ledger:

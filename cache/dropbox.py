@@ -240,7 +240,7 @@ def _keep(
     with state.exclusive(state.lock_file(state_dir, "quarantine"), "the quarantines", wait=_WAIT):
         before, _ = quarantine.read(store)
         kept = {each.id: each for each in before if _user(each) is not None}
-        tally = quarantine.Tally(known)
+        tally = quarantine.ReportTally(known)
         for each in kept.values():
             tally.add(_user(each) or 0, each)
         for user, entry, _ in found:

@@ -1,4 +1,8 @@
-"""Opening ledger.db: first look, then trust, then write."""
+"""Opening ledger.db: first look, then trust, then write.
+
+It is its owner's alone to read, too: who can read an SQLite database can hold its locks (shared
+ones, on the file and on its WAL index), and so keep every writer from it.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,7 @@ def to_write(path: str) -> sqlite3.Connection:
             if not os.path.exists(path):
                 _create(path)
     _inspect(path)
+    _make_private(path)
     conn = _connect(path, "mode=rw")
     try:
         conn.execute("PRAGMA foreign_keys = ON")
@@ -68,7 +73,8 @@ def _create(path: str) -> None:
     _remove_with_logs(path)
     _remove_with_logs(temporary)
     try:
-        conn = _connect(temporary, "mode=rwc")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        conn = _connect(temporary, "mode=rw")
         try:
             schema.upgrade(conn, path)
             _use_wal(conn, path)
@@ -77,6 +83,18 @@ def _create(path: str) -> None:
         os.rename(temporary, path)
     finally:
         _remove_with_logs(temporary)
+
+
+def _make_private(path: str) -> None:
+    """Take from others what an earlier fp4tune let them read; SQLite gives its log the mode of the
+    database."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        try:
+            about = os.stat(path + suffix)
+            if about.st_mode & 0o077:
+                os.chmod(path + suffix, 0o600)
+        except (FileNotFoundError, PermissionError):
+            continue
 
 
 def _remove_with_logs(path: str) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import __version__
-from ..machine import files
 from . import codec, snapshot, state
 from .errors import Corrupt, Missing, StateError, translate
 from .ledger import Ledger
@@ -322,8 +321,7 @@ def _copy(source: str, path: str) -> None:
     """A durable copy of a published file, so that damage to one leaves the other; where there is no
     room for it, a link."""
     try:
-        with files.opened(source) as whole, open(path, "xb") as copy:
-            shutil.copyfileobj(whole, copy)
+        shutil.copyfile(source, path)
         _finish(path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -206,7 +206,7 @@ def stamp(folder: str | None) -> tuple[Any, ...]:
     return folder, found.st_ino, found.st_mtime_ns, names
 
 
-class Tally:
+class ReportTally:
     """Reports of users who may write nothing but reports: what they amount to, however many.
 
     Two of one user that reach the same are one, and an id is its user's: none replaces another's.
@@ -308,7 +308,7 @@ def read(folder: str | None) -> tuple[list[Quarantine], list[str]]:
         return [], []
     found: list[Quarantine] = []
     ignored: list[str] = []
-    reports = Tally()
+    reports = ReportTally()
     ours = state.trusted(os.path.dirname(folder))
     try:
         names = sorted(os.listdir(folder))

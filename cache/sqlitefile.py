@@ -13,7 +13,7 @@ import stat
 import struct
 
 from ..machine import files
-from .errors import Corrupt, Foreign, Missing, NewerSchema, translate
+from .errors import Corrupt, Foreign, Missing, NewerSchema, Unusable, translate
 
 MAGIC = b"SQLite format 3\0"
 _BESIDE = ("-wal", "-shm", "-journal")
@@ -34,6 +34,10 @@ def inspect(
             size = os.fstat(file.fileno()).st_size
     except files.Irregular as error:
         raise Corrupt(path, f"this cannot be the {what}: {error}") from error
+    except PermissionError as error:
+        raise Unusable(
+            path, f"this user may not read the {what}; its owner and root may"
+        ) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise Missing(path, f"there is no {what} here; run fp4tune probe") from error

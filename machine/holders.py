@@ -19,7 +19,7 @@ _COMPUTES = "libtorch"
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class LockHolder:
     """A process that holds a lock: its number, name, and users (real, effective), both None where
     they cannot be read; `alone`: whether it holds the lock exclusively."""
 
@@ -33,7 +33,7 @@ class Holder:
         return who if self.users is None else f"{who} of user {self.users[0]}"
 
 
-def holders(path: str | os.PathLike[str]) -> list[Holder]:
+def holders(path: str | os.PathLike[str]) -> list[LockHolder]:
     """Those who hold the file at `path`, as the kernel lists them; those in other process
     namespaces are not listed. Empty where it cannot be asked.
 
@@ -45,8 +45,8 @@ def holders(path: str | os.PathLike[str]) -> list[Holder]:
             lines = file.read().splitlines()
     except OSError:
         return []
-    exact: list[Holder] = []
-    alike: list[Holder] = []
+    exact: list[LockHolder] = []
+    alike: list[LockHolder] = []
     for line in lines:
         # "7: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF"; one who waits has "->" in front.
         words = line.split()
@@ -63,7 +63,7 @@ def holders(path: str | os.PathLike[str]) -> list[Holder]:
     return exact or alike
 
 
-def all_holders(path: str | os.PathLike[str]) -> list[Holder]:
+def all_holders(path: str | os.PathLike[str]) -> list[LockHolder]:
     """Every process that can be looked at and holds the file at `path`, also by what one that is
     gone gave it. Looks at every process there is."""
     return [_holder(pid, False) for pid in processes() if holds(pid, path)]
@@ -119,7 +119,7 @@ def _open_files(pid: int) -> Iterator[str]:
             continue  # closed meanwhile
 
 
-def _holder(pid: int, alone: bool) -> Holder:
+def _holder(pid: int, alone: bool) -> LockHolder:
     name, users = "", None
     try:
         # Not the owner of /proc/PID: that is root for any process that asks not to be dumped.
@@ -134,4 +134,4 @@ def _holder(pid: int, alone: bool) -> Holder:
                     break
     except (OSError, ValueError):
         users = None
-    return Holder(pid, name, users, alone)
+    return LockHolder(pid, name, users, alone)

@@ -126,7 +126,8 @@ KERNEL = "the kernel's, which is no one's to replace"
 OPENS_ITSELF = {
     "autotune/evidence/method.py": OWN,
     "cache/facts_text.py": OWN,
-    "cache/publish.py": OWN,
+    "cache/opening.py": OWN,
+    "cache/publish.py": "its own file, or a choices.db that it has just loaded",
     "cache/quarantine.py": OWN,
     "daemon/place.py": "a folder",
     "fleet/places.py": "a server's; on a disk it goes through machine.files",

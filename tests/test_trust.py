@@ -175,7 +175,7 @@ def test_one_user_s_flood_does_not_press_out_another_s_report_or_the_users_own(p
     )
 )
 def test_whatever_is_reported_nothing_reported_of_what_is_published_is_lost(reports):
-    tally = quarantine.Tally(KNOWN)
+    tally = quarantine.ReportTally(KNOWN)
     for user, backend, scope, at in reports:
         tally.add(user, quarantine.make(backend, quarantine.Reach(at, at, at, scope)))
     found = tally.entries()
@@ -298,11 +298,11 @@ def hold_all(place: Path, how: int) -> list[int]:
                 fd = os.open(os.path.join(folder, name), os.O_RDONLY)
             except OSError:
                 continue
-            try:
-                fcntl.flock(fd, how | fcntl.LOCK_NB)
-                found.append(fd)
-            except OSError:
-                os.close(fd)
+            for hold in (fcntl.flock, fcntl.lockf):  # what SQLite uses, too
+                with contextlib.suppress(OSError):
+                    hold(fd, (how if hold is fcntl.flock else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            found.append(fd)
+    assert found, "something can be read"
     return found
 
 
@@ -324,7 +324,7 @@ def test_nobody_but_its_owner_can_hold_up_a_writer(place, how, monkeypatch):
     # What holds is forked from this process, which has torch.
     monkeypatch.setattr(holders, "_COMPUTES", "a library of no name")
     assert stat.S_IMODE(os.stat(place / state.LOCKS).st_mode) == 0o700
-    with Staying(lambda: hold_all(place, how)):
+    with Ledger.open(place), Staying(lambda: hold_all(place, how)):
         assert put(place, "new") == 2
         assert publish.rollback(place) == 3
         for kind in ("probe", "join", "daemon", "build"):
@@ -339,6 +339,29 @@ def test_nobody_but_its_owner_can_hold_up_a_writer(place, how, monkeypatch):
         assert call("quarantine", "add", "cutlass", "--state", place).exit_code == 0
     with gpulock.Turn(gpulock.path(place, "GPU-1")) as mine:
         assert not mine.passed
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_ledger_is_its_owners_to_read_also_one_of_an_earlier_fp4tune(place, mode):
+    """Who can read it can hold SQLite's own locks, on the file and on the index of its log."""
+    for name in ("", "-wal", "-shm"):
+        if os.path.exists(f"{place / state.LEDGER}{name}"):
+            os.chmod(f"{place / state.LEDGER}{name}", mode)
+    with Ledger.open(place):
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in place.glob("ledger.db*")}
+        assert modes == {0o600} and len(list(place.glob("ledger.db*"))) == 3
+
+        commands = (("choose", 3, N, K), ("facts",))
+        for command in commands:  # what they import may lie where a stranger cannot look
+            assert call(*command, "--state", place).exit_code == 0
+
+        def reads() -> None:
+            with pytest.raises(StateError, match="may not read the ledger"):
+                Ledger.open(place, readonly=True)
+            for command in commands:
+                assert call(*command, "--state", place).exit_code == 0
+
+        as_user(reads)
 
 
 def test_a_folder_of_locks_that_another_made_is_refused(place):

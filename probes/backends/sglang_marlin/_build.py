@@ -254,6 +254,8 @@ def _build_key(root: Path, compiler: Path, flags: tuple[str, ...], unit: str) ->
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a file lock, so that several workers of one node compile a unit once."""
-    with path.open("w") as handle:
+    # 0600: whoever can read a file can hold its lock.
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as handle:
+        os.fchmod(handle.fileno(), 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
