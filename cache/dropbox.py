@@ -126,8 +126,8 @@ class Collector:
 
     def step(self, known: Iterable[str], seconds: float = 0.1) -> list[str]:
         """Look for up to that long; what was taken up, in sentences. `known` are the backends that
-        are published. Raises StateError where the store cannot be written; what was found lies
-        there for the next step."""
+        are published. Raises StateError where the store cannot be written (Busy, at once, while
+        a command does the same); what was found lies there for the next step."""
         said: list[str] = []
         if not quarantine.may_write(quarantine.store(self.state_dir)):
             return said
@@ -155,7 +155,8 @@ class Collector:
             except OSError:
                 continue
             while not going.ended and time.monotonic() < deadline:
-                said += _keep(self.state_dir, going.batch(box == every[-1]), frozenset(known))
+                found = going.batch(box == every[-1])
+                said += _keep(self.state_dir, found, frozenset(known), _WAIT)
             going.close()
         return said
 
@@ -231,13 +232,16 @@ def _discard(path: str) -> None:
 
 
 def _keep(
-    state_dir: str, found: list[tuple[int, Quarantine, str]], known: frozenset[str]
+    state_dir: str,
+    found: list[tuple[int, Quarantine, str]],
+    known: frozenset[str],
+    wait: float = 0.0,
 ) -> list[str]:
     """Put reports into the store and take them out of the box; a sentence for each new one."""
     if not found:
         return []
     store = quarantine.store(state_dir)
-    with state.exclusive(state.lock_file(state_dir, "quarantine"), "the quarantines", wait=_WAIT):
+    with state.exclusive(state.lock_file(state_dir, "quarantine"), "the quarantines", wait):
         before, _ = quarantine.read(store)
         kept = {each.id: each for each in before if _user(each) is not None}
         tally = quarantine.ReportTally(known)

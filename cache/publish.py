@@ -199,7 +199,7 @@ def _publish(
             _replace(temporary, target)
         except BaseException as error:
             with contextlib.suppress(StateError):
-                ledger.set_generation(number, status="abandoned", content=None)
+                _settle(ledger, target)  # an interruption may have come after the rename
             if isinstance(error, (sqlite3.Error, OSError)):
                 raise translate(error, target) from error
             raise
@@ -228,11 +228,26 @@ def _settle(ledger: Ledger, target: str) -> snapshot.Snapshot | None:
         there = None
     for row in ledger.generations():
         if row.status == "writing":
-            if there is not None and there.digest == row.digest:
+            kept = state.generation_file(os.path.dirname(target), row.number)
+            # Where what is published is damaged, one that was ready to be may well be what it was:
+            # it counts, so that it stays.
+            seen = (_digest(there), _digest(_loaded(kept)))
+            if row.digest is not None and (row.digest in seen or there is None):
                 ledger.set_generation(row.number, status="published")
             else:
                 ledger.set_generation(row.number, status="abandoned", content=None)
     return there
+
+
+def _loaded(path: str) -> snapshot.Snapshot | None:
+    try:
+        return snapshot.load(path)
+    except StateError:
+        return None
+
+
+def _digest(found: snapshot.Snapshot | None) -> str | None:
+    return found.digest if found is not None else None
 
 
 def _build(path: str, tables: dict[str, list[dict[str, Any]]], generation: int) -> str:
@@ -290,11 +305,14 @@ def _insert(conn: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> Non
 
 def _replace(temporary: str, target: str) -> None:
     os.rename(temporary, target)
-    fd = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)  # the rename itself, too, survives a power cut
-    finally:
-        os.close(fd)
+    # It is there for everyone now, and what fails from here on does not take it back: where the
+    # rename cannot be made to survive a power cut, such a cut brings the one before back, whole.
+    with contextlib.suppress(OSError):
+        fd = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _keep(target: str, generation: int) -> None:

@@ -36,7 +36,10 @@ OF_ONE_USER = 64
 """Reports of one other user; of more than that, whole backends are taken away."""
 _NAMES = 1 << 16
 _USERS = 32
+_SAID = 100
 _TEXT = 500
+_LONGEST = 128
+"""Characters of an id or a name."""
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.+")
 _SHAPE = {"format": "nvfp4", "activation": "bf16", "out_dtype": "bf16", "groups": 1}
 
@@ -141,7 +144,7 @@ def _fits(name: str, value: object) -> bool:
         return value in SCOPES
     if name in ("tactic", "reason"):
         return True
-    return 0 < len(value) <= 128 and _NAME.issuperset(value) and value[0] not in "-."
+    return 0 < len(value) <= _LONGEST and _NAME.issuperset(value) and value[0] not in "-."
 
 
 def _printable(text: str) -> str:
@@ -268,13 +271,22 @@ def _owned(user: int, entry: Quarantine) -> Quarantine:
     """`entry` under an id of its user's own, as a report, and not of the future."""
     own = f"u{user}." if user >= 0 else "others."
     name = entry.id if entry.id.startswith(own) else own + entry.id
-    return entry.changed(id=name[:128], by="report", at=min(entry.at, time.time()))
+    return entry.changed(id=_short(name), by="report", at=min(entry.at, time.time()))
+
+
+def _short(name: str) -> str:
+    """`name`, or where it is too long one that is as much its own."""
+    if len(name) <= _LONGEST:
+        return name
+    import hashlib
+
+    return name[: _LONGEST - 33] + "." + hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 def _widened(user: int, entry: Quarantine) -> Quarantine:
     own = f"u{user}." if user >= 0 else "others."
     return entry.changed(
-        id=f"{own}all-{entry.backend}"[:128],
+        id=_short(f"{own}all-{entry.backend}"),
         scope="backend",
         tactic=None,
         fingerprint=None,
@@ -298,7 +310,8 @@ def closed(why: str) -> Quarantine:
 
 
 def read(folder: str | None) -> tuple[list[Quarantine], list[str]]:
-    """Every quarantine in the store `folder`, oldest first, and a sentence for each file ignored.
+    """Every quarantine in the store `folder`, oldest first, and a sentence for each file of the
+    owner's that was ignored, up to a hundred.
 
     Never raises: a folder that is not there holds none. One that cannot be read, or holds more than
     it may, or a file of the owner's that cannot be read, takes everything away. Files of other
@@ -329,7 +342,9 @@ def read(folder: str | None) -> tuple[list[Quarantine], list[str]]:
         except FileNotFoundError:
             continue  # lifted just now
         except ValueError as error:
-            ignored.append(f"{folder}: {_printable(name)} is ignored: {_printable(str(error))}")
+            # What others than the owner left is not even answered: they could go on for ever.
+            if _owner(os.path.join(folder, name)) in ours and len(ignored) < _SAID:
+                ignored.append(f"{folder}: {_printable(name)} is ignored: {_printable(str(error))}")
         except OSError as error:
             why = f"{folder}: {_printable(name)} cannot be read: {error.strerror}"
             ignored.append(why)

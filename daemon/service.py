@@ -17,7 +17,7 @@ from typing import Any
 from ..autotune.publication import published as standing
 from ..autotune.publication.environment import withdrawn
 from ..cache import dropbox, fingerprint, gpulock, publish, state
-from ..cache.errors import StateError
+from ..cache.errors import Busy, StateError
 from ..errors import printable
 from ..machine import driver
 from ..probes.models.shapes import AskedLayer
@@ -179,6 +179,8 @@ class Service:
             return
         try:
             said = self._reports.step(self.board.backends)
+        except Busy:
+            return  # a command takes them up, just now
         except StateError as error:
             self.unreported = f"what is reported cannot be taken up: {error}"
             return

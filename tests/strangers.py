@@ -23,7 +23,8 @@ def shared_place() -> Iterator[Path]:
     impersonated."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to act as other users")
-    place = Path(tempfile.mkdtemp(prefix="fp4tune-trust-"))
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    place = Path(tempfile.mkdtemp(prefix="fp4tune-trust-", dir=memory))
     place.chmod(0o755)
     yield place
     shutil.rmtree(place, ignore_errors=True)

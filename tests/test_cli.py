@@ -32,7 +32,7 @@ def sentence(result) -> str:
 
 
 def contents(place) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in place.iterdir()} if place.exists() else {}
+    return {p.name: p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ class CheckpointFiles:
         if self.index is None:
             return 0
         try:
-            return self.index.read_bytes().count(b'.safetensors"')
+            return _bytes(self.index).count(b'.safetensors"')
         except OSError as error:
             raise ValueError(f"{self.index} cannot be read: {error.strerror}") from None
 
