@@ -47,7 +47,7 @@ MARK = "KILL_PROBE_MARK"
 """A variable every descendant of a probe inherits: it finds them after their parent is gone."""
 DEATH = 5.0
 """Seconds all workers and what they started may take to end."""
-PUBLISH_LOCK = "join.lock"
+PUBLISH_LOCK = "locks/join.lock"
 SHAPE = ("--gpu", "none", "--shape", "256,256", "--max-m", "1", "--activation", "bf16")
 
 

@@ -282,8 +282,8 @@ def collect(
     try:
         said += prepare(place)
         said += Collector(place).once(known, seconds)
-    except Busy:
-        return said  # the daemon does, just now
+    except (Busy, ReadOnly):
+        return said  # the daemon does, just now; or this is a place that nobody can write
     except StateError as error:
         said.append(f"what was reported is not taken up: {error}")
     return said

@@ -135,11 +135,13 @@ def put(text: str, out: str | os.PathLike[str] | None = None) -> None:
         return
     place = os.path.abspath(out)
     # A leading dot, and another ending: neither NFD nor node_exporter takes it for theirs.
+    # Its name cannot be foreseen, and nothing that is there already is written to: others may be
+    # able to make files in that folder.
     beside = os.path.join(
-        os.path.dirname(place), f".{os.path.basename(place)}.{os.getpid()}.writing"
+        os.path.dirname(place), f".{os.path.basename(place)}.{os.urandom(6).hex()}.writing"
     )
     try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             with open(fd, "w", encoding="utf-8") as file:
                 file.write(text)

@@ -161,7 +161,7 @@ def test_a_killed_writer_loses_nothing_it_reported(tmp_path):
         assert len(reported) > 20
         assert reported <= {row.id for row in ledger.evidence()}
         assert [r.status for r in ledger.runs()] == ["interrupted"] * 20
-    assert not list(tmp_path.glob("run-*.lock"))
+    assert not list(tmp_path.rglob("run-*.lock"))
 
 
 def test_a_living_run_is_not_interrupted_by_another_opening(tmp_path):

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import ENVIRONMENT, put, spawn
+from stores import ENVIRONMENT, evidence, isolated, put, spawn, start
 from strangers import OTHER, STRANGER, Staying, as_user, shared_place  # noqa: F401
 from test_quarantine import SWIZZLED, K, N, store
 
 import fp4tune
 from commands import call
+from fp4tune.autotune.evidence.kept import with_what_is_kept
 from fp4tune.cache import dropbox, gpulock, publish, quarantine, reader, state
-from fp4tune.cache.errors import Busy, Corrupt, StateError
+from fp4tune.cache.errors import Busy, Corrupt, Full, StateError
 from fp4tune.cache.ledger import Ledger
 from fp4tune.machine import files, holders
 
@@ -644,3 +645,44 @@ def test_a_rollback_reads_the_files_that_are_kept(tmp_path):
     assert (found.generation, found.choose(3, N, K).tactic) == (number, "a")
     assert found.meta["run"] == "a" and number > first + 1
     assert [row["fingerprint"] for row in found.rows("environment")] == [ENVIRONMENT.fingerprint]
+
+
+def test_what_is_kept_of_a_probe_on_a_full_disk_is_counted(tmp_path):
+    error = Full(tmp_path / state.LEDGER, "the disk is full")
+    assert with_what_is_kept(error, tmp_path, ["r"]) is error, "nothing can be said of no ledger"
+    with Ledger.open(tmp_path) as ledger:
+        run, other = start(ledger), start(ledger)
+        ledger.add_all([evidence(run) for _ in range(16)] + [evidence(other)])
+    said = str(with_what_is_kept(error, tmp_path, [run]))
+    assert "16 rows of this probe's evidence are kept" in said and "\n" not in said
+
+
+FULL = """
+import os, subprocess, sys
+from pathlib import Path
+from fp4tune.cache.ledger import Ledger
+place = Path(sys.argv[1]) / "small"
+place.mkdir()
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], check=True)
+Ledger.open(place).close()
+room = os.statvfs(place)
+left = room.f_bavail * room.f_frsize - 160 * 1024
+(place / "filler").write_bytes(b"x" * left)
+command = [sys.executable, "-m", "fp4tune.cli", "probe", "--gpu", "none", "--shape", "256,256",
+           "--max-m", "1", "--level", "quick", "--backend", "torch-dequant", "--state", str(place)]
+done = subprocess.run(command, capture_output=True, text=True)
+with Ledger.open(place, readonly=True) as ledger:
+    kept = sum(map(len, (ledger.evidence(), ledger.findings(), ledger.timings(),
+                         ledger.verdicts())))
+sys.stderr.write(done.stderr)
+print(done.returncode, kept, done.stderr.strip().splitlines()[-1])
+"""
+
+
+@pytest.mark.slow
+def test_a_probe_that_fills_the_disk_says_what_it_kept(tmp_path):
+    done = isolated(FULL, tmp_path)
+    assert done.returncode == 0, done.stderr
+    code, kept, line = done.stdout.strip().split(" ", 2)
+    assert code == "2" and int(kept) > 0, done.stderr
+    assert f" {kept} row" in line and "kept" in line and "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ...autotune.evidence import audits
 from ...autotune.plan import Report
 from ...autotune.publication import published
 from ...autotune.stages import recall
+from ...cache import state
 from ...cache.rows import Timing
 from ..documents import stored_findings
 from ..wording import WEIGHTS, range_text, scope_text
@@ -86,7 +88,9 @@ def print_stored(place: Path, every_finding: bool) -> None:
         print_choices(out, mine, candidates)
         print_backends(out, candidates)
         print_bounds(out, mine)
-    if every_finding:
+    if os.path.exists(place / state.LEDGER) and not os.access(place / state.LEDGER, os.R_OK):
+        out.print("Findings and runs are in the ledger, which its owner and root may read.")
+    elif every_finding:
         for finding in found:
             print_finding(out, finding)
     else:
