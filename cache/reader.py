@@ -18,7 +18,7 @@ from _thread import allocate_lock
 from _weakref import ref
 
 from ..errors import printable
-from . import dropbox, quarantine, snapshot, state
+from . import quarantine, snapshot, state
 from .decision import FALLBACK, Decision
 from .errors import Corrupt, Foreign, Missing, NewerSchema, StateError, translate
 from .view import View
@@ -360,6 +360,8 @@ def report_fault(
         _own = (*_own, entry)
     for reader in _living():
         reader._learn()
+    from . import dropbox  # seldom needed
+
     shared: str | None = None
     problem = "there is no state directory"
     for place in dict.fromkeys(places):
