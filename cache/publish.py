@@ -189,6 +189,7 @@ def _publish(
         last = max([current.generation if current else 0, *state.generations(place)])
         number = ledger.reserve_generation(last, origin)
         temporary = os.path.join(place, f".{state.CHOICES}.{secrets.token_hex(8)}")
+        digest = None
         try:
             ledger.sync()  # the evidence is on the disk before the choice that rests on it
             digest = _build(temporary, tables, number)
@@ -199,7 +200,11 @@ def _publish(
             _replace(temporary, target)
         except BaseException as error:
             with contextlib.suppress(StateError):
-                _settle(ledger, target)  # an interruption may have come after the rename
+                # An interruption may have come after the rename.
+                if digest is not None and _digest(_loaded(target)) == digest:
+                    ledger.set_generation(number, status="published")
+                else:
+                    ledger.set_generation(number, status="abandoned", content=None)
             if isinstance(error, (sqlite3.Error, OSError)):
                 raise translate(error, target) from error
             raise
@@ -210,8 +215,10 @@ def _publish(
         with contextlib.suppress(StateError):
             ledger.set_generation(number, status="published")
             # Of those alone that were published: attempts that failed take no place of theirs.
-            done = [g.number for g in ledger.generations() if g.status == "published"]
-            for old in set(ledger.kept_generations()).difference(done[-KEEP:]):
+            every = ledger.generations()
+            done = [g.number for g in every if g.status == "published"][-KEEP:]
+            doubt = [g.number for g in every if g.status == "abandoned" and g.number > done[0]]
+            for old in set(ledger.kept_generations()).difference(done, doubt[-KEEP:]):
                 ledger.set_generation(old, content=None)
     return number
 
@@ -229,11 +236,12 @@ def _settle(ledger: Ledger, target: str) -> snapshot.Snapshot | None:
     for row in ledger.generations():
         if row.status == "writing":
             kept = state.generation_file(os.path.dirname(target), row.number)
-            # Where what is published is damaged, one that was ready to be may well be what it was:
-            # it counts, so that it stays.
-            seen = (_digest(there), _digest(_loaded(kept)))
-            if row.digest is not None and (row.digest in seen or there is None):
+            if row.digest is not None and row.digest in (_digest(there), _digest(_loaded(kept))):
                 ledger.set_generation(row.number, status="published")
+            elif row.digest is not None and there is None:
+                # It was ready; whether it came to be published the damaged file does not say. It
+                # takes no place of those that were, and its content stays as long as they do.
+                ledger.set_generation(row.number, status="abandoned")
             else:
                 ledger.set_generation(row.number, status="abandoned", content=None)
     return there
