@@ -215,10 +215,11 @@ def _publish(
         with contextlib.suppress(StateError):
             ledger.set_generation(number, status="published")
             # Of those alone that were published: attempts that failed take no place of theirs.
-            every = ledger.generations()
-            done = [g.number for g in every if g.status == "published"][-KEEP:]
-            doubt = [g.number for g in every if g.status == "abandoned" and g.number > done[0]]
-            for old in set(ledger.kept_generations()).difference(done, doubt[-KEEP:]):
+            held = ledger.kept_generations()
+            of = {g.number: g.status for g in ledger.generations()}
+            done = [n for n, status in of.items() if status == "published"][-KEEP:]
+            doubt = [n for n in held if of[n] == "abandoned" and n > done[0]][-KEEP:]
+            for old in set(held).difference(done, doubt):
                 ledger.set_generation(old, content=None)
     return number
 
