@@ -58,7 +58,7 @@ def report(entry: Quarantine, state_dir: str | None) -> str:
     for box in boxes(state_dir):
         try:
             if not os.path.isdir(box):
-                _make(box)
+                _make_box(box)
             return quarantine.put(entry, box)
         except StateError as error:
             problem = error
@@ -76,12 +76,12 @@ def prepare(state_dir: str | os.PathLike[str]) -> list[str]:
     said = quarantine.take_over(store)
     for box in boxes(state_dir):
         if not os.path.isdir(box):
-            _make(box)
-        said += _unsafe(box, state.trusted(state_dir))
+            _make_box(box)
+        said += _box_warnings(box, state.trusted(state_dir))
     return said
 
 
-def _make(box: str) -> None:
+def _make_box(box: str) -> None:
     try:
         quarantine.make_folder(box, MODE)
     except OSError as error:
@@ -95,7 +95,7 @@ def _open_to_all(folder: str) -> bool:
         return False
 
 
-def _unsafe(box: str, ours: frozenset[int]) -> list[str]:
+def _box_warnings(box: str, ours: frozenset[int]) -> list[str]:
     try:
         about = os.stat(box)
     except OSError as error:
@@ -137,7 +137,9 @@ class Collector:
             going = self._going(box)
             while going is not None and not going.ended and time.monotonic() < deadline:
                 try:
-                    said += _keep(self.state_dir, going.batch(box == every[-1]), frozenset(known))
+                    said += _take_up(
+                        self.state_dir, going.batch(box == every[-1]), frozenset(known)
+                    )
                 except StateError:
                     self._end(box)
                     self._seen.pop(box, None)
@@ -156,7 +158,7 @@ class Collector:
                 continue
             while not going.ended and time.monotonic() < deadline:
                 found = going.batch(box == every[-1])
-                said += _keep(self.state_dir, found, frozenset(known), _WAIT)
+                said += _take_up(self.state_dir, found, frozenset(known), _WAIT)
             going.close()
         return said
 
@@ -231,7 +233,7 @@ def _discard(path: str) -> None:
         quarantine.forget(path)
 
 
-def _keep(
+def _take_up(
     state_dir: str,
     found: list[tuple[int, Quarantine, str]],
     known: frozenset[str],

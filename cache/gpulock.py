@@ -53,7 +53,7 @@ def prepare(state_dir: str | os.PathLike[str], uuids: Iterable[str]) -> None:
             raise translate(error, place) from error
 
 
-class Watched:
+class LockLook:
     """Who holds a GPU's lock: whether somebody who `counts` does, engine or probe, and the others
     (sentences), who are `passed` over."""
 
@@ -64,7 +64,7 @@ class Watched:
         self.passed = passed
 
 
-def watched(place: str) -> Watched:
+def watched(place: str) -> LockLook:
     """Who holds the lock at `place`. Who cannot be told is an engine; those who come and go are
     looked at again, so that nobody is taken for one by being quick."""
     for _ in range(_LOOKS):
@@ -73,11 +73,11 @@ def watched(place: str) -> Watched:
             return found
         time.sleep(_LOOK / 2)
         if not state.held(place, shared=True):
-            return Watched(False)
-    return Watched(True)
+            return LockLook(False)
+    return LockLook(True)
 
 
-def _judged(place: str) -> Watched | None:
+def _judged(place: str) -> LockLook | None:
     """Who is listed as holding the lock; None where one of them has gone meanwhile."""
     from ..machine import holders
 
@@ -93,17 +93,17 @@ def _judged(place: str) -> Watched | None:
             return None
         for holder in now:
             if holder.users is None or ours.issuperset(holder.users):
-                return Watched(True)
+                return LockLook(True)
             if there is None or holders.computes(holder.pid, cpu) is not False:
-                return Watched(True)
+                return LockLook(True)
             passed.append(f"{holder} holds {place} {without}: it is passed over")
-    return Watched(False, tuple(dict.fromkeys(passed))) if passed else None
+    return LockLook(False, tuple(dict.fromkeys(passed))) if passed else None
 
 
-def look(state_dir: str | os.PathLike[str], uuid: str) -> Watched:
+def look(state_dir: str | os.PathLike[str], uuid: str) -> LockLook:
     """Who holds a GPU's lock now. Needs no right to write."""
     place = path(state_dir, uuid)
-    return watched(place) if state.held(place, shared=True) else Watched(False)
+    return watched(place) if state.held(place, shared=True) else LockLook(False)
 
 
 def in_use(state_dir: str | os.PathLike[str], uuid: str) -> bool:

@@ -33,7 +33,7 @@ def to_write(path: str) -> sqlite3.Connection:
             if not os.path.exists(path):
                 _create(path)
     _inspect(path)
-    _make_private(path)
+    _make_owners_alone(path)
     conn = _connect(path, "mode=rw")
     try:
         conn.execute("PRAGMA foreign_keys = ON")
@@ -85,7 +85,7 @@ def _create(path: str) -> None:
         _remove_with_logs(temporary)
 
 
-def _make_private(path: str) -> None:
+def _make_owners_alone(path: str) -> None:
     """Take from others what an earlier fp4tune let them read; SQLite gives its log the mode of the
     database."""
     for suffix in ("", "-wal", "-shm", "-journal"):

@@ -104,13 +104,13 @@ def _earlier(
         if not wanted:
             raise Missing(ledger.path, "there is no earlier generation to roll back to")
     for number in wanted:
-        tables = _content(ledger, number)
+        tables = _kept_rows(ledger, number)
         if tables is not None:
             return tables, f"rollback to {number}"
     raise Missing(ledger.path, f"the content of generation {wanted[0]} is not kept")
 
 
-def _content(ledger: Ledger, number: int) -> dict[str, list[dict[str, Any]]] | None:
+def _kept_rows(ledger: Ledger, number: int) -> dict[str, list[dict[str, Any]]] | None:
     """What one generation published, as `_build` takes it; None where nothing whole is left."""
     content = ledger.generation_content(number)
     if content is not None:
@@ -201,7 +201,7 @@ def _publish(
         except BaseException as error:
             with contextlib.suppress(StateError):
                 # An interruption may have come after the rename.
-                if digest is not None and _digest(_loaded(target)) == digest:
+                if digest is not None and _digest(_loaded_or_none(target)) == digest:
                     ledger.set_generation(number, status="published")
                 else:
                     ledger.set_generation(number, status="abandoned", content=None)
@@ -237,7 +237,10 @@ def _settle(ledger: Ledger, target: str) -> snapshot.Snapshot | None:
     for row in ledger.generations():
         if row.status == "writing":
             kept = state.generation_file(os.path.dirname(target), row.number)
-            if row.digest is not None and row.digest in (_digest(there), _digest(_loaded(kept))):
+            if row.digest is not None and row.digest in (
+                _digest(there),
+                _digest(_loaded_or_none(kept)),
+            ):
                 ledger.set_generation(row.number, status="published")
             elif row.digest is not None and there is None:
                 # It was ready; whether it came to be published the damaged file does not say. It
@@ -248,7 +251,7 @@ def _settle(ledger: Ledger, target: str) -> snapshot.Snapshot | None:
     return there
 
 
-def _loaded(path: str) -> snapshot.Snapshot | None:
+def _loaded_or_none(path: str) -> snapshot.Snapshot | None:
     try:
         return snapshot.load(path)
     except StateError:

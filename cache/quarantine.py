@@ -343,12 +343,12 @@ def read(folder: str | None) -> tuple[list[Quarantine], list[str]]:
             continue  # lifted just now
         except ValueError as error:
             # What others than the owner left is not even answered: they could go on for ever.
-            if _owner(os.path.join(folder, name)) in ours and len(ignored) < _SAID:
+            if _owner_of(os.path.join(folder, name)) in ours and len(ignored) < _SAID:
                 ignored.append(f"{folder}: {_printable(name)} is ignored: {_printable(str(error))}")
         except OSError as error:
             why = f"{folder}: {_printable(name)} cannot be read: {error.strerror}"
             ignored.append(why)
-            if _owner(os.path.join(folder, name)) in ours:
+            if _owner_of(os.path.join(folder, name)) in ours:
                 found.append(closed(why))
     if len(names) > _NAMES or len(found) > MOST:
         why = f"{folder} holds {len(names)} files, more than are read; lift what is over"
@@ -379,7 +379,7 @@ def read_one(path: str) -> tuple[int, Quarantine]:
     return about.st_uid, Quarantine(**values)
 
 
-def _owner(path: str) -> int | None:
+def _owner_of(path: str) -> int | None:
     try:
         return os.lstat(path).st_uid
     except OSError:
@@ -389,7 +389,7 @@ def _owner(path: str) -> int | None:
 def may_write(folder: str) -> bool:
     """Whether this process is one of those whose quarantines readers go by."""
     me = os.geteuid()
-    return me == 0 or me == _owner(os.path.dirname(folder))
+    return me == 0 or me == _owner_of(os.path.dirname(folder))
 
 
 def write(entry: Quarantine, folder: str) -> str:
@@ -463,10 +463,10 @@ def take_over(folder: str) -> list[str]:
             make_folder(folder, 0o755)
         taken = [entry for entry in entries if entry.scope != EVERYTHING]
         for entry in taken:
-            if _owner(os.path.join(folder, f"{entry.id}.json")) not in ours:
+            if _owner_of(os.path.join(folder, f"{entry.id}.json")) not in ours:
                 put(entry, folder)
         for name in os.listdir(folder):
-            if _owner(os.path.join(folder, name)) not in ours:
+            if _owner_of(os.path.join(folder, name)) not in ours:
                 forget(os.path.join(folder, name))
     except OSError as error:
         raise translate(error, folder) from error

@@ -43,7 +43,7 @@ def inspect(
             raise Missing(path, f"there is no {what} here; run fp4tune probe") from error
         raise translate(error, path) from error
     for suffix in _BESIDE:
-        if _is_special(path + suffix):
+        if _is_irregular(path + suffix):
             raise Corrupt(path, f"what lies beside the {what} as {suffix} is no regular file")
     if not head:
         raise Corrupt(path, f"the {what} is empty")
@@ -65,7 +65,7 @@ def inspect(
         raise Corrupt(path, f"the {what} is truncated: {size} of {page * pages} bytes are there")
 
 
-def _is_special(path: str) -> bool:
+def _is_irregular(path: str) -> bool:
     try:
         return not stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:

@@ -139,7 +139,7 @@ class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
     def acquire(self) -> exclusive:
         deadline = time.monotonic() + self.wait
         try:
-            _make_private(os.path.dirname(self.path))
+            _make_lock_folder(os.path.dirname(self.path))
             fd = files.descriptor(self.path, flags=os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise translate(error, self.path) from error
@@ -210,12 +210,12 @@ def held(path: str | os.PathLike[str], shared: bool = False) -> bool:
     return False
 
 
-def _make_private(folder: str) -> None:
+def _make_lock_folder(folder: str) -> None:
     """Make the folder of writers' locks, which its owner alone can enter. Raises StateError."""
     if os.path.basename(folder) != LOCKS:
         return
     if not os.path.lexists(folder):
-        _make(folder)
+        _make_folder_once(folder)
     found = os.lstat(folder)
     if found.st_mode & 0o170000 != 0o040000:
         raise StateError(folder, "this is no folder, and locks are to be kept in one; remove it")
@@ -227,7 +227,7 @@ def _make_private(folder: str) -> None:
         os.chmod(folder, 0o700)
 
 
-def _make(folder: str) -> None:
+def _make_folder_once(folder: str) -> None:
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:

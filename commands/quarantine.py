@@ -135,7 +135,7 @@ def _collect(place: str) -> None:
     """Take up what was reported, for who may: the daemon may not be here to do so."""
     from ..cache import dropbox
 
-    known = {str(row["backend"]) for row in _published(Path(place))}
+    known = {str(row["backend"]) for row in _candidate_rows(Path(place))}
     for sentence in dropbox.collect(place, known):
         say(f"fp4tune: {sentence}", err=True)
 

@@ -56,7 +56,7 @@ def holders(path: str | os.PathLike[str]) -> list[LockHolder]:
         minor, _, inode = rest.partition(":")
         if inode != str(there.st_ino):
             continue
-        found = _holder(int(words[4]), words[3] == "WRITE")
+        found = _lock_holder(int(words[4]), words[3] == "WRITE")
         same = os.makedev(int(major, 16), int(minor, 16)) == there.st_dev
         (exact if same else alike).append(found)
     # Some file systems show another device number to stat than the kernel has in its list.
@@ -66,7 +66,7 @@ def holders(path: str | os.PathLike[str]) -> list[LockHolder]:
 def all_holders(path: str | os.PathLike[str]) -> list[LockHolder]:
     """Every process that can be looked at and holds the file at `path`, also by what one that is
     gone gave it. Looks at every process there is."""
-    return [_holder(pid, False) for pid in processes() if holds(pid, path)]
+    return [_lock_holder(pid, False) for pid in processes() if holds(pid, path)]
 
 
 def holds(pid: int, path: str | os.PathLike[str]) -> bool | None:
@@ -104,14 +104,14 @@ def _computes(pid: int, cpu: bool) -> bool | None:
         if cpu:
             with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
                 return any(_COMPUTES in line for line in file)
-        return any(link.startswith(_GPU) for link in _open_files(pid))
+        return any(link.startswith(_GPU) for link in _links_of_open_files(pid))
     except (FileNotFoundError, ProcessLookupError):
         return False  # it has ended
     except OSError:
         return None
 
 
-def _open_files(pid: int) -> Iterator[str]:
+def _links_of_open_files(pid: int) -> Iterator[str]:
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
             yield os.readlink(f"/proc/{pid}/fd/{name}")
@@ -119,7 +119,7 @@ def _open_files(pid: int) -> Iterator[str]:
             continue  # closed meanwhile
 
 
-def _holder(pid: int, alone: bool) -> LockHolder:
+def _lock_holder(pid: int, alone: bool) -> LockHolder:
     name, users = "", None
     try:
         # Not the owner of /proc/PID: that is root for any process that asks not to be dumped.

@@ -151,6 +151,7 @@ OPENS_ITSELF = {
     "probes/regimes/leaks.py": KERNEL,
     "probes/worker/fork_server.py": OWN,
     "probes/worker/nursery.py": OWN,
+    "witness/counts.py": OWN,
 }
 """Modules that open a file by themselves, and whose file it is."""
 

@@ -133,7 +133,7 @@ def test_what_came_through_the_drop_box_changes_no_choice(node):
     board._witness.look(str(node))
     after = reader.open(node).choose(8, 4096, 2048)
     assert (before.backend, before.status, before.bounds) == ("fast", "safe", after.bounds)
-    assert after.backend == "fast" and not quarantine.read(quarantine.spools(str(node)))[0]
+    assert after.backend == "fast" and not quarantine.read(quarantine.store(node))[0]
 
 
 # -- bundles and the fleet

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from ..machine import files
 
 FOLDER = "witness"
 """The drop box's name in a state directory."""
@@ -141,13 +142,13 @@ def read(folder: str | os.PathLike[str]) -> tuple[list[WatchReport], list[str]]:
             about = os.lstat(os.path.join(folder, name))
             by_owner.setdefault(about.st_uid, []).append((about.st_mtime, name))
     found, ignored = [], []
-    for owner, files in sorted(by_owner.items()):
-        if len(files) > _FILES_OF_ONE:
+    for owner, theirs in sorted(by_owner.items()):
+        if len(theirs) > _FILES_OF_ONE:
             ignored.append(
-                f"user {owner} has {len(files)} files in {os.fspath(folder)}: the newest "
+                f"user {owner} has {len(theirs)} files in {os.fspath(folder)}: the newest "
                 f"{_FILES_OF_ONE} are read"
             )
-        for _, name in sorted(files, reverse=True)[:_FILES_OF_ONE]:
+        for _, name in sorted(theirs, reverse=True)[:_FILES_OF_ONE]:
             try:
                 found.append(_read_one(os.path.join(folder, name)))
             except (OSError, ValueError, RecursionError) as error:
@@ -156,11 +157,9 @@ def read(folder: str | os.PathLike[str]) -> tuple[list[WatchReport], list[str]]:
 
 
 def _read_one(path: str) -> WatchReport:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = files.descriptor(path)
     try:
         about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("it is no plain file")
         data = os.read(fd, _BYTES + 1)
     finally:
         os.close(fd)

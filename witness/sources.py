@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from ..machine import files
 from ..probes.problem import Format, Fp4Tensor
 
 Weight = Fp4Tensor | torch.Tensor
@@ -74,7 +75,7 @@ class StoredTensor:
         start = self.offset + rows.start * self.row_bytes
         size = (rows.stop - rows.start) * self.row_bytes
         try:
-            with open(self.path, "rb") as file:
+            with files.opened(self.path) as file:
                 file.seek(start)
                 data = file.read(size)
         except OSError as error:
@@ -128,7 +129,7 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     place = os.fspath(path)
     try:
         size = os.stat(place).st_size
-        with open(place, "rb") as file:
+        with files.opened(place) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size, 1 << 28):
                 raise ValueError
