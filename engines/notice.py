@@ -47,9 +47,10 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _join_the_engine() -> bool:
-    """Send our lines to the handlers of the engine's logger, where the root has none; whether
-    anything handles them then. vLLM configures a logger of its own and no root."""
-    if logging.getLogger().handlers or log.handlers:
+    """Send our lines to the handlers of the engine's logger, else to the root's; whether anything
+    handles them then. vLLM configures a logger of its own and no root; SGLang the root, and some
+    of what it imports does so before it, without a level."""
+    if log.handlers:
         return True
     for name in ENGINES:
         engine = logging.getLogger(name)
@@ -59,4 +60,7 @@ def _join_the_engine() -> bool:
             log.setLevel(engine.level or logging.INFO)
             log.propagate = False
             return True
-    return False
+    root = logging.getLogger()
+    if root.handlers and log.level == logging.NOTSET and root.level == logging.WARNING:
+        log.setLevel(logging.INFO)  # the level that Python begins with is nobody's wish
+    return bool(root.handlers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import json
 import logging
 import os
@@ -551,6 +552,23 @@ def test_what_is_said_before_the_engine_has_a_log_goes_to_stderr(monkeypatch, ca
     finally:
         notice.log.setLevel(level)
     assert kept == ["fp4tune: said later"] and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("level", "said"), [(30, True), (20, True), (40, False)])
+def test_what_is_said_is_not_lost_to_a_root_that_nobody_configured(monkeypatch, level, said):
+    # SGLang's imports call basicConfig without a level, before it has configured its log.
+    written = io.StringIO()
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(written)])
+    monkeypatch.setattr(root, "level", level)
+    monkeypatch.setattr(notice.log, "handlers", [])
+    monkeypatch.setattr(notice.log, "propagate", True)
+    notice.log.setLevel(logging.NOTSET)
+    try:
+        notice.say_once("fp4tune: said before the log is there")
+    finally:
+        notice.log.setLevel(logging.NOTSET)
+    assert (written.getvalue() == "fp4tune: said before the log is there\n") == said
 
 
 def test_the_tuner_is_held_where_it_is_asked(monkeypatch):
