@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +71,18 @@ LONGEST_LINE = 1 << 16
 
 def say(line: str, err: bool = False) -> None:
     """Print one line, in which nothing that a name holds is obeyed."""
-    typer.echo(printable(line, LONGEST_LINE), err=err)
+    _print(printable(line, LONGEST_LINE), err)
+
+
+def _print(text: str, err: bool = False) -> None:
+    """Print to whoever reads. Where they have left, as ``head`` does, nobody is told any more, and
+    the command ends with its own exit code: that of a broken pipe would be a verdict's."""
+    try:
+        typer.echo(text, err=err)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
+        os.close(nowhere)
 
 
 def say_lines(lines: Iterable[str]) -> None:
@@ -79,7 +92,7 @@ def say_lines(lines: Iterable[str]) -> None:
 
 def print_json(value: Any) -> None:
     """Print one document: ASCII, and what JSON leaves of its control characters escaped, too."""
-    typer.echo(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
+    _print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
 def named(table: dict[str, Any], name: str, what: str) -> Any:

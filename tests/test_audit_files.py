@@ -76,6 +76,26 @@ def test_each_kind_of_file_gets_its_own_sentence(tmp_path):
     assert result.output.index("text file") < result.output.index("does not exist")
 
 
+def test_what_is_not_there_is_one_sentence_and_a_reader_that_left_is_no_verdict(tmp_path):
+    gone, empty = tmp_path / "gone", tmp_path / "empty"
+    empty.mkdir()
+    paths = [str(gone), str(empty)]
+    result = runner.invoke(app, ["audit", *paths, "--state", str(tmp_path / "s"), "--json"])
+    rows = json.loads(result.stdout)
+    assert result.exit_code == 2
+    assert [row["evidence"][0] for row in rows] == [
+        f"{gone} does not exist",
+        f"{empty} holds no FlashInfer and no file with GPU code (.so, .o, .a, .cubin, .fatbin)",
+    ]
+    assert [len(row["evidence"]) for row in rows] == [1, 1]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fp4tune.cli", "audit", *paths, "--state", str(tmp_path / "s")]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
 def test_match_filters_and_finds_nothing_in_one_sentence(tmp_path):
     for name in ("gemm.so", "other.so"):
         (tmp_path / name).write_text("text")

@@ -853,6 +853,26 @@ def test_a_quantisation_config_that_is_no_table_is_not_16_bit(value):
     assert any("is no table" in said for said in found.remarks)
 
 
+def test_a_low_rank_part_beside_codes_is_another_kernel_s(tmp_path):
+    tensors = llama()
+    for leaf, shape in (("svdquant_lora_a", (32, 1536)), ("svdquant_lora_b", (512, 32))):
+        tensors[f"model.layers.1.mlp.down_proj.{leaf}"] = ("BF16", shape)
+    config = {**LLAMA, "quantization_config": {**MODELOPT, "quant_algo": "NVFP4_SVDQUANT"}}
+    found = read_layers(write(tmp_path, tensors, config))
+    assert [row.count for row in found.probed if row.name == "down"] == [1]
+    (odd,) = [row for row in found.rows if row.part == "not understood"]
+    assert odd.name == "down" and "low-rank" in odd.reason
+
+
+def test_an_expert_that_is_not_there_is_said(tmp_path):
+    tensors = llama() | moe()
+    found = read_layers(write(tmp_path / "all", tensors, MOE))
+    assert not any("experts" in said for said in found.remarks)
+    lacking = {name: t for name, t in tensors.items() if ".experts.3." not in name}
+    found = read_layers(write(tmp_path / "some", lacking, MOE))
+    assert any("experts, the files hold" in said for said in found.remarks)
+
+
 def test_a_method_s_name_stands_for_an_algorithm_that_is_not_said():
     found = of({**LLAMA, "quantization_config": {"quant_method": "modelopt_fp4", "ignore": []}})
     assert rows(found, "FP4 dense") == FOUR | {"lm_head": (1000, 512, "nvfp4", "fp4")}

@@ -126,6 +126,9 @@ def _safely(found: FoundModule, options: AuditOptions) -> AuditReport:
 
 def _report(found: FoundModule, options: AuditOptions) -> AuditReport:
     module, build = found.module, found.build
+    if found.problem and module.kind == "file":  # it is not there, or holds nothing
+        nothing = MachineCode(problem=found.problem, read=False)
+        return decide(module, AuditEvidence(nothing, launch.PdlUse(), sm=found.sm))
     path = Path(module.path) if module.path and not found.problem else None
     limits = ReadLimits(options.seconds, None, options.jobs, None, options.progress)
     code = machine_code_of(path, found.sm, limits) if path else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .config import ModelConfig
 from .modules import LinearModule
@@ -25,13 +25,35 @@ def said_format(module: LinearModule, quantisation: QuantConfig) -> LayerFormat:
     return found or plain
 
 
-def contradictions(modules: Iterable[LinearModule], config: ModelConfig | None) -> dict[str, str]:
+def contradictions(
+    modules: Sequence[LinearModule], config: ModelConfig | None, whole: bool = True
+) -> dict[str, str]:
     """Modules that the configuration calls something else than the files hold: name to what.
 
-    Left out is what engines quantise, or not, whatever a configuration says.
+    Left out is what engines quantise, or not, whatever a configuration says. `whole`: all files are
+    there.
     """
     if config is None or not config.source:
         return {}
+    experts = _other_experts(modules, config) if whole else {}
+    return experts | _other_formats(modules, config)
+
+
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+
+
+def _other_experts(modules: Iterable[LinearModule], config: ModelConfig) -> dict[str, str]:
+    """Routed experts of which the files hold another number than the configuration names."""
+    named = config.number(*_EXPERTS)
+    return {
+        each.name: f"{config.source} says {named} experts, the files hold {each.groups}"
+        for each in modules
+        if named and each.groups not in (1, named) and ".experts" in each.name
+    }
+
+
+def _other_formats(modules: Iterable[LinearModule], config: ModelConfig) -> dict[str, str]:
+    """Modules that the configuration gives another format."""
     if not config.quantisation:
         says = f"{config.source} says nothing of quantisation, the files hold"
         return {m.name: f"{says} {m.format.format}" for m in modules if m.format and m.format.fp4}

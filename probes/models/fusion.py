@@ -91,6 +91,8 @@ _INDEXER = (
     | _leaf_rules("weights", "whole", "weights_proj")
 )
 _ATTENTION = _leaf_rules("o", "row", "out_proj", "dense", "proj", "c_proj")
+_MLP = _leaf_rules("down", "row", "c_proj")
+_MLPS = ("mlp", "ffn", "feed_forward")
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 _TOWERS = {
     "vision": ("visual", "vision_tower", "vision_model", "vision_encoder", "vision", "vit"),
@@ -180,6 +182,7 @@ class _Context:
     experts: bool
     indexer: bool
     attention: bool
+    mlp: bool
     projector: bool
     tower: bool
 
@@ -199,9 +202,8 @@ def _context(parent: str, facts: FusionFacts) -> _Context:
         prefix += "indexer_"
     if "compressor" in parts:
         prefix += "compressor_"
-    attention = parts[-1] in _ATTENTIONS
-    experts = "experts" in parts
-    return _Context(prefix, experts, "indexer" in parts, attention, projector, bool(tower))
+    kind = parts[-1] in _ATTENTIONS, parts[-1] in _MLPS
+    return _Context(prefix, "experts" in parts, "indexer" in parts, *kind, projector, bool(tower))
 
 
 def _matched(
@@ -218,6 +220,8 @@ def _matched(
     single = {**_SINGLE, **(_INDEXER if context.indexer else {})}
     if context.attention:
         single.update(_ATTENTION)
+    if context.mlp:
+        single.update(_MLP)
     for leaf, module in left.items():
         yield single.get(leaf, Rule(leaf, (leaf,), "none")), (module,)
 

@@ -133,7 +133,7 @@ def _from_files(
         remarks.append(f"there are {len(files.files)} safetensors files and no index")
     quantisation = config.quantisation if config is not None else ()
     found = [_activated(module, quantisation) for module in stored]
-    odd = contradictions(found, config)
+    odd = contradictions(found, config, whole=not files.missing)
     if odd:
         name, why = next(iter(odd.items()))
         more = f" ({len(odd) - 1} more modules likewise)" if len(odd) > 1 else ""

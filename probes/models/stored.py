@@ -51,6 +51,8 @@ _ENDINGS = (
     ("_blocks", "codes"),
     ("_scales", "scales"),
 )
+_LOW_RANK = re.compile(r"svdquant|^(lora|proj|low_rank)_(a|b|down|up)$", re.I)
+"""What a low-rank part is called that is kept beside codes, as SVDQuant has it."""
 _EMBEDDINGS = ("embed", "wte", "wpe", "tok_embeddings", "position")
 _UNSOUND = "?"
 Shape = tuple[int, ...]
@@ -146,6 +148,8 @@ def _alike(tensors: Tensors) -> list[str]:
 def _module_and_part(name: str) -> tuple[str, str]:
     """The module that a tensor is of, and what of it that is; empty for no linear module's."""
     module, _, last = name.rpartition(".")
+    if _LOW_RANK.search(last):
+        return module, "low rank"
     if last in _PARTS:
         part = _PARTS[last]
         return (module.removesuffix(".weight"), part) if part == "absmax" else (module, part)
@@ -167,6 +171,8 @@ def _linear_module(name: str, parts: _Parts, hidden: int | None) -> LinearModule
         return None
     dtype, shape = codes
     fault = _disagreement(name, parts)
+    if parts.count("low rank") and not fault:
+        fault = "it has a low-rank part beside its codes, which another kernel adds (SVDQuant)"
     if fault:
         return LinearModule(name, *_last_two(shape), _expert_count(name, parts, shape), fault=fault)
     if dtype in _FLOATS:
