@@ -50,7 +50,8 @@ def measured(place: Path) -> dict:
         }
     if number := sum(each.path.endswith(".cubin") for each in found):
         libraries[f"{number} cubins"] = {"kernels": {sm: dict(c) for sm, c in cubins.items()}}
-    return {"seconds": took[0], "cpu_seconds": took[1], "libraries": libraries}
+    load = round(os.getloadavg()[0], 1)
+    return {"seconds": took[0], "cpu_seconds": took[1], "load": load, "libraries": libraries}
 
 
 def main() -> None:
