@@ -102,7 +102,7 @@ def cases(folder: Path, out: Path) -> None:
         found[place.name] = {
             command: {
                 "exit_code": each["exit_code"],
-                **({"seconds": each.get("seconds")} if (place / "f.c").is_file() else {}),
+                **{key: each[key] for key in _TIMES if "load" in each},
                 "says": (each["stdout"] + each["stderr"]).replace(str(place), ".").splitlines(),
             }
             for command, each in said.items()
@@ -110,9 +110,9 @@ def cases(folder: Path, out: Path) -> None:
     (out / "cases.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+_TIMES = ("seconds", "cpu_seconds", "load")
 ASKING = (
-    "doctor", "probe", "probe --gpu 0 --engine vllm", "facts --check", "choose 16 4096 4096",
-    "daemon",
+    "doctor", "probe", "probe --gpu 0 --engine vllm", "facts --check", "daemon",
 )  # fmt: skip
 """Commands that ask the driver."""
 
@@ -134,10 +134,12 @@ def _hung(place: Path) -> dict[str, dict[str, Any]]:
                 said = fp4tune(*words, seconds=120, LD_LIBRARY_PATH=folder)
             except subprocess.TimeoutExpired:
                 said = {"exit_code": None, "stdout": "nothing in 120 s", "stderr": ""}
+                said |= {"seconds": 120, "cpu_seconds": None}
             # What is installed is this machine's own: what is said of the driver counts.
             kept = [line for line in (said["stdout"] + said["stderr"]).splitlines()
                     if "driver" in line or command != "doctor"]  # fmt: skip
             found[command] = {**said, "stdout": "\n".join(kept), "stderr": ""}
+            found[command]["load"] = round(os.getloadavg()[0], 1)
     return found
 
 
