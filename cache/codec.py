@@ -9,11 +9,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from . import rows
+from .errors import Undecodable
 from .rows import BucketKey
 
 BUCKET = tuple(f.name for f in dataclasses.fields(BucketKey))
 
-_JSON = {"facts", "detail", "problem", "condition", "device", "versions", "bounds"}
+_JSON = {"facts", "detail", "problem", "condition", "device", "versions", "bounds", "rows"}
 _JSON_TUPLE = {"conditions", "reasons", "argv", "evidence"}
 _WIDE = {"seed"}
 """Unsigned 64-bit numbers: SQLite's integers are signed, so these are stored as text."""
@@ -78,15 +80,51 @@ def encode(name: str, value: Any) -> Any:
 
 
 def decode(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass row that `columns` flattened; a `snapshot`'s rows, decoded already, too."""
-    known: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        name = field.name
-        if name == "bucket":
-            known[name] = BucketKey(**{column: values[column] for column in BUCKET})
-        elif name in values:
-            known[name] = _decoded_value(name, values[name])
-    return kind(**known)
+    """The dataclass row that `columns` flattened; a `snapshot`'s rows, decoded already, too.
+
+    Raises Undecodable, and nothing else, for values that no row has.
+    """
+    try:
+        known: dict[str, Any] = {}
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+            name = field.name
+            if name == "bucket":
+                known[name] = BucketKey(**{column: values[column] for column in BUCKET})
+            elif name in values:
+                known[name] = _decoded_value(name, values[name])
+        return kind(**known)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        what = kind.__name__.lower()
+        raise Undecodable(
+            f"row {values.get('id', '')} of {what}".replace("  ", " "),
+            "this is stored in a way that fp4tune never writes",
+        ) from error
+
+
+def decodes(table: str, values: Mapping[str, Any]) -> bool:
+    """Whether a row of a table of the ledger can be one."""
+    kind = {each.__name__.lower(): each for each in _KINDS}.get(table)
+    if kind is None:
+        return True
+    try:
+        decode(kind, values)
+    except Undecodable:
+        return False
+    return True
+
+
+_KINDS = (
+    rows.Environment,
+    rows.Run,
+    rows.Evidence,
+    rows.Finding,
+    rows.Timing,
+    rows.Verdict,
+    rows.Build,
+    rows.Audit,
+    rows.Probed,
+    rows.Generation,
+)
 
 
 def _decoded_value(name: str, value: Any) -> Any:

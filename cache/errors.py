@@ -4,6 +4,7 @@
      +-- Missing        no such database yet
      +-- Foreign        the file is not one of fp4tune's
      +-- Corrupt        it is ours, and damaged
+     |    +-- Undecodable    a row of it says what no row can
      +-- NewerSchema    a newer fp4tune wrote it
      +-- ReadOnly       it cannot be written here
      +-- Full           the disk is full
@@ -45,6 +46,10 @@ class Corrupt(StateError):
     """The file is fp4tune's and cannot be trusted: truncated, damaged, or half of something."""
 
 
+class Undecodable(Corrupt):
+    """A stored row cannot be decoded."""
+
+
 class NewerSchema(StateError):
     """A newer fp4tune wrote the file."""
 
@@ -81,6 +86,8 @@ def translate(error: Exception, path: object) -> StateError:
     if isinstance(error, StateError):
         return error
     text = str(error)
+    if isinstance(error, UnicodeDecodeError):  # SQLite names what it stumbled over
+        return Corrupt(path, "the database is damaged")
     if isinstance(error, OSError):
         if error.errno in _NO_ROOM:
             return _full(path)
@@ -97,7 +104,7 @@ def translate(error: Exception, path: object) -> StateError:
         return ReadOnly(path, "the database cannot be opened for writing here")
     if "not a database" in text:
         return Foreign(path, "this is not an SQLite database")
-    if "malformed" in text:
+    if any(word in text for word in ("malformed", "no such column", "no such table")):
         return Corrupt(path, "the database is damaged")
     if "disk I/O error" in text and _no_space_left(path):
         return _full(path)

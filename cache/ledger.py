@@ -4,6 +4,9 @@ Every row is committed before its method returns, in WAL mode with ``synchronous
 committed is in the kernel's hands, so a process killed at any moment loses nothing of it; a power
 cut may lose the last rows and cannot damage the file. FULL would sync the disk for every row, and
 rows come while a GPU is being timed. `finish_run` and every publication sync what came before.
+
+Every row is sealed, and so are the rows of a run together (`seal`). What is read is what was
+stored: rows that a disk changed are left out, `damaged` says so of a run and `damage` of all.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import json
 import os
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,13 +30,17 @@ from .rows import (
     Environment,
     Evidence,
     Finding,
+    Forgotten,
     Generation,
     Probed,
     Run,
     Stamp,
+    Step,
     Timing,
     Verdict,
+    without_forgotten,
 )
+from .sealed import SealedTables
 
 TABLES: dict[type, str] = {
     Evidence: "evidence",
@@ -43,10 +50,42 @@ TABLES: dict[type, str] = {
     Build: "build",
     Audit: "audit",
     Probed: "probed",
+    Step: "step",
+    Forgotten: "forgotten",
 }
 
-Row = TypeVar("Row", Evidence, Finding, Timing, Verdict)
-Added = Evidence | Finding | Timing | Verdict | Build | Audit | Probed
+Row = TypeVar("Row", Evidence, Finding, Timing, Verdict, Build, Audit, Probed, Step, Forgotten)
+Added = Evidence | Finding | Timing | Verdict | Build | Audit | Probed | Step | Forgotten
+
+
+TAKEN_BACK = ("evidence", "finding", "timing", "verdict", "build", "probed", "step")
+"""Tables whose rows can be taken back."""
+SINCE = {"audit": 3, "probed": 4, "step": 6}
+"""The schema that brought a table: a ledger that is only read may be older."""
+TAKES_BACK = 7
+"""The schema that brought ``forgotten``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What of a ledger is not as it was stored: by run what is wrong with it, and what of rows
+    that belong to none."""
+
+    runs: Mapping[str, str]
+    others: Sequence[str]
+
+    @property
+    def sentences(self) -> list[str]:
+        """One for each run, and for what belongs to none."""
+        return [*(set_aside(run, why) for run, why in self.runs.items()), *self.others]
+
+
+def set_aside(run: str, why: str) -> str:
+    """A damaged run, and what becomes of it, in a sentence."""
+    return (
+        f"run {run} is set aside, {why}; the failures that are left of it count, and the rest is "
+        "measured anew"
+    )
 
 
 class Ledger:
@@ -56,8 +95,7 @@ class Ledger:
         self.path = path
         self.readonly = readonly
         self._conn = conn
-        self._conn.row_factory = sqlite3.Row
-        self._lock = threading.RLock()
+        self._tables = SealedTables(path, conn, readonly)
         self._runs: dict[str, state.exclusive] = {}
 
     @classmethod
@@ -73,10 +111,15 @@ class Ledger:
         place = str(state.directory(state_dir))
         path = os.path.join(place, state.LEDGER)
         try:
+            conn = opening.to_read(path) if readonly else opening.to_write(path)
+            try:
+                ledger = cls(path, conn, readonly)
+            except BaseException:
+                conn.close()
+                raise
             if readonly:
-                return cls(path, opening.to_read(path), readonly=True)
-            ledger = cls(path, opening.to_write(path), readonly=False)
-        except (sqlite3.Error, OSError) as error:
+                return ledger
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise translate(error, path) from error
         try:
             ledger._mark_interrupted()
@@ -87,7 +130,7 @@ class Ledger:
 
     def close(self) -> None:
         """Close; a run that was not finished becomes ``interrupted``."""
-        with self._lock:
+        with self._tables.lock:
             for lock in self._runs.values():
                 lock.release()
             if self._runs:
@@ -128,7 +171,9 @@ class Ledger:
             run, now, None, "running", seed, level, profile, device, tuple(argv), versions or {}
         )
         try:
-            self._insert("run", codec.columns(row))
+            with self.together():
+                self._tables.insert("run", codec.columns(row))
+                self._tables.begin(run)
         except BaseException:
             lock.release()
             raise
@@ -137,10 +182,7 @@ class Ledger:
 
     def finish_run(self, run: str, status: str = "finished") -> None:
         """End a run as ``finished`` or ``failed``, and sync the ledger to the disk."""
-        with self._transaction():
-            self._conn.execute(
-                "UPDATE run SET finished = ?, status = ? WHERE id = ?", (time.time(), status, run)
-            )
+        self._tables.update("run", "id", run, finished=time.time(), status=status)
         lock = self._runs.pop(run, None)
         if lock:
             _remove(lock.path)
@@ -152,11 +194,25 @@ class Ledger:
         row = codec.columns(environment)
         row["first_seen"] = environment.first_seen or time.time()
         print_ = environment.fingerprint
-        with self._transaction():
-            self._insert("environment", row, "OR IGNORE")
+        with self.together():
+            known = self._tables.select("environment", " WHERE fingerprint = ?", [print_], "rowid")
+            if not known:
+                # One that is damaged is mended: its print stands for what it says.
+                self._conn.execute(
+                    "INSERT INTO environment (fingerprint, backend, arch, facts, first_seen) "
+                    "VALUES (:fingerprint, :backend, :arch, :facts, :first_seen) "
+                    "ON CONFLICT (fingerprint) DO UPDATE SET backend = excluded.backend, "
+                    "arch = excluded.arch, facts = excluded.facts, "
+                    "first_seen = excluded.first_seen",
+                    row,
+                )
             self._conn.execute("DELETE FROM stamp WHERE fingerprint = ?", (print_,))
-            for stamp in environment.stamps:
-                self._insert("stamp", {"fingerprint": print_, **codec.columns(stamp)})
+            self._conn.executemany(
+                "INSERT INTO stamp (fingerprint, path, inode, size, mtime_ns) "
+                "VALUES (?, ?, ?, ?, ?)",
+                [(print_, *codec.columns(stamp).values()) for stamp in environment.stamps],
+            )
+            self._tables.reseal("environment", "fingerprint", print_)
         return print_
 
     def add_evidence(self, row: Evidence) -> int:
@@ -181,37 +237,53 @@ class Ledger:
     def add_probed(self, row: Probed) -> int:
         return self._add(row)
 
+    def add_step(self, row: Step) -> int:
+        return self._add(row)
+
     def add_all(self, rows: Iterable[Added]) -> list[int]:
         """Commit several rows as one: all of them or, on an error, none."""
-        with self._transaction():
+        with self.together():
             return [self._add(row) for row in rows]
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """What is added within is committed at its end, all of it or, on an error, none. Other
+        threads wait for that, so nothing slow belongs in it."""
+        return self._tables.transaction()
 
     def sync(self) -> None:
         """Put everything committed so far on the disk, proof against a power cut."""
-        with self._lock, self._translated():
+        with self._tables.lock, self._tables.translated():
             self._conn.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    # -- what is damaged
+
+    def damaged(self, run: str) -> str:
+        """What of a run is not as it was stored, in a few words; empty where all of it is."""
+        return self._tables.damaged(run)
+
+    def damage(self) -> Damage:
+        """Every row looked at. Raises a StateError where the file cannot be read."""
+        return Damage(*self._tables.damage())
 
     # -- reading
 
     def runs(self) -> list[Run]:
         """Every run, oldest first; one whose process is gone is ``interrupted``."""
-        rows = self._select("SELECT * FROM run ORDER BY started, id", ())
-        return [codec.decode(Run, self._settled(dict(row))) for row in rows]
+        rows = self._tables.select("run", order="started, id")
+        return [codec.decode(Run, self._settled(row)) for row in rows]
 
     def environments(self, fingerprints: Iterable[str] | None = None) -> list[Environment]:
         """Environments with their stamps, in the order they were first seen."""
         where, values = _where(fingerprints=fingerprints)
-        rows = self._select(
-            f"SELECT * FROM environment{where} ORDER BY first_seen, fingerprint", values
-        )
-        stamps: dict[str, list[Stamp]] = {}
-        for row in self._select(f"SELECT * FROM stamp{where} ORDER BY path", values):
-            found = codec.decode(Stamp, dict(row))
-            stamps.setdefault(row["fingerprint"], []).append(found)
+        order = "first_seen, fingerprint"
+        with self._tables.transaction(writes=False):
+            rows = self._tables.select("environment", where, values, order)
+            stamps: dict[str, list[Stamp]] = {}
+            for row in self._tables.query(f"SELECT * FROM stamp{where} ORDER BY path", values):
+                print_ = row["fingerprint"]
+                stamps.setdefault(print_, []).append(codec.decode(Stamp, row))
         return [
-            codec.decode(
-                Environment, {**dict(row), "stamps": tuple(stamps.get(row["fingerprint"], ()))}
-            )
+            codec.decode(Environment, {**row, "stamps": tuple(stamps.get(row["fingerprint"], ()))})
             for row in rows
         ]
 
@@ -229,52 +301,74 @@ class Ledger:
     def verdicts(self, **filters: Any) -> list[Verdict]:
         return self._find(Verdict, filters)
 
+    def steps(self, n: int | None = None, k: int | None = None) -> list[Step]:
+        """Steps that were finished, in that order; with `n` and `k`, those of that shape."""
+        return self._find(Step, {"n": n, "k": k})
+
     def builds(self, run: str | None = None) -> list[Build]:
-        where, values = _where(run=run)
-        rows = self._select(f"SELECT * FROM build{where} ORDER BY id", values)
-        return [codec.decode(Build, dict(row)) for row in rows]
+        return self._find(Build, {"run": run})
 
     def audits(self, content: str | None = None) -> list[Audit]:
         """Audits in the order they were made; with `content`, those of one file's bytes."""
-        where, values = (" WHERE content = ?", [content]) if content is not None else ("", [])
-        rows = self._select(f"SELECT * FROM audit{where} ORDER BY id", values)
-        return [codec.decode(Audit, dict(row)) for row in rows]
+        return self._find(Audit, {"content": content})
 
     def probed(self, n: int | None = None, k: int | None = None) -> list[Probed]:
         """Layers probed to their end, in that order; with `n` and `k`, those of that shape."""
-        where, values = (" WHERE n = ? AND k = ?", [n, k]) if n is not None else ("", [])
-        rows = self._select(f"SELECT * FROM probed{where} ORDER BY id", values)
-        return [codec.decode(Probed, dict(row)) for row in rows]
+        rows = self._find(Probed, {"n": n, "k": k})
+        taken_back = self.forgotten()
+        return [without_forgotten(row, taken_back) for row in rows] if taken_back else rows
+
+    # -- what was taken back
+
+    def forget(self, row: Forgotten) -> Forgotten:
+        """Take back what `row` names, as far as it is there now: nothing here answers with it any
+        more. It is not removed, and the reason stays. Returns the row as it is stored."""
+        with self.together():
+            number = self._tables.insert("forgotten", self._columns(row))
+            (made,) = (each for each in self.forgotten() if each.id == number)
+        return made
+
+    def forgotten(self) -> list[Forgotten]:
+        """Everything that was taken back, and why, in that order."""
+        if self._tables.version < TAKES_BACK:
+            return []
+        return [codec.decode(Forgotten, row) for row in self._tables.select("forgotten")]
+
+    def last(self) -> dict[str, int]:
+        """The newest id of every table of evidence: what is there now."""
+        return {
+            table: self._tables.query(f"SELECT coalesce(max(id), 0) AS last FROM {table}")[0][
+                "last"
+            ]
+            for table in TAKEN_BACK
+        }
 
     # -- generations of choices.db; `publish` uses these
 
     def generations(self) -> list[Generation]:
         """Every publication, oldest first."""
-        rows = self._select(
-            "SELECT number, at, status, origin, digest FROM generation ORDER BY number", ()
-        )
-        return [codec.decode(Generation, dict(row)) for row in rows]
+        rows = self._tables.select("generation", order="number")
+        return [codec.decode(Generation, row) for row in rows]
 
     def reserve_generation(self, above: int, origin: str) -> int:
         """A number higher than `above` and than every one before, never given out again."""
-        with self._transaction():
-            last = self._conn.execute("SELECT max(number) FROM generation").fetchone()[0]
-            number: int = max(last or 0, above) + 1
+        with self.together():
+            # Of those that are whole: a number that a disk made is none to count on from.
+            number = max([above, *(each.number for each in self.generations())]) + 1
+            taken = {row["number"] for row in self._tables.query("SELECT number FROM generation")}
+            while number in taken:
+                number += 1
             row = {"number": number, "at": time.time(), "status": "writing", "origin": origin}
-            self._insert("generation", row)
+            self._tables.insert("generation", row)
         return number
 
     def set_generation(self, number: int, **values: Any) -> None:
         """Set `status`, `digest` or `content` (bytes or None) of one generation."""
-        assignments = ", ".join(f"{name} = ?" for name in values)
-        with self._transaction():
-            self._conn.execute(
-                f"UPDATE generation SET {assignments} WHERE number = ?", (*values.values(), number)
-            )
+        self._tables.update("generation", "number", number, **values)
 
     def generation_content(self, number: int) -> bytes | None:
-        """What `number` published, or None if it is unknown or was pruned."""
-        rows = self._select("SELECT content FROM generation WHERE number = ?", (number,))
+        """What `number` published, or None if it is unknown, damaged, or was pruned."""
+        rows = self._tables.select("generation", " WHERE number = ?", [number], "number")
         return rows[0]["content"] if rows else None
 
     def kept_generations(self) -> list[int]:
@@ -284,55 +378,24 @@ class Ledger:
 
     # -- the machinery
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.IntegrityError as error:
-            raise ValueError(f"the ledger refused a row: {error}") from error
-        except sqlite3.Error as error:
-            raise translate(error, self.path) from error
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """One transaction, taken for writing from the start so that it cannot fail half-way for
-        another writer's sake; inside another, part of that one."""
-        with self._lock, self._translated():
-            if self._conn.in_transaction:
-                yield
-                return
-            self._conn.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._conn.execute("COMMIT")
-            except BaseException:
-                if self._conn.in_transaction:
-                    self._conn.execute("ROLLBACK")
-                raise
-
-    def _insert(self, table: str, row: Mapping[str, Any], how: str = "") -> int:
-        marks = ", ".join("?" * len(row))
-        with self._lock, self._translated():
-            cursor = self._conn.execute(
-                f"INSERT {how} INTO {table} ({', '.join(row)}) VALUES ({marks})",
-                tuple(row.values()),
-            )
-        return cursor.lastrowid or 0
-
-    def _add(self, row: Added) -> int:
+    def _columns(self, row: Added) -> dict[str, Any]:
         values = codec.columns(row)
         values.pop("id")
         values["at"] = row.at if row.at is not None else time.time()
-        return self._insert(TABLES[type(row)], values)
+        return values
 
-    def _select(self, sql: str, values: Sequence[Any]) -> list[sqlite3.Row]:
-        with self._lock, self._translated():
-            return self._conn.execute(sql, tuple(values)).fetchall()
+    def _add(self, row: Added) -> int:
+        return self._tables.insert(TABLES[type(row)], self._columns(row))
 
     def _find(self, kind: type[Row], filters: Mapping[str, Any]) -> list[Row]:
+        table = TABLES[kind]
+        if self._tables.version < SINCE.get(table, 0):
+            return []
         where, values = _where(**filters)
-        rows = self._select(f"SELECT * FROM {TABLES[kind]}{where} ORDER BY id", values)
-        return [codec.decode(kind, dict(row)) for row in rows]
+        rows = self._tables.select(table, where, values)
+        if table in TAKEN_BACK and (taken_back := self.forgotten()):
+            rows = [r for r in rows if not any(each.covers(table, r) for each in taken_back)]
+        return [codec.decode(kind, row) for row in rows]
 
     def _run_lock(self, run: str) -> str:
         return state.lock_file(os.path.dirname(self.path), "run", run)
@@ -346,14 +409,12 @@ class Ledger:
 
     def _mark_interrupted(self) -> None:
         # The lock and not a process number: it also tells across containers that share the place.
-        running = self._select("SELECT id, status FROM run WHERE status = 'running'", ())
-        for row in running:
+        for row in self._tables.select("run", " WHERE status = 'running'"):
             if self._settled(dict(row))["status"] == "interrupted":
-                with self._transaction():
-                    self._conn.execute(
-                        "UPDATE run SET status = 'interrupted' WHERE id = ? AND status = 'running'",
-                        (row["id"],),
-                    )
+                with self.together():
+                    now = self._tables.select("run", " WHERE id = ?", [row["id"]])
+                    if now and now[0]["status"] == "running":
+                        self._tables.update("run", "id", row["id"], status="interrupted")
                 _remove(self._run_lock(row["id"]))
 
 
@@ -371,7 +432,7 @@ def _where(fingerprints: Iterable[str] | None = None, **equal: Any) -> tuple[str
             for column in codec.BUCKET:
                 terms.append(f"{column} = ?")
                 values.append(getattr(value, column))
-        elif name in ("run", "backend", "tactic"):
+        elif name in ("run", "backend", "tactic", "n", "k", "content"):
             terms.append(f"{name} = ?")
             values.append(value)
         else:

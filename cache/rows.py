@@ -6,8 +6,8 @@ Times `at`, `started` and the like are seconds since 1970 (UTC); the ledger fill
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..words import EXACT
@@ -279,6 +279,68 @@ class Probed:
     detail: Mapping[str, Json]
     at: float | None = None
     id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of a layer that one backend finished: written with what the step recorded, as one.
+
+    `bucket` spans every m. `what` is the step's name, `detail` what the next run needs to go on
+    after it; the first, ``begun``, says how the backend is measured there, as `Probed` does.
+    """
+
+    run: str
+    fingerprint: str
+    backend: str
+    bucket: BucketKey
+    what: str
+    detail: Mapping[str, Json] = field(default_factory=dict)
+    at: float | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What was taken back, and why: the rows of a run, a backend or a layer, as far as they are
+    named, or one finding. `rows` are by table: the newest id it holds for, or the ids."""
+
+    reason: str
+    run: str | None = None
+    backend: str | None = None
+    n: int | None = None
+    k: int | None = None
+    finding: int | None = None
+    rows: Mapping[str, Json] = field(default_factory=dict)
+    at: float | None = None
+    id: int | None = None
+
+    def covers(self, table: str, row: Mapping[str, Any]) -> bool:
+        """Whether a row of `table` is taken back."""
+        held = self.rows.get(table)
+        if self.finding is not None:
+            return isinstance(held, list) and row["id"] in held
+        if not isinstance(held, int) or row["id"] > held:
+            return False
+        # Of a layer that is done, one backend's part can be taken back: see `without_forgotten`.
+        if self.backend is not None and "backend" not in row:
+            return False
+        named = {"run": self.run, "backend": self.backend, "n": self.n, "k": self.k}
+        return all(row.get(name) == value for name, value in named.items() if value is not None)
+
+
+def without_forgotten(row: Probed, taken_back: Sequence[Forgotten]) -> Probed:
+    """A row ``probed`` without the backends that were taken back since."""
+    gone = {
+        each.backend
+        for each in taken_back
+        if each.backend is not None
+        and (row.id or 0) <= int(each.rows.get("probed") or 0)
+        and each.run in (None, row.run)
+        and (each.n is None or (each.n, each.k) == (row.bucket.n, row.bucket.k))
+    }
+    entrants = row.detail.get("entrants", {})
+    left = {name: how for name, how in entrants.items() if name not in gone}
+    return row if left == entrants else replace(row, detail={**row.detail, "entrants": left})
 
 
 @dataclass(frozen=True, slots=True)

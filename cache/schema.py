@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from . import codec, seal
 from .errors import Unusable
 
 if TYPE_CHECKING:
@@ -101,7 +103,101 @@ def _probed(db: Database) -> None:
     db.conn.execute("CREATE INDEX probed_by_layer ON probed (n, k)")
 
 
-MIGRATIONS = (_create_first, _bounds, _audits, _probed)
+SEALED = (
+    "environment",
+    "run",
+    "evidence",
+    "finding",
+    "timing",
+    "verdict",
+    "build",
+    "audit",
+    "probed",
+    "generation",
+)
+"""Tables of earlier schemas whose rows got a seal; those that came later were made with it."""
+OF_RUNS = ("evidence", "finding", "timing", "verdict", "build", "probed", "step")
+"""Tables whose rows belong to a run, and are counted in its ``contents``."""
+OF_NONE = {
+    "environment": "fingerprint",
+    "audit": "id",
+    "generation": "number",
+    "forgotten": "id",
+}
+"""Sealed tables whose rows belong to no run, and what they are in order by."""
+
+
+def _seals(db: Database) -> None:
+    for table in SEALED:
+        db.conn.execute(f"ALTER TABLE {table} ADD COLUMN seal TEXT")
+    db.conn.execute(
+        """CREATE TABLE contents (
+        run TEXT PRIMARY KEY REFERENCES run(id), rows INTEGER NOT NULL, sum TEXT NOT NULL,
+        seal TEXT)"""
+    )
+    # What lies here is taken to be what was stored: nothing says otherwise, unless it cannot be.
+    sums: dict[str, list[str]] = {}
+    for table in SEALED:
+        for row in _rows(db.conn, table):
+            if not codec.decodes(table, row):
+                continue
+            mark = seal.of(table, _sealed(db.conn, table, row))
+            db.conn.execute(f"UPDATE {table} SET seal = ? WHERE rowid = ?", (mark, row["rowid"]))
+            if table in OF_RUNS:
+                sums.setdefault(row["run"], []).append(mark)
+    for row in _rows(db.conn, "run"):
+        seals = sums.get(row["id"], [])
+        found = {"run": row["id"], "rows": len(seals), "sum": seal.added(seal.NOTHING, seals)}
+        db.conn.execute(
+            "INSERT INTO contents (run, rows, sum, seal) VALUES (?, ?, ?, ?)",
+            (*found.values(), seal.of("contents", found)),
+        )
+
+
+def _rows(conn: sqlite3.Connection, table: str) -> list[dict[str, Any]]:
+    cursor = conn.execute(f"SELECT rowid AS rowid, * FROM {table} NOT INDEXED")
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def _sealed(conn: sqlite3.Connection, table: str, row: dict[str, Any]) -> dict[str, Any]:
+    """What of a row is sealed: an environment's stamps with it."""
+    found = {name: value for name, value in row.items() if name != "rowid"}
+    return with_stamps(conn, found) if table == "environment" else found
+
+
+def with_stamps(conn: sqlite3.Connection, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of ``environment`` with its rows of ``stamp``, which are under the same seal."""
+    found = conn.execute(
+        "SELECT path, inode, size, mtime_ns FROM stamp NOT INDEXED WHERE fingerprint = ? "
+        "ORDER BY path",
+        (environment["fingerprint"],),
+    )
+    return {**environment, "stamps": [tuple(row) for row in found.fetchall()]}
+
+
+def _steps(db: Database) -> None:
+    db.conn.execute(
+        f"""CREATE TABLE step (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL REFERENCES run(id),
+        fingerprint TEXT NOT NULL REFERENCES environment(fingerprint),
+        backend TEXT NOT NULL, {BUCKET}, what TEXT NOT NULL, detail TEXT NOT NULL,
+        at REAL NOT NULL, seal TEXT)"""
+    )
+    db.conn.execute("CREATE INDEX step_by_layer ON step (n, k)")
+    db.conn.execute("CREATE INDEX step_by_run ON step (run)")
+
+
+def _forgotten(db: Database) -> None:
+    db.conn.execute(
+        """CREATE TABLE forgotten (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT, backend TEXT, n INTEGER, k INTEGER,
+        finding INTEGER, rows TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
+        seal TEXT)"""
+    )
+
+
+MIGRATIONS = (_create_first, _bounds, _audits, _probed, _seals, _steps, _forgotten)
 
 VERSION = len(MIGRATIONS)
 """Kept in the file as its user_version."""

@@ -112,15 +112,21 @@ def verify(path: str, version: int, what: str) -> None:
         _verify(path, version, what, "mode=ro")  # a writer came meanwhile: through its log, then
 
 
+def legible(data: bytes) -> str:
+    """Text as a damaged file may hold it: what is no UTF-8 becomes U+FFFD."""
+    return data.decode("utf-8", "replace")
+
+
 def _verify(path: str, version: int, what: str, mode: str) -> None:
     try:
         conn = sqlite3.connect(uri(path, mode), uri=True, timeout=60)
+        conn.text_factory = legible
         try:
             check_version(path, conn.execute("PRAGMA user_version").fetchone()[0], version, what)
             result = str(conn.execute("PRAGMA quick_check(1)").fetchone()[0])
         finally:
             conn.close()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise translate(error, path) from error
     if result != "ok":
         raise Corrupt(path, f"the {what} is damaged: {result.splitlines()[0]}")

@@ -256,7 +256,7 @@ class NewestFindings:
                 rows = [dict(zip(names, row, strict=True)) for row in cursor]
             finally:
                 conn.close()
-        except (StateError, sqlite3.Error, OSError) as error:
+        except (StateError, sqlite3.Error, OSError, ValueError) as error:
             kept = json.loads(self._body)
             return json.dumps({**kept, "problem": str(error)}).encode()
         return json.dumps({"findings": rows, "problem": ""}).encode()

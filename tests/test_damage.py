@@ -1,0 +1,282 @@
+"""A ledger that a disk, or anybody, changed says so: what it answers with is what was stored."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, start
+
+from fp4tune.cache import codec, schema, seal, state
+from fp4tune.cache.errors import StateError, Undecodable
+from fp4tune.cache.ledger import Ledger
+from fp4tune.cache.rows import (
+    Audit,
+    Build,
+    Environment,
+    Evidence,
+    Finding,
+    Forgotten,
+    Probed,
+    Stamp,
+    Step,
+    Timing,
+    Verdict,
+)
+
+FILES = (Stamp("/a.so", 1, 2, 3), Stamp("/b.so", 4, 5, 6))
+READ = (
+    "runs", "environments", "evidence", "findings", "timings", "verdicts", "builds", "audits",
+    "probed", "steps", "forgotten", "generations",
+)  # fmt: skip
+
+
+def fill(place, runs: int = 3, each: int = 8) -> None:
+    """A ledger with rows of every kind, of several runs."""
+    put(place)
+    with Ledger.open(place) as ledger:
+        for number in range(runs):
+            run = start(ledger, seed=2**63 + number)
+            ledger.add_environment(replace(ENVIRONMENT, stamps=FILES))
+            problem = {"m": 3, "n": 4096}
+            for turn in range(each):
+                detail = {"turn": turn, "text": "x" * random.Random(turn).randrange(200)}
+                ledger.add_evidence(evidence(run, launches=turn, width=24, detail=detail))
+                ledger.add_finding(
+                    Finding(run, *WHAT, problem, "unwritten", "pdl", "exact", 2**64 - 1, 5)
+                )
+                ledger.add_timing(Timing(run, *WHAT, 12.5, 12, 13.0, 99, 3.5))
+            ledger.add_verdict(Verdict(run, *WHAT, "strict", "unsafe", (), ("pdl: failed",)))
+            ledger.add_build(Build(run, "marlin", 21.5))
+            ledger.add_step(Step(run, *WHAT[:2], BUCKET, "serial", {"dead": {}}))
+            ledger.add_probed(Probed(run, BUCKET, {"name": "H200"}, "m" * 64, {"entrants": {}}))
+            ledger.finish_run(run)
+        ledger.add_audit(Audit("c", "x.so", "/x.so", 90, "clean", "sass", "none"))
+        ledger.forget(Forgotten("a wrong reference", backend="another", rows={"evidence": 1}))
+
+
+def everything(place, readonly: bool) -> tuple[set[str], list[str]]:
+    """What the ledger answers with, row by row, and what it says is damaged."""
+    with Ledger.open(place, readonly=readonly) as ledger:
+        found = {f"{kind} {row!r}" for kind in READ for row in getattr(ledger, kind)()}
+        return found, ledger.damage().sentences
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    place = tmp_path_factory.mktemp("filled")
+    fill(place)
+    found, said = everything(place, readonly=True)
+    assert not said and len(found) > 50
+    return place / state.LEDGER, found
+
+
+@pytest.mark.parametrize("flips", [250, pytest.param(2000, marks=pytest.mark.slow)])
+def test_flipped_bits_change_nothing_without_a_word(filled, tmp_path, flips):
+    whole, stored = filled
+    data = bytearray(whole.read_bytes())
+    rng = random.Random(flips)
+    said, refused, same, quiet = 0, 0, 0, []
+    for number in range(flips):
+        bit = rng.randrange(8 * len(data))
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / state.LEDGER).write_bytes(data)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            found, sentences = everything(tmp_path, readonly=number % 4 > 0)
+        except StateError:  # and nothing else
+            refused += 1
+            continue
+        changed = found - stored
+        if sentences:
+            said += 1
+            # A run that died is told from one that goes on by its lock, and that alone.
+            assert not changed, bit
+        elif found == stored:
+            same += 1
+        else:
+            quiet.append((bit, sorted(found ^ stored)[:2]))
+    assert not quiet
+    assert said > flips / 20 and refused > flips / 50 and same > flips / 50
+
+
+@pytest.mark.parametrize("table", [*schema.SEALED, "step", "forgotten", "contents"])
+def test_any_column_of_any_table_is_under_a_seal(filled, tmp_path, table):
+    whole, stored = filled
+    path = tmp_path / state.LEDGER
+    with closing(sqlite3.connect(whole)) as conn:
+        names = [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
+    for name in names:
+        shutil.copy(whole, path)
+        with closing(sqlite3.connect(path)) as conn:
+            conn.execute("PRAGMA ignore_check_constraints = ON")
+            (rowid, value) = conn.execute(
+                f"SELECT rowid, {name} FROM {table} ORDER BY rowid DESC"
+            ).fetchone()
+            other = value + 1000 if isinstance(value, (int, float)) else f"{value or ''}x"
+            sql = f"UPDATE {table} SET {name} = ? WHERE rowid = ?"
+            with conn:
+                conn.execute(sql, (other, rowid))
+        try:
+            found, sentences = everything(tmp_path, readonly=True)
+        except StateError:
+            continue
+        assert sentences and found <= stored, name
+        assert table == "contents" or found != stored, name
+
+
+def test_a_row_that_is_gone_and_one_that_is_doubled_are_missed(filled, tmp_path):
+    whole, _ = filled
+    path = tmp_path / state.LEDGER
+    names = "run, fingerprint, backend, tactic, format, activation, out_dtype, groups, m_lo, m_hi, "
+    names += "n, k, median_us, lo_us, hi_us, samples, host_us, detail, at, seal"
+    for sql, why in (
+        ("DELETE FROM evidence WHERE id = 2", "rows, and"),
+        (f"INSERT INTO timing ({names}) SELECT {names} FROM timing WHERE id = 2", "1 of timing"),
+    ):
+        shutil.copy(whole, path)
+        with closing(sqlite3.connect(path)) as conn, conn:
+            conn.execute(sql)
+        with Ledger.open(tmp_path, readonly=True) as ledger:
+            runs = ledger.damage().runs
+            assert len(runs) == 1 and why in next(iter(runs.values()))
+            (run,) = runs
+            assert ledger.damaged(run) and run in ledger.damage().sentences[0]
+            assert not any(ledger.damaged(r.id) for r in ledger.runs() if r.id != run)
+
+
+def test_an_index_that_misses_a_row_hides_nothing(filled, tmp_path):
+    """A flip in an index alone: opening a database does not look at it."""
+    whole, stored = filled
+    data = whole.read_bytes()
+    key = b"f" * 64
+    # In an index on the fingerprint a record has that and the row's number, and nothing else.
+    places = [
+        i
+        for i in range(len(data))
+        if data[i : i + 64] == key and data[i - 4 : i - 1] == b"\x04\x81\x0d"
+    ]
+    assert places
+    for readonly in (True, False):
+        broken = bytearray(data)
+        broken[places[-1]] ^= 1
+        (tmp_path / state.LEDGER).write_bytes(broken)
+        with Ledger.open(tmp_path, readonly=readonly) as ledger:
+            prints = [ENVIRONMENT.fingerprint]
+            found = [ledger.evidence(fingerprints=prints), ledger.findings(fingerprints=prints)]
+            assert [len(each) for each in found] == [24, 24]
+    assert everything(tmp_path, readonly=True)[0] == stored  # it was mended by who may write
+
+
+# -- ledgers of before
+
+
+def older(path, version: int) -> None:
+    """A ledger as an earlier fp4tune left it, with a run's rows in it."""
+    from sqlite_utils import Database, Migrations
+
+    migrations = Migrations("fp4tune-ledger")
+    for step in schema.MIGRATIONS[:version]:
+        migrations(name=step.__name__.strip("_"))(step)
+    conn = sqlite3.connect(path, isolation_level=None)
+    migrations.apply(Database(conn, execute_plugins=False))
+    conn.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+    conn.execute(f"PRAGMA user_version = {version}")
+
+    def insert(table, values):
+        names = [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
+        known = {name: value for name, value in values.items() if name in names}
+        conn.execute(
+            f"INSERT INTO {table} ({', '.join(known)}) VALUES ({', '.join('?' * len(known))})",
+            tuple(known.values()),
+        )
+
+    insert("environment", {**codec.columns(ENVIRONMENT), "first_seen": 1})
+    for stamp in FILES:
+        insert("stamp", {"fingerprint": ENVIRONMENT.fingerprint, **codec.columns(stamp)})
+    run = {"id": "r", "started": 1, "finished": 2, "status": "finished", "seed": "7"}
+    run |= {"level": "quick", "profile": "strict", "device": "{}", "argv": "[]", "versions": "{}"}
+    insert("run", run)
+    for number in range(5):
+        insert("evidence", {**codec.columns(evidence("r", launches=number)), "at": 1})
+        insert("verdict", {**codec.columns(Verdict("r", *WHAT, "strict", "safe")), "at": 2.5})
+    insert("generation", {"number": 3, "at": 1, "status": "published", "origin": "publish"})
+    conn.close()
+
+
+@pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
+def test_an_older_ledger_is_read_as_it_is_and_sealed_by_who_writes(tmp_path, version):
+    older(tmp_path / state.LEDGER, version)
+    if version < 5:
+        before, said = everything(tmp_path, readonly=True)
+        assert len(before) == 1 + 1 + 5 + 5 + 1 and not said
+    with Ledger.open(tmp_path) as ledger:
+        assert version >= 5 or not ledger.damage().sentences
+        (run,) = (row.id for row in ledger.runs()) if version < 5 else ("r",)
+        if version < 5:
+            ledger.add_evidence(evidence(run))
+            assert not ledger.damaged(run)
+    if version < 5:
+        after, said = everything(tmp_path, readonly=True)
+        assert before < after and not said
+        with closing(sqlite3.connect(tmp_path / state.LEDGER)) as conn, conn:
+            conn.execute("UPDATE evidence SET launches = 99 WHERE id = 1")
+        assert everything(tmp_path, readonly=True)[1]
+
+
+def test_what_was_damaged_before_there_were_seals_is_damaged_then(tmp_path):
+    path = tmp_path / state.LEDGER
+    older(path, 4)
+    with closing(sqlite3.connect(path)) as conn, conn:
+        conn.execute("UPDATE evidence SET detail = '{' WHERE id = 2")
+    found, _ = everything(tmp_path, readonly=True)
+    assert sum("evidence " in each for each in found) == 4
+    with Ledger.open(tmp_path) as ledger:
+        assert len(ledger.evidence()) == 4 and "1 of evidence" in ledger.damaged("r")
+
+
+# -- seals and decoding by themselves
+
+VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=8) | st.binary(max_size=8)
+ROWS = st.dictionaries(st.sampled_from("abcdef"), VALUES, min_size=1)
+
+
+@given(ROWS, st.data())
+def test_no_two_rows_have_one_seal(row, data):
+    sealed = {**row, seal.SEAL: seal.of("t", row)}
+    assert seal.fits("t", sealed) and not seal.fits("u", sealed)
+    name = data.draw(st.sampled_from(sorted(row)))
+    other = data.draw(VALUES)
+    assert seal.fits("t", {**sealed, name: other}) == (
+        (type(other), other) == (type(row[name]), row[name])
+    )
+
+
+@given(st.lists(ROWS, max_size=5), st.randoms())
+def test_a_sum_of_seals_knows_no_order(rows, rng):
+    seals = [seal.of("t", row) for row in rows]
+    shuffled = list(seals)
+    rng.shuffle(shuffled)
+    total = seal.added(seal.NOTHING, seals)
+    assert total == seal.added(seal.NOTHING, shuffled)
+    if seals:
+        assert total != seal.added(seal.NOTHING, seals[1:])
+
+
+KINDS = (Evidence, Finding, Timing, Verdict, Build, Audit, Probed, Step, Environment)
+
+
+@given(st.sampled_from(KINDS), st.data())
+def test_a_row_decodes_or_is_undecodable_whatever_it_holds(kind, data):
+    odd = VALUES | st.sampled_from(("{}", "[]", "[1]", '{"a": 1}', "{" * 2000, "[" * 100_000))
+    values = {name: data.draw(odd) for name in codec.names(kind) if data.draw(st.booleans())}
+    try:
+        codec.decode(kind, values)
+    except Undecodable as error:
+        assert "\n" not in str(error)
