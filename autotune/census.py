@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..cache.rows import Under
 from ..probes.worker.supervisor import WorkerFailed
 from ..words import CENSUS
+from . import steps
 from .evidence.recorder import Recorder
 from .layer import Entrant, ProbedLayer
 from .verdict.buckets import MRange
@@ -18,7 +19,7 @@ def graded(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
     That a census does not finish says nothing of the backend, which the regimes try anyway: it is
     `skipped`, and not taken again of later layers where it took the worker down.
     """
-    pairs = list(entrant.width)
+    pairs = entrant.left(steps.CENSUS, entrant.width)
     if not pairs:
         return
     why = _cannot(layer, entrant)
@@ -33,14 +34,16 @@ def graded(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
             if failure.fatal:
                 entrant.dead[CENSUS] = f"{failure.kind} ({failure})"
         else:
-            for (m, tactic), result in zip(pairs, results, strict=True):
-                record.census(layer.where(entrant, m, tactic), result)
-                if result["bad"]:
-                    entrant.faulty.add((m, tactic))
+            with layer.step(entrant, steps.CENSUS, pairs, record):
+                for (m, tactic), result in zip(pairs, results, strict=True):
+                    record.census(layer.where(entrant, m, tactic), result)
+                    if result["bad"]:
+                        entrant.faulty.add((m, tactic))
             return
     status = "not applicable" if layer.target.device.kind == "cpu" else "skipped"
-    for m, tactic in pairs:
-        record.status(layer.where(entrant, m, tactic), Under(CENSUS), status, {"note": why})
+    with layer.step(entrant, steps.CENSUS, pairs, record):
+        for m, tactic in pairs:
+            record.status(layer.where(entrant, m, tactic), Under(CENSUS), status, {"note": why})
 
 
 def _cannot(layer: ProbedLayer, entrant: Entrant) -> str | None:

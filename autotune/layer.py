@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
 from ..probes.worker.supervisor import WorkerFailed
 from ..words import NOT_TRIED
-from . import chains
+from . import chains, steps
 from .agreement import Agreement
 from .budget import TimeBudget
 from .clock import Clock
@@ -50,10 +52,27 @@ class Entrant:
     median_us: dict[MRange, float] = field(default_factory=dict)
     known: bool = False
     """Graded and tried in an earlier run: here it is timed at most."""
+    done: set[tuple[str, MRange, str]] = field(default_factory=set)
+    """By step, m range and tactic: what is finished, here or in a run that was killed."""
+    opens: bool = True
+    """Whether the layer can be opened in its worker, as far as is known."""
+    compared: bool = False
+    """Whether `winner` holds: its tactics need not be compared again."""
+    reached: dict[tuple[str, MRange, str], int] = field(default_factory=dict)
+    """By step, m range and tactic, where many launches were made: how many were aimed at."""
 
     @property
     def name(self) -> str:
         return self.runner.name
+
+    def left(self, what: str, items: Iterable[steps.Item], launches: int = 0) -> list[steps.Item]:
+        """Those of `items` in which this step is still to be made, with so many launches."""
+        return [
+            (m, tactic)
+            for m, tactic in items
+            if (what, m, tactic) not in self.done
+            or self.reached.get((what, m, tactic), 0) < launches
+        ]
 
     def right_tactics(self, m: MRange) -> list[str]:
         """Tactics without a fault; where each has one, those that could be graded at least."""
@@ -81,6 +100,8 @@ class ProbedLayer:
     """Shared with the probes of other GPUs; None where this is the only one."""
     time: TimeBudget | None = None
     """The time that the probe may take; None where it may take what it needs."""
+    timed: str | None = None
+    """The run whose times hold for all who take part; None where they are to be timed."""
 
     @property
     def regimes(self) -> tuple[str, ...]:
@@ -89,6 +110,34 @@ class ProbedLayer:
 
     def bucket(self, m: MRange) -> BucketKey:
         return bucket_key(self.problem, m)
+
+    @contextmanager
+    def step(
+        self,
+        entrant: Entrant,
+        what: str,
+        items: Sequence[steps.Item],
+        record: Recorder,
+        launches: int = 0,
+        **more: Any,
+    ) -> Iterator[None]:
+        """What is recorded within is a step of `entrant`, of these items and with so many launches
+        as its aim: it is committed as one with the row that says that the step is finished, or not
+        at all."""
+        with record.together():
+            yield
+            made = [(what, m, tactic) for m, tactic in items]
+            entrant.done.update(made)
+            entrant.reached.update({key: launches for key in made})
+            detail = {
+                "items": steps.listed(items),
+                "dead": dict(entrant.dead),
+                "faulty": steps.listed(sorted(entrant.faulty)),
+                "exempt": [[n, m.lo, m.hi, t, why] for (n, m, t), why in entrant.exempt.items()],
+                "launches": launches,
+                **more,
+            }
+            record.finished(entrant.name, bucket_key(self.problem), what, detail)
 
     def where(self, entrant: Entrant, m: MRange, tactic: str) -> Where:
         """What evidence of this tactic in this range is of."""

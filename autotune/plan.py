@@ -124,3 +124,5 @@ class Report:
     """Layers in which the time budget ended before all m ranges had a proven candidate."""
     spent: list[dict[str, object]] = field(default_factory=list)
     """Where the time of each layer went: see `clock`."""
+    set_aside: list[str] = field(default_factory=list)
+    """Runs that are not as they were stored, and of which nothing is used: a sentence each."""

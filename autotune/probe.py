@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..cache import state
 from ..cache.errors import Full, StateError
-from ..cache.ledger import Ledger
+from ..cache.ledger import Ledger, set_aside
 from ..cache.rows import Audit, Build, Where
 from ..machine.memory import free_memory
 from ..probes.audit import FLAGGED
@@ -32,9 +32,10 @@ from .evidence import earlier_failures
 from .evidence.kept import with_what_is_kept
 from .evidence.recorder import Recorder
 from .history import History, Recalled, tactics_of
+from .keys import bucket_key
 from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
-from .probed import Done, probed
+from .probed import Done, entered, probed
 from .regime import Wanted
 from .runner import Progress, Runner
 from .stages import recall
@@ -48,6 +49,7 @@ from .stages.quantise import Quantised, probe_quantisers, time_quantisers
 from .stages.stress import stress
 from .stages.survey import Field, enrol
 from .stages.timing import time_layer
+from .steps import BEGUN
 from .verdict.buckets import MRange, ranges
 from .verdict.rules import SAFE, Doubt, judge
 
@@ -241,7 +243,11 @@ class Probe:
         """What of every layer need not be measured again."""
         names = {p: [r.name for r in able if r in there] for p, able in taking.able.items()}
         prints = {runner.name: self.record.fingerprint(runner.name) for runner in there}
-        return self.history.recall(names, prints, self._begins(taking), self.agreement)
+        found = self.history.recall(names, prints, self._begins(taking), self.agreement)
+        self.report.set_aside = [set_aside(*each) for each in self.history.damaged.items()]
+        for sentence in self.report.set_aside:
+            self.progress("ledger", sentence)
+        return found
 
     def _audit(self, runners: Sequence[Runner]) -> Auditor:
         """The audit of what these backends have compiled, begun beside everything else."""
@@ -281,14 +287,17 @@ class Probe:
                 cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
                 agreement=self.agreement,
                 begins_mlp=begins[problem],
+                timed=recalled[problem].timed,
             )
             entrants = []
             for runner in (r for r in able if r in there):
                 line = bool(runner.hello.get("reference_line"))
                 entrant = Entrant(runner, asked[runner][problem], line, dead[runner.name])
-                known = recalled[problem].entries.get(runner.name)
-                if known is not None:
-                    recall.resume(entrant, known, recalled[problem].evidence[runner.name])
+                before = recalled[problem]
+                if (known := before.entries.get(runner.name)) is not None:
+                    recall.resume(entrant, known, before.evidence[runner.name])
+                elif (part := before.started.get(runner.name)) is not None:
+                    recall.go_on(entrant, part, before.evidence[runner.name])
                 entrants.append(entrant)
             layers.append((layer, entrants))
         return layers
@@ -353,6 +362,10 @@ class Probe:
                 continue
             p, since = layer.problem, time.time()
             say = partial(self.progress, f"layer {number}/{len(layers)} {p.format} n={p.n} k={p.k}")
+            done = Done(since, doubts, known)
+            for entrant in (e for e in entrants if not e.known):
+                how = entered(self.plan, layer, entrant, self.record, done)
+                self.record.finished(entrant.name, bucket_key(p), BEGUN, how)
             opened = grade(layer, entrants, self.record, say, pool)
             time_layer(layer, opened, self.record, say)
             left = sum(recalled[each.problem].times is None for each, _ in layers[number - 1 :])
@@ -367,7 +380,6 @@ class Probe:
             if layer.time and layer.time.over:
                 cut.append(layer)
             else:
-                done = Done(since, doubts, known.entries)
                 self.ledger.add_probed(probed(self.plan, layer, entrants, self.record, done))
             self.report.spent += layer.clock.rows(p.n, p.k)
         return cut
@@ -403,7 +415,8 @@ def _tactics(
     found: dict[Problem, dict[MRange, list[str]]] = {}
     pairs = []
     for problem, recalled in layers.items():
-        entry = recalled.entries.get(runner.name)
+        part = recalled.started.get(runner.name)
+        entry = recalled.entries.get(runner.name, part.how if part else None)
         if entry is None:
             pairs += [(problem, m) for m in ranges(problem.m)]
         else:

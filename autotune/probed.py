@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..cache.rows import BucketKey, Probed
 from .evidence.method import method, method_of
 from .evidence.recorder import Recorder
-from .history import Entry
+from .history import Entry, Recalled
 from .keys import bucket_key
 from .layer import Entrant, ProbedLayer
 from .plan import Plan
@@ -22,7 +22,7 @@ class Done:
 
     since: float
     doubts: Iterable[str] = ()
-    before: Mapping[str, Entry] | None = None
+    before: Recalled | None = None
 
 
 def probed(
@@ -30,15 +30,29 @@ def probed(
 ) -> Probed:
     """The row that says that a layer is done: all that came since `done.since` is committed."""
     found: dict[str, Entry] = {}
+    before = done.before or Recalled()
     for entrant in entrants:
+        runs = [*before.runs(entrant.name), record.run]
         if entrant.known:
-            before = (done.before or {})[entrant.name]
-            found[entrant.name] = {**before, "runs": [*before["runs"], record.run]}
-        else:
-            how = _how(plan, entrant.name, record, done)
-            found[entrant.name] = {**how, **_measured(layer, entrant)}
+            found[entrant.name] = {**before.entries[entrant.name], "runs": runs}
+            continue
+        how = {**_how(plan, entrant.name, record, done), "runs": runs}
+        if (part := before.started.get(entrant.name)) is not None:
+            how["at"] = min(part.at, done.since)
+            how["seed"] = plan.seed if part.seeds <= {plan.seed} else None
+        found[entrant.name] = {**how, **_measured(layer, entrant)}
     detail = {"samples": plan.level.samples, "again": plan.again, "entrants": found}
+    if layer.timed:
+        detail["timed"] = layer.timed
     return Probed(record.run, bucket_key(layer.problem), plan.device, method(), detail)
+
+
+def entered(
+    plan: Plan, layer: ProbedLayer, entrant: Entrant, record: Recorder, done: Done
+) -> dict[str, Any]:
+    """How a backend is going to be measured on a layer, for the row that says it is begun."""
+    how = _how(plan, entrant.name, record, done)
+    return {**how, **_measured(layer, entrant), "device": plan.device}
 
 
 def probed_quantiser(

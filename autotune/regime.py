@@ -10,7 +10,7 @@ from ..cache.rows import Under, Where
 from ..probes.launch.item import LaunchAim
 from ..probes.regimes import COSTLY, EVERY_M, HARDER, SAME_START
 from ..probes.worker.supervisor import WorkerFailed
-from . import chains
+from . import chains, steps
 from .budget import OVER
 from .evidence.recorder import Recorder
 from .layer import Entrant, Item, ProbedLayer, not_tried
@@ -44,6 +44,10 @@ class Tried:
     where: Where
     item: Item
 
+    @property
+    def place(self) -> steps.Item:
+        return self.m, self.where.tactic
+
 
 def briefly(
     layer: ProbedLayer,
@@ -53,7 +57,10 @@ def briefly(
     only: Collection[MRange] | None = None,
 ) -> None:
     """A regime for as long as the level says, over every bucket's winner or those in `only`."""
-    won = _winners(layer, entrant, name, only, name in COSTLY)
+    step = steps.regime(name)
+    won = _unfinished_of(entrant, step, _winners(layer, entrant, name, only, name in COSTLY))
+    if not won:
+        return
     if layer.time and layer.time.over:
         for each in won:
             not_tried(each.where, OVER, record)
@@ -61,12 +68,13 @@ def briefly(
     left = _needless(layer, entrant, name, won)
     if left is not None:
         status, reasons = left
-        for each, why in zip(won, reasons, strict=True):
-            record.status(each.where, Under(name), status, {"note": why})
+        with layer.step(entrant, step, [each.place for each in won], record):
+            for each, why in zip(won, reasons, strict=True):
+                record.status(each.where, Under(name), status, {"note": why})
         return
     level = layer.level
     budget = {"least": level.least, "most": level.most, "seconds": level.seconds}
-    _run_chain(layer, entrant, name, won, {"budget": budget}, record)
+    _run_chain(layer, entrant, step, won, {"name": name, "budget": budget}, record)
 
 
 def at_length(
@@ -87,10 +95,13 @@ def at_length(
         for each in _winners(layer, entrant, f"{name} at length", only, name == chains.REGIME)
         if {f.status for f in record.facts(each.where) if f.regime == name} == {"passed"}
     ]
+    step = steps.at_length(name)
+    won = _unfinished_of(entrant, step, won, aim.launches)
     if not won:
         return True
     budget = {"least": 1, "most": 1, "seconds": 0.0}
-    return _run_chain(layer, entrant, name, won, {"budget": budget, "aim": asdict(aim)}, record)
+    how = {"name": name, "budget": budget, "aim": asdict(aim)}
+    return _run_chain(layer, entrant, step, won, how, record)
 
 
 def run_every_m(
@@ -110,8 +121,18 @@ def run_every_m(
         for m, tactic in entrant.winner.items()
         if m in only
     ]
-    budget = {"least": 1, "most": 1, "seconds": 0.0}
-    return _run_chain(layer, entrant, EVERY_M, won, {"budget": budget}, record) if won else True
+    step = steps.regime(EVERY_M)
+    won = _unfinished_of(entrant, step, won)
+    how = {"name": EVERY_M, "budget": {"least": 1, "most": 1, "seconds": 0.0}}
+    return _run_chain(layer, entrant, step, won, how, record) if won else True
+
+
+def _unfinished_of(
+    entrant: Entrant, step: str, won: Sequence[Tried], launches: int = 0
+) -> list[Tried]:
+    """Those of which the step was not finished, with so many launches, by a run that was killed."""
+    left = entrant.left(step, [each.place for each in won], launches)
+    return [each for each in won if each.place in left]
 
 
 def _winners(
@@ -154,38 +175,41 @@ def _needless(
 def _run_chain(
     layer: ProbedLayer,
     entrant: Entrant,
-    name: str,
+    step: str,
     won: Sequence[Tried],
     how: dict[str, Any],
     record: Recorder,
 ) -> bool:
-    """One chain of these items in one regime; whether all of it passed."""
-    patience = entrant.runner.patience
+    """One chain of these items in one regime, which is a step; whether all of it passed."""
+    name, patience = how["name"], entrant.runner.patience
     # A chain's second GEMM may load code that nothing before it did.
     silence = patience.run if name == chains.REGIME else patience.regime
     under = Under(name)
-    asked = {"name": name, "items": [each.item for each in won], **how}
+    asked = {"items": [each.item for each in won], **how}
+    places, launches = [each.place for each in won], how.get("aim", {}).get("launches", 0)
     try:
         result = entrant.runner.ask("regime", silence, **asked)
     except WorkerFailed as failure:
         if failure.fatal:
             entrant.dead[name] = f"{failure.kind} ({failure})"
-        for each in won:
-            record.failure(each.where, under, failure, layer.asked("regime", **asked))
+        with layer.step(entrant, step, places, record, launches):
+            for each in won:
+                record.failure(each.where, under, failure, layer.asked("regime", **asked))
         return False
     try_again(entrant, [each.where for each in won], under, result["items"], record)
     passed = True
     broken = [each.m for each, part in zip(won, result["items"], strict=True) if part["bad"]]
     seconds = result["seconds"] / max(1, len(won))
-    for each, part in zip(won, result["items"], strict=True):
-        if broken and not part["bad"] and name != "serial":
-            # They ran interleaved: what corrupted one launch may have spared another by chance.
-            why = {"note": f"m={broken[0]} failed in the same chain"}
-            record.status(each.where, under, "skipped", why)
-            continue
-        part = {**part, **{key: result[key] for key in ("proof", "not_exercised")}}
-        status = record.result(each.where, under, part, each.item["width"], seconds)
-        passed = passed and status == "passed"
-        if status == "not applicable" and part.get("exempt"):
-            entrant.exempt[name, each.m, each.where.tactic] = part["exempt"]
+    with layer.step(entrant, step, places, record, launches):
+        for each, part in zip(won, result["items"], strict=True):
+            if broken and not part["bad"] and name != "serial":
+                # They ran interleaved: what corrupted one launch may have spared another by chance.
+                why = {"note": f"m={broken[0]} failed in the same chain"}
+                record.status(each.where, under, "skipped", why)
+                continue
+            part = {**part, **{key: result[key] for key in ("proof", "not_exercised")}}
+            status = record.result(each.where, under, part, each.item["width"], seconds)
+            passed = passed and status == "passed"
+            if status == "not applicable" and part.get("exempt"):
+                entrant.exempt[name, each.m, each.where.tactic] = part["exempt"]
     return passed

@@ -17,7 +17,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -289,7 +289,8 @@ class Ledger:
 
     def evidence(self, **filters: Any) -> list[Evidence]:
         """Evidence in the order it came. Filters, all optional, the same for the next three:
-        `fingerprints` (several), `run`, `backend`, `tactic`, `bucket` (a BucketKey)."""
+        `fingerprints` (several), `run`, `backend`, `tactic`, `bucket` (a BucketKey); `status` of
+        evidence and verdicts."""
         return self._find(Evidence, filters)
 
     def findings(self, **filters: Any) -> list[Finding]:
@@ -432,7 +433,7 @@ def _where(fingerprints: Iterable[str] | None = None, **equal: Any) -> tuple[str
             for column in codec.BUCKET:
                 terms.append(f"{column} = ?")
                 values.append(getattr(value, column))
-        elif name in ("run", "backend", "tactic", "n", "k", "content"):
+        elif name in ("run", "backend", "tactic", "status", "n", "k", "content"):
             terms.append(f"{name} = ?")
             values.append(value)
         else:

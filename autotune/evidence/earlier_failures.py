@@ -2,17 +2,34 @@
 
 A fault that shows once in a thousand launches is missed by most runs, so a backend that failed in
 an environment is unsafe in it, whatever a later run of other problems shows; until ``--again``
-measures all anew, or the environment changes.
+measures all anew, or the environment changes. That holds of layers that a run did not come to the
+end of, too, and of what is left of a run that is damaged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ...cache.ledger import Ledger
 from ...cache.rows import Evidence, LayerKey, Where
 from ..plan import Plan
+from ..steps import BEGUN
 from .method import REVOKED
+
+_Place = tuple[str, LayerKey]
+"""A backend, and a layer."""
+
+
+@dataclass(slots=True)
+class _Account:
+    """The runs whose failures in a place count, each with the regimes that were in doubt then.
+
+    `since` is the run that last measured all of it anew, None for none.
+    """
+
+    doubts: dict[str, set[str]] = field(default_factory=dict)
+    since: str | None = None
 
 
 def earlier(
@@ -21,17 +38,24 @@ def earlier(
     """Evidence with the status ``failed`` of runs before `run`, by what it is of.
 
     It counts where the device and the backend's fingerprint (`fingerprints`, by backend) are those
-    of `plan`, its layer was probed to the end, and the controls of its regime were right; whatever
-    has changed in the code that took it, unless that is `REVOKED`.
+    of `plan`, and the controls of its regime were right; whatever has changed in the code that took
+    it, unless that is `REVOKED`. Where a damaged run does not say any more how it was taken, it
+    counts.
     """
     found: dict[Where, list[Evidence]] = {}
-    for (backend, layer), (runs, doubts) in _runs(plan, ledger, run).items():
-        prints = [fingerprints[backend]] if backend in fingerprints else []
-        for each in runs if prints else ():
-            for row in ledger.evidence(run=each, backend=backend, fingerprints=prints):
-                counts = row.status == "failed" and row.regime not in doubts[each]
-                if counts and row.bucket.layer == layer:
-                    found.setdefault(row.where, []).append(row)
+    if plan.again:
+        return found
+    accounts = _finished(plan, ledger)
+    _unfinished(plan, ledger, accounts)
+    others = {each.id for each in ledger.runs() if each.device != plan.device}
+    for backend, print_ in fingerprints.items():
+        for row in ledger.evidence(backend=backend, fingerprints=[print_], status="failed"):
+            account = accounts.get((backend, row.bucket.layer), _Account())
+            doubts = account.doubts.get(row.run)
+            if doubts is None and row.run not in others and ledger.damaged(row.run):
+                doubts = set() if row.id and row.id > _first(ledger, account, backend) else None
+            if row.run != run and doubts is not None and row.regime not in doubts:
+                found.setdefault(row.where, []).append(row)
     return found
 
 
@@ -40,26 +64,40 @@ def reasons(rows: Sequence[Evidence]) -> tuple[str, ...]:
     return tuple(f"failed in run {run}" for run in sorted({row.run for row in rows}))
 
 
-def _runs(
-    plan: Plan, ledger: Ledger, run: str
-) -> dict[tuple[str, LayerKey], tuple[list[str], dict[str, set[str]]]]:
-    """By backend and layer: the runs that count, and of each the regimes that were in doubt."""
-    found: dict[tuple[str, LayerKey], tuple[list[str], dict[str, set[str]]]] = {}
-    if plan.again:
-        return found
-    mine = plan.device
+def _finished(plan: Plan, ledger: Ledger) -> dict[_Place, _Account]:
+    """By backend and layer, of layers that were probed to their end."""
+    found: dict[_Place, _Account] = {}
     for row in ledger.probed():
-        if row.device != mine:
+        if row.device != plan.device:
             continue
         for name, known in row.detail["entrants"].items():
             if REVOKED.keys() & {row.method, known.get("method")}:
                 continue
             place = (name, row.bucket.layer)
             if row.detail.get("again"):
-                found.pop(place, None)
-            runs, doubts = found.setdefault(place, ([], {}))
+                found[place] = _Account(since=row.run)
+            account = found.setdefault(place, _Account())
             for each in known["runs"]:
-                if each != run and each not in runs:
-                    runs.append(each)
-                doubts.setdefault(each, set()).update(known["doubts"])
+                account.doubts.setdefault(each, set()).update(known["doubts"])
     return found
+
+
+def _unfinished(plan: Plan, ledger: Ledger, accounts: dict[_Place, _Account]) -> None:
+    """Add the runs that only began a layer, unless all of it was measured anew since."""
+    begun = [row for row in ledger.steps() if row.what == BEGUN]
+    newest = {(row.backend, row.bucket.layer, row.run): row.id or 0 for row in begun}
+    for row in begun:
+        how, place = row.detail, (row.backend, row.bucket.layer)
+        if how["device"] != plan.device or how.get("method") in REVOKED:
+            continue
+        account = accounts.setdefault(place, _Account())
+        if (row.id or 0) >= newest.get((*place, account.since or ""), 0):
+            account.doubts.setdefault(row.run, set()).update(how["doubts"])
+
+
+def _first(ledger: Ledger, account: _Account, backend: str) -> int:
+    """The first row of the run that measured all anew, 0 where none did."""
+    if account.since is None:
+        return 0
+    rows = ledger.evidence(run=account.since, backend=backend)
+    return min((row.id or 0 for row in rows), default=0)

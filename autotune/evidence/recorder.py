@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...cache.codec import plain
 from ...cache.ledger import Ledger
-from ...cache.rows import Audit, Evidence, Finding, Timing, Under, Where
+from ...cache.rows import Audit, BucketKey, Evidence, Finding, Step, Timing, Under, Where
 from ...probes.check import diagnosis
 from ...probes.data import FAMILIES
 from ...probes.worker.supervisor import WorkerFailed
@@ -93,6 +94,24 @@ class Recorder:
         self, where: Where, detail: Mapping[str, Any]
     ) -> tuple[list[Evidence], list[Finding]]:
         return self._audited.setdefault((where, str(detail.get("module"))), ([], []))
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is recorded within is committed as one. Nothing slow belongs in it."""
+        return self._ledger.together()
+
+    def finished(
+        self, backend: str, bucket: BucketKey, what: str, detail: Mapping[str, Any]
+    ) -> None:
+        """The row that says that a step is finished; `bucket` spans every m of the layer."""
+        fingerprint = self._fingerprints[backend]
+        self._ledger.add_step(
+            Step(self.run, fingerprint, backend, bucket, what, plain(dict(detail)))
+        )
+
+    def passed(self, where: Where, under: Under) -> bool:
+        """Whether all that was recorded under these conditions passed."""
+        facts = self._facts.get(where, ())
+        return {f.status for f in facts if Under(f.regime, f.data) == under} == {"passed"}
 
     def status(
         self,

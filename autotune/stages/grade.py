@@ -9,7 +9,7 @@ from ...cache.rows import Under
 from ...probes.data import families
 from ...probes.regimes.mlp.layers import second_shape
 from ...probes.worker.supervisor import WorkerFailed
-from .. import census
+from .. import census, steps
 from ..evidence.recorder import Recorder
 from ..layer import SPARE_ROWS, Entrant, ProbedLayer
 from ..retest import try_again
@@ -38,8 +38,10 @@ def grade(
     spent = layer.clock.spent
 
     def learn(entrant: Entrant) -> bool:
-        if entrant.known and not entrant.winner:
+        if (entrant.known and not entrant.winner) or not entrant.opens:
             return False  # it never came so far as to be timed
+        if entrant.known and layer.timed:
+            return True  # and nothing is left of it to be done here
         with spent("open", entrant.name):
             if not _open_layer(layer, entrant, record):
                 return False
@@ -68,8 +70,10 @@ def _open_layer(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> bool:
         regimes = () if entrant.reference_line else tuple(layer.regimes)
         entrant.runner.open(pool, layer.seed, layer.memory, behind, regimes)
     except WorkerFailed as failure:
-        for m, tactics in entrant.tactics.items():
-            record.failure(layer.where(entrant, m, tactics[0]), SERIAL, failure)
+        firsts = [(m, tactics[0]) for m, tactics in entrant.tactics.items()]
+        with layer.step(entrant, steps.OPEN, firsts, record):
+            for m, tactic in firsts:
+                record.failure(layer.where(entrant, m, tactic), SERIAL, failure)
         return False
     return True
 
@@ -90,37 +94,46 @@ def _exact(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
                 halve(part[half:])
                 return
             question = layer.asked("grade", items=items)
-            for m, tactic in part:
-                record.failure(layer.where(entrant, m, tactic), SERIAL, failure, question)
+            with layer.step(entrant, steps.GRADED, part, record):
+                for m, tactic in part:
+                    record.failure(layer.where(entrant, m, tactic), SERIAL, failure, question)
             return
         places = [layer.where(entrant, m, tactic) for m, tactic in part]
         try_again(entrant, places, SERIAL, results, record)
-        for pair, where, result in zip(part, places, results, strict=True):
-            width = result["width"]
-            if width is not None:
-                entrant.width[pair] = width
-            record.result(where, SERIAL, result, width)
+        with layer.step(entrant, steps.GRADED, part, record):
+            for pair, where, result in zip(part, places, results, strict=True):
+                width = result["width"]
+                if width is not None:
+                    entrant.width[pair] = width
+                record.result(where, SERIAL, result, width)
 
-    halve([(m, tactic) for m, tactics in entrant.tactics.items() for tactic in tactics])
+    every = [(m, tactic) for m, tactics in entrant.tactics.items() for tactic in tactics]
+    if left := entrant.left(steps.GRADED, every):
+        halve(left)
 
 
 def _families(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
     """Realistic and extreme data, in the serial regime, for every tactic that was graded."""
-    pairs = list(entrant.width)
-    places = [layer.where(entrant, m, tactic) for m, tactic in pairs]
-    for family in families(layer.problem) if pairs else ():
+    for family in families(layer.problem):
+        step = steps.family(family.name)
+        pairs = entrant.left(step, entrant.width)
+        if not pairs:
+            continue
+        places = [layer.where(entrant, m, tactic) for m, tactic in pairs]
         under = Under("serial", family.name)
         items = [layer.item(m, t, entrant.width[m, t], family.name) for m, t in pairs]
         try:
             results = entrant.runner.ask("family", name=family.name, items=items)
         except WorkerFailed as failure:
             question = layer.asked("family", name=family.name, items=items)
-            for where in places:
-                record.failure(where, under, failure, question)
-            entrant.faulty.update(pairs)
+            with layer.step(entrant, step, pairs, record):
+                for where in places:
+                    record.failure(where, under, failure, question)
+                entrant.faulty.update(pairs)
             continue
         try_again(entrant, places, under, results, record)
-        for pair, where, result in zip(pairs, places, results, strict=True):
-            status = record.result(where, under, result, entrant.width[pair])
-            if status == "failed" and family.condition is None:
-                entrant.faulty.add(pair)
+        with layer.step(entrant, step, pairs, record):
+            for pair, where, result in zip(pairs, places, results, strict=True):
+                status = record.result(where, under, result, entrant.width[pair])
+                if status == "failed" and family.condition is None:
+                    entrant.faulty.add(pair)

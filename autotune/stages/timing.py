@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from ...machine.health import health
 from ...probes.worker.supervisor import WorkerFailed
-from .. import census
+from .. import census, steps
 from ..choice.rank import NOISE
 from ..clock_stability import Watch, undecided, unsteady
 from ..evidence.recorder import Recorder
@@ -32,9 +33,13 @@ def time_layer(
 ) -> None:
     """Find every entrant's fastest right tactic of each m range, then race the entrants."""
     spent = layer.clock.spent
-    for entrant in (e for e in entrants if not e.known):
+    for entrant in (e for e in entrants if not (e.known or e.compared)):
         with spent("tactics", entrant.name):
             _tune(layer, entrant, record, say)
+    if layer.timed:
+        for entrant in entrants:
+            entrant.median_us.update(_known_times(layer, entrant, record))
+        return
     say("timing side by side")
     with spent("timing"):
         time_side_by_side(layer, [e for e in entrants if e.winner], record)
@@ -73,6 +78,14 @@ def _tune(
     if layer.agreement:
         scope = (layer.target.name, layer.problem, entrant.name)
         entrant.winner = layer.agreement.settle(scope, entrant.winner, alive)
+    with layer.step(entrant, steps.TACTICS, list(entrant.winner.items()), record):
+        entrant.compared = True
+
+
+def _known_times(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> dict[MRange, float]:
+    """The times of its winners that are on record, in microseconds."""
+    places = {m: layer.where(entrant, m, tactic) for m, tactic in entrant.winner.items()}
+    return {m: record.timings[p].median_us for m, p in places.items() if p in record.timings}
 
 
 def edges_of(m: MRange) -> list[int]:
@@ -147,20 +160,28 @@ def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: R
     watch = Watch(partial(health, layer.target))
     run_races(races, places, ask, watch.look)
     watch.look(now=True)
+    within: dict[str, list[list[tuple[int, float]]]] = {}
     for name, mine in pairs.items():
-        within: list[list[tuple[int, float]]] = [[] for _ in mine]
+        within[name] = [[] for _ in mine]
         try:
             if not by_name[name].reference_line:
                 census.timed(layer, by_name[name], mine, record)
-            within = by_name[name].runner.ask("close_timing")
+            within[name] = by_name[name].runner.ask("close_timing")
         except WorkerFailed as failure:
             died(layer, by_name[name], "timing", failure, record)
-        for (m, tactic), by_m in zip(mine, within, strict=True):
-            taken = races[m].levelled(name)
-            by_name[name].median_us[m] = median(taken)
-            where = layer.where(by_name[name], m, tactic)
-            detail = _circumstances(races[m], name, watch, by_m)
-            record.timing(where, taken, host[m, name], detail)
+    field = {"field": sorted(by_name), "samples": layer.level.samples}
+    with ExitStack() as stack:
+        # All of it or nothing: times hold beside those they were taken with.
+        for entrant in entrants:
+            chosen = list(entrant.winner.items())
+            stack.enter_context(layer.step(entrant, steps.TIMING, chosen, record, **field))
+        for name, mine in pairs.items():
+            for (m, tactic), by_m in zip(mine, within[name], strict=True):
+                taken = races[m].levelled(name)
+                by_name[name].median_us[m] = median(taken)
+                where = layer.where(by_name[name], m, tactic)
+                detail = _circumstances(races[m], name, watch, by_m)
+                record.timing(where, taken, host[m, name], detail)
 
 
 def _uneven(by_m: Sequence[tuple[int, float]]) -> str | None:
