@@ -13,6 +13,7 @@ from typing import Any
 
 from ..cache import state
 from ..cache.errors import Missing, StateError
+from ..cache.ledger import Ledger
 from ..cache.snapshot import load
 from ..machine.devices import gpus, order_is_certain
 from ..machine.driver import DriverSilent
@@ -138,3 +139,19 @@ def _state_lines(state_dir: Path | None) -> Iterator[Line]:
             yield Line(BAD, "choices.db", str(error), "move the file away and probe again")
     if not holding:
         yield Line(NOTE, "choices.db", "none yet", "run fp4tune probe")
+    yield from _ledger(place)
+
+
+def _ledger(place: Path) -> Iterator[Line]:
+    again = "probe again: what is damaged is measured anew"
+    try:
+        with Ledger.open(place, readonly=True) as ledger:
+            said = ledger.damage().sentences
+            for sentence in said:
+                yield Line(NOTE, "ledger.db", sentence, again)
+            if not said:
+                yield Line(GOOD, "ledger.db", f"{len(ledger.runs())} runs, as they were stored")
+    except Missing:
+        return
+    except StateError as error:
+        yield Line(BAD, "ledger.db", str(error), "move the file away and probe again")

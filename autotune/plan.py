@@ -126,3 +126,13 @@ class Report:
     """Where the time of each layer went: see `clock`."""
     set_aside: list[str] = field(default_factory=list)
     """Runs that are not as they were stored, and of which nothing is used: a sentence each."""
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs that hold what this rests on, this one first."""
+        found = [self.run]
+        for row in self.known:
+            found += [each["run"] for each in row["known"]]
+            found += [run for part in row["resumed"] for run in part["runs"]]
+            found += [row["times"]] if row["times"] else []
+        return list(dict.fromkeys(found))

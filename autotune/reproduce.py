@@ -79,7 +79,8 @@ def find(place: Path, number: int) -> Finding:
         for finding in ledger.findings():
             if finding.id == number:
                 return finding
-    raise Refused(f"there is no finding {number} in {place}; see fp4tune show --findings")
+        lost = "".join(f"; {sentence}" for sentence in ledger.damage().sentences)
+    raise Refused(f"there is no finding {number} in {place}; see fp4tune show --findings{lost}")
 
 
 def spec_of(finding: Finding, given: str | None) -> str:

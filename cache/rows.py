@@ -314,6 +314,16 @@ class Forgotten:
     at: float | None = None
     id: int | None = None
 
+    @property
+    def what(self) -> str:
+        """What was taken back, in words."""
+        parts = [f"{name} {value}" for name in ("run", "backend") if (value := getattr(self, name))]
+        if self.finding is not None:
+            parts.append(f"finding {self.finding}")
+        if self.n is not None:
+            parts.append(f"layer {self.n},{self.k}")
+        return " in ".join(parts)
+
     def covers(self, table: str, row: Mapping[str, Any]) -> bool:
         """Whether a row of `table` is taken back."""
         held = self.rows.get(table)

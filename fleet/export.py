@@ -16,7 +16,7 @@ from typing import Any
 from ..autotune.publication import published
 from ..cache import codec, state
 from ..cache.errors import Missing, StateError, translate
-from ..cache.ledger import Ledger
+from ..cache.ledger import Damage, Ledger, set_aside
 from ..errors import Refused, printable
 from ..machine import files
 from . import bundle, production, schema
@@ -95,9 +95,11 @@ def rows_of(state_dir: Path) -> NodeTables:
 
     Left out are the command line of a run and the paths of files. Structured values too long for
     a bundle are replaced by a note. A row that no store would take is left out, and so is what
-    speaks of it; the others go. Raises StateError.
+    speaks of it; the others go. Of a run that is damaged the failures go that are left of it.
+    Raises StateError.
     """
     with Ledger.open(state_dir, readonly=True) as ledger:
+        damage = ledger.damage()
         found: dict[str, Sequence[Any]] = {
             "run": ledger.runs(),
             "environment": ledger.environments(),
@@ -117,11 +119,26 @@ def rows_of(state_dir: Path) -> NodeTables:
     rows: dict[str, list[dict[str, Any]]] = {}
     skipped: dict[str, Counter[str]] = {}
     for table in schema.TABLES:
-        flat, odd = _exportable(table, found[table])
+        sound, lost = _sound(table, found[table], damage)
+        flat, odd = _exportable(table, sound)
+        odd += lost
         rows[table], unfit = schema.fitting(table, flat)
         skipped[table] = odd + unfit + _newest(table, rows)
     _drop_orphans(rows, skipped)
     return NodeTables(rows, {table: dict(why) for table, why in skipped.items() if why})
+
+
+def _sound(table: str, found: Sequence[Any], damage: Damage) -> tuple[Sequence[Any], Counter[str]]:
+    """Rows without those of damaged runs that say that something is right or fast."""
+    bad = [row for row in found if getattr(row, "run", None) in damage.runs]
+    lost = [row for row in bad if table != "finding" and getattr(row, "status", "") != "failed"]
+    reasons = Counter(f"{table}: {set_aside(r.run, damage.runs[r.run])}" for r in lost)
+    if table == "run":  # what a bundle has no table for is told with the runs
+        reasons += Counter(damage.others)
+        there = {row.id for row in found}
+        gone = [f"run: {set_aside(*each)}" for each in damage.runs.items() if each[0] not in there]
+        reasons += Counter(gone)
+    return [row for row in found if not any(row is each for each in lost)], reasons
 
 
 def _exportable(table: str, found: Sequence[Any]) -> tuple[list[dict[str, Any]], Counter[str]]:

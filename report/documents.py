@@ -14,9 +14,9 @@ from ..autotune.plan import Report
 from ..autotune.publication import published
 from ..autotune.verdict.statistics import failure_bound
 from ..cache import reader, state
-from ..cache.errors import StateError
+from ..cache.errors import Missing, StateError
 from ..cache.ledger import Ledger
-from ..cache.rows import Candidate, Finding, Run
+from ..cache.rows import Candidate, Finding, Forgotten, Run
 from ..probes.problem import Problem
 
 
@@ -126,6 +126,26 @@ def stored_findings(place: Path) -> tuple[list[Finding], list[Run]]:
         return [], []
 
 
+def damage(place: Path) -> list[str]:
+    """What of the ledger is not as it was stored, in sentences; none without a ledger."""
+    try:
+        with Ledger.open(place, readonly=True) as ledger:
+            return ledger.damage().sentences
+    except Missing:
+        return []
+    except StateError as error:
+        return [str(error)]
+
+
+def forgotten(place: Path) -> list[Forgotten]:
+    """What was taken back, and why; none without a ledger."""
+    try:
+        with Ledger.open(place, readonly=True) as ledger:
+            return ledger.forgotten()
+    except StateError:
+        return []
+
+
 def as_json(place: Path) -> dict[str, Any]:
     """Everything that is stored and holds, as one JSON document."""
     stored = published.load(place)
@@ -139,6 +159,8 @@ def as_json(place: Path) -> dict[str, Any]:
         "environments": [_with_dicts(asdict(row)) for row in stored.environments],
         "findings": [_finding(row) for row in found],
         "runs": [_with_dicts(asdict(row)) for row in runs],
+        "damaged": damage(place),
+        "forgotten": [asdict(row) for row in forgotten(place)],
     }
 
 
@@ -166,6 +188,7 @@ def probe_json(report: Report) -> dict[str, Any]:
         "build_wall_seconds": report.build_wall_seconds,
         "seconds": report.seconds,
         "left": report.left,
+        "set_aside": report.set_aside,
         "spent": report.spent,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
@@ -12,13 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, start
+from test_known import PRINT, Store, earlier_failures, make_plan
 
-from fp4tune.cache import codec, schema, seal, state
-from fp4tune.cache.errors import StateError, Undecodable
+from commands import call
+from fp4tune.autotune.history import History
+from fp4tune.autotune.plan import Report
+from fp4tune.autotune.publication.publish import publish as publish_reports
+from fp4tune.cache import codec, publish, schema, seal, state
+from fp4tune.cache.errors import Corrupt, StateError, Undecodable
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import (
     Audit,
     Build,
+    Candidate,
     Environment,
     Evidence,
     Finding,
@@ -172,6 +179,112 @@ def test_an_index_that_misses_a_row_hides_nothing(filled, tmp_path):
             found = [ledger.evidence(fingerprints=prints), ledger.findings(fingerprints=prints)]
             assert [len(each) for each in found] == [24, 24]
     assert everything(tmp_path, readonly=True)[0] == stored  # it was mended by who may write
+
+
+# -- what becomes of a run that is damaged
+
+
+def harm(place, sql: str) -> None:
+    with closing(sqlite3.connect(place / state.LEDGER)) as conn, conn:
+        conn.execute("PRAGMA ignore_check_constraints = ON")
+        conn.execute(sql)
+
+
+HARMS = (
+    "UPDATE evidence SET launches = launches + 1 WHERE status = 'passed' AND id = 2",
+    "UPDATE run SET seed = '9'",
+    "UPDATE probed SET method = 'another'",
+    "UPDATE timing SET median_us = 0.5 WHERE id = 1",
+    "UPDATE contents SET rows = rows - 1",
+    "DELETE FROM verdict",
+    "DELETE FROM evidence WHERE id = 2",
+)
+
+
+@pytest.mark.parametrize("sql", HARMS)
+def test_a_damaged_run_is_set_aside_with_a_sentence_and_its_failures_count(tmp_path, sql):
+    store = Store(tmp_path, status="failed")
+    with Ledger.open(tmp_path) as ledger:
+        ledger.add_verdict(Verdict(store.run, PRINT, "x", "default", BUCKET, "strict", "unsafe"))
+    assert store.recall().entries
+    failed = earlier_failures(tmp_path, make_plan(seed=6, seed_given=True))
+    assert failed
+    harm(tmp_path, sql)
+    assert not store.recall().entries, "it is measured anew"
+    with Ledger.open(tmp_path) as ledger:
+        history = History(make_plan(), ledger, tmp_path)
+        history.recall({store.problem: ["x"]}, {"x": PRINT}, {store.problem: False})
+        left = history.damaged or ledger.damage().runs
+        assert set(left) == {store.run} and left[store.run]
+    assert earlier_failures(tmp_path, make_plan(seed=6, seed_given=True)) == failed
+    assert not earlier_failures(tmp_path, make_plan(again=True))
+    Store(tmp_path, plan=make_plan(again=True))  # all of it measured anew
+    assert not earlier_failures(tmp_path, make_plan(seed=6, seed_given=True))
+    assert store.recall().entries
+
+
+def test_a_failure_that_is_itself_damaged_is_not_made_up(tmp_path):
+    store = Store(tmp_path, status="failed")
+    harm(tmp_path, "UPDATE evidence SET regime = 'graph' WHERE status = 'failed' AND m_hi > 0")
+    found = earlier_failures(tmp_path, make_plan(seed=6, seed_given=True))
+    assert all(row.regime == "streams" for rows in found.values() for row in rows)
+    assert not store.recall().entries
+
+
+def test_nothing_is_published_of_a_damaged_run(tmp_path):
+    store = Store(tmp_path)
+    candidate = Candidate(
+        "cpu", "cpu", "strict", BUCKET, "x", "default", "plain", "safe", fingerprint=PRINT
+    )
+    report = Report(store.run, 1, store.plan.target, candidates=[candidate])
+    report.environments.append(Environment(PRINT, "x", "cpu", {}))
+    harm(tmp_path, HARMS[0])
+    with pytest.raises(Corrupt, match=f"run {store.run} is damaged.*probe again"):
+        publish_reports([report], tmp_path)
+    assert not (tmp_path / state.CHOICES).exists()
+
+
+def test_an_export_takes_of_a_damaged_run_what_failed_and_says_so(tmp_path):
+    pytest.importorskip("pyarrow")
+    from fp4tune.fleet import export
+
+    fill(tmp_path)
+    before = export.rows_of(tmp_path)
+    assert not before.skipped
+    harm(tmp_path, "UPDATE evidence SET launches = 7 WHERE id = 1")
+    tables = export.rows_of(tmp_path)
+    (bad,) = {row["run"] for row in before.rows["evidence"] if row["id"] == 1}
+    counts = {name: len(rows) for name, rows in tables.rows.items()}
+    assert counts["finding"] == 24 and counts["run"] == 3
+    assert counts["evidence"] == counts["timing"] == 16 and counts["verdict"] == 2
+    assert all(bad in reason for reasons in tables.skipped.values() for reason in reasons)
+    harm(tmp_path, f"UPDATE run SET level = 'x' WHERE id = '{bad}'")
+    tables = export.rows_of(tmp_path)
+    assert {row["run"] for row in tables.rows["finding"]} == {r["id"] for r in tables.rows["run"]}
+    assert any(bad in reason for reason in tables.skipped["run"])
+
+
+def test_commands_say_what_is_damaged(tmp_path):
+    fill(tmp_path)
+    harm(tmp_path, "UPDATE finding SET kind = 'x' WHERE id = 3")
+    shown = json.loads(call("show", "--state", tmp_path, "--json").stdout)
+    assert len(shown["damaged"]) == 1 and len(shown["findings"]) == 23
+    assert "is set aside" in call("show", "--state", tmp_path).stdout
+    assert "is set aside" in call("doctor", "--state", tmp_path).stdout
+    answer = call("reproduce", 3, "--state", tmp_path)
+    assert answer.exit_code == 2 and "there is no finding 3" in answer.stderr
+    assert "is set aside" in answer.stderr and "Traceback" not in answer.output
+
+
+def test_a_damaged_generation_is_none_to_go_back_to(tmp_path):
+    for tag in "abc":
+        put(tmp_path, tag)
+    harm(tmp_path, "UPDATE generation SET content = x'00' WHERE number = 2")
+    for file in tmp_path.glob("choices-*.db"):
+        file.unlink()
+    with pytest.raises(StateError):
+        publish.rollback(tmp_path, to=2)
+    assert put(tmp_path, "d") == 4
 
 
 # -- ledgers of before

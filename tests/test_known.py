@@ -76,7 +76,9 @@ class Store:
         )
         entrants = []
         with Ledger.open(place) as ledger:
-            self.run = ledger.start_run(seed=1, level="quick", profile="strict", device={})
+            self.run = ledger.start_run(
+                seed=1, level="quick", profile="strict", device=self.plan.device
+            )
             record = Recorder(ledger, self.run, 1)
             for name in names:
                 ledger.add_environment(Environment(PRINT, name, "cpu", {}))

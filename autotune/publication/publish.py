@@ -9,6 +9,8 @@ from typing import Any
 
 from ...cache import codec, state
 from ...cache import publish as publishing
+from ...cache.errors import Corrupt, Missing
+from ...cache.ledger import Ledger
 from ...cache.rows import VERDICTS, Audit, Candidate, Choice, Environment
 from ..choice import layouts
 from ..choice.rank import choices
@@ -28,10 +30,12 @@ def publish(
     """Publish what these probes found, with what stands beside it; fills in each report's choices.
 
     `traffic` is by profile; one that is not given stays what it was. A report without a candidate
-    changes nothing, and no generation is made of what stands already. Raises StateError.
+    changes nothing, and no generation is made of what stands already. Raises StateError; Corrupt
+    where a run that this rests on is not as it was stored.
     """
     if not any(report.candidates for report in reports):
         return
+    _refuse_damaged(reports, state_dir)
     # Held from reading what stands to replacing it: two probes may end at the same time.
     with state.exclusive(state.lock_file(state_dir, "join"), "the publication", wait=60):
         new = on_every_gpu([c for report in reports for c in report.candidates])
@@ -67,6 +71,18 @@ def publish(
         report.candidates = [c for c in placed if (c.scope, c.bucket) in probed]
         mine = {layouts.key_of(c) for c in report.candidates}
         report.layers = [each for each in compared if each.key in mine]
+
+
+def _refuse_damaged(reports: Sequence[Report], state_dir: Path) -> None:
+    """Raise Corrupt where a run that these reports rest on is damaged."""
+    try:
+        with Ledger.open(state_dir, readonly=True) as ledger:
+            for run in dict.fromkeys(run for report in reports for run in report.runs):
+                if why := ledger.damaged(run):
+                    again = "nothing is published of it; probe again"
+                    raise Corrupt(ledger.path, f"run {run} is damaged, {why}: {again}")
+    except Missing:
+        pass  # of candidates that came from elsewhere
 
 
 def _publication_text(stands: published.Standing) -> list[object]:

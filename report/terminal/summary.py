@@ -15,7 +15,7 @@ from ...autotune.publication import published
 from ...autotune.stages import recall
 from ...cache import state
 from ...cache.rows import Timing
-from ..documents import stored_findings
+from ..documents import damage, forgotten, stored_findings
 from ..wording import WEIGHTS, range_text, scope_text
 from .console import console, styled, table
 from .findings import print_finding, print_findings
@@ -39,10 +39,10 @@ def print_probe(report: Report) -> None:
     _print_left(out, report.left)
     print_reasons(out, "Did not load or build", report.broken)
     print_reasons(out, "Cannot run here", report.unsupported)
-    said = recall.sentence(report.known)
-    if said:
+    if said := [*report.set_aside, *filter(None, [recall.sentence(report.known)])]:
         out.print()
-        out.print(said)
+    for sentence in said:
+        out.print(sentence)
     if report.generation is not None:
         out.print()
         out.print(
@@ -99,9 +99,13 @@ def print_stored(place: Path, every_finding: bool) -> None:
     made = table("Environments", ("backend", "fingerprint", "versions", "code digest"))
     for environment in stored.environments:
         facts = environment.facts
-        versions = ", ".join(f"{k} {v}" for k, v in facts["distributions"].items())
+        versions = ", ".join(f"{k} {v}" for k, v in facts.get("distributions", {}).items())
         code = facts.get("code") or facts.get("code_how") or ""
         made.add_row(environment.backend, environment.fingerprint[:12], versions, str(code)[:40])
     out.print(made)
     for run in runs[-5:]:
         out.print(f"run {run.id}: {run.status}, level {run.level}, seed {run.seed}")
+    for row in forgotten(place):
+        out.print(f"taken back: {row.what}, {row.reason}")
+    for sentence in damage(place):
+        out.print(sentence)
