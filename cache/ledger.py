@@ -293,8 +293,9 @@ class Ledger:
         evidence and verdicts."""
         return self._find(Evidence, filters)
 
-    def findings(self, **filters: Any) -> list[Finding]:
-        return self._find(Finding, filters)
+    def findings(self, newest: int | None = None, **filters: Any) -> list[Finding]:
+        """Findings in the order they came; with `newest` so many of the last."""
+        return self._find(Finding, filters, newest)
 
     def timings(self, **filters: Any) -> list[Timing]:
         return self._find(Timing, filters)
@@ -388,12 +389,15 @@ class Ledger:
     def _add(self, row: Added) -> int:
         return self._tables.insert(TABLES[type(row)], self._columns(row))
 
-    def _find(self, kind: type[Row], filters: Mapping[str, Any]) -> list[Row]:
+    def _find(
+        self, kind: type[Row], filters: Mapping[str, Any], newest: int | None = None
+    ) -> list[Row]:
         table = TABLES[kind]
         if self._tables.version < SINCE.get(table, 0):
             return []
         where, values = _where(**filters)
-        rows = self._tables.select(table, where, values)
+        order = "id" if newest is None else f"id DESC LIMIT {int(newest)}"
+        rows = sorted(self._tables.select(table, where, values, order), key=lambda r: r["id"])
         if table in TAKEN_BACK and (taken_back := self.forgotten()):
             rows = [r for r in rows if not any(each.covers(table, r) for each in taken_back)]
         return [codec.decode(kind, row) for row in rows]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import Any
 from .. import __version__
 from ..autotune.publication import published
 from ..autotune.publication.environment import withdrawn
-from ..cache import opening, quarantine, state
+from ..cache import codec, quarantine, state
 from ..cache.errors import StateError
+from ..cache.ledger import Ledger
 from .gpus import WatchedDevice
 from .witnessed import WitnessBoard
 
@@ -24,6 +24,11 @@ BEAT_SECONDS = 20.0
 """A loop that was silent for longer than this is not healthy."""
 MOST_FINDINGS = 500
 _FINDINGS_EVERY = 2.0
+_SHOWN = (
+    "id", "run", "backend", "tactic", "kind", "regime", "data", "format", "activation",
+    "out_dtype", "m_lo", "m_hi", "n", "k", "fingerprint", "at",
+)  # fmt: skip
+"""What is told of a finding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,8 @@ class DeviceReport:
 class NodeReport:
     """The node at one look of the loop. `absent` is why the state directory cannot be used, empty
     where it can; `problem` why the state could not be brought in line; `stale` maps (GPU, backend)
-    to what changed; `here` says whether choices.db is there as it was loaded."""
+    to what changed; `here` says whether choices.db is there as it was loaded; `damaged` what of
+    the ledger is not as it was stored."""
 
     state_dir: str
     absent: str
@@ -69,6 +75,7 @@ class NodeReport:
     settled: bool
     stale: Mapping[tuple[str, str], Sequence[str]]
     mended: Sequence[str]
+    damaged: Sequence[str]
     missing: Sequence[str]
     devices: Sequence[DeviceReport]
     counts: Mapping[str, Any]
@@ -159,6 +166,7 @@ class Board:
             ],
             "problem": report.absent or report.problem,
             "mended": list(report.mended),
+            "damaged": list(report.damaged),
             "missing": list(report.missing),
             "devices": devices,
         }
@@ -172,6 +180,7 @@ class Board:
             "events": dict(self.events),
             "problem": bool(report.absent or report.problem),
             "witness": self._witness.metrics(self.backends, {d["name"] for d in devices}),
+            "damaged": len(report.damaged),
         }
 
     def _rebuild(self, report: NodeReport, store: str) -> None:
@@ -238,25 +247,16 @@ class NewestFindings:
                 path = os.path.join(state_dir, state.LEDGER)
                 stamp = (state.file_stamp(path), state.file_stamp(path + "-wal"))
                 if stamp != self._stamp:
-                    self._body, self._stamp = self._read(path), stamp
+                    self._body, self._stamp = self._read(state_dir), stamp
             return self._body
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, place: str) -> bytes:
         """What is there now; after a failure the last findings, with the problem."""
         try:
-            conn = opening.to_read(path)
-            try:
-                cursor = conn.execute(
-                    "SELECT id, run, backend, tactic, kind, regime, data, format, activation, "
-                    "out_dtype, m_lo, m_hi, n, k, fingerprint, at FROM finding "
-                    "ORDER BY id DESC LIMIT ?",
-                    (MOST_FINDINGS,),
-                )
-                names = [column[0] for column in cursor.description]
-                rows = [dict(zip(names, row, strict=True)) for row in cursor]
-            finally:
-                conn.close()
-        except (StateError, sqlite3.Error, OSError, ValueError) as error:
+            with Ledger.open(place, readonly=True) as ledger:
+                found = ledger.findings(newest=MOST_FINDINGS)
+            rows = [{name: codec.columns(row)[name] for name in _SHOWN} for row in reversed(found)]
+        except (StateError, OSError) as error:
             kept = json.loads(self._body)
             return json.dumps({**kept, "problem": str(error)}).encode()
         return json.dumps({"findings": rows, "problem": ""}).encode()

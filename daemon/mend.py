@@ -2,8 +2,9 @@
 
 Reads ``{"state": ..., "machine": ...}`` from standard input and prints one JSON document:
 ``generation`` (the one that stands), ``published`` (whether it is new), ``stale`` (a list of
-device, backend, changes) and ``mended`` (sentences). A process of its own, since it needs torch's
-memory.
+device, backend, changes), ``mended`` (sentences), ``damaged`` (sentences, of what the ledger holds)
+and ``again`` (layers that are to be measured anew for it). A process of its own, since it needs
+torch's memory.
 """
 
 from __future__ import annotations
@@ -54,6 +55,20 @@ def mend(state_dir: Path) -> list[str]:
     return done
 
 
+def damage(state_dir: Path) -> tuple[list[str], list[tuple[int, int]]]:
+    """What of the ledger is not as it was stored, in sentences; and the layers, as (n, k), of which
+    no run that is whole is left. Raises StateError."""
+    with Ledger.open(state_dir) as ledger:
+        found = ledger.damage()
+        lost = {row.bucket.layer for run in found.runs for row in ledger.evidence(run=run)}
+        lost |= {row.bucket.layer for row in ledger.probed() if row.run in found.runs}
+        for row in ledger.probed():
+            runs = [row.run, *(r for how in row.detail["entrants"].values() for r in how["runs"])]
+            if not found.runs.keys() & set(runs):
+                lost.discard(row.bucket.layer)
+        return found.sentences, sorted({(layer.n, layer.k) for layer in lost if layer.n})
+
+
 def _aside(state_dir: Path) -> str:
     name = f"{state.LEDGER}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     while (state_dir / name).exists():
@@ -70,6 +85,7 @@ def main() -> None:
     answer: dict[str, object] = {"generation": 0, "published": False, "stale": [], "mended": []}
     try:
         answer["mended"] = mend(state_dir)
+        answer["damaged"], answer["again"] = damage(state_dir)
         from ..autotune.publication.revalidate import settle
 
         settled = settle(state_dir, asked["machine"], dict(os.environ))

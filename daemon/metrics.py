@@ -52,6 +52,7 @@ class Metrics(Collector):
             ("ready", "1 where choices are published and hold on this node", board.ready),
             ("healthy", "1 where the daemon's loop is alive", board.healthy),
             ("problem", "1 where the state could not be brought in line", n.get("problem", False)),
+            ("damaged", "Runs and rows that are not as they were stored", n.get("damaged", 0)),
             ("generation", "The published generation, 0 without one", n.get("generation", 0)),
             ("published_timestamp_seconds", "When it was published", n.get("published", 0.0)),
             ("quarantines", "Quarantined backends and tactics", n.get("quarantines", 0)),

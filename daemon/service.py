@@ -35,6 +35,8 @@ MEND_SECONDS = 900.0
 _AGAIN = 5.0
 """Seconds until that is tried again after it failed."""
 _LIST_AGAIN = 60.0
+LOOK_AT_ALL = 3600.0
+"""Seconds until the whole ledger is looked at again, though nothing seems to have changed it."""
 _SAID = 4
 """Lines of the log about what was reported, at one look."""
 log = logging.getLogger("fp4tune.daemon")
@@ -54,6 +56,10 @@ class Service:
     problem: str = ""
     """Why it could not be, the last time; empty where it could."""
     mended: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    """What of the ledger is not as it was stored."""
+    again: set[tuple[int, int]] = field(default_factory=set)
+    """Layers, as (n, k), that are to be measured anew for that."""
     missing: list[str] = field(default_factory=list)
     absent: str = ""
     """Why the state directory cannot be used now; empty where it can."""
@@ -212,17 +218,21 @@ class Service:
 
     def _situation(self) -> tuple[str, object]:
         """Changes when the published evidence may hold no more, or the state needs mending: what
-        evidence rests on, and which file the ledger is."""
+        evidence rests on, and the ledger's file. What our probes write there says nothing."""
         stands = self.stands.environments if self.stands else ()
         files = sorted({stamp.path for e in stands for stamp in e.stamps})
-        ledger = state.file_stamp(os.fspath(self.config.state_dir / state.LEDGER))
+        stamp = state.file_stamp(os.fspath(self.config.state_dir / state.LEDGER))
+        before = self._signature[1]
+        probing = bool(self.probes.running and before and stamp)
+        ledger = before if probing else stamp
         seen: list[Any] = [
             [[path, state.file_stamp(path)] for path in files],
             [[d.uuid, d.changed, not d.marks, sorted(d.facts.items())] for d in self.devices],
             fingerprint.variables(self.config.environ),
             self._seen is not None,
+            int(time.monotonic() / LOOK_AT_ALL),
         ]
-        return json.dumps(seen, default=str), ledger and ledger[0]
+        return json.dumps(seen, default=str), ledger
 
     def _mend(self, now: float) -> None:
         if self._mending is not None:
@@ -275,6 +285,8 @@ class Service:
             return
         self.problem = ""
         self.settled = True
+        self.damaged = list(answer.get("damaged", ()))
+        self.again = {(n, k) for n, k in answer.get("again", ())}
         self.stale = {(gpu, backend): tuple(why) for gpu, backend, why in answer["stale"]}
         self.board.count("published" if answer["published"] else "compared")
         self._load()
@@ -294,10 +306,9 @@ class Service:
                 for c in published
                 if c.arch == device.arch and (device.is_cpu or c.gpu == device.name)
             ]
-            pending = work.units(layers, self.config.probe, mine)
-            situation = json.dumps(
-                sorted([k[1], *v] for k, v in self.stale.items() if k[0] == device.name)
-            )
+            pending = work.units(layers, self.config.probe, mine, self.again)
+            stale = sorted([k[1], *v] for k, v in self.stale.items() if k[0] == device.name)
+            situation = json.dumps([stale, self.damaged])
             self.probes.offer(self.config, device, pending, situation, now)
             self.canaries.offer(
                 self.config, device, [c for c in mine if not withdrawn(c)], now,
@@ -324,6 +335,7 @@ class Service:
                 settled=self.settled,
                 stale=self.stale,
                 mended=self.mended,
+                damaged=self.damaged,
                 missing=self.missing,
                 devices=[self._report(device) for device in self.devices],
                 counts={
@@ -362,6 +374,8 @@ class Service:
             parts.insert(0, self.absent)
         if self.stale:
             parts.append(f"{len(self.stale)} stale")
+        if self.damaged:
+            parts.append(f"{len(self.damaged)} damaged in the ledger")
         for device in self.devices:
             parts.append(f"{device.label}: {self.said(device)}")
         return "; ".join(parts)

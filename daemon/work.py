@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..autotune.publication.environment import withdrawn
 from ..cache.rows import Candidate
 from ..probes.models.shapes import AskedLayer
 from .config import ProbeOptions
+
+Shapes = Collection[tuple[int, int]]
+"""Layers as (n, k)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +58,28 @@ class Unit:
 
 
 def units(
-    layers: Sequence[AskedLayer], probe: ProbeOptions, candidates: Iterable[Candidate]
+    layers: Sequence[AskedLayer],
+    probe: ProbeOptions,
+    candidates: Iterable[Candidate],
+    again: Shapes = frozenset(),
 ) -> list[Unit]:
     """What must be probed on a device, in order. `candidates` are those published for it, `layers`
-    those that the configuration names; where it names none, those that were published."""
+    those that the configuration names; where it names none, those that were published. Those in
+    `again` lost their evidence, and are probed whatever is published of them."""
     rows = [c for c in candidates if probe.profile in (None, c.profile)]
     if layers:
-        return list(_unpublished_layers(layers, probe, rows))
+        return list(_unpublished_layers(layers, probe, rows, again))
     if not rows:
         more = probe.profile, probe.formats, probe.activations, probe.out_dtype, probe.max_m
         return [Unit(None, *more)]
-    return list(_unheld_units(probe, rows))
+    return list(_unheld_units(probe, rows, again))
 
 
 def _unpublished_layers(
-    layers: Sequence[AskedLayer], probe: ProbeOptions, rows: Sequence[Candidate]
+    layers: Sequence[AskedLayer],
+    probe: ProbeOptions,
+    rows: Sequence[Candidate],
+    again: Shapes,
 ) -> Iterator[Unit]:
     """Of the layers that are named, each that is not published in its own format and activation."""
     for layer in layers:
@@ -82,26 +92,30 @@ def _unpublished_layers(
             if (c.bucket.n, c.bucket.k) == (layer.n, layer.k)
             if layer.takes(c.bucket.format, c.bucket.activation)
         ]
-        if _lacks(mine, probe):
+        if _lacks(mine, probe, again):
             yield Unit((layer.n, layer.k), probe.profile, *kinds, probe.out_dtype, probe.max_m)
 
 
-def _unheld_units(probe: ProbeOptions, rows: Iterable[Candidate]) -> Iterator[Unit]:
+def _unheld_units(
+    probe: ProbeOptions, rows: Iterable[Candidate], again: Shapes
+) -> Iterator[Unit]:
     """What was published and does not hold: with the options that it was probed with."""
     by: dict[tuple[tuple[int, int], str, str, str], list[Candidate]] = {}
     for c in rows:
         key = (c.bucket.n, c.bucket.k), c.profile, c.bucket.out_dtype, c.bucket.format
         by.setdefault(key, []).append(c)
     for (shape, profile, out_dtype, format_), mine in by.items():
-        if _lacks(mine, probe):
+        if _lacks(mine, probe, again):
             activations = tuple(sorted({c.bucket.activation for c in mine}))
             highest = max(probe.max_m or 0, *(c.bucket.m_hi for c in mine)) or None
             yield Unit(shape, profile, (format_,), activations, out_dtype, highest)
 
 
-def _lacks(published: Sequence[Candidate], probe: ProbeOptions) -> bool:
-    """Whether a layer is not published as it should be, or rests on what is stale."""
+def _lacks(published: Sequence[Candidate], probe: ProbeOptions, again: Shapes) -> bool:
+    """Whether a layer is not published as it should be, or rests on what is stale or lost."""
     if not published or any(withdrawn(c) for c in published):
+        return True
+    if any((c.bucket.n, c.bucket.k) in again for c in published):
         return True
     highest = max(c.bucket.m_hi for c in published)
     return probe.max_m is not None and highest < probe.max_m

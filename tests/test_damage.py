@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sqlite3
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, start
-from test_known import PRINT, Store, earlier_failures, make_plan
+from test_known import PRINT, SHAPES, Store, earlier_failures, make_plan
 
 from commands import call
 from fp4tune.autotune.history import History
+from fp4tune.autotune.keys import bucket_key
 from fp4tune.autotune.plan import Report
 from fp4tune.autotune.publication.publish import publish as publish_reports
 from fp4tune.cache import codec, publish, schema, seal, state
@@ -36,6 +38,10 @@ from fp4tune.cache.rows import (
     Timing,
     Verdict,
 )
+from fp4tune.daemon import work
+from fp4tune.daemon.config import DaemonConfig, ProbeOptions
+from fp4tune.daemon.mend import damage
+from fp4tune.daemon.service import Service
 
 FILES = (Stamp("/a.so", 1, 2, 3), Stamp("/b.so", 4, 5, 6))
 READ = (
@@ -285,6 +291,55 @@ def test_a_damaged_generation_is_none_to_go_back_to(tmp_path):
     with pytest.raises(StateError):
         publish.rollback(tmp_path, to=2)
     assert put(tmp_path, "d") == 4
+
+
+# -- the daemon
+
+
+def test_layers_that_lost_their_evidence_are_to_be_measured_anew(tmp_path):
+    store = Store(tmp_path)
+    assert damage(tmp_path) == ([], [])
+    harm(tmp_path, HARMS[0])
+    sentences, again = damage(tmp_path)
+    assert store.run in sentences[0] and again == [SHAPES[0]]
+    published = [Candidate("cpu", "C", "strict", BUCKET, "x", "default", "plain", "safe")]
+    published = [replace(c, bucket=bucket_key(store.problem)) for c in published]
+    assert not work.units([], ProbeOptions(), published)
+    assert [unit.layer for unit in work.units([], ProbeOptions(), published, again)] == again
+    Store(tmp_path)
+    sentences, again = damage(tmp_path)
+    assert sentences and again == [], "it was measured anew"
+
+
+def test_the_daemon_notices(tmp_path, monkeypatch):
+    pytest.importorskip("psutil")
+    Store(tmp_path)
+    service = Service(DaemonConfig(state=str(tmp_path), gpus=("none",)))
+    service.start()
+    try:
+
+        def until(done) -> None:
+            deadline = time.monotonic() + 120
+            while not done():
+                assert time.monotonic() < deadline, service.problem
+                service.tick()
+                time.sleep(0.02)
+
+        until(lambda: service.settled)
+        assert not service.board.health["damaged"]
+        harm(tmp_path, HARMS[0])
+        service._look_after = 0.0  # as after some seconds
+        until(lambda: service.damaged)
+        assert "is set aside" in service.board.health["damaged"][0]
+        assert service.board.numbers["damaged"] == 1 and "1 damaged" in service.status
+        assert service.again == {SHAPES[0]}
+        with Ledger.open(tmp_path) as ledger:
+            finding = Finding(ledger.runs()[0].id, PRINT, *WHAT[1:], {}, "odd", "pdl", "exact", 1)
+            ledger.add_finding(finding)
+        harm(tmp_path, "UPDATE finding SET kind = 'even'")
+        assert json.loads(service.board.findings()) == {"findings": [], "problem": ""}
+    finally:
+        service.stop()
 
 
 # -- ledgers of before
