@@ -143,6 +143,7 @@ def probe(
                 out_dtype,
                 planning.max_m(max_m, target),
             )
+            planning.fits(problems, target)
             wanted = tuple(backend or ())
             if prior and not backend:
                 fleets = adopt.prior_backends(

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..machine.memory import is_out_of_memory
 from .check.sweep import bytes_of
 from .data.activations import ACTIVATIONS as DATA
 from .data.blocks import normal_matrix
@@ -308,7 +309,8 @@ def probe_quantiser(
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
                 message = f"{type(error).__name__}: {first}"[:300]
-                result["error"] = {"kind": "error", "message": message, "m": m, "seed": drawn}
+                kind = "out of memory" if is_out_of_memory(error) else "error"
+                result["error"] = {"kind": kind, "message": message, "m": m, "seed": drawn}
                 break
             result["launches"] += 2
             result["problems"] += 1

@@ -107,6 +107,7 @@ class Server:
         return not self._poisoned()
 
     def _explain(self, error: BaseException) -> bool:
+        from ...machine.memory import is_out_of_memory
         from ..launch.case import BackendRaised
         from ..regimes import NotApplicable
         from ..registry import BadBackend, UnknownBackend
@@ -125,7 +126,7 @@ class Server:
             return False
         else:
             kind = "error" if isinstance(error, (RuntimeError, BackendRaised)) else "internal"
-            if type(error).__name__ == "OutOfMemoryError":
+            if is_out_of_memory(error):
                 kind = "out of memory"
             lost = self._poisoned()
             self._failed(sentence(error), "poisoned" if lost else kind)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...machine.memory import is_out_of_memory
 from ..backends import Backend
 from ..check.reference import alpha_of, expect, faithful, spread, tile_error, tile_limit
 from ..data import WIDTHS, draw, exact, steady
@@ -411,7 +412,7 @@ class OpenLayer:
                 alone = self._one_by_one(name, cases, batch, share)
                 if not any(o.errors for o in alone):
                     # Raised together and never alone: the conditions of the regime are the cause.
-                    blamed = {"kind": "error", "message": sentence(error)}
+                    blamed = {"kind": _kind(error), "message": sentence(error)}
                     errors = {x.item: {**launched(x, cases), **blamed} for x in batch}
                     alone.append(Outcome(0, (), 0, 0.0, errors=errors))
                 outcomes.extend(alone)
@@ -430,8 +431,7 @@ class OpenLayer:
                 outcomes.append(WHOLE[name](self.backend, cases, [launch], Budget(1, 1, 0.0)))
             except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
-                kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
-                blamed = {"kind": kind, "message": sentence(error)}
+                blamed = {"kind": _kind(error), "message": sentence(error)}
                 errors = {launch.item: {**launched(launch, cases), **blamed}}
                 outcomes.append(Outcome(0, (), 0, 0.0, errors=errors))
         return outcomes
@@ -505,6 +505,11 @@ def _of_draws(found: Outcome, first: int, last: int) -> Outcome:
     """An outcome that says how often data were drawn anew, and in which draw failures were."""
     reports = tuple((x, replace(r, draw=first + r.draw)) for x, r in found.reports)
     return replace(found, reports=reports, draws=last - first)
+
+
+def _kind(error: BaseException) -> str:
+    """What an exception is: having no memory left is nobody's fault."""
+    return "out of memory" if is_out_of_memory(error) else "error"
 
 
 def next_width(best: int | None, missed: set[int]) -> int | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...machine import memory
 from .keeper import KILL_SECONDS
 from .nursery import Start, nursery, settings
 from .protocol import Channel, Closed, Message, Silent
@@ -31,18 +32,22 @@ class WorkerFailed(Exception):
     kinds: ``error`` (the backend raised), ``internal`` (we did: says nothing of the backend),
     ``out of memory``, ``not applicable``, ``no backend`` (the worker lives on); ``poisoned``
     (CUDA context lost), ``crash`` (the process died), ``hang`` (silent for too long, killed),
-    after all three of which the worker is gone.
+    after all three of which the worker is gone. `gone`: it is after another, too, since the kernel
+    ended it to get its memory back.
     """
 
-    def __init__(self, kind: str, message: str, doing: str, log: str = "") -> None:
+    def __init__(
+        self, kind: str, message: str, doing: str, log: str = "", gone: bool = False
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.doing = doing
         self.log = log
+        self.gone = gone
 
     @property
     def fatal(self) -> bool:
-        return self.kind in ("poisoned", "crash", "hang")
+        return self.gone or self.kind in ("poisoned", "crash", "hang")
 
 
 class Worker:
@@ -72,6 +77,7 @@ class Worker:
             os.close(command_read)
             os.close(event_write)
         self._asked = 0
+        self._kills = memory.kills()
         self.doing = "starting"
         with contextlib.suppress(Closed):  # then asking it will say so
             # Into an empty pipe: it is read before the worker imports anything of anybody's.
@@ -112,7 +118,13 @@ class Worker:
             how = f"silent for {silence:g} s" if ran else f"not started within {_STARTS:g} s"
             raise self._failure("hang", f"{how}, killed") from None
         except Closed:
-            raise self._failure("crash", self._death()) from None
+            died = self._death()
+            if self._kept.status == -signal.SIGKILL and memory.kills() != self._kills:
+                why = "ended by the kernel, which had no memory left"
+                raise WorkerFailed(
+                    "out of memory", why, self.doing, self.log_tail(), gone=True
+                ) from None
+            raise self._failure("crash", died) from None
 
     def _receive(self, number: int, silence: float) -> Message:
         """The next message about command `number`. A child that the worker left behind may hold

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ....machine.memory import is_out_of_memory
 from ...backends import Backend
 from ...check.sweep import Checker, SlotReport
 from ...data import exact
@@ -188,7 +189,8 @@ def answer(question: Question) -> dict[str, Any]:
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         message = f"among first calls at once: {type(error).__name__}: {lines[0]}"[:300]
-        return {"error": {"kind": "error", "message": message}}
+        kind = "out of memory" if is_out_of_memory(error) else "error"
+        return {"error": {"kind": kind, "message": message}}
     checker.sweep()
     bad = [report for report in checker.reports() if not report.clean]
     if bad:

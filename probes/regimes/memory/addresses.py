@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ....machine.memory import is_out_of_memory
 from ...backends import Backend
 from ...check.sweep import GUARD, POISON, Checker, Slot
 from ...launch.case import BackendRaised, Call, Case, Launch, bind, prepared_activation
@@ -99,7 +100,7 @@ def _placed(
         call.enqueue()
         wait(place.out.device)
     except (RuntimeError, BackendRaised) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         if cuda:
             torch.cuda.synchronize()  # raises where it was no refusal, but a fault on the device

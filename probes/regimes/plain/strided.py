@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ....machine.memory import is_out_of_memory
 from ...backends import Backend
 from ...check.sweep import Checker
 from ...launch.case import BackendRaised, Call, Case, Launch, bind, prepared_activation, rebind
@@ -103,7 +104,7 @@ def _accepted(
         if cuda:
             torch.cuda.synchronize()
     except (RuntimeError, BackendRaised) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         if cuda:
             torch.cuda.synchronize()  # raises where it was no refusal, but a fault on the device
