@@ -19,6 +19,7 @@ from .commands.emit import emit
 from .commands.explain import explain
 from .commands.export import export
 from .commands.facts import facts
+from .commands.forget import forget
 from .commands.import_ import import_
 from .commands.layers import layers
 from .commands.probe import probe
@@ -42,6 +43,7 @@ for command in (
     choose,
     show,
     reproduce,
+    forget,
     backends,
     audit,
     selftest,

@@ -21,7 +21,17 @@ from typing import Any
 
 from ..cache import quarantine
 from ..cache.ledger import Ledger
-from ..cache.rows import BucketKey, Evidence, Finding, LayerKey, Probed, Step, Timing, Where
+from ..cache.rows import (
+    BucketKey,
+    Evidence,
+    Finding,
+    LayerKey,
+    Probed,
+    Step,
+    Timing,
+    Where,
+    without_forgotten,
+)
 from ..probes.problem import Problem
 from ..words import AUDIT, NOT_TRIED
 from .agreement import Agreement
@@ -100,7 +110,8 @@ class History:
         if plan.again:
             return
         ended: set[tuple[LayerKey, str, str]] = set()
-        for row in reversed(ledger.probed()):
+        taken_back = ledger.forgotten()
+        for row in (without_forgotten(row, taken_back) for row in reversed(ledger.probed())):
             layer = row.bucket.layer
             ended.update((layer, n, r) for n, how in _entrants(row).items() for r in how["runs"])
             if row.device == plan.device and self._whole(row.run):

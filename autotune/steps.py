@@ -115,4 +115,6 @@ def started(rows: Sequence[Step]) -> Started | None:
                 key = (row.what, m, tactic)
                 found.done.add(key)
                 found.reached[key] = max(found.reached.get(key, 0), int(detail["launches"]))
+    if any((GRADED, m, tactic) not in found.done for m, tactic in (found.winner or {}).items()):
+        found.winner = found.timed = None  # its grading was taken back
     return found

@@ -316,9 +316,7 @@ class Ledger:
 
     def probed(self, n: int | None = None, k: int | None = None) -> list[Probed]:
         """Layers probed to their end, in that order; with `n` and `k`, those of that shape."""
-        rows = self._find(Probed, {"n": n, "k": k})
-        taken_back = self.forgotten()
-        return [without_forgotten(row, taken_back) for row in rows] if taken_back else rows
+        return self._find(Probed, {"n": n, "k": k})
 
     # -- what was taken back
 
@@ -326,7 +324,7 @@ class Ledger:
         """Take back what `row` names, as far as it is there now: nothing here answers with it any
         more. It is not removed, and the reason stays. Returns the row as it is stored."""
         with self.together():
-            number = self._tables.insert("forgotten", self._columns(row))
+            number = self._add(row)
             (made,) = (each for each in self.forgotten() if each.id == number)
         return made
 
@@ -335,6 +333,16 @@ class Ledger:
         if self._tables.version < TAKES_BACK:
             return []
         return [codec.decode(Forgotten, row) for row in self._tables.select("forgotten")]
+
+    def count(self, table: str, row: Forgotten) -> int:
+        """How many rows of a table `row` would take back, that were not taken back before."""
+        before = self.forgotten()
+        rows = self._tables.select(table)
+        if table == "probed":
+            every = [without_forgotten(codec.decode(Probed, each), before) for each in rows]
+            return sum(without_forgotten(each, [row]) != each for each in every)
+        left = [each for each in rows if not any(other.covers(table, each) for other in before)]
+        return sum(row.covers(table, each) for each in left)
 
     def last(self) -> dict[str, int]:
         """The newest id of every table of evidence: what is there now."""

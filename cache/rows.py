@@ -302,7 +302,8 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Forgotten:
     """What was taken back, and why: the rows of a run, a backend or a layer, as far as they are
-    named, or one finding. `rows` are by table: the newest id it holds for, or the ids."""
+    named, or one finding with what rests on it. `rows` are by table: the newest id that this holds
+    for, or the ids of a finding's."""
 
     reason: str
     run: str | None = None
@@ -317,39 +318,46 @@ class Forgotten:
     @property
     def what(self) -> str:
         """What was taken back, in words."""
-        parts = [f"{name} {value}" for name in ("run", "backend") if (value := getattr(self, name))]
         if self.finding is not None:
-            parts.append(f"finding {self.finding}")
-        if self.n is not None:
-            parts.append(f"layer {self.n},{self.k}")
-        return " in ".join(parts)
+            return f"finding {self.finding} of {self.backend}"
+        layer = None if self.n is None else f"{self.n},{self.k}"
+        named = {"backend": self.backend, "layer": layer, "run": self.run}
+        return ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
 
     def covers(self, table: str, row: Mapping[str, Any]) -> bool:
-        """Whether a row of `table` is taken back."""
-        held = self.rows.get(table)
+        """Whether a row of `table` is taken back. Of a layer that is done, one backend's part can
+        be: see `without_forgotten`."""
+        if not self._held(table, row["id"]) or (table == "probed" and self.backend is not None):
+            return False
         if self.finding is not None:
-            return isinstance(held, list) and row["id"] in held
-        if not isinstance(held, int) or row["id"] > held:
-            return False
-        # Of a layer that is done, one backend's part can be taken back: see `without_forgotten`.
-        if self.backend is not None and "backend" not in row:
-            return False
+            return True
         named = {"run": self.run, "backend": self.backend, "n": self.n, "k": self.k}
         return all(row.get(name) == value for name, value in named.items() if value is not None)
 
+    def part(self, row: Probed, backend: str) -> bool:
+        """Whether a backend's part of a layer that is done rests on what is taken back."""
+        runs = (row.run, *row.detail["entrants"][backend]["runs"])
+        return (
+            self._held("probed", row.id or 0)
+            and self.backend in (None, backend)
+            and self.n in (None, row.bucket.n)
+            and self.k in (None, row.bucket.k)
+            and (self.run is None or self.run in runs)
+        )
+
+    def _held(self, table: str, number: int) -> bool:
+        held = self.rows.get(table)
+        return number in held if isinstance(held, list) else number <= int(held or 0)
+
 
 def without_forgotten(row: Probed, taken_back: Sequence[Forgotten]) -> Probed:
-    """A row ``probed`` without the backends that were taken back since."""
-    gone = {
-        each.backend
-        for each in taken_back
-        if each.backend is not None
-        and (row.id or 0) <= int(each.rows.get("probed") or 0)
-        and each.run in (None, row.run)
-        and (each.n is None or (each.n, each.k) == (row.bucket.n, row.bucket.k))
+    """A layer that is done, without the backends of which something was taken back since."""
+    entrants = row.detail["entrants"]
+    left = {
+        name: how
+        for name, how in entrants.items()
+        if not any(each.part(row, name) for each in taken_back)
     }
-    entrants = row.detail.get("entrants", {})
-    left = {name: how for name, how in entrants.items() if name not in gone}
     return row if left == entrants else replace(row, detail={**row.detail, "entrants": left})
 
 
