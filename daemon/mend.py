@@ -19,12 +19,14 @@ from pathlib import Path
 from ..cache import publish, snapshot, state
 from ..cache.errors import Corrupt, Foreign, Missing, StateError
 from ..cache.ledger import Ledger
+from ..cache.salvage import salvage
 
 
 def mend(state_dir: Path) -> list[str]:
     """Make ledger.db and choices.db usable again where they are damaged or gone; what was done.
 
-    A damaged ledger is moved aside, never removed. Of a choices.db that is gone the last generation
+    A damaged ledger is moved aside, never removed; the rows of it that are as they were stored go
+    into a new one. Of a choices.db that is gone the last generation
     is put back, where the file kept beside it is whole; else one is published again, from the
     ledger or from an older file. Raises StateError.
     """
@@ -39,7 +41,13 @@ def mend(state_dir: Path) -> list[str]:
         except (Corrupt, Foreign) as error:
             if not attempt:
                 raise
-            done.append(f"{error.sentence}: {state.LEDGER} was moved aside as {_aside(state_dir)}")
+            aside = _aside(state_dir)
+            Ledger.open(state_dir).close()
+            saved = salvage(os.fspath(state_dir / aside), os.fspath(state_dir))
+            done.append(
+                f"{error.sentence}: {state.LEDGER} was moved aside as {aside}, and {saved} rows "
+                "of it were saved"
+            )
     try:
         snapshot.load(os.fspath(state_dir / state.CHOICES))
         return done

@@ -40,7 +40,7 @@ from fp4tune.cache.rows import (
 )
 from fp4tune.daemon import work
 from fp4tune.daemon.config import DaemonConfig, ProbeOptions
-from fp4tune.daemon.mend import damage
+from fp4tune.daemon.mend import damage, mend
 from fp4tune.daemon.service import Service
 
 FILES = (Stamp("/a.so", 1, 2, 3), Stamp("/b.so", 4, 5, 6))
@@ -309,6 +309,32 @@ def test_layers_that_lost_their_evidence_are_to_be_measured_anew(tmp_path):
     Store(tmp_path)
     sentences, again = damage(tmp_path)
     assert sentences and again == [], "it was measured anew"
+
+
+def test_of_a_ledger_that_cannot_be_read_the_rows_that_are_whole_are_saved(tmp_path):
+    fill(tmp_path, runs=3, each=40)
+    stored, _ = everything(tmp_path, readonly=True)
+    path = tmp_path / state.LEDGER
+    data = bytearray(path.read_bytes())
+    with closing(sqlite3.connect(path)) as conn:
+        size = conn.execute("PRAGMA page_size").fetchone()[0]
+        sql = "SELECT pageno FROM dbstat WHERE name = 'evidence' AND pagetype = 'leaf'"
+        try:
+            pages = [row[0] for row in conn.execute(sql)]
+        except sqlite3.OperationalError:
+            pytest.skip("this SQLite does not say what lies on which page")
+    page = pages[len(pages) // 2] - 1
+    data[page * size : page * size + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    with pytest.raises(Corrupt):
+        Ledger.open(tmp_path)
+    (said,) = [line for line in mend(tmp_path) if state.LEDGER in line]
+    assert "were saved" in said and "moved aside" in said
+    found, sentences = everything(tmp_path, readonly=True)
+    assert found < stored and len(found) > len(stored) / 2 and sentences
+    with Ledger.open(tmp_path) as ledger:
+        assert len(ledger.findings()) == 120 and 0 < len(ledger.evidence()) < 120
+        assert ledger.generation_content(1) is not None
 
 
 def test_the_daemon_notices(tmp_path, monkeypatch):
