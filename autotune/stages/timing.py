@@ -169,7 +169,7 @@ def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: R
             within[name] = by_name[name].runner.ask("close_timing")
         except WorkerFailed as failure:
             died(layer, by_name[name], "timing", failure, record)
-    field = {"field": sorted(by_name), "samples": layer.level.samples}
+    field: dict[str, Any] = {"field": sorted(by_name), "samples": layer.level.samples}
     with ExitStack() as stack:
         # All of it or nothing: times hold beside those they were taken with.
         for entrant in entrants:
