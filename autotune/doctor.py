@@ -113,13 +113,10 @@ def _variables() -> Iterator[Line]:
 
 def _state_lines(state_dir: Path | None) -> Iterator[Line]:
     place = state.directory(state_dir)
-    writable = os.access(place if place.is_dir() else place.parent, os.W_OK)
-    if writable or not place.exists():
-        yield Line(GOOD, "state", str(place))
+    if why := _unwritable(os.fspath(place)):
+        yield Line(BAD, "state", f"{place} {why}", "choose another with --state or mount it")
     else:
-        yield Line(
-            BAD, "state", f"{place} cannot be written", "choose another with --state or mount it"
-        )
+        yield Line(GOOD, "state", str(place))
     holding = [place] if state_dir else state.holding()
     if len(holding) > 1:
         yield Line(
@@ -140,6 +137,25 @@ def _state_lines(state_dir: Path | None) -> Iterator[Line]:
     if not holding:
         yield Line(NOTE, "choices.db", "none yet", "run fp4tune probe")
     yield from _ledger(place)
+
+
+def _unwritable(place: str) -> str:
+    """Why nothing can be kept in `place`, which is made if need be; empty where it can."""
+    there = os.path.abspath(place)
+    while not os.path.lexists(there):
+        above = os.path.dirname(there)
+        try:
+            os.listdir(above)
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            return f"cannot be made: {above} is no folder"
+        except OSError as error:
+            return f"cannot be looked at: {above}: {error.strerror}"
+        there = above
+    if not os.path.isdir(there):
+        return "is no folder" if there == place else f"cannot be made: {there} is no folder"
+    return "" if os.access(there, os.W_OK | os.X_OK) else "cannot be written"
 
 
 def _ledger(place: Path) -> Iterator[Line]:

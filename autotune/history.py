@@ -25,9 +25,9 @@ from ..cache.rows import (
     BucketKey,
     Evidence,
     Finding,
+    FinishedStep,
     LayerKey,
     Probed,
-    Step,
     Timing,
     Where,
     without_forgotten,
@@ -103,7 +103,7 @@ class History:
         self._ledger = ledger
         self._quarantines, _ = quarantine.read(quarantine.store(state_dir))
         self._rows: dict[LayerKey, list[Probed]] = {}
-        self._steps: dict[tuple[LayerKey, str], list[Step]] = {}
+        self._steps: dict[tuple[LayerKey, str], list[FinishedStep]] = {}
         self._evidence = lru_cache(maxsize=None)(self._read_evidence)
         self.damaged: dict[str, str] = {}
         """Runs that would have been used, and what is wrong with them."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cache.rows import Step
+from ..cache.rows import FinishedStep
 from .verdict.buckets import MRange
 
 BEGUN = "begun"
@@ -76,12 +76,12 @@ class Started:
     exempt: dict[tuple[str, MRange, str], str] = field(default_factory=dict)
     reached: dict[tuple[str, MRange, str], int] = field(default_factory=dict)
     """How many launches were aimed at."""
-    timed: Step | None = None
+    timed: FinishedStep | None = None
     steps: int = 0
     """How many were finished."""
 
 
-def started(rows: Sequence[Step]) -> Started | None:
+def started(rows: Sequence[FinishedStep]) -> Started | None:
     """What these steps, of one backend on one layer and in their order, come to; None where none
     but `BEGUN` is among them."""
     begun = [row for row in rows if row.what == BEGUN]

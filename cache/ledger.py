@@ -30,12 +30,12 @@ from .rows import (
     Environment,
     Evidence,
     Finding,
+    FinishedStep,
     Forgotten,
     Generation,
     Probed,
     Run,
     Stamp,
-    Step,
     Timing,
     Verdict,
     without_forgotten,
@@ -50,12 +50,14 @@ TABLES: dict[type, str] = {
     Build: "build",
     Audit: "audit",
     Probed: "probed",
-    Step: "step",
+    FinishedStep: "step",
     Forgotten: "forgotten",
 }
 
-Row = TypeVar("Row", Evidence, Finding, Timing, Verdict, Build, Audit, Probed, Step, Forgotten)
-Added = Evidence | Finding | Timing | Verdict | Build | Audit | Probed | Step | Forgotten
+Row = TypeVar(
+    "Row", Evidence, Finding, Timing, Verdict, Build, Audit, Probed, FinishedStep, Forgotten
+)
+Added = Evidence | Finding | Timing | Verdict | Build | Audit | Probed | FinishedStep | Forgotten
 
 
 TAKEN_BACK = ("evidence", "finding", "timing", "verdict", "build", "probed", "step")
@@ -67,7 +69,7 @@ TAKES_BACK = 7
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class LedgerDamage:
     """What of a ledger is not as it was stored: by run what is wrong with it, and what of rows
     that belong to none."""
 
@@ -237,7 +239,7 @@ class Ledger:
     def add_probed(self, row: Probed) -> int:
         return self._add(row)
 
-    def add_step(self, row: Step) -> int:
+    def add_step(self, row: FinishedStep) -> int:
         return self._add(row)
 
     def add_all(self, rows: Iterable[Added]) -> list[int]:
@@ -261,9 +263,9 @@ class Ledger:
         """What of a run is not as it was stored, in a few words; empty where all of it is."""
         return self._tables.damaged(run)
 
-    def damage(self) -> Damage:
+    def damage(self) -> LedgerDamage:
         """Every row looked at. Raises a StateError where the file cannot be read."""
-        return Damage(*self._tables.damage())
+        return LedgerDamage(*self._tables.damage())
 
     # -- reading
 
@@ -303,9 +305,9 @@ class Ledger:
     def verdicts(self, **filters: Any) -> list[Verdict]:
         return self._find(Verdict, filters)
 
-    def steps(self, n: int | None = None, k: int | None = None) -> list[Step]:
+    def steps(self, n: int | None = None, k: int | None = None) -> list[FinishedStep]:
         """Steps that were finished, in that order; with `n` and `k`, those of that shape."""
-        return self._find(Step, {"n": n, "k": k})
+        return self._find(FinishedStep, {"n": n, "k": k})
 
     def builds(self, run: str | None = None) -> list[Build]:
         return self._find(Build, {"run": run})

@@ -282,7 +282,7 @@ class Probed:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class FinishedStep:
     """A step of a layer that one backend finished: written with what the step recorded, as one.
 
     `bucket` spans every m. `what` is the step's name, `detail` what the next run needs to go on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -48,7 +49,8 @@ Checkpoint = Annotated[
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Bad input and an unusable state end in one sentence and exit code 2, without a traceback."""
+    """Bad input, an unusable state and files that cannot be used end in one sentence and exit code
+    2, without a traceback."""
     try:
         yield
     except Refused as error:
@@ -59,6 +61,12 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except ValueError as error:
         say(f"fp4tune: {error}", err=True)
+        raise typer.Exit(NOT_ASSESSED) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE or error.strerror is None:
+            raise  # whoever read what is printed has enough of it
+        where = "" if error.filename is None else f"{error.filename}: "
+        say(f"fp4tune: {where}{error.strerror}", err=True)
         raise typer.Exit(NOT_ASSESSED) from None
     except KeyboardInterrupt:
         say("fp4tune: interrupted; evidence so far is kept", err=True)

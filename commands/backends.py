@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..cache.errors import StateError
 from ._console import Gpu, Json, State, one_sentence, print_json, say
 
 
@@ -35,11 +36,15 @@ def backends(
 
         for plugin in registry.misnamed():
             say(f"fp4tune: the plugin {plugin.name} is left out: {plugin.reason}", err=True)
+        try:
+            last = support.outcomes(target, state)
+        except StateError as error:
+            if state is not None:
+                raise
+            say(f"fp4tune: {error}", err=True)  # what can run here does not depend on it
+            last = {}
         rows = support.rows(
-            target,
-            planning.backends(backend or ()),
-            planning.interpreter(python),
-            support.outcomes(target, state),
+            target, planning.backends(backend or ()), planning.interpreter(python), last
         )
         if as_json:
             print_json({"device": target.name, "arch": target.device.arch, "backends": rows})

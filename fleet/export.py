@@ -16,7 +16,7 @@ from typing import Any
 from ..autotune.publication import published
 from ..cache import codec, state
 from ..cache.errors import Missing, StateError, translate
-from ..cache.ledger import Damage, Ledger, set_aside
+from ..cache.ledger import Ledger, LedgerDamage, set_aside
 from ..errors import Refused, printable
 from ..machine import files
 from . import bundle, production, schema
@@ -128,7 +128,9 @@ def rows_of(state_dir: Path) -> NodeTables:
     return NodeTables(rows, {table: dict(why) for table, why in skipped.items() if why})
 
 
-def _sound(table: str, found: Sequence[Any], damage: Damage) -> tuple[Sequence[Any], Counter[str]]:
+def _sound(
+    table: str, found: Sequence[Any], damage: LedgerDamage
+) -> tuple[Sequence[Any], Counter[str]]:
     """Rows without those of damaged runs that say that something is right or fast."""
     bad = [row for row in found if getattr(row, "run", None) in damage.runs]
     lost = [row for row in bad if table != "finding" and getattr(row, "status", "") != "failed"]

@@ -31,10 +31,10 @@ from fp4tune.cache.rows import (
     Environment,
     Evidence,
     Finding,
+    FinishedStep,
     Forgotten,
     Probed,
     Stamp,
-    Step,
     Timing,
     Verdict,
 )
@@ -67,7 +67,7 @@ def fill(place, runs: int = 3, each: int = 8) -> None:
                 ledger.add_timing(Timing(run, *WHAT, 12.5, 12, 13.0, 99, 3.5))
             ledger.add_verdict(Verdict(run, *WHAT, "strict", "unsafe", (), ("pdl: failed",)))
             ledger.add_build(Build(run, "marlin", 21.5))
-            ledger.add_step(Step(run, *WHAT[:2], BUCKET, "serial", {"dead": {}}))
+            ledger.add_step(FinishedStep(run, *WHAT[:2], BUCKET, "serial", {"dead": {}}))
             ledger.add_probed(Probed(run, BUCKET, {"name": "H200"}, "m" * 64, {"entrants": {}}))
             ledger.finish_run(run)
         ledger.add_audit(Audit("c", "x.so", "/x.so", 90, "clean", "sass", "none"))
@@ -463,7 +463,7 @@ def test_a_sum_of_seals_knows_no_order(rows, rng):
         assert total != seal.added(seal.NOTHING, seals[1:])
 
 
-KINDS = (Evidence, Finding, Timing, Verdict, Build, Audit, Probed, Step, Environment)
+KINDS = (Evidence, Finding, Timing, Verdict, Build, Audit, Probed, FinishedStep, Environment)
 
 
 @given(st.sampled_from(KINDS), st.data())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
+import subprocess
 
 import pytest
 import stores
+from stores import spawn
 
 from fp4tune.autotune import doctor
 from fp4tune.cache import state
@@ -93,3 +96,48 @@ def test_a_place_that_cannot_be_written_is_bad(tmp_path):
     """
     done = stores.isolated(code, tmp_path)
     assert done.stdout.strip() == "bad", done.stderr
+
+
+UNREADABLE = """
+import os, sys
+from pathlib import Path
+from typer.testing import CliRunner
+from fp4tune.cache import state
+from fp4tune.cli import app
+
+home = Path(sys.argv[1], "hidden", "home")
+state.SYSTEM = "/proc/nowhere/fp4tune"
+for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "FP4TUNE_STATE", "HF_HOME"):
+    os.environ.pop(name, None)
+os.environ["HOME"] = str(home)
+assert not os.access(home.parent, os.R_OK), "this process may read everything"
+for words in (
+    ("doctor",), ("show",), ("choose", 1, 128, 256), ("quarantine", "list"), ("forget", "--list"),
+    ("backends", "--gpu", "none", "--backend", "torch-dequant"), ("layers", "nobody/nothing"),
+    ("check-weights", "nobody/nothing"), ("export", "--out", "x.zip"),
+):
+    answer = CliRunner().invoke(app, [str(word) for word in words])
+    known = answer.exception is None or isinstance(answer.exception, SystemExit)
+    print(words[0], answer.exit_code, known, str(home.parent) in answer.output, flush=True)
+"""
+
+
+def test_a_home_that_cannot_be_read_is_a_sentence_in_every_command(tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0o000)
+    prefix: tuple[str, ...] = ()
+    if os.getuid() == 0:  # whom no mode keeps out
+        os.chown(hidden, 65534, 65534)
+        rights = "=-dac_override,-dac_read_search"
+        prefix = ("setpriv", f"--bounding-set{rights}", f"--inh-caps{rights}")
+        if not shutil.which("setpriv"):
+            pytest.skip("needs setpriv")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with spawn(UNREADABLE, tmp_path, prefix=prefix, **pipes) as other:
+        out, error = other.communicate(timeout=200)
+    hidden.chmod(0o700)
+    assert other.returncode == 0, error
+    said = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert len(said) == 9 and {known for _, known, _ in said.values()} == {"True"}, out
+    assert said["doctor"] == ["2", "True", "True"], "it says which folder"
+    assert said["layers"][0] == said["check-weights"][0] == "2"

@@ -26,7 +26,7 @@ from fp4tune.autotune.plan import Plan
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.cache.ledger import Ledger
-from fp4tune.cache.rows import BucketKey, Step
+from fp4tune.cache.rows import BucketKey, FinishedStep
 
 
 class Stopped(Exception):
@@ -162,11 +162,11 @@ NAMES = (steps.GRADED, steps.family("realistic"), steps.regime("streams"), steps
 BUCKET = BucketKey("nvfp4", "bf16", "bf16", 1, 0, 1, 128, 256)
 
 
-def row(number: int, what: str, items, run: str = "r", **more) -> Step:
+def row(number: int, what: str, items, run: str = "r", **more) -> FinishedStep:
     detail = {"items": steps.listed(items), "dead": {}, "faulty": [], "exempt": [], "launches": 0}
     if what == steps.BEGUN:
         detail = {"at": 1.0 + number, "seed": number}
-    return Step(run, "f" * 64, "x", BUCKET, what, {**detail, **more}, id=number)
+    return FinishedStep(run, "f" * 64, "x", BUCKET, what, {**detail, **more}, id=number)
 
 
 @given(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(RANGES)), max_size=12))

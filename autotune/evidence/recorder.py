@@ -9,7 +9,7 @@ from typing import Any
 
 from ...cache.codec import plain
 from ...cache.ledger import Ledger
-from ...cache.rows import Audit, BucketKey, Evidence, Finding, Step, Timing, Under, Where
+from ...cache.rows import Audit, BucketKey, Evidence, Finding, FinishedStep, Timing, Under, Where
 from ...probes.check import diagnosis
 from ...probes.data import FAMILIES
 from ...probes.worker.supervisor import WorkerFailed
@@ -105,7 +105,7 @@ class Recorder:
         """The row that says that a step is finished; `bucket` spans every m of the layer."""
         fingerprint = self._fingerprints[backend]
         self._ledger.add_step(
-            Step(self.run, fingerprint, backend, bucket, what, plain(dict(detail)))
+            FinishedStep(self.run, fingerprint, backend, bucket, what, plain(dict(detail)))
         )
 
     def passed(self, where: Where, under: Under) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...cache import state
 from ...cache.ledger import TAKEN_BACK, Ledger
-from ...cache.rows import BucketKey, Candidate, Evidence, Finding, Forgotten, Step
+from ...cache.rows import BucketKey, Candidate, Evidence, Finding, FinishedStep, Forgotten
 from ...errors import Refused
 from ...words import CENSUS, EXACT
 from .. import steps
@@ -124,7 +124,7 @@ def _steps_of(row: Evidence) -> set[str]:
     return {steps.regime(row.regime)} | ({steps.GRADED} if row.regime == "serial" else set())
 
 
-def _is_of(step: Step, item: steps.Item) -> bool:
+def _is_of(step: FinishedStep, item: steps.Item) -> bool:
     return item in steps.items_of(step.detail["items"])
 
 
