@@ -26,7 +26,6 @@ import signal
 import socket
 import sqlite3
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import _clock as clock
 import _node as node
 import psutil
 
@@ -58,42 +58,6 @@ MALFORMED = (
     b"POST /v1/faults HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\n" + b"[" * 9000,
     b"GET /v1/choices?m=%ff&n=\0 HTTP/1.1\r\nHost: x\r\n\r\n",
 )  # fmt: skip
-CLOCK = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <sys/time.h>
-#include <time.h>
-/* The wall clock, moved by as many seconds as the file says; all other clocks stay as they are. */
-static volatile long *offset;
-static int (*real)(clockid_t, struct timespec *);
-__attribute__((constructor)) static void start(void) {
-  const char *path = getenv("FP4TUNE_SOAK_CLOCK");
-  int fd = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
-  real = dlsym(RTLD_NEXT, "clock_gettime");
-  if (fd >= 0) offset = mmap(0, sizeof *offset, PROT_READ, MAP_SHARED, fd, 0);
-}
-int clock_gettime(clockid_t clock, struct timespec *at) {
-  if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-  int failed = real(clock, at);
-  if (!failed && offset && offset != MAP_FAILED && clock == CLOCK_REALTIME) at->tv_sec += *offset;
-  return failed;
-}
-int gettimeofday(struct timeval *at, void *zone) {
-  struct timespec now;
-  if (clock_gettime(CLOCK_REALTIME, &now)) return -1;
-  at->tv_sec = now.tv_sec; at->tv_usec = now.tv_nsec / 1000;
-  return 0;
-}
-time_t time(time_t *at) {
-  struct timespec now;
-  clock_gettime(CLOCK_REALTIME, &now);
-  if (at) *at = now.tv_sec;
-  return now.tv_sec;
-}
-"""
 
 
 class Soak:
@@ -128,12 +92,12 @@ class Soak:
             f'[http]\nlisten = "{listen}"\ntoken_file = "{token}"\n'
         )
         env = node.environ(self.site, **{CHILD: "1"})
-        library = _clock_library(place)
+        library = clock.library(place)
         if library is None:
             self.skipped.append("clock jumps: there is no C compiler")
         else:
             self.jump(0)
-            env |= {"LD_PRELOAD": str(library), "FP4TUNE_SOAK_CLOCK": str(self.clock)}
+            env |= clock.variables(library, self.clock)
         self.jumps = library is not None
         self.daemon = node.Daemon(config, listen, env, place / "daemon.log")
 
@@ -148,11 +112,7 @@ class Soak:
         node.install(node.wheel(self.place / "wheels", f"1.{self.version}"), self.site)
 
     def jump(self, seconds: int) -> None:
-        """In place: whoever has the file mapped sees it at once."""
-        if not self.clock.exists():
-            self.clock.write_bytes(b"\0" * 4096)
-        with open(self.clock, "r+b") as file:
-            file.write(struct.pack("=q", seconds))
+        clock.jump(self.clock, seconds)
 
     def kill_daemon(self) -> None:
         self.daemon.kill()
@@ -207,7 +167,7 @@ class Soak:
         self.rows = 0
 
     def clock_jump(self) -> None:
-        self.jump(self.random.choice([-86400 * 30, -3600, -5, 0, 5, 3600, 86400 * 400]))
+        self.jump(clock.somewhere(self.random))
 
     def clients(self) -> None:
         """CLIENTS requests at once, each answered with what it should be."""
@@ -442,17 +402,6 @@ class Soak:
             "seconds_a_new_reader_could_not_open": _spread(self.unopened),
             "memory_of_the_last_daemon": memory,
         }
-
-
-def _clock_library(place: Path) -> Path | None:
-    """A library to preload that moves the wall clock. libfaketime makes Python's sleep fail."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        return None
-    (place / "clock.c").write_text(CLOCK)
-    made = place / "clock.so"
-    command = [compiler, "-shared", "-fPIC", "-w", "-o", str(made), str(place / "clock.c"), "-ldl"]
-    return made if subprocess.run(command).returncode == 0 else None
 
 
 def _mib(samples: list[tuple[float, int, int]]) -> float:
