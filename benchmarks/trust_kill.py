@@ -56,9 +56,11 @@ class It(Right):
 class Killing:
     """A state directory, the probe that is killed there, and what came of it."""
 
+    state: Path
+
     def __init__(self, place: Path, layers: int, seed: int) -> None:
         self.place, self.random = place, random.Random(seed)
-        self.state = place / "state"
+        self.lives = 0
         self.faults: list[str] = []
         self.rounds: list[dict[str, Any]] = []
         self.rows: dict[tuple[str, int], str] = {}
@@ -72,6 +74,21 @@ class Killing:
             file = place / f"{name}.py"
             file.write_text(textwrap.dedent(BACKEND.format(name=name, wrong=name == "wrong")))
             self.command += ["--backend", f"{file}:It"]
+
+    def begin(self) -> None:
+        """A state directory that nothing was probed in."""
+        self.lives += 1
+        self.state = self.place / f"state-{self.lives}"
+        self.rows.clear()
+        self.finished = Counter()
+
+    def end(self, expected: set[tuple[Any, ...]]) -> float:
+        """Have a probe finish what was killed, and compare; its seconds."""
+        said, seconds = self.whole(self.state)
+        self.look("at the end")
+        if said != expected:
+            self.faults.append(f"what is said differs: {sorted(said ^ expected)[:4]}")
+        return seconds
 
     def start(self, where: Path) -> tuple[subprocess.Popen[bytes], str]:
         mark = secrets.token_hex(8)
@@ -106,13 +123,14 @@ class Killing:
 
     def kill(self, mode: str, seconds: float) -> bool:
         """One round; False where the probe was done before its time came."""
-        began, known = time.monotonic(), self.steps()
-        moment = self.random.uniform(0, seconds)
+        began = time.monotonic()
+        moment = self.random.uniform(0, seconds / 2)
+        wanted = self.steps() + self.random.choice((1, 1, 2, 5, 15, 40))
         probe, mark = self.start(self.state)
         while probe.poll() is None:
             if mode == "anywhere" and time.monotonic() - began > moment:
                 break
-            if mode == "after a step" and self.steps() > known:
+            if mode == "after a step" and self.steps() >= wanted:
                 break
             if mode == "while publishing" and self._publishes(probe.pid):
                 time.sleep(self.random.uniform(0, 0.04))
@@ -181,7 +199,7 @@ class Killing:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -190,14 +208,14 @@ def main() -> int:
         killing = Killing(Path(folder), arguments.layers, arguments.seed)
         expected, seconds = killing.whole(Path(folder, "fresh"))
         print(f"a whole probe takes {seconds:.1f} s", flush=True)
-        early = 0
-        while len(killing.rounds) < arguments.kills and early < 3:
-            mode = killing.random.choices(MODES, (45, 45, 10))[0]
-            early += not killing.kill(mode, seconds)
-        said, last = killing.whole(killing.state)
-        killing.look("at the end")
-        if said != expected:
-            killing.faults.append(f"what is said differs: {sorted(said ^ expected)[:4]}")
+        last = []
+        killing.begin()
+        while len(killing.rounds) < arguments.kills:
+            mode = killing.random.choices(MODES, (30, 60, 10))[0]
+            if not killing.kill(mode, seconds):
+                last.append(killing.end(expected))  # it was done, and begins anew
+                killing.begin()
+        last.append(killing.end(expected))
     result = {
         "what": "kill -9 of a probe of several layers, with resuming",
         "machine": machine(),
@@ -205,8 +223,8 @@ def main() -> int:
         "layers": arguments.layers,
         "kills": len(killing.rounds),
         "whole_probe_seconds": round(seconds, 1),
-        "last_probe_seconds": round(last, 1),
-        "steps_finished": sum(killing.finished.values()),
+        "states": killing.lives,
+        "last_probes_seconds": [round(each, 1) for each in last],
         "rounds_without_a_step": sum(not r["steps_more"] for r in killing.rounds),
         "faults": killing.faults,
         "rounds": killing.rounds,
