@@ -76,8 +76,8 @@ def report(store: Path) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--bundles", type=int, default=500)
-    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--bundles", type=int, default=450)
+    parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
