@@ -30,7 +30,7 @@ def salvage(damaged: str, state_dir: str) -> int:
             contextlib.closing(_reading(damaged)) as old,
             contextlib.closing(opening.to_write(path)) as new,
         ):
-            return _copy(old, new)
+            return _copy_whole_rows(old, new)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         raise translate(error, path) from error
 
@@ -42,13 +42,13 @@ def _reading(path: str) -> sqlite3.Connection:
     return conn
 
 
-def _copy(old: sqlite3.Connection, new: sqlite3.Connection) -> int:
+def _copy_whole_rows(old: sqlite3.Connection, new: sqlite3.Connection) -> int:
     count = 0
     # A failure whose run is lost counts on, so no row is left out for another's sake.
     new.execute("PRAGMA foreign_keys = OFF")
-    with _whole(new):
+    with _in_one(new):
         for table in _ORDER:
-            for row in _rows(old, table):
+            for row in _rows_from_both_ends(old, table):
                 stamps = _stamps(old, row["fingerprint"]) if table == "environment" else []
                 sealed = {**row, "stamps": stamps} if table == "environment" else row
                 if not seal.fits(table, sealed):
@@ -65,7 +65,7 @@ def _copy(old: sqlite3.Connection, new: sqlite3.Connection) -> int:
 
 
 @contextlib.contextmanager
-def _whole(conn: sqlite3.Connection) -> Iterator[None]:
+def _in_one(conn: sqlite3.Connection) -> Iterator[None]:
     conn.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -75,7 +75,7 @@ def _whole(conn: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _rows(conn: sqlite3.Connection, table: str) -> list[dict[str, Any]]:
+def _rows_from_both_ends(conn: sqlite3.Connection, table: str) -> list[dict[str, Any]]:
     """Rows of a table from both its ends, as far as SQLite comes: what lies between is lost."""
     found: dict[int, dict[str, Any]] = {}
     for order in ("ASC", "DESC"):

@@ -79,11 +79,11 @@ def _create_first(db: Database) -> None:
         db.conn.execute(statement)
 
 
-def _bounds(db: Database) -> None:
+def _add_bounds(db: Database) -> None:
     db.conn.execute("ALTER TABLE verdict ADD COLUMN bounds TEXT NOT NULL DEFAULT '{}'")
 
 
-def _audits(db: Database) -> None:
+def _add_audits(db: Database) -> None:
     db.conn.execute(
         """CREATE TABLE audit (
         id INTEGER PRIMARY KEY AUTOINCREMENT, content TEXT, module TEXT NOT NULL, path TEXT,
@@ -94,7 +94,7 @@ def _audits(db: Database) -> None:
     db.conn.execute("CREATE INDEX audit_by_content ON audit (content)")
 
 
-def _probed(db: Database) -> None:
+def _add_probed(db: Database) -> None:
     db.conn.execute(
         f"""CREATE TABLE probed (
         id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL REFERENCES run(id), {BUCKET},
@@ -127,7 +127,7 @@ OF_NONE = {
 """Sealed tables whose rows belong to no run, and what they are in order by."""
 
 
-def _seals(db: Database) -> None:
+def _add_seals(db: Database) -> None:
     for table in SEALED:
         db.conn.execute(f"ALTER TABLE {table} ADD COLUMN seal TEXT")
     db.conn.execute(
@@ -138,14 +138,14 @@ def _seals(db: Database) -> None:
     # What lies here is taken to be what was stored: nothing says otherwise, unless it cannot be.
     sums: dict[str, list[str]] = {}
     for table in SEALED:
-        for row in _rows(db.conn, table):
+        for row in _stored_rows(db.conn, table):
             if not codec.decodes(table, row):
                 continue
             mark = seal.of(table, _sealed(db.conn, table, row))
             db.conn.execute(f"UPDATE {table} SET seal = ? WHERE rowid = ?", (mark, row["rowid"]))
             if table in OF_RUNS:
                 sums.setdefault(row["run"], []).append(mark)
-    for row in _rows(db.conn, "run"):
+    for row in _stored_rows(db.conn, "run"):
         seals = sums.get(row["id"], [])
         found = {"run": row["id"], "rows": len(seals), "sum": seal.added(seal.NOTHING, seals)}
         db.conn.execute(
@@ -154,7 +154,7 @@ def _seals(db: Database) -> None:
         )
 
 
-def _rows(conn: sqlite3.Connection, table: str) -> list[dict[str, Any]]:
+def _stored_rows(conn: sqlite3.Connection, table: str) -> list[dict[str, Any]]:
     cursor = conn.execute(f"SELECT rowid AS rowid, * FROM {table} NOT INDEXED")
     names = [column[0] for column in cursor.description]
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
@@ -176,7 +176,7 @@ def with_stamps(conn: sqlite3.Connection, environment: Mapping[str, Any]) -> dic
     return {**environment, "stamps": [tuple(row) for row in found.fetchall()]}
 
 
-def _steps(db: Database) -> None:
+def _add_steps(db: Database) -> None:
     db.conn.execute(
         f"""CREATE TABLE step (
         id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL REFERENCES run(id),
@@ -188,7 +188,7 @@ def _steps(db: Database) -> None:
     db.conn.execute("CREATE INDEX step_by_run ON step (run)")
 
 
-def _forgotten(db: Database) -> None:
+def _add_forgotten(db: Database) -> None:
     db.conn.execute(
         """CREATE TABLE forgotten (
         id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT, backend TEXT, n INTEGER, k INTEGER,
@@ -197,7 +197,16 @@ def _forgotten(db: Database) -> None:
     )
 
 
-MIGRATIONS = (_create_first, _bounds, _audits, _probed, _seals, _steps, _forgotten)
+MIGRATIONS = {
+    "first": _create_first,
+    "bounds": _add_bounds,
+    "audits": _add_audits,
+    "probed": _add_probed,
+    "seals": _add_seals,
+    "steps": _add_steps,
+    "forgotten": _add_forgotten,
+}
+"""By the name that ledgers keep of those that were made to them."""
 
 VERSION = len(MIGRATIONS)
 """Kept in the file as its user_version."""
@@ -214,8 +223,8 @@ def upgrade(conn: sqlite3.Connection, path: object) -> None:
     except ImportError as error:
         raise Unusable(path, "writing the ledger needs sqlite-utils 4.2 or newer") from error
     migrations = Migrations("fp4tune-ledger")
-    for step in MIGRATIONS:
-        migrations(name=step.__name__.strip("_"))(step)
+    for name, step in MIGRATIONS.items():
+        migrations(name=name)(step)
     conn.execute("BEGIN IMMEDIATE")
     try:
         conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")

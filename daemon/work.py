@@ -96,9 +96,7 @@ def _unpublished_layers(
             yield Unit((layer.n, layer.k), probe.profile, *kinds, probe.out_dtype, probe.max_m)
 
 
-def _unheld_units(
-    probe: ProbeOptions, rows: Iterable[Candidate], again: Shapes
-) -> Iterator[Unit]:
+def _unheld_units(probe: ProbeOptions, rows: Iterable[Candidate], again: Shapes) -> Iterator[Unit]:
     """What was published and does not hold: with the options that it was probed with."""
     by: dict[tuple[tuple[int, int], str, str, str], list[Candidate]] = {}
     for c in rows:

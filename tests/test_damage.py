@@ -376,8 +376,8 @@ def older(path, version: int) -> None:
     from sqlite_utils import Database, Migrations
 
     migrations = Migrations("fp4tune-ledger")
-    for step in schema.MIGRATIONS[:version]:
-        migrations(name=step.__name__.strip("_"))(step)
+    for name, step in list(schema.MIGRATIONS.items())[:version]:
+        migrations(name=name)(step)
     conn = sqlite3.connect(path, isolation_level=None)
     migrations.apply(Database(conn, execute_plugins=False))
     conn.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
@@ -402,6 +402,10 @@ def older(path, version: int) -> None:
         insert("verdict", {**codec.columns(Verdict("r", *WHAT, "strict", "safe")), "at": 2.5})
     insert("generation", {"number": 3, "at": 1, "status": "published", "origin": "publish"})
     conn.close()
+
+
+def test_a_migration_keeps_the_name_that_ledgers_have_on_record():
+    assert [*schema.MIGRATIONS][:4] == ["first", "bounds", "audits", "probed"]
 
 
 @pytest.mark.parametrize("version", range(1, schema.VERSION + 1))

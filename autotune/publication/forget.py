@@ -54,7 +54,9 @@ def forget(state_dir: Path, wanted: Forgotten) -> TakenBack:
         raise Refused("say what to take back: --run, --backend, --layer or --finding")
     with Ledger.open(state_dir) as ledger:
         asked = replace(wanted, reason=reason)
-        row = _finding(ledger, asked) if asked.finding is not None else _selected(ledger, asked)
+        row = (
+            _with_evidence(ledger, asked) if asked.finding is not None else _selected(ledger, asked)
+        )
         covered = _covered(ledger, row)
         if not any(covered.values()):
             raise Refused(f"there is nothing of {row.what} in {state_dir} to take back")
@@ -68,7 +70,7 @@ def _selected(ledger: Ledger, asked: Forgotten) -> Forgotten:
     return replace(asked, rows=ledger.last())
 
 
-def _finding(ledger: Ledger, asked: Forgotten) -> Forgotten:
+def _with_evidence(ledger: Ledger, asked: Forgotten) -> Forgotten:
     """A finding with the evidence that has no other, and the steps that are to be made again."""
     everything = ledger.findings()
     finding = next((each for each in everything if each.id == asked.finding), None)
@@ -136,7 +138,7 @@ def _covered(ledger: Ledger, row: Forgotten) -> dict[str, int]:
 def _withdraw(state_dir: Path, ledger: Ledger, row: Forgotten) -> int | None:
     """Publish what stands without what rests on `row`; the new generation, if any."""
     stands = published.usable(state_dir)
-    places = _places(ledger, row)
+    places = _places_of(ledger, row)
     kept = [each for each in stands.candidates if not _rests(each, row, places)]
     if len(kept) == len(stands.candidates):
         return None
@@ -145,7 +147,7 @@ def _withdraw(state_dir: Path, ledger: Ledger, row: Forgotten) -> int | None:
     return republish(state_dir, stands, kept, environments)
 
 
-def _places(ledger: Ledger, row: Forgotten) -> set[_Place]:
+def _places_of(ledger: Ledger, row: Forgotten) -> set[_Place]:
     """What a run, or a finding, says something of, unless it was measured anew since."""
     if row.finding is not None:
         found = next(each for each in ledger.findings() if each.id == row.finding)

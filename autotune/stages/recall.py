@@ -85,11 +85,11 @@ def origin(
 
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much of a probe was known, in a line; empty where nothing was."""
-    said = [text for text in (_layers(rows), _steps(rows)) if text]
+    said = [text for text in (_layers_known(rows), _steps_taken_up(rows)) if text]
     return "; ".join(said)
 
 
-def _layers(rows: Sequence[Mapping[str, Any]]) -> str:
+def _layers_known(rows: Sequence[Mapping[str, Any]]) -> str:
     if not any(row["known"] for row in rows):
         return ""
     whole = [row for row in rows if not row["measured"] and row["times"] is not None]
@@ -107,7 +107,7 @@ def _layers(rows: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def _steps(rows: Sequence[Mapping[str, Any]]) -> str:
+def _steps_taken_up(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [part for row in rows for part in row["resumed"]]
     if not parts:
         return ""
