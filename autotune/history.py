@@ -114,7 +114,7 @@ class History:
         for row in (without_forgotten(row, taken_back) for row in reversed(ledger.probed())):
             layer = row.bucket.layer
             ended.update((layer, n, r) for n, how in _entrants(row).items() for r in how["runs"])
-            if row.device == plan.device and self._whole(row.run):
+            if row.device == plan.device:
                 self._rows.setdefault(layer, []).append(row)
         for step in ledger.steps():
             layer = step.bucket.layer
@@ -169,11 +169,10 @@ class History:
             known = _entrants(row).get(name)
             if known is not None and self._fits(name, known, print_):
                 (run,) = known["runs"]
-                runs = [r.id for r in self._ledger.runs() if r.device == self._plan.device]
-                here = {run for run in runs if self._whole(run)}
+                here = {r.id for r in self._ledger.runs() if r.device == self._plan.device}
                 times = self._ledger.timings(backend=name, fingerprints=[print_])
                 alike = [t for t in times if t.bucket.layer == where.layer]
-                mine = [t for t in alike if t.run in here]
+                mine = [t for t in alike if t.run in here and self._whole(t.run)]
                 return self._ledger.findings(run=run, backend=name, bucket=where), mine
         return None
 
