@@ -25,7 +25,7 @@ from _machine import machine, write
 
 from fp4tune.machine.device import Device
 from fp4tune.probes import registry
-from fp4tune.probes.backends import build, tactics
+from fp4tune.probes.backends import build_kernels, tactics
 from fp4tune.probes.data.families import draw, families
 from fp4tune.probes.formats import dequantise
 from fp4tune.probes.problem import DTYPES, Problem
@@ -61,7 +61,7 @@ class Right:
             why = backend.unsupported(problem, kind)
             if why:
                 raise RuntimeError(why)
-            build(backend, [problem], kind, 8)
+            build_kernels(backend, [problem], kind, 8)
             state = backend.prepare(operands.weight, problem)
             tactic = tactics(backend, problem, kind)[0]
             self.run = lambda a, out: backend.run(state, a, out, tactic)

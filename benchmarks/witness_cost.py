@@ -29,7 +29,7 @@ from _machine import machine
 
 from fp4tune.machine import devices
 from fp4tune.probes import registry
-from fp4tune.probes.backends import build, tactics
+from fp4tune.probes.backends import build_kernels, tactics
 from fp4tune.probes.formats import quantise
 from fp4tune.probes.problem import NVFP4, Fp4Tensor, Problem
 from fp4tune.witness import _kernels, launch, limits, rows, vectors
@@ -71,7 +71,7 @@ def prepared(name: str, w: Fp4Tensor, target: Any) -> tuple[Any, Any]:
     why = backend.unsupported(Problem("nvfp4", 1, n, k), target.device)
     if why:
         raise RuntimeError(why)
-    build(backend, [Problem("nvfp4", m, n, k) for m in MS], target.device, 8)
+    build_kernels(backend, [Problem("nvfp4", m, n, k) for m in MS], target.device, 8)
     return backend, backend.prepare(w, Problem("nvfp4", 1, n, k))
 
 

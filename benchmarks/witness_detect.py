@@ -26,7 +26,7 @@ from _machine import machine, write
 
 from fp4tune.machine.device import Device
 from fp4tune.probes import zoo
-from fp4tune.probes.backends import build
+from fp4tune.probes.backends import build_kernels
 from fp4tune.probes.check.reference import tolerance
 from fp4tune.probes.check.sweep import POISON
 from fp4tune.probes.formats import dequantise, quantise
@@ -71,7 +71,7 @@ class Served:
         why = self.backend.unsupported(self.problem, kind)
         if why:
             raise RuntimeError(why)
-        build(self.backend, [self.problem.at(m) for m in MS], kind, 4)
+        build_kernels(self.backend, [self.problem.at(m) for m in MS], kind, 4)
         self.states = [self.backend.prepare(w, self.problem) for w in self.weights]
         self.calls: dict[int, list[tuple[Any, torch.Tensor]]] = {}
         self.graphs: dict[int, Any] = {}

@@ -386,7 +386,7 @@ class Ledger:
     def kept_generations(self) -> list[int]:
         """The numbers whose content is kept, ascending, whatever became of them."""
         sql = "SELECT number FROM generation WHERE content IS NOT NULL ORDER BY number"
-        return [row["number"] for row in self._select(sql, ())]
+        return [row["number"] for row in self._tables.query(sql)]
 
     # -- the machinery
 

@@ -159,9 +159,9 @@ def test_bundles_carry_counts_and_faults_and_the_fleet_sums_them(node, tmp_path)
     assert (served["backend"], served["gpu"]) == ("fast", "Model C")
     assert (served["rows"], served["faults"], served["nodes"]) == (150, 1, 1)
     assert found["cohorts"] == [] and found["suspect_builds"] == []
-    from fp4tune.report.terminal.fleet import lines
+    from fp4tune.report.terminal.fleet import fleet_lines
 
-    assert any("150 rows of 1 GPUs judged, 0 suspicious, 1 faults" in x for x in lines(found))
+    assert any("150 rows of 1 GPUs judged, 0 suspicious, 1 faults" in x for x in fleet_lines(found))
 
 
 def test_counts_of_production_bound_nothing_in_a_fleet(tmp_path):
