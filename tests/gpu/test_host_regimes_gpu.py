@@ -10,7 +10,7 @@ import torch
 from fp4tune.probes import registry
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
-from fp4tune.probes.launch.outcome import Budget
+from fp4tune.probes.launch.outcome import CYCLES, Budget
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.regimes.stamps import Holder, LaneStamps
@@ -55,6 +55,8 @@ def test_a_holder_is_resident_beside_what_is_launched_meanwhile():
     holder, stamps = Holder(device), LaneStamps(2, device)
     side = torch.cuda.Stream(device)
     for number in range(8):
+        # Closed until all is queued: a holder ends before a slow host has enqueued what meets it.
+        torch.cuda._sleep(CYCLES // 100)
         fork = torch.cuda.current_stream().record_event()
         side.wait_event(fork)
         with torch.cuda.stream(side):
