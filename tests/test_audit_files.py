@@ -113,7 +113,7 @@ def test_an_audit_that_fails_itself_has_no_verdicts_exit_code(tmp_path, monkeypa
         raise RuntimeError("a fault of our own")
 
     with monkeypatch.context() as patch:
-        patch.setattr(audit, "examine", broken)
+        patch.setattr(audit, "machine_code_of", broken)
         result = runner.invoke(app, ["audit", str(tmp_path / "x.so")])
     assert result.exit_code == 2 and "a fault of our own" in result.output
     monkeypatch.setattr(audit, "audits", broken)
