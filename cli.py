@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from typing import Annotated
 
 import typer
 
 from . import __version__
-from .commands import fleet, quarantine
+from .commands import _streams, fleet, quarantine
+from .commands._help import Root
 from .commands.audit import audit
 from .commands.backends import backends
 from .commands.check_weights import check_weights
@@ -27,17 +28,20 @@ from .commands.report import report
 from .commands.reproduce import reproduce
 from .commands.selftest import selftest
 from .commands.show import show
+from .errors import NOT_ASSESSED
 
 app = typer.Typer(
     name="fp4tune",
+    cls=Root,
     help="Find, prove and remember the fastest safe FP4 GEMM backend of this GPU.",
+    epilog="Exit codes: 0 a safe choice exists, or it did what it was asked; 1 unsafe, or no safe "
+    "choice; 2 could not assess.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-# In the order in which ``--help`` lists them.
+# In the order of docs/commands.md; `_help.GROUPS` is how ``--help`` lists them.
 for command in (
     probe,
     choose,
@@ -83,10 +87,14 @@ def _root(
 
 def main() -> None:
     """Entry point of the ``fp4tune`` command."""
-    for stream in (sys.stdout, sys.stderr):
-        # A name that a terminal's encoding lacks is no reason to end in a traceback.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app(prog_name="fp4tune")
+    _streams.forgive()
+    try:
+        app(prog_name="fp4tune")
+    finally:
+        # What could not be printed was not answered, whatever it would have been.
+        if not _streams.flushed():
+            os.write(2, b"fp4tune: what it had to say could not be written\n")
+            os._exit(NOT_ASSESSED)
 
 
 if __name__ == "__main__":

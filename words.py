@@ -17,6 +17,18 @@ NOT_TRIED = "not tried"
 UNCHECKED = (CENSUS, AUDIT, NOT_TRIED)
 """What stands in place of a regime and checks no launch."""
 
+MISSING, UNREADABLE = "missing", "unreadable"
+STATUS_WORDS = {
+    "safe": "SAFE",
+    "stale": "STALE",
+    "unproven": "UNPROVEN",
+    "quarantined": "QUARANTINED",
+    MISSING: "UNPROVEN",
+    UNREADABLE: "DAMAGED",
+}
+"""What people are told of each status of `cache.facts`, everywhere: nothing published is nothing
+proven."""
+
 
 @dataclass(frozen=True, slots=True)
 class Condition:

@@ -20,17 +20,28 @@ from ..machine.driver import DriverSilent
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 
-# distribution: what it is for, and whether fp4tune cannot work without it
+_BRINGS_TORCH = (
+    "where an engine is served, probe in its interpreter: fp4tune probe --python; "
+    "elsewhere install the torch that fits this GPU's driver"
+)
+_WITH_TORCH = "comes with the torch of a GPU: probe in the engine's interpreter, --python"
+_BESIDE = "pip install --no-deps {}"
+"""What leaves the torch that is here, an engine's perhaps, as it is: a distribution that asks for
+torch, or for what torch is built against, is installed without what it asks for."""
+_ENGINE = "probe where it is installed: fp4tune probe --python ITS_PYTHON"
+"""An engine pins the torch it is served with; it is never installed beside another."""
+
+# distribution: what it is for, whether fp4tune cannot work without it, and what to do
 _DISTRIBUTIONS = (
-    ("torch", "running and checking", True),
-    ("sqlite-utils", "the ledger", True),
-    ("nvidia-ml-py", "finding GPUs", True),
-    ("triton", "checks and kernels on a GPU", False),
-    ("flashinfer-python", "the flashinfer-* backends", False),
-    ("nvidia-cudnn-frontend", "cuDNN's FP4 GEMM", False),
-    ("sglang", "the marlin backend", False),
-    ("apache-tvm-ffi", "the marlin backend", False),
-    ("humming-kernels", "the humming backend", False),
+    ("torch", "running and checking", True, _BRINGS_TORCH),
+    ("sqlite-utils", "the ledger", True, "pip install sqlite-utils"),
+    ("nvidia-ml-py", "finding GPUs", True, "pip install nvidia-ml-py"),
+    ("triton", "checks and kernels on a GPU", False, _WITH_TORCH),
+    ("flashinfer-python", "the flashinfer-* backends", False, _BESIDE),
+    ("nvidia-cudnn-frontend", "cuDNN's FP4 GEMM", False, _BESIDE),
+    ("sglang", "the marlin backend", False, _ENGINE),
+    ("apache-tvm-ffi", "the marlin backend", False, _BESIDE),
+    ("humming-kernels", "the humming backend", False, _BESIDE),
 )
 _PROGRAMS = (
     ("g++", "torch-compile on a CPU", "install a C++ compiler"),
@@ -65,12 +76,12 @@ def examine(state_dir: Path | None = None) -> list[Line]:
 
 
 def _package_lines() -> Iterator[Line]:
-    for name, purpose, needed in _DISTRIBUTIONS:
+    for name, purpose, needed, do in _DISTRIBUTIONS:
         try:
             yield Line(GOOD, name, metadata.version(name))
         except metadata.PackageNotFoundError:
             status = BAD if needed else NOTE
-            yield Line(status, name, f"not installed ({purpose})", f"pip install {name}")
+            yield Line(status, name, f"not installed ({purpose})", do.format(name))
 
 
 def _programs() -> Iterator[Line]:
@@ -170,4 +181,4 @@ def _ledger(place: Path) -> Iterator[Line]:
     except Missing:
         return
     except StateError as error:
-        yield Line(BAD, "ledger.db", str(error), "move the file away and probe again")
+        yield Line(BAD, "ledger.db", f"DAMAGED: {error}", "move the file away and probe again")

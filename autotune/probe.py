@@ -37,7 +37,7 @@ from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
 from .probed import Done, entered, probed
 from .regime import Wanted
-from .runner import Progress, Runner
+from .runner import Progress, Runner, Stopped
 from .stages import recall
 from .stages.audit import Auditor
 from .stages.build import Built, build, start
@@ -47,7 +47,7 @@ from .stages.grade import grade
 from .stages.prove import prove
 from .stages.quantise import Quantised, probe_quantisers, time_quantisers
 from .stages.stress import stress
-from .stages.survey import Field, enrol
+from .stages.survey import Field, enrol, taking_part
 from .stages.timing import time_layer
 from .steps import BEGUN
 from .verdict.buckets import MRange, ranges
@@ -84,6 +84,9 @@ def probe(
         try:
             with Probe(plan, ledger, state_dir, progress, agreement, run) as it:
                 report = it.run()
+        except (KeyboardInterrupt, Stopped):
+            ledger.finish_run(run, "interrupted")
+            raise
         except BaseException as error:
             with suppress(StateError):  # on a full disk: it counts as interrupted, then
                 ledger.finish_run(run, "failed")
@@ -114,7 +117,8 @@ class Probe:
         self.plan = plan
         self.ledger = ledger
         self.state_dir = state_dir
-        self.progress = progress
+        self._ending = False
+        self._told = progress
         self.agreement = agreement
         self.report = Report(run, plan.seed, plan.target)
         self.record = Recorder(ledger, run, plan.seed)
@@ -128,8 +132,18 @@ class Probe:
     def __enter__(self) -> Probe:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, raised: object, *_: object) -> None:
+        if raised is not None:
+            # What threads of the pool still do is told to end, not waited for.
+            self._ending = True
+            self._pool.shutdown(wait=False, cancel_futures=True)
         self._open.close()
+
+    def progress(self, who: str, text: str) -> None:
+        """Tell what is done. Raises Stopped where this probe ends early, for threads beside it."""
+        if self._ending:
+            raise Stopped
+        self._told(who, text)
 
     def run(self) -> Report:
         """Every step. Raises StateError where the state cannot be written."""
@@ -170,6 +184,7 @@ class Probe:
         """Who takes part in what."""
         self.progress("survey", "asking every backend what it supports")
         taking = enrol(self.plan, self.progress)
+        self.progress("survey", taking_part(taking))
         for runner in taking.runners:
             self._open.callback(runner.close)
         self.report.unsupported.update(taking.unsupported)

@@ -17,6 +17,10 @@ MOST_DEATHS = 8
 """A backend whose worker died this often is not started again."""
 
 
+class Stopped(Exception):
+    """The probe was told to end, and its workers with it: what dies now is nobody's fault."""
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """Seconds of silence that count as a hang, by kind of work.
@@ -32,7 +36,8 @@ class Patience:
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """A backend's worker. `ask` raises WorkerFailed; a dead worker is replaced on the next ask."""
+    """A backend's worker. `ask` raises WorkerFailed; a dead worker is replaced on the next ask.
+    Once closed it raises Stopped, also where it was being asked by another thread."""
 
     spec: str
     """What ``--backend`` named: a registered name or ``FILE.py:NAME``."""
@@ -49,6 +54,7 @@ class Runner:
     """The worker replaced another and has built for the layers opened since only."""
     _built: tuple[list[dict[str, Any]], int] | None = None
     _layer: dict[str, Any] | None = None
+    _closed: bool = False
 
     @property
     def name(self) -> str:
@@ -56,6 +62,8 @@ class Runner:
 
     def spawn(self) -> None:
         """Start the worker's process; it loads nothing yet."""
+        if self._closed:
+            raise Stopped
         if self.deaths >= MOST_DEATHS:
             raise WorkerFailed("crash", f"its worker died {self.deaths} times", "starting")
         self._worker = Worker(self.python, self.target.environment)
@@ -83,6 +91,8 @@ class Runner:
 
     def ask(self, do: str, silence: float | None = None, **arguments: Any) -> Any:
         """Have the worker do something, starting or replacing it first where needed."""
+        if self._closed:
+            raise Stopped
         if self._worker is None or self._fresh:
             self.start()
         return self._ask(do, silence or self.patience.run, **arguments)
@@ -94,6 +104,8 @@ class Runner:
                 do, silence, lambda text: self.progress(self.name, text), **arguments
             )
         except WorkerFailed as failure:
+            if self._closed:
+                raise Stopped from failure
             if failure.fatal:
                 self.deaths += 1
                 self._worker = None
@@ -144,6 +156,7 @@ class Runner:
             self.ask("close")
 
     def close(self) -> None:
+        self._closed = True
         if self._worker is not None:
             self._worker.close()
             self._worker = None

@@ -11,11 +11,7 @@ from ..cache.ledger import Ledger
 from .agreement import Agreement
 from .plan import Plan, Report
 from .probe import probe
-from .runner import Progress
-
-
-class Stopped(Exception):
-    """The probe was told to end; its workers end with it."""
+from .runner import Progress, Stopped
 
 
 def probe_all(

@@ -29,7 +29,7 @@ from _machine import versions
 from _regret_report import report
 
 from fp4tune.autotune import request as planning
-from fp4tune.autotune.choice.rank import ranked
+from fp4tune.autotune.choice.rank import ranked, time_of
 from fp4tune.autotune.environment import environment_of
 from fp4tune.autotune.evidence.recorder import Recorder
 from fp4tune.autotune.layer import Entrant, ProbedLayer
@@ -120,7 +120,7 @@ def race(layer: ProbedLayer, entrants: Sequence[Entrant], record: Recorder) -> d
     for m in layer.ranges:
         able = [e for e in entrants if m in e.median_us and not e.reference_line]
         rows = [candidate(layer, e, m) for e in able]
-        order = ranked(rows, {row.backend: row.median_us for row in rows})
+        order = ranked(rows, {row.backend: time_of(row) for row in rows})
         if order:
             tactic = next(row.tactic for row in rows if row.backend == order[0])
             chosen[m] = (m, order[0], tactic)

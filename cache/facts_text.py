@@ -8,6 +8,7 @@ import sys
 import time
 
 from ..errors import printable
+from ..words import STATUS_WORDS, UNREADABLE
 from .errors import translate
 
 TYPE_CHECKING = False
@@ -27,6 +28,11 @@ METRICS = (
     ("fp4tune_reader_generation", "The generation a reader loads, 0 without one", ()),
     ("fp4tune_reader_published_timestamp_seconds", "When that was published, 0 without one", ()),
     ("fp4tune_reader_quarantines", "Quarantines a reader applies", ()),
+    (
+        "fp4tune_reader_status",
+        "1 for what this node is: SAFE, STALE, UNPROVEN, QUARANTINED or DAMAGED",
+        ("status",),
+    ),
     (
         "fp4tune_reader_answers",
         "Buckets by what a reader answers",
@@ -50,7 +56,7 @@ def render(facts: dict[str, Any], form: str, expires: float = EXPIRES) -> str:
     if form == "line":
         return line(facts) + "\n"
     if form == "text":
-        lines = (line(facts), *map(_scope_line, facts["scopes"]))
+        lines = (*headline(facts), *map(_scope_line, facts["scopes"]))
         return "".join(f"{printable(text)}\n" for text in lines)
     if form == "nfd":
         return "".join(f"{text}\n" for text in _nfd(facts, time.time() + expires))
@@ -59,8 +65,37 @@ def render(facts: dict[str, Any], form: str, expires: float = EXPIRES) -> str:
     raise ValueError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
 
 
+def headline(facts: dict[str, Any]) -> list[str]:
+    """What every command begins with: the status, since when and why; a store of another host and
+    a ledger that cannot be read; and what to do now."""
+    number = f"generation {facts['generation']} in " if facts["generation"] else ""
+    place = f" ({number}{facts['state']})" if facts["generation"] else ""
+    lines = [f"{said(facts)}{place}"]
+    if facts.get("elsewhere"):
+        lines.append(facts["elsewhere"])
+    if facts.get("ledger"):
+        lines.append(f"{STATUS_WORDS[UNREADABLE]} ledger: {facts['ledger']}")
+    if facts.get("do"):
+        lines.append(f"now: {facts['do']}")
+    return [printable(text) for text in lines]
+
+
+def said(status: dict[str, Any]) -> str:
+    """The status of a node, a scope or a layer with its reason, in a line."""
+    since = f" since {when(status['since'])}" if status.get("since") else ""
+    return printable(f"{STATUS_WORDS[status['status']]}{since}: {status['reason']}")
+
+
+def when(at: float) -> str:
+    """Seconds since 1970 as UTC to the minute."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+    except (TypeError, ValueError, OverflowError, OSError):
+        return printable(at)
+
+
 def line(facts: dict[str, Any]) -> str:
-    """One line that starts with the status."""
+    """One line that starts with the status, for programs: Slurm's scripts read it."""
     number = f"generation {facts['generation']}: " if facts["generation"] else ""
     return printable(f"{facts['status']}: {number}{facts['reason']}")
 
@@ -108,6 +143,10 @@ def _textfile(facts: dict[str, Any]) -> Iterator[str]:
         "fp4tune_reader_generation": [((), facts["generation"])],
         "fp4tune_reader_published_timestamp_seconds": [((), facts["published"] or 0)],
         "fp4tune_reader_quarantines": [((), facts["quarantines"])],
+        "fp4tune_reader_status": [
+            ((word,), float(word == STATUS_WORDS[facts["status"]]))
+            for word in dict.fromkeys(STATUS_WORDS.values())
+        ],
         "fp4tune_reader_answers": [
             ((scope["arch"], scope["gpu"], scope["profile"], status), count)
             for scope in facts["scopes"]

@@ -69,8 +69,12 @@ def nothing_published() -> Missing:
 
 def _reading_places() -> list[str]:
     named = os.environ.get(VARIABLE)
-    places = [named] if named else [SYSTEM, _home()]
-    return list(dict.fromkeys(map(os.path.abspath, places)))
+    return [os.path.abspath(named)] if named else default_places()
+
+
+def default_places() -> list[str]:
+    """Where a reader looks that was told of no place, in that order."""
+    return list(dict.fromkeys(map(os.path.abspath, (SYSTEM, _home()))))
 
 
 def generation_file(state_dir: str, generation: int) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import textwrap
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..cache.errors import StateError
+from ..cache.errors import Corrupt, StateError
 from ..errors import NOT_ASSESSED, Refused, printable
 
 State = Annotated[
@@ -21,13 +25,45 @@ State = Annotated[
     typer.Option(help="State directory; default FP4TUNE_STATE, else /var/lib/fp4tune, else XDG."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def choice(*names: str, flags: Sequence[str] = (), help: str) -> Any:
+    """An option whose values are these: its help lists them, and a shell completes them."""
+    return typer.Option(
+        *flags, help=help, metavar=f"[{'|'.join(names)}]", autocompletion=lambda: [*names]
+    )
+
+
+FORMATS, ACTIVATIONS, DTYPES = ("nvfp4", "mxfp4"), ("bf16", "fp4"), ("bf16", "fp16")
+ENGINES = ("sglang", "vllm")
+PROFILES, LEVELS = ("strict", *ENGINES), ("quick", "standard", "soak")
+
 Gpu = Annotated[
     str | None,
-    typer.Option(help="GPU index, 'all', or 'none' for the CPU. Default: GPU 0, else the CPU."),
+    typer.Option(
+        metavar="[INDEX|all|none]",
+        autocompletion=lambda: ["0", "all", "none"],
+        help="Which GPU, or none for the CPU. Default: GPU 0, else the CPU.",
+    ),
 ]
-Formats = Annotated[list[str] | None, typer.Option("--format", help="nvfp4 or mxfp4; repeatable.")]
+Formats = Annotated[
+    list[str] | None, choice(*FORMATS, flags=("--format",), help="FP4 format; repeatable.")
+]
+Format = Annotated[str, choice(*FORMATS, flags=("--format",), help="FP4 format.")]
+Activation = Annotated[str, choice(*ACTIVATIONS, help="bf16 is W4A16, fp4 is W4A4.")]
+Level = Annotated[str, choice(*LEVELS, help="How much is launched and checked.")]
+Profile = Annotated[
+    str | None,
+    choice(*PROFILES, help="How launches are made. Default: as the installed engine, else strict."),
+]
+WhoseProfile = Annotated[
+    str | None, choice(*PROFILES, help="Whose choice, where several profiles were probed.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also print tables of all that was found.")
+]
 Engine = Annotated[
-    str | None, typer.Option(help="sglang or vllm: exit code 1 unless what it would run is safe.")
+    str | None, choice(*ENGINES, help="Exit code 1 unless what this engine would run is safe.")
 ]
 EngineArgs = Annotated[
     str, typer.Option(help="That engine's arguments, as one string, to see what it would run.")
@@ -36,7 +72,7 @@ EnginePython = Annotated[
     str | None,
     typer.Option("--python", help="That engine's interpreter. Default: the one that runs this."),
 ]
-OutDtype = Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")]
+OutDtype = Annotated[str, choice(*DTYPES, help="Output dtype.")]
 Sign = Annotated[Path | None, typer.Option(help="PEM file of an Ed25519 private key to sign with.")]
 Keys = Annotated[
     Path | None, typer.Option(help="Trusted public keys: then nothing unsigned is taken.")
@@ -47,17 +83,83 @@ Checkpoint = Annotated[
 ]
 
 
+class Ended(KeyboardInterrupt):
+    """The process was told to end, by SIGTERM or SIGHUP: the same as Ctrl-C, and as orderly."""
+
+
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """Bad input, an unusable state and files that cannot be used end in one sentence and exit code
-    2, without a traceback."""
+def ending() -> Iterator[None]:
+    """While it lasts SIGTERM and SIGHUP end what runs as Ctrl-C does, so that workers are ended,
+    the run is told to be interrupted and the cursor comes back."""
+
+    def end(number: int, frame: object) -> None:
+        raise Ended
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Who asked for a signal to be ignored, as nohup does, is heard.
+    heard = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def given(ctx: typer.Context, *options: str) -> list[str]:
+    """Those of a command's parameters that were given, be it with their default's value, as options
+    are written."""
+    said = []
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if parameter.name in options and source is not None and source.name == "COMMANDLINE":
+            said.append(parameter.opts[0])
+    return said
+
+
+def refuse_beside(ctx: typer.Context, options: Sequence[str], why: str) -> None:
+    """Refuse options that were given and would do nothing, with a sentence about the first."""
+    for option in given(ctx, *options):
+        raise Refused(f"{option} {why}")
+
+
+def refuse_engine_options(ctx: typer.Context, engine: str | None) -> None:
+    """Refuse what says more of an engine where none is named."""
+    if engine is None:
+        why = "is what that engine is started with: say which, with --engine"
+        refuse_beside(ctx, ["engine_args"], why)
+        refuse_beside(ctx, ["python"], "is that engine's interpreter: say which, with --engine")
+
+
+def program() -> str:
+    """How fp4tune is called from where one is: its name, or its path where that is not on PATH."""
+    mine = os.path.realpath(sys.argv[0]) if sys.argv and sys.argv[0] else ""
+    found = shutil.which("fp4tune")
+    if found and os.path.realpath(found) == mine or os.path.basename(mine) != "fp4tune":
+        return "fp4tune"
+    here = os.path.relpath(mine)
+    return here if not here.startswith("..") else mine
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Bad input and an unusable state end in one sentence and exit code 2, without a traceback; so
+    does a signal that ends the process."""
+    try:
+        with ending():
+            yield
     except Refused as error:
         say(f"fp4tune: {error}", err=True)
         raise typer.Exit(error.code) from None
     except StateError as error:
-        say(f"fp4tune: {error}", err=True)
+        word = "DAMAGED: " if isinstance(error, Corrupt) else ""
+        say(f"fp4tune: {word}{error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except ValueError as error:
         say(f"fp4tune: {error}", err=True)
@@ -69,7 +171,7 @@ def one_sentence() -> Iterator[None]:
         say(f"fp4tune: {where}{error.strerror}", err=True)
         raise typer.Exit(NOT_ASSESSED) from None
     except KeyboardInterrupt:
-        say("fp4tune: interrupted; evidence so far is kept", err=True)
+        say("fp4tune: interrupted; what was written so far is kept", err=True)
         raise typer.Exit(NOT_ASSESSED) from None
 
 
@@ -79,18 +181,7 @@ LONGEST_LINE = 1 << 16
 
 def say(line: str, err: bool = False) -> None:
     """Print one line, in which nothing that a name holds is obeyed."""
-    _print(printable(line, LONGEST_LINE), err)
-
-
-def _print(text: str, err: bool = False) -> None:
-    """Print to whoever reads. Where they have left, as ``head`` does, nobody is told any more, and
-    the command ends with its own exit code: that of a broken pipe would be a verdict's."""
-    try:
-        typer.echo(text, err=err)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
-        os.close(nowhere)
+    typer.echo(printable(line, LONGEST_LINE), err=err)
 
 
 def say_lines(lines: Iterable[str]) -> None:
@@ -98,9 +189,67 @@ def say_lines(lines: Iterable[str]) -> None:
         say(line)
 
 
+def say_wrapped(lines: Iterable[str]) -> None:
+    """Print sentences as wide as COLUMNS says or the terminal is, each further line of one set in;
+    without either, a sentence is a line."""
+    width = columns()
+    for line in lines:
+        text = printable(line, LONGEST_LINE)
+        if width is None or len(text) <= width:
+            say(text)
+            continue
+        options: Any = {"break_long_words": False, "break_on_hyphens": False}
+        for part in textwrap.wrap(text, max(width, 20), subsequent_indent="  ", **options):
+            say(part)
+
+
+def columns() -> int | None:
+    """How wide lines may be: as COLUMNS says or the terminal is; None where neither is there."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said):
+        return int(said)
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def status(
+    state: Path | str | None, gpu: str | None = None, profile: str | None = None
+) -> dict[str, Any]:
+    """What this node is, as `facts` decides it and every command says first."""
+    from ..cache import facts
+
+    return facts.gather(state, gpu, profile)
+
+
+def say_status(found: dict[str, Any], prefix: str = "") -> None:
+    """The lines that every command begins with; `prefix` makes them comments."""
+    from ..cache import facts_text
+
+    lines = facts_text.headline(found)
+    if prefix:
+        say_lines(f"{prefix}{line}" for line in lines)
+    else:
+        say_wrapped(lines)
+
+
+def say_layer_status(found: dict[str, Any], problem: Any, profile: str | None) -> None:
+    """The status of the layer of one problem, or the node's where that layer is not known."""
+    from ..cache import facts, facts_text
+
+    p = problem
+    shape = (p.format, p.activation, p.out_dtype, p.groups, p.n, p.k)
+    layer = facts.of_layer(found, shape, profile)
+    if layer is None:
+        say_status(found)
+        return
+    lines = [f"{facts_text.said(layer)} (n={p.n} k={p.k}, generation {found['generation']})"]
+    lines += [found["elsewhere"]] if found["elsewhere"] else []
+    lines += [f"now: {layer['do']}"] if layer["do"] else []
+    say_wrapped(lines)
+
+
 def print_json(value: Any) -> None:
     """Print one document: ASCII, and what JSON leaves of its control characters escaped, too."""
-    _print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
+    typer.echo(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
 def named(table: dict[str, Any], name: str, what: str) -> Any:

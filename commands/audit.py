@@ -10,10 +10,21 @@ from typing import Annotated
 import typer
 
 from ..errors import NOT_ASSESSED, Refused
-from ._console import Json, State, one_sentence, print_json, say, say_lines
+from ._console import (
+    ENGINES,
+    Json,
+    State,
+    choice,
+    one_sentence,
+    print_json,
+    refuse_beside,
+    say,
+    say_lines,
+)
 
 
 def audit(
+    ctx: typer.Context,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(help="Libraries, objects, cubins, folders, installs. Default: this one."),
@@ -36,7 +47,7 @@ def audit(
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="With --coverage: sglang, vllm or flashinfer, as installed here."),
+        choice(*ENGINES, "flashinfer", help="With --coverage: its libraries, as installed here."),
     ] = None,
     state: State = None,
     as_json: Json = False,
@@ -50,6 +61,9 @@ def audit(
             raise Refused(f"--match {match!r} is no regular expression: {error}") from None
         if engine and not coverage:
             raise Refused("--engine goes with --coverage")
+        if coverage:
+            refuse_beside(ctx, ["jobs"], "is for disassembling, which --coverage does not do")
+            refuse_beside(ctx, ["state"], "is where verdicts go, and --coverage judges nothing")
         try:
             if coverage:
                 code = _coverage([*(paths or ())], arch, engine, match, as_json)

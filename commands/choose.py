@@ -9,30 +9,36 @@ import typer
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE
 from . import _engine
 from ._console import (
+    Activation,
     Checkpoint,
     Engine,
     EngineArgs,
     EnginePython,
+    Format,
     Json,
     OutDtype,
     State,
+    WhoseProfile,
     named,
     one_sentence,
     print_json,
+    refuse_engine_options,
     say,
+    say_layer_status,
+    say_lines,
+    status,
 )
 
 
 def choose(
+    ctx: typer.Context,
     m: Annotated[int, typer.Argument(help="Rows of the activation: tokens in the batch.")],
     n: Annotated[int, typer.Argument(help="Outputs of the layer, on one rank.")],
     k: Annotated[int, typer.Argument(help="Inputs of the layer, on one rank.")],
-    format_: Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")] = "nvfp4",
-    activation: Annotated[str, typer.Option(help="bf16 (W4A16) or fp4 (W4A4).")] = "bf16",
+    format_: Format = "nvfp4",
+    activation: Activation = "bf16",
     out_dtype: OutDtype = "bf16",
-    profile: Annotated[
-        str | None, typer.Option(help="Whose choice, where several profiles were probed.")
-    ] = None,
+    profile: WhoseProfile = None,
     layer: Annotated[
         bool, typer.Option("--layer", help="Also the weight layout of (n, k), chosen over all m.")
     ] = False,
@@ -45,9 +51,12 @@ def choose(
 ) -> None:
     """Print the stored choice for one problem, as an engine would read it."""
     with one_sentence():
+        refuse_engine_options(ctx, engine)
         from ..autotune.verdict.profiles import PROFILES
+        from ..engines import names
         from ..probes.problem import Problem
         from ..report import documents
+        from ..report.brief import engines_for, named_instead
         from ..report.terminal.choice import choice_lines, decision_lines
 
         if profile is not None:
@@ -63,8 +72,17 @@ def choose(
         if as_json:
             print_json(decision)
         else:
+            say_layer_status(status(documents.place_of(state), profile=profile), problem, profile)
             for line in (*decision_lines(decision), *choice_lines(decision, layer)):
                 say(line)
+            scope = documents.scope(state, profile)
+            if scope is not None and decision["status"] == "safe":
+                sm = names.sm_of(scope[0])
+                if engine is None:
+                    say_lines(engines_for([decision["backend"]], format_, sm, scope[2]))
+                else:
+                    others = documents.alternatives(state, problem, profile)
+                    say_lines(named_instead(engine, others, format_, sm))
             _engine.print_assessed([verdict])
         if verdict is not None:
             raise typer.Exit(_engine.exit_code([verdict]))

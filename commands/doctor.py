@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ..errors import NOT_ASSESSED, SAFE
-from ._console import Json, State, one_sentence, print_json
+from ._console import Json, State, one_sentence, print_json, say_status, status
 
 
 def doctor(state: State = None, as_json: Json = False) -> None:
@@ -18,5 +18,6 @@ def doctor(state: State = None, as_json: Json = False) -> None:
         if as_json:
             print_json([line.json() for line in lines])
         else:
+            say_status(status(state))
             print_doctor(lines)
         raise typer.Exit(NOT_ASSESSED if any(line.status == "bad" for line in lines) else SAFE)

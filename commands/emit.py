@@ -14,9 +14,21 @@ import typer
 from ..cache.errors import Missing
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
 from ..witness.plan import ON_FAULT, QUARANTINE, SHARES
-from ._console import EnginePython, Json, State, one_sentence, print_json, say_lines
-
-Format = Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")]
+from ._console import (
+    ACTIVATIONS,
+    PROFILES,
+    EnginePython,
+    Format,
+    Json,
+    State,
+    choice,
+    one_sentence,
+    print_json,
+    refuse_beside,
+    say_lines,
+    say_status,
+    status,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +45,20 @@ class _Asked:
 
 
 def emit(
-    target: Annotated[str, typer.Argument(help="sglang, vllm, flashinfer, env or json.")],
+    ctx: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="sglang, vllm, flashinfer, env or json.",
+            autocompletion=lambda: ["sglang", "vllm", "flashinfer", "env", "json"],
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Directory for files, which flashinfer needs.")
     ] = None,
     format_: Format = "nvfp4",
     activation: Annotated[
-        str | None,
-        typer.Option(help="bf16 or fp4. Default: fp4 from SM100 on, bf16 before."),
+        str | None, choice(*ACTIVATIONS, help="Default: fp4 from SM100 on, bf16 before.")
     ] = None,
     checkpoint: Annotated[
         str | None,
@@ -53,7 +71,7 @@ def emit(
         str | None, typer.Option(help="For another machine: the GPU's model.")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Whose choices. Default: the engine's, else strict.")
+        str | None, choice(*PROFILES, help="Whose choices. Default: the engine's, else strict.")
     ] = None,
     python: EnginePython = None,
     watch: Annotated[
@@ -81,7 +99,10 @@ def emit(
             )
         if explain and target != "json":
             raise Refused("--explain is for the target json")
+        if target != "flashinfer":
+            refuse_beside(ctx, ["out"], f"is where FlashInfer's files go; {target} has none")
         if checkpoint is not None:
+            refuse_beside(ctx, ["format_"], "is the checkpoint's own where one is named")
             format_, activation = _checkpoint_kind(checkpoint, activation)
         _check_watch(target, watch, on_fault)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
@@ -93,6 +114,8 @@ def emit(
         if as_json:
             print_json(made.json())
         else:
+            chosen = made.selection
+            say_status(status(state, chosen.gpu, chosen.profile), "# ")
             say_lines(made.shell().split("\n"))
         if made.selection.backend:
             raise typer.Exit(SAFE)

@@ -6,19 +6,31 @@ from typing import Annotated
 
 import typer
 
-from ._console import Checkpoint, Json, State, one_sentence, print_json, say_lines
+from ._console import (
+    Activation,
+    Checkpoint,
+    Format,
+    Json,
+    OutDtype,
+    State,
+    WhoseProfile,
+    one_sentence,
+    print_json,
+    say,
+    say_layer_status,
+    say_lines,
+    status,
+)
 
 
 def explain(
     m: Annotated[int, typer.Argument(help="Rows of the activation: tokens in the batch.")],
     n: Annotated[int, typer.Argument(help="Outputs of the layer, on one rank.")],
     k: Annotated[int, typer.Argument(help="Inputs of the layer, on one rank.")],
-    format_: Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")] = "nvfp4",
-    activation: Annotated[str, typer.Option(help="bf16 (W4A16) or fp4 (W4A4).")] = "bf16",
-    out_dtype: Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")] = "bf16",
-    profile: Annotated[
-        str | None, typer.Option(help="Whose choice, where several profiles were probed.")
-    ] = None,
+    format_: Format = "nvfp4",
+    activation: Activation = "bf16",
+    out_dtype: OutDtype = "bf16",
+    profile: WhoseProfile = None,
     checkpoint: Checkpoint = None,
     state: State = None,
     as_json: Json = False,
@@ -37,5 +49,8 @@ def explain(
         if as_json:
             print_json(document)
         else:
+            say_layer_status(status(place, profile=profile), problem, profile)
+            if unread := documents.ledger_problem(place):
+                say(f"DAMAGED ledger, so what failed is not known: {unread}")
             say_lines(explained_lines(document))
         raise typer.Exit(explanation.exit_code(document))

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from ..errors import SAFE
-from ._console import Json, State, one_sentence
+from ._console import Json, State, choice, one_sentence, refuse_beside
 
 
 def facts(
+    ctx: typer.Context,
     format_: Annotated[
-        str, typer.Option("--format", help="text, ansible, nfd or textfile.")
+        str,
+        choice("text", "ansible", "nfd", "textfile", flags=("--format",), help="What it prints."),
     ] = "text",
     out: Annotated[
         Path | None, typer.Option(help="Put it into this file, by a rename, instead of stdout.")
@@ -29,6 +31,11 @@ def facts(
 ) -> None:
     """Sum up what engines are answered here, for inventories and health checks."""
     with one_sentence():
+        if check or as_json:
+            other = "--check" if check else "--json"
+            refuse_beside(ctx, ["format_"], f"is one form and {other} another: name one of them")
+        if format_ != "nfd":
+            refuse_beside(ctx, ["expires"], "is how long labels of --format nfd hold")
         from ..cache import facts as gathering
         from ..cache import facts_text
 

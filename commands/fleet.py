@@ -9,8 +9,10 @@ import typer
 
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
 from ._console import Json, Keys, Sign, one_sentence, print_json, say, say_lines
+from ._help import Whole
 
 app = typer.Typer(
+    cls=Whole,
     help="Many nodes as one: merge their bundles, report, advise, promote, probe a cluster.",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import NOT_ASSESSED, SAFE, Refused
-from ._console import Json, one_sentence, print_json, say_lines
+from ._console import ENGINES, Json, choice, one_sentence, print_json, say_lines
 
 
 def layers(
@@ -18,7 +18,7 @@ def layers(
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks the model is split over.")] = 1,
     engine: Annotated[
         str | None,
-        typer.Option(help="Whose rules of fusion: sglang or vllm. Default: what both do."),
+        choice(*ENGINES, help="Whose rules of fusion. Default: what both do."),
     ] = None,
     as_json: Json = False,
 ) -> None:

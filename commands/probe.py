@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,16 +18,32 @@ from ._console import (
     Formats,
     Gpu,
     Json,
+    Level,
     OutDtype,
+    Profile,
     State,
+    Verbose,
+    given,
     named,
     one_sentence,
     print_json,
+    program,
+    refuse_beside,
     say,
+    say_wrapped,
+    status,
 )
+
+_LAYERS = ("preset", "model_config", "checkpoint", "shape")
+_ASKS = (
+    *_LAYERS, "gpu", "tp", "max_m", "formats", "activation", "out_dtype", "backend", "profile",
+    "python", "prior", "engine", "traffic", "max_failure_rate",
+)  # fmt: skip
+"""Options that ask for a probe of something; without any, a CPU shows what a probe does."""
 
 
 def probe(
+    ctx: typer.Context,
     gpu: Gpu = None,
     preset: Annotated[
         list[str] | None, typer.Option(help="Shapes of a known model; repeatable.")
@@ -53,11 +71,8 @@ def probe(
         list[str] | None,
         typer.Option(help="Backend name or FILE.py:NAME; repeatable. Default: all."),
     ] = None,
-    level: Annotated[str, typer.Option(help="quick, standard or soak.")] = "standard",
-    profile: Annotated[
-        str | None,
-        typer.Option(help="strict, sglang or vllm. Default: the installed engine, else strict."),
-    ] = None,
+    level: Level = "standard",
+    profile: Profile = None,
     seed: Annotated[
         int | None, typer.Option(help="Decides all data and shapes; printed. Default: random.")
     ] = None,
@@ -95,16 +110,24 @@ def probe(
     ] = False,
     engine: Engine = None,
     engine_args: EngineArgs = "",
+    verbose: Verbose = False,
     state: State = None,
     as_json: Json = False,
 ) -> None:
     """Run every backend here, check every element, time them, store the fastest safe one."""
     with one_sentence():
+        _refuse_idle(ctx, engine, max_failure_rate, as_json)
         from ..machine import devices
         from ..probes.worker import nursery
 
         targets = devices.select(gpu)  # before what takes seconds to import
+        shown = targets[0].device.kind == "cpu" and not given(ctx, *_ASKS)
+        if shown:
+            # Sums so small take longer on several threads, and their times are noise.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
         nursery.warm(python)  # meanwhile
+        from ..autotune import demonstration
+        from ..autotune import forecast as forecasting
         from ..autotune import request as planning
         from ..autotune.choice import traffic as distributions
         from ..autotune.levels import LEVELS
@@ -118,6 +141,12 @@ def probe(
         from ..probes.models.fusion import ENGINES
         from ..report.terminal import layers as layer_lines
 
+        if shown:
+            level = level if given(ctx, "level") else demonstration.LEVEL
+            shape, max_m = [demonstration.SHAPE], demonstration.MAX_M
+            backend, activation = [*demonstration.backends()], [demonstration.ACTIVATION]
+            for sentence in demonstration.before():
+                say(sentence, err=True)
         chosen_level = named(LEVELS, level, "level")
         chosen_profile = named(PROFILES, profile or engine or installed(), "profile")
         state_dir = directory(state)
@@ -179,7 +208,7 @@ def probe(
         from ..autotune.several_gpus import probe_all
         from ..cache import dropbox
         from ..cache.errors import Full
-        from ..report import documents
+        from ..report import brief, documents
         from ..report.terminal.progress import watching_all
         from ..report.terminal.summary import print_probe
 
@@ -187,12 +216,19 @@ def probe(
         stands = published.usable(state_dir)
         for sentence in dropbox.collect(state_dir, {c.backend for c in stands.candidates}):
             say(f"fp4tune: {sentence}", err=True)
-        with Ledger.open(state_dir) as ledger, watching_all(plans) as progress:
-            reports, failed = probe_all(plans, ledger, state_dir, progress)
+        watched = None
         try:
-            publish(reports, state_dir, weighed)
-        except Full as full:
-            raise with_what_is_kept(full, state_dir, [r.run for r in reports]) from None
+            with Ledger.open(state_dir) as ledger:
+                guesses = {plan.target.label: forecasting.forecast(plan, ledger) for plan in plans}
+                with watching_all(plans, guesses) as watched:
+                    reports, failed = probe_all(plans, ledger, state_dir, watched.progress)
+            try:
+                publish(reports, state_dir, weighed)
+            except Full as full:
+                raise with_what_is_kept(full, state_dir, [r.run for r in reports]) from None
+        except KeyboardInterrupt:
+            say(_interrupted(None if watched is None else watched.known()), err=True)
+            raise typer.Exit(NOT_ASSESSED) from None
         verdicts = [
             _engine.assessed(
                 engine,
@@ -213,7 +249,12 @@ def probe(
             )
         else:
             for report in reports:
-                print_probe(report)
+                if verbose:
+                    print_probe(report)
+                if report.candidates:
+                    now = status(state_dir, report.target.name, chosen_profile.name)
+                    then = _next_command(report, chosen_profile.name, python, state_dir, shown)
+                    say_wrapped(brief.lines(report, now, then))
             _engine.print_assessed(verdicts)
         for label, error in failed.items():
             say(f"fp4tune: {label} could not be probed: {error}", err=True)
@@ -225,3 +266,74 @@ def probe(
         if engine is not None:
             raise typer.Exit(_engine.exit_code(verdicts))
         raise typer.Exit(UNSAFE if "none" in statuses else SAFE)
+
+
+def _refuse_idle(
+    ctx: typer.Context,
+    engine: str | None,
+    max_failure_rate: float | None,
+    as_json: bool,
+) -> None:
+    """Refuse options that would do nothing beside the others."""
+    said = given(ctx, *_LAYERS)
+    if said == ["--shape"] and ctx.params["tp"] > 0:
+        why = "splits a model: --shape is a layer as it is on one rank already"
+        refuse_beside(ctx, ["tp"], why)
+    if engine is None:
+        refuse_beside(
+            ctx, ["engine_args"], "is what that engine is started with: name it, --engine"
+        )
+    if max_failure_rate is None:
+        why = "limits what --max-failure-rate may spend, and no failure rate is to be bounded"
+        refuse_beside(ctx, ["max_seconds"], why)
+    if given(ctx, "backend"):
+        refuse_beside(
+            ctx, ["prior"], "probes the backends that the fleet chose: leave --backend out"
+        )
+    if as_json:
+        refuse_beside(ctx, ["verbose"], "prints tables, and --json has all that is in them")
+
+
+def _interrupted(known: tuple[int, int] | None) -> str:
+    """What to say of a probe that was ended: what is kept, and how to go on."""
+    said = "interrupted: what was measured is kept; run the same command again"
+    if known is None:
+        return f"fp4tune: {said}"
+    done, of = known
+    return f"fp4tune: {said}: {done} of {of} layers known"
+
+
+def _next_command(
+    report: Any, profile: str, python: str | None, state_dir: Path, shown: bool
+) -> str:
+    """What to do next, as a command to copy."""
+    from ..autotune import demonstration
+    from ..cache import state as places
+    from ..engines import installed, names
+
+    me, recorded = program(), demonstration.recorded() if shown else None
+    if recorded is not None:
+        place = _near(recorded)
+        return (
+            f"see a run recorded on an H200: {me} show --state {place}, or its page: "
+            f"{me} report --html h200.html --state {place}"
+        )
+    unnamed = [str(p) for p in places.default_places()]
+    at = "" if str(state_dir) in unnamed else f" --state {_near(state_dir)}"
+    bad = next((c for c in report.choices if c.status == "none"), None)
+    if bad is not None:
+        b = bad.bucket
+        kind = "" if b.format == "nvfp4" else f" --format {b.format}"
+        kind += "" if b.activation == "bf16" else f" --activation {b.activation}"
+        return f"{me} explain {b.m_hi} {b.n} {b.k}{kind}{at}"
+    if profile in names.ENGINES:
+        there = installed.home(profile, python).source.there
+        beside = f" --python {python}" if python else "" if there else " --python ITS_PYTHON"
+        return f"{me} emit {profile}{beside}{at}"
+    return f"{me} show{at}"
+
+
+def _near(place: Path) -> str:
+    """A path as one would type it from here."""
+    near = os.path.relpath(place)
+    return shlex.quote(str(place) if near.startswith("..") else near)

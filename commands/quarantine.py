@@ -9,15 +9,25 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import Refused
-from ._console import Json, State, one_sentence, print_json, say
+from ._console import (
+    Activation,
+    Format,
+    Json,
+    OutDtype,
+    State,
+    one_sentence,
+    print_json,
+    refuse_beside,
+    say,
+)
+from ._help import Whole
 
 app = typer.Typer(
+    cls=Whole,
     help="List, add and lift quarantines: backends that must not be chosen.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Format = Annotated[str, typer.Option("--format", help="nvfp4 or mxfp4.")]
 
 
 @app.command("list")
@@ -42,6 +52,7 @@ def list_(state: State = None, as_json: Json = False) -> None:
 
 @app.command()
 def add(
+    ctx: typer.Context,
     backend: Annotated[str, typer.Argument(help="The backend that must not be chosen.")],
     tactic: Annotated[str | None, typer.Option(help="One tactic of it. Default: all.")] = None,
     layer: Annotated[
@@ -49,8 +60,8 @@ def add(
     ] = None,
     m: Annotated[int | None, typer.Option(help="In the bucket of this m only.")] = None,
     format_: Format = "nvfp4",
-    activation: Annotated[str, typer.Option(help="bf16 (W4A16) or fp4 (W4A4).")] = "bf16",
-    out_dtype: Annotated[str, typer.Option(help="Output dtype: bf16 or fp16.")] = "bf16",
+    activation: Activation = "bf16",
+    out_dtype: OutDtype = "bf16",
     reason: Annotated[str, typer.Option(help="Why, for those who read it later.")] = "",
     state: State = None,
     as_json: Json = False,
@@ -62,6 +73,9 @@ def add(
 
         if m is not None and layer is None:
             raise Refused("--m says which bucket of a layer: say which layer, with --layer N,K")
+        if layer is None:
+            why = "says which problem of a layer: say which layer, with --layer N,K"
+            refuse_beside(ctx, ["format_", "activation", "out_dtype"], why)
         n, k = _layer(layer) if layer else (0, 0)
         rows = _candidate_rows(state)
         known = {row["backend"] for row in rows}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._console import Json, State, one_sentence, print_json, say
+from ._console import Json, State, one_sentence, print_json, say, say_status, status
 
 Html = Annotated[Path, typer.Option(help="The file to write: one page that needs nothing else.")]
 
@@ -23,6 +23,7 @@ def report(html: Html, state: State = None, as_json: Json = False) -> None:
         if as_json:
             print_json({"state": str(place), **done})
         else:
+            say_status(status(place))
             say(line(done))
 
 

@@ -17,11 +17,16 @@ from ._console import (
     State,
     one_sentence,
     print_json,
+    refuse_beside,
+    refuse_engine_options,
     say_lines,
+    say_status,
+    status,
 )
 
 
 def show(
+    ctx: typer.Context,
     findings: Annotated[bool, typer.Option(help="List every finding.")] = False,
     pictures: Annotated[
         Path | None, typer.Option(help="Also write the wrong tiles of each, as SVG, to a folder.")
@@ -35,7 +40,11 @@ def show(
 ) -> None:
     """Print what is stored: choices, verdicts with conditions, findings, environment."""
     with one_sentence():
+        refuse_engine_options(ctx, engine)
+        if as_json:
+            refuse_beside(ctx, ["findings"], "lists every finding, and --json has them all")
         from ..autotune import checkpoint_check
+        from ..autotune.publication import published
         from ..report import documents
         from ..report.terminal.summary import print_stored
 
@@ -49,7 +58,9 @@ def show(
         if as_json:
             print_json({**documents.as_json(place), "checkpoint": weights, "engine": verdict})
         else:
-            print_stored(place, findings)
+            stored = published.load(place)
+            say_status(status(place))
+            print_stored(place, stored, findings)
             if weights is not None:
                 say_lines(checkpoint_check.report(weights))
             _engine.print_assessed([verdict])

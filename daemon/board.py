@@ -14,14 +14,17 @@ from typing import Any
 from .. import __version__
 from ..autotune.publication import published
 from ..autotune.publication.environment import withdrawn
-from ..cache import codec, quarantine, state
+from ..cache import codec, facts, quarantine, state
 from ..cache.errors import StateError
 from ..cache.ledger import Ledger
+from ..words import STATUS_WORDS
 from .gpus import WatchedDevice
 from .witnessed import WitnessBoard
 
 BEAT_SECONDS = 20.0
 """A loop that was silent for longer than this is not healthy."""
+STATUS_SECONDS = 5.0
+"""Between two looks at what readers are answered here, where nothing is known to have changed."""
 MOST_FINDINGS = 500
 _FINDINGS_EVERY = 2.0
 _SHOWN = (
@@ -124,7 +127,10 @@ class Board:
         self.events: Counter[str] = Counter()
         self.witness = b'{"reporters": [], "events": [], "ignored": []}'
         """What processes that watch have told, as a document."""
+        self.status: dict[str, Any] = _status_of_facts(None)
+        self._looked = -STATUS_SECONDS
         self._key: object = None
+        self._key_shown: object = None
         self._findings = NewestFindings()
         self._witness = WitnessBoard()
 
@@ -148,14 +154,19 @@ class Board:
         store = quarantine.store(self.state_dir)
         content = (stands.generation, stands.meta.get("digest")) if stands else None
         key = (content, quarantine.stamp(store), tuple(sorted(report.stale.items())))
-        if key != self._key:
-            self._key = key
+        if key != self._key or self.beat - self._looked >= STATUS_SECONDS:
+            self._looked = self.beat
+            self.status = _status_of_facts(facts.gather(self.state_dir))
+        if (key, self.status) != self._key_shown:
+            self._key_shown = (key, self.status)
             self._rebuild(report, store)
+        self._key = key
         self._witness.look(self.state_dir)
         self.witness = json.dumps(self._witness.document()).encode()
         devices = [device.json() for device in report.devices]
         self.ready, self.why = report.ready()
         self.health = {
+            **self.status,
             "fp4tune": __version__,
             "ready": self.ready,
             "why": self.why,
@@ -200,6 +211,7 @@ class Board:
             rows.append(row)
             statuses[choice.arch, choice.gpu, choice.profile, choice.status] += 1
         document = {
+            **self.status,
             "generation": stands.generation if stands else 0,
             "meta": stands.meta if stands else {},
             "choices": rows,
@@ -223,6 +235,14 @@ class Board:
     @property
     def healthy(self) -> bool:
         return time.monotonic() - self.beat < BEAT_SECONDS
+
+
+def _status_of_facts(found: dict[str, Any] | None) -> dict[str, Any]:
+    """What every document begins with: the status of `facts`, since when, why and what to do."""
+    if found is None:
+        return {"status": "UNPROVEN", "since": None, "reason": "it has not looked yet", "do": ""}
+    word = STATUS_WORDS[found["status"]]
+    return {"status": word, **{name: found[name] for name in ("since", "reason", "do")}}
 
 
 class NewestFindings:

@@ -103,11 +103,11 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
         return Response(body, status, media_type=kind)
 
     async def readyz(request: Request) -> Response:
-        said = {"ready": board.ready, "why": board.why}
+        said = {**board.status, "ready": board.ready, "why": board.why}
         return AsciiJson(said, 200 if board.ready else 503)
 
     async def healthz(request: Request) -> Response:
-        document = {"healthy": board.healthy, **board.health}
+        document = {**board.status, "healthy": board.healthy, **board.health}
         return AsciiJson(document, 200 if board.healthy else 503)
 
     async def numbers(request: Request) -> Response:

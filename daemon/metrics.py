@@ -12,6 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from ..errors import printable
+from ..words import STATUS_WORDS
 from .board import Board
 from .gpus import STATES
 from .probes import OUTCOMES
@@ -58,6 +59,12 @@ class Metrics(Collector):
             ("quarantines", "Quarantined backends and tactics", n.get("quarantines", 0)),
         ):
             yield GaugeMetricFamily(f"fp4tune_{name}", help_, value=float(value))
+        word = GaugeMetricFamily(
+            "fp4tune_status", "1 for what this node is, as facts decides it", labels=["status"]
+        )
+        for each in dict.fromkeys(STATUS_WORDS.values()):
+            word.add_metric([each], float(board.status["status"] == each))
+        yield word
         yield from _witnessed(n.get("witness", {}))
         choices = GaugeMetricFamily(
             "fp4tune_choices", "Published choices", labels=["arch", "gpu", "profile", "status"]

@@ -22,7 +22,8 @@ from .holding import Held
 from .installed import EngineHome
 
 NOISE = 0.02
-"""Backends within 2 % of the fastest count as equal, and their names decide."""
+"""Backends within 2 % of the fastest, or told apart from it in no bucket, count as equal, and their
+names decide."""
 
 Bucket = tuple[int, int, int, int, Decision]
 """(n, k, m_lo, m_hi, decision)"""
@@ -166,8 +167,13 @@ def select(
     cost = {backend: _cost(proven[backend]) for backend in able}
     chosen = None
     if cost:
-        fastest = min(cost.values())
-        chosen = min(b for b, c in cost.items() if c <= fastest * (1 + NOISE))
+        fastest = min(cost, key=lambda b: (cost[b], b))
+        spans = _intervals_by_backend(_dense_rows(reader, "candidate", kind, out_dtype))
+        chosen = min(
+            b
+            for b, c in cost.items()
+            if c <= cost[fastest] * (1 + NOISE) or not _told_apart_anywhere(spans, b, fastest)
+        )
         for backend in cost.keys() - {chosen}:
             slower = cost[backend] / cost[chosen] - 1
             rejected[backend] = f"{slower:.0%} slower over all buckets (geometric mean)"
@@ -289,6 +295,29 @@ def _cost(buckets: list[Bucket]) -> float:
     """Geometric mean of the times, microseconds; an empty batch has none."""
     times = [d.median_us for _, _, _, m_hi, d in buckets if d.median_us and m_hi > 0]
     return math.exp(sum(map(math.log, times)) / len(times)) if times else math.inf
+
+
+Spans = dict[str, dict[tuple[int, int, int], tuple[float, float]]]
+"""Backend -> (n, k, m_lo) -> the interval of its time, microseconds."""
+
+
+def _intervals_by_backend(rows: list[dict[str, Any]]) -> Spans:
+    """The intervals of all that was timed, an empty batch aside."""
+    found: Spans = {}
+    for row in rows:
+        if row["m_hi"] > 0 and row["lo_us"] is not None and row["hi_us"] is not None:
+            place = (row["n"], row["k"], row["m_lo"])
+            found.setdefault(row["backend"], {})[place] = (row["lo_us"], row["hi_us"])
+    return found
+
+
+def _told_apart_anywhere(spans: Spans, slower: str, faster: str) -> bool:
+    """Whether any bucket tells these two apart. True where their intervals are not known."""
+    mine, other = spans.get(slower, {}), spans.get(faster, {})
+    both = mine.keys() & other.keys()
+    return not both or any(
+        mine[place][0] > other[place][1] or other[place][0] > mine[place][1] for place in both
+    )
 
 
 def _notes(home: EngineHome, kind: LayerKind, backend: str | None) -> list[str]:

@@ -91,6 +91,10 @@ def select(gpu: str | None) -> list[Target]:
     """
     if gpu == "none":
         return [cpu()]
+    if gpu not in (None, "all") and not (gpu.isascii() and gpu.isdigit()):
+        raise NoSuchDevice(
+            f"--gpu {gpu!r} is not the index of a GPU, nor all; --gpu none is the CPU"
+        )
     found, reason = gpus()
     if gpu is None:
         return found[:1] or [cpu()]
@@ -98,8 +102,6 @@ def select(gpu: str | None) -> list[Target]:
         raise NoSuchDevice(f"no GPU to probe: {reason}; use --gpu none to probe the CPU")
     if gpu == "all":
         return found
-    if not (gpu.isascii() and gpu.isdigit()):
-        raise NoSuchDevice(f"--gpu {gpu!r} is not a GPU index, 'all' or 'none'")
     if int(gpu) >= len(found):
         raise NoSuchDevice(f"no GPU {gpu}: this machine shows {len(found)}, numbered from 0")
     return [found[int(gpu)]]

@@ -14,7 +14,8 @@ from ..autotune.plan import Report
 from ..autotune.publication import published
 from ..autotune.verdict.statistics import failure_bound
 from ..cache import reader, state
-from ..cache.errors import Missing, StateError
+from ..cache.decision import Decision
+from ..cache.errors import Corrupt, Foreign, Missing, NewerSchema, StateError
 from ..cache.ledger import Ledger
 from ..cache.rows import Candidate, Finding, Forgotten, Run
 from ..probes.problem import Problem
@@ -44,6 +45,20 @@ def decision(
     answer["failure_bound_95"] = failure_bound(found.problems)
     answer["problem"] = asdict(problem)
     return answer
+
+
+def alternatives(
+    state_dir: Path | None, problem: Problem, profile: str | None = None
+) -> tuple[Decision, ...]:
+    """All that may be chosen for one problem, best first."""
+    p = problem
+    reading = reader.open(place_of(state_dir), profile=profile)
+    return reading.alternatives(p.m, p.n, p.k, p.format, p.activation, p.out_dtype)
+
+
+def scope(state_dir: Path | None, profile: str | None = None) -> tuple[str, str, str] | None:
+    """(arch, GPU model, profile) that a problem is answered from; None where several fit."""
+    return reader.open(place_of(state_dir), profile=profile).scope()
 
 
 def compared(stands: published.Standing) -> list[layouts.Comparison]:
@@ -144,6 +159,18 @@ def forgotten(place: Path) -> list[Forgotten]:
             return ledger.forgotten()
     except StateError:
         return []
+
+
+def ledger_problem(place: Path) -> str | None:
+    """Why the ledger of `place` cannot be read, in a sentence; None where it can, or where there is
+    none: a damaged one is not a missing one."""
+    try:
+        with Ledger.open(place, readonly=True):
+            return None
+    except (Corrupt, Foreign, NewerSchema) as error:
+        return str(error)
+    except StateError:
+        return None  # not there, or its owner's alone to read
 
 
 def as_json(place: Path) -> dict[str, Any]:

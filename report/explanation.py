@@ -13,7 +13,7 @@ from typing import Any
 
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
-from ..autotune.choice.rank import FLOORS, NOISE
+from ..autotune.choice.rank import FLOORS, NOISE, time_of
 from ..autotune.evidence.wording import shown, told
 from ..autotune.publication import published
 from ..cache import reader
@@ -22,7 +22,7 @@ from ..cache.rows import Candidate, Finding
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
 from ..probes.problem import Problem
 from . import documents
-from .wording import reference_line
+from .wording import reference_line, without_name
 
 
 def explain(
@@ -172,10 +172,13 @@ def _candidate_in_words(c: Candidate, taken: Candidate | None) -> str:
     tactic = "" if c.tactic == "default" else f" {c.tactic}"
     text = f"{c.backend}{tactic} ({c.layout}): {c.verdict}, {_time_with_interval(c)}"
     ratio = _ratio(c, taken)
+    unnamed = without_name(c)
     if c is taken:
         text += ", the choice"
     elif ratio is not None:
         text += f", {ratio:.2f} times the choice"
+    if unnamed and c is not taken:
+        text += f"; {unnamed}"
     if c.verdict == "safe":
         text += f"; {shown(c.bounds, c.bucket.m_lo, c.bucket.m_hi)}"
     return text
@@ -200,21 +203,18 @@ def _why(decision: Decision, taken: Candidate | None, group: Sequence[Candidate]
         return f"{name} is chosen: nothing else is safe here."
     if taken is None or taken.median_us is None:
         return f"{name} is chosen: an empty batch has no time, so the smallest bucket decides."
-    fastest = min(c.median_us for c in ranked if c.median_us is not None)
-    if taken.median_us > fastest * (1 + NOISE):
+    times = {c.backend: t for c in ranked if (t := time_of(c)) is not None}
+    fastest = min(times.values(), key=lambda t: (t.us, t.hi))
+    if not times[taken.backend].level_with(fastest):
         return (
             f"{name} is chosen: it stood before, and nothing safe is enough faster to replace it."
         )
-    equal = [
-        c.backend
-        for c in ranked
-        if c is not taken and c.median_us is not None and c.median_us <= fastest * (1 + NOISE)
-    ]
+    equal = [name for name, t in times.items() if name != taken.backend and t.level_with(fastest)]
     if equal:
         usual = ", and it is the engine's default" if name == decision.default_backend else ""
         return (
-            f"{name} is chosen: within {100 * NOISE:g} % of the fastest safe one, as "
-            f"{', '.join(equal)}, which counts as equal{usual}."
+            f"{name} is chosen: within {100 * NOISE:g} % of the fastest safe one or not told apart "
+            f"from it, as {', '.join(equal)}, which counts as equal{usual}."
         )
     return f"{name} is chosen: the fastest that is safe."
 
@@ -290,9 +290,11 @@ def _price(taken: Candidate | None, group: Sequence[Candidate]) -> dict[str, Any
         time, name, fastest = min(timed)
         if time < taken.median_us and not _overlap(fastest, taken):
             out.update(faster_unproven=name, costs_us=taken.median_us - time)
+            unnamed = without_name(fastest)
+            why = f"{fastest.verdict}, and {unnamed}" if unnamed else fastest.verdict
             parts.append(
-                f"The fastest of all is {name} at {_time_with_interval(fastest)}, which is "
-                f"{fastest.verdict}: leaving it out costs {taken.median_us - time:.1f} us a call."
+                f"The fastest of all is {name} at {_time_with_interval(fastest)}, which is {why}: "
+                f"leaving it out costs {taken.median_us - time:.1f} us a call."
             )
     floor = next((c for c in group if c.backend in FLOORS and c.median_us is not None), None)
     if floor is not None and floor is not taken and floor.median_us is not None:

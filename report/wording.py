@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..cache.rows import BucketKey, Candidate
+from ..engines import names
 
 WEIGHTS = {"bf16": "W4A16", "fp4": "W4A4"}
 """What the field calls a GEMM, by its activation."""
@@ -19,6 +20,17 @@ def verdict_word(candidate: Candidate) -> str:
     return "reference" if reference_line(candidate) else candidate.verdict
 
 
+def without_name(candidate: Candidate) -> str | None:
+    """Why a safe candidate is not chosen for the engine of its profile, where that has no name for
+    it; None where it may be chosen, or nothing is chosen for an engine."""
+    c = candidate
+    if c.verdict != "safe" or c.profile not in names.ENGINES or reference_line(c):
+        return None
+    if names.named(c.profile, c.backend, c.bucket.format, names.sm_of(c.arch)):
+        return None
+    return f"{c.profile} has no name for it"
+
+
 def range_text(lo: int, hi: int, dash: str = "-") -> str:
     """As in ``16`` or ``17-64``."""
     return str(hi) if lo == hi else f"{lo}{dash}{hi}"
@@ -28,7 +40,7 @@ def layer_text(bucket: BucketKey) -> str:
     """As in ``nvfp4 W4A16 bf16``."""
     weights = WEIGHTS.get(bucket.activation, bucket.activation)
     text = f"{bucket.format} {weights} {bucket.out_dtype}"
-    return text if bucket.groups == 1 else f"{text}, {bucket.groups} groups"
+    return text if bucket.groups == 1 else f"{text}, {bucket.groups} experts"
 
 
 def scope_text(arch: str, gpu: str, profile: str) -> str:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4tune.autotune.choice.rank import FLOORS, NOISE, WORTH, by_bucket, choices
+from fp4tune.autotune.publication.publish import unnamed
 from fp4tune.cache.rows import VERDICTS, BucketKey, Candidate
 
 FLOOR = "torch-dequant"
@@ -225,3 +226,67 @@ def test_never_slower_than_a_safe_default_and_never_far_from_the_fastest(
     )
     if default in able:
         assert mine <= able[default] * (1 + NOISE) * (1 + 1e-9)
+
+
+# -- what is not told apart, and what an engine cannot name
+
+
+def timed(backend, us, half, **other) -> Candidate:
+    return replace(candidate(backend, median_us=us, **other), lo_us=us - half, hi_us=us + half)
+
+
+@given(st.permutations(("alpha", "beta", "gamma")), st.floats(0.5, 3.0))
+def test_times_that_are_not_told_apart_are_equal_whichever_came_out_ahead(names, noise):
+    """As nodes with the same three backends would see them on a noisy machine."""
+    group = [timed(name, 10.0 + i * noise / 3, noise) for i, name in enumerate(names)]
+    assert only(group)[0].backend == "alpha"
+
+
+def test_times_that_are_told_apart_are_not_equal():
+    assert only([timed("alpha", 12.0, 0.5), timed("beta", 10.0, 0.5)])[0].backend == "beta"
+
+
+def test_what_looks_slower_than_the_default_does_not_come_before_it():
+    group = [timed("alpha", 12.0, 3.0), timed("beta", 10.0, 0.1), timed("gamma", 10.5, 0.1)]
+    assert only(group, "gamma")[0].backend == "beta"
+
+
+def test_a_standing_choice_stays_until_another_is_told_apart():
+    stands = [stood("beta", 10.0)]
+    near = [timed("alpha", 9.0, 1.0), timed("beta", 10.0, 1.0)]
+    far = [timed("alpha", 9.0, 0.1), timed("beta", 10.0, 0.1)]
+    assert [choices(group, None, stands)[0][0].backend for group in (near, far)] == [
+        "beta",
+        "alpha",
+    ]
+
+
+def test_what_an_engine_cannot_name_is_listed_and_not_chosen():
+    group = [candidate("alpha", median_us=1.0), candidate("beta"), candidate(FLOOR, median_us=50.0)]
+    (chosen,), placed = choices(group, None, (), lambda c: c.backend != "beta")
+    assert chosen.backend == "beta"
+    assert {c.backend: c.rank for c in placed} == {"alpha": None, "beta": 0, FLOOR: 1}
+
+
+@pytest.mark.parametrize(
+    ("profile", "backend", "sm", "barred"),
+    [
+        ("strict", "triton-w4a16", 90, False),
+        ("sglang", "triton-w4a16", 90, True),
+        ("sglang", "marlin", 90, False),
+        ("sglang", "humming", 90, True),
+        ("vllm", "humming", 90, False),
+        ("vllm", "flashinfer-cute-dsl", 120, True),
+    ],
+)
+def test_only_an_engines_profile_asks_for_names(profile, backend, sm, barred):
+    assert unnamed(profile, sm, candidate(backend)) == barred
+
+
+def test_a_floor_that_an_engine_cannot_name_comes_last_however_fast():
+    group = [candidate("beta", median_us=10.0), candidate(FLOOR, median_us=1.0)]
+    (chosen,), placed = choices(group, None, (), lambda c: c.backend == FLOOR)
+    assert chosen.backend == "beta" and {c.backend: c.rank for c in placed} == {"beta": 0, FLOOR: 1}
+    alone = [candidate("beta", "unsafe"), candidate(FLOOR, median_us=1.0)]
+    (chosen,), _ = choices(alone, None, (), lambda c: c.backend == FLOOR)
+    assert (chosen.backend, chosen.status) == (FLOOR, "floor")

@@ -14,10 +14,12 @@ import time
 from contextlib import ExitStack
 
 import pytest
+import schemas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_daemon_evidence import put
 
+from fp4tune.cache import facts
 from fp4tune.daemon.config import DaemonConfig, HttpOptions
 
 pytest.importorskip("starlette")
@@ -29,6 +31,7 @@ from fp4tune.daemon import http as serving_http  # noqa: E402
 from fp4tune.daemon.admission import Door, Places  # noqa: E402
 from fp4tune.daemon.http import Serving, application  # noqa: E402
 from fp4tune.daemon.service import Service  # noqa: E402
+from fp4tune.words import STATUS_WORDS  # noqa: E402
 
 PLACES = 24
 HALF = b"GET /v1/choices HTTP/1.1\r\nHost: x\r\n"
@@ -90,6 +93,26 @@ def heard(client: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return data
+
+
+def test_documents_begin_with_the_status_and_are_what_their_schemas_say(serving, tmp_path):
+    found = facts.gather(tmp_path / "state")
+    word = STATUS_WORDS[found["status"]]
+    for path, name in (
+        ("/readyz", "HttpReady"),
+        ("/healthz", "HttpHealth"),
+        ("/v1/choices", "HttpChoices"),
+        ("/v1/choices?m=1&n=4096&k=4096", "HttpDecision"),
+        ("/v1/findings", "HttpFindings"),
+    ):
+        document = json.loads(ask(serving, path)[1])
+        schemas.hold(name, document)
+        if name in ("HttpReady", "HttpHealth", "HttpChoices"):
+            assert (document["status"], document["do"]) == (word, found["do"])
+            assert document["since"] == found["since"] and document["reason"] == found["reason"]
+    numbers = ask(serving, "/metrics")[1].decode()
+    assert f'fp4tune_status{{status="{word}"}} 1.0' in numbers
+    assert numbers.count("fp4tune_status{") == 5 and numbers.count('"} 1.0') >= 1
 
 
 def test_requests_that_are_never_finished_keep_nobody_out(serving):

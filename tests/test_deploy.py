@@ -630,6 +630,9 @@ def test_alerts_and_panels_use_metrics_that_exist():
         "fp4tune_reader_generation",
         "fp4tune_reader_published_timestamp_seconds",
         "fp4tune_reader_quarantines",
+        # The same in a word, for people; alerts are on the numbers.
+        "fp4tune_status",
+        "fp4tune_reader_status",
     }
 
 

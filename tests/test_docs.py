@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import schemas
 import typer.main
 from typer.testing import CliRunner
 
@@ -92,6 +93,8 @@ def run_cli(*args: str) -> str:
     """What a command prints on stdout; it must end well."""
     done = CliRunner().invoke(cli.app, list(args))
     assert done.exit_code == errors.SAFE, (done.output, done.exception)
+    if "--json" in args:
+        schemas.hold(schemas.command_of(args), json.loads(done.stdout))
     return done.stdout
 
 
@@ -129,7 +132,7 @@ def test_every_option_is_described_and_no_other(command):
     text = section(DOCS / "commands.md", f"fp4tune {command}")
     described = {
         name for row in table(text, "option") for cell in row for name in ticked(cell)
-        if name.startswith("--")
+        if name.startswith("-")
     }  # fmt: skip
     assert described == options_of(command)
 
@@ -436,9 +439,9 @@ def test_families_and_conditions():
 
 
 def test_every_backend_is_in_the_table_and_no_other():
-    said = named(text_of(ROOT / "README.md"), "backend")
+    said = named(text_of(DOCS / "backend-table.md"), "backend")
     assert said == list(registry.BUILTIN)
-    for row in table(text_of(ROOT / "README.md"), "backend"):
+    for row in table(text_of(DOCS / "backend-table.md"), "backend"):
         backend = registry.load_one(ticked(row[0])[0])
         assert row[1] == {"bf16": "W4A16", "fp4": "W4A4"}[backend.activation]
 
@@ -522,9 +525,19 @@ def test_nothing_is_left_to_fill_in(page):
 
 
 def test_markers_for_measured_output_come_in_pairs():
-    text = text_of(ROOT / "README.md")
-    for name in ("h200", "cpu"):
-        assert 0 <= text.find(f"<!-- {name}:begin -->") < text.find(f"<!-- {name}:end -->")
+    text = text_of(DOCS / "results-h200.md")
+    assert 0 <= text.find("<!-- h200:begin -->") < text.find("<!-- h200:end -->")
+
+
+def test_the_readme_is_short_and_its_lines_are_not_long():
+    lines = text_of(ROOT / "README.md").splitlines()
+    assert len(lines) <= 110 and max(map(len, lines)) <= 120
+
+
+def test_every_page_is_in_the_readmes_order_of_reading():
+    order = section(ROOT / "README.md", "Read on")
+    for page in DOCS.glob("*.md"):
+        assert f"docs/{page.name})" in order, page.name
 
 
 def test_every_example_file_and_page_is_reachable():

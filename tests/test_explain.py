@@ -35,8 +35,8 @@ def candidate(backend, us, verdict="safe", spread=0.1, **other) -> Candidate:
 
 FLOOR = candidate("torch-dequant", 100.0)
 HUMMING = candidate("humming", 8.0, "unsafe", reasons=("streams: failed",))
-TRITON = candidate(
-    "triton-w4a16",
+CUTLASS = candidate(
+    "flashinfer-cutlass",
     10.0,
     conditions=(CONDITION,),
     bounds={
@@ -73,9 +73,9 @@ def told(place, m=16, **other):
 
 
 def test_all_candidates_with_times_intervals_verdicts_and_conditions(put):
-    document, text = told(put(FLOOR, HUMMING, TRITON, MARLIN))
+    document, text = told(put(FLOOR, HUMMING, CUTLASS, MARLIN))
     names = [each["backend"] for each in document["candidates"]]
-    assert names == ["triton-w4a16", "marlin", "torch-dequant", "humming"]
+    assert names == ["flashinfer-cutlass", "marlin", "torch-dequant", "humming"]
     assert "timed at m=9, 12 and 16" in text
     assert "10.0 us (9.9 to 10.1), the choice" in text
     assert "1.60 times the choice" in text
@@ -89,7 +89,7 @@ def test_all_candidates_with_times_intervals_verdicts_and_conditions(put):
 
 
 def test_what_the_default_would_have_been_and_what_is_saved(put):
-    document, text = told(put(FLOOR, TRITON, MARLIN))
+    document, text = told(put(FLOOR, CUTLASS, MARLIN))
     assert document["default"]["backend"] == "marlin"
     assert document["default"]["saves_us"] == pytest.approx(6)
     assert "The choice saves 6.0 us a call, 38 %." in text
@@ -98,40 +98,40 @@ def test_what_the_default_would_have_been_and_what_is_saved(put):
 
 def test_a_faster_default_that_is_unsafe_is_the_price_of_a_safe_one(put):
     wrong = replace(MARLIN, median_us=5.0, lo_us=4.9, hi_us=5.1, verdict="unsafe")
-    document, text = told(put(FLOOR, TRITON, wrong))
+    document, text = told(put(FLOOR, CUTLASS, wrong))
     assert document["default"]["saves_us"] == pytest.approx(-5)
     assert "the price of one that is safe" in text
     assert document["price"]["faster_unproven"] == "marlin"
     assert document["price"]["costs_us"] == pytest.approx(5)
 
 
-def test_overlapping_intervals_say_nothing_of_time(put):
+def test_of_those_not_told_apart_the_default_is_taken(put):
     near = replace(MARLIN, median_us=10.5, lo_us=9.0, hi_us=12.0)
-    _, text = told(put(FLOOR, TRITON, near))
-    assert "neither costs nor saves time that shows" in text
+    _, text = told(put(FLOOR, CUTLASS, near))
+    assert "marlin is also what the engine would take by itself" in text
 
 
 def test_a_default_that_was_not_measured_says_why(put):
-    _, text = told(put(FLOOR, TRITON, meta={"unsupported": {"marlin": "needs nvcc"}}))
+    _, text = told(put(FLOOR, CUTLASS, meta={"unsupported": {"marlin": "needs nvcc"}}))
     assert "would take marlin, which was not measured here: needs nvcc." in text
 
 
 def test_a_reference_line_is_neither_the_fastest_nor_a_price(put):
     line = candidate("resident", 1.0, "inconclusive", reasons=("a reference line, never chosen",))
-    document, _ = told(put(FLOOR, TRITON, line))
+    document, _ = told(put(FLOOR, CUTLASS, line))
     assert document["price"]["faster_unproven"] is None
 
 
 def test_equal_ones_are_named(put):
-    near = candidate("alpha", 10.1)
-    document, _ = told(put(FLOOR, TRITON, near))
-    assert document["choice"]["backend"] == "alpha"
-    assert "as triton-w4a16, which counts as equal" in document["why"]
+    near = candidate("flashinfer-cudnn", 10.1)
+    document, _ = told(put(FLOOR, CUTLASS, near))
+    assert document["choice"]["backend"] == "flashinfer-cudnn"
+    assert "as flashinfer-cutlass, which counts as equal" in document["why"]
 
 
 def test_a_quarantined_choice_names_its_successor_and_the_fault(put):
-    place = put(FLOOR, TRITON, MARLIN)
-    reader.report_fault("triton-w4a16", 16, 4096, 4096, reason="NaN", state_dir=place)
+    place = put(FLOOR, CUTLASS, MARLIN)
+    reader.report_fault("flashinfer-cutlass", 16, 4096, 4096, reason="NaN", state_dir=place)
     try:
         document, _ = told(place)
         assert document["choice"]["backend"] == "marlin"
@@ -141,7 +141,7 @@ def test_a_quarantined_choice_names_its_successor_and_the_fault(put):
 
 
 def test_findings_come_from_the_ledger_with_their_numbers(put):
-    place = put(FLOOR, HUMMING, TRITON)
+    place = put(FLOOR, HUMMING, CUTLASS)
     with Ledger.open(place) as ledger:
         run = ledger.start_run(seed=1, level="quick", profile="sglang", device={}, argv=[])
         ledger.add_environment(ENVIRONMENT)
@@ -159,7 +159,7 @@ def test_findings_come_from_the_ledger_with_their_numbers(put):
 
 
 def test_without_a_ledger_there_are_no_findings_and_no_error(put, tmp_path_factory):
-    place = put(FLOOR, TRITON)
+    place = put(FLOOR, CUTLASS)
     alone = tmp_path_factory.mktemp("alone")
     (alone / "choices.db").write_bytes((place / "choices.db").read_bytes())
     document, _ = told(alone)
@@ -184,7 +184,7 @@ def test_what_was_not_measured_is_refused_in_one_sentence(put, m, n):
 
 
 def test_json_is_the_document(put):
-    place = put(FLOOR, TRITON)
+    place = put(FLOOR, CUTLASS)
     args = ["explain", "16", "4096", "4096", "--state", str(place), "--json"]
     done = CliRunner().invoke(cli.app, args)
     assert done.exit_code == 0
@@ -196,3 +196,12 @@ def test_the_page_has_every_key(put):
     section = page.split("## fp4tune explain\n")[1].split("\n## ")[0].split("| JSON key |")[1]
     said = {key for row in section.splitlines()[2:] for key in re.findall(r"`(\w+)`", row[:60])}
     assert said >= set(told(put(FLOOR))[0])
+
+
+def test_what_the_engine_cannot_name_is_shown_with_that_reason_and_not_chosen(put):
+    triton = candidate("triton-w4a16", 5.0)
+    document, text = told(put(FLOOR, CUTLASS, triton))
+    assert document["choice"]["backend"] == "flashinfer-cutlass"
+    assert "triton-w4a16 (triton-w4a16): safe, 5.0 us (4.9 to 5.1), 0.50 times the choice" in text
+    assert "sglang has no name for it" in text
+    assert "which is safe, and sglang has no name for it: leaving it out costs 5.0 us" in text

@@ -129,6 +129,7 @@ OPENS_ITSELF = {
     "cache/opening.py": OWN,
     "cache/publish.py": "its own file, or a choices.db that it has just loaded",
     "cache/quarantine.py": OWN,
+    "commands/_streams.py": KERNEL,
     "daemon/place.py": "a folder",
     "fleet/places.py": "a server's; on a disk it goes through machine.files",
     "fleet/taken.py": OWN,

@@ -17,7 +17,7 @@ from typing import Any
 from ...cache.rows import Candidate, Layer
 from ..verdict.buckets import MRange
 from ..verdict.profiles import PROFILES, Profile
-from .rank import NOISE, WORTH
+from .rank import NOISE, WORTH, Measured, measured
 from .traffic import BUILTIN, Traffic, traffic_of
 
 NO_QUANTISER = "quantiser time not measured"
@@ -107,8 +107,9 @@ def compare(
 ) -> Comparison:
     """Compare the layouts of one layer: `candidates` are all of one `Key`, with their ranks.
 
-    Layouts within `NOISE` of the fastest count as equal and the first by name is taken, but a
-    layout that `stands` is kept unless another is at least `WORTH` faster. `quantiser_us` is the
+    Layouts within `NOISE` of the fastest, or not told apart from it, count as equal and the first
+    by name is taken, but a layout that `stands` is kept unless another is at least `WORTH` faster
+    and told apart. `quantiser_us` is the
     quantiser's time by a bucket's m_hi, for W4A4.
     """
     key = key_of(candidates[0])
@@ -117,7 +118,8 @@ def compare(
     covered = min(1.0, math.fsum(shares.values()))
     fits = [_fit(name, group, shares, covered) for name, group in _by_layout(candidates).items()]
     fits.sort(key=lambda f: (f.expected_us is None, f.expected_us or 0.0, f.layout))
-    times = {f.layout: f.expected_us for f in fits if f.expected_us is not None}
+    known = ((f.layout, measured(f.expected_us, f.lo_us, f.hi_us)) for f in fits)
+    times = {name: time for name, time in known if time is not None}
     layout = _taken(times, stands)
     if not covered:
         reason = f"no m of the traffic {traffic.name} was probed"
@@ -125,7 +127,7 @@ def compare(
         reason = "no layout has a safe candidate in every bucket"
     else:
         reason = ""
-    layer_us = times.get(layout) if layout else None
+    layer_us = times[layout].us if layout else None
     if layout and key[4] == "fp4":
         layer_us = _with_quantiser(layer_us, shares, covered, quantiser_us)
     return Comparison(key, traffic.name, covered, layout, layer_us, tuple(fits), reason)
@@ -252,13 +254,15 @@ def _fit(
     return Fit(layout, mean(middle), *ends, (), parts)
 
 
-def _taken(times: Mapping[str, float], stands: str | None) -> str | None:
+def _taken(times: Mapping[str, Measured], stands: str | None) -> str | None:
     if not times:
         return None
-    fastest = min(times.values())
-    if stands is not None and stands in times and fastest > times[stands] * (1 - WORTH):
-        return stands
-    return min(name for name, t in times.items() if t <= fastest * (1 + NOISE))
+    fastest = min(times.values(), key=lambda t: (t.us, t.hi))
+    if stands is not None and stands in times:
+        mine = times[stands]
+        if fastest.us > mine.us * (1 - WORTH) or mine.level_with(fastest):
+            return stands
+    return min(name for name, t in times.items() if t.level_with(fastest))
 
 
 def _with_quantiser(

@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
 
 from ...cache.rows import BucketKey, Candidate, Choice
 
 NOISE = 0.01
 """Candidates within 1 % of the fastest count as equal, and a fixed order decides. Two probes that
-measure each time to 0.5 % then choose candidates that differ by less than 2 %."""
+measure each time to 0.5 % then choose candidates that differ by less than 2 %. So do candidates
+whose intervals overlap that of the fastest: what was not told apart is equal."""
 WORTH = 0.03
 """How much faster another must be to replace a choice that stands."""
 FLOORS = ("torch-dequant", "torch-dequant-w4a4")
 """What is always there when nothing faster is safe."""
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A time in microseconds with its interval; without one its ends are the time itself."""
+
+    us: float
+    lo: float
+    hi: float
+
+    def level_with(self, fastest: Measured) -> bool:
+        """Whether this counts as fast as `fastest`, whose time is not larger: within the band, or
+        not told apart from it."""
+        return self.us <= fastest.us * (1 + NOISE) or self.lo <= fastest.hi
+
+
+def measured(us: float | None, lo: float | None, hi: float | None) -> Measured | None:
+    """A time as a row has it; None without one."""
+    if us is None:
+        return None
+    return Measured(us, us if lo is None else lo, us if hi is None else hi)
+
+
+def time_of(candidate: Candidate) -> Measured | None:
+    return measured(candidate.median_us, candidate.lo_us, candidate.hi_us)
+
+
 def ranked(
     candidates: Sequence[Candidate],
-    time: Mapping[str, float | None],
+    time: Mapping[str, Measured | None],
     default: str | None = None,
     stands: str | None = None,
 ) -> list[str]:
     """Backends that may be chosen, best first: safe, timed, ties broken by a fixed order.
 
     `time` is what to compare by, by backend. Of equals the engine's `default` comes first, then
-    names decide. The one that `stands` stays in front until the fastest is at least `WORTH` faster,
-    or the default is faster by more than `NOISE`: a choice is never slower than a safe default. The
-    order depends on nothing but the arguments, so that every rank and node with the same evidence
-    chooses the same.
+    names decide. The one that `stands` stays in front until the fastest is told apart from it and
+    at least `WORTH` faster, or the default is faster by more than `NOISE`: a choice is never slower
+    than a safe default. The order depends on nothing but the arguments,
+    so that every rank and node with the same evidence chooses the same, on a noisy machine too.
     """
     times = {
         c.backend: t
@@ -39,44 +66,59 @@ def ranked(
     order = [first] if first else []
     left = {name: t for name, t in times.items() if name != first}
     while left:
-        fastest = min(left.values())
-        level = [name for name, t in left.items() if t <= fastest * (1 + NOISE)]
+        fastest = _fastest_time(left)
+        usual = left.get(default or "")
+        # Nothing that looks slower than a safe default comes before it, told apart or not.
+        most = inf if usual is None else usual.us * (1 + NOISE)
+        level = [n for n, t in left.items() if t.level_with(fastest) and t.us <= most]
         order.append(min(level, key=lambda name: (name != default, name)))
         del left[order[-1]]
     return order
 
 
-def _kept_choice(times: Mapping[str, float], default: str | None, stands: str | None) -> str | None:
+def _fastest_time(times: Mapping[str, Measured]) -> Measured:
+    return min(times.values(), key=lambda t: (t.us, t.hi))
+
+
+def _kept_choice(
+    times: Mapping[str, Measured], default: str | None, stands: str | None
+) -> str | None:
     """`stands`, where it is to be kept."""
     if stands is None or stands not in times:
         return None
-    mine = times[stands]
-    if min(times.values()) <= mine * (1 - WORTH):
+    mine, fastest = times[stands], _fastest_time(times)
+    if fastest.us <= mine.us * (1 - WORTH) and not mine.level_with(fastest):
         return None
     usual = times.get(default or "", mine)
-    return stands if mine <= usual * (1 + NOISE) else None
+    return stands if mine.us <= usual.us * (1 + NOISE) else None
 
 
 def choices(
     candidates: Sequence[Candidate],
     default_backend: str | None,
     standing: Iterable[Choice] = (),
+    unnamed: Callable[[Candidate], bool] = lambda candidate: False,
 ) -> tuple[list[Choice], list[Candidate]]:
     """One choice per bucket, and the candidates with their ranks.
 
-    `standing` are the choices published before, of the same scope; only a safe one stands.
-    An empty batch (m = 0) has no time of its own: it follows the smallest real bucket of its
-    layer.
+    Those of which `unnamed` holds, since the engine that they are chosen for has no name for them,
+    are listed and never chosen; but for a floor, which is what an engine falls back to, where
+    nothing that it can name is left. `standing` are the choices published before, of the same
+    scope; only a safe one stands. An empty batch (m = 0) has no time of its own: it follows the
+    smallest real bucket of its layer.
     """
     chosen, placed = [], []
     groups = by_bucket(candidates)
     stands = {c.bucket: c.backend for c in standing if c.status == "safe"}
     for bucket, group in groups.items():
-        times = {c.backend: c.median_us for c in group}
+        times = {c.backend: time_of(c) for c in group}
         if bucket.m_hi == 0:
             smallest = _smallest_real(bucket, groups)
-            times = {c.backend: c.median_us for c in smallest}
-        order = ranked(group, times, default_backend, stands.get(bucket))
+            times = {c.backend: time_of(c) for c in smallest}
+        able = [c for c in group if not unnamed(c)]
+        order = ranked(able, times, default_backend, stands.get(bucket))
+        last = [c for c in group if c.backend in FLOORS and c not in able]
+        order += ranked(last, times, default_backend)
         group = [
             replace(c, rank=order.index(c.backend) if c.backend in order else None) for c in group
         ]

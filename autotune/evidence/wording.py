@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...cache.rows import Finding
+from ...cache.rows import Choice, Finding
 from ...probes.regimes import CHANCE, EVERY_M
 from ...witness.foresee import foresee
 
@@ -81,3 +81,18 @@ def witnessed(finding: Finding) -> str:
         return foresee(finding.kind, finding.detail, shape, str(p["out_dtype"])).said
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return ""
+
+
+def assurance(choices: Sequence[Choice]) -> str:
+    """What the launches behind the least sure of these choices show, in a sentence; empty where
+    nothing was chosen."""
+    known = {}
+    for number, choice in enumerate(choices):
+        waiting = [b["upper"] for regime, b in choice.bounds.items() if regime in CHANCE]
+        if choice.status != "none" and waiting:
+            known[number] = max(waiting)
+    if not known:
+        return ""
+    weakest = choices[max(known, key=lambda number: known[number])]
+    b = weakest.bucket
+    return f"least sure of the choices, {weakest.backend}: {shown(weakest.bounds, b.m_lo, b.m_hi)}"

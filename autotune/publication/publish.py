@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ...cache import publish as publishing
 from ...cache.errors import Corrupt, Missing
 from ...cache.ledger import Ledger
 from ...cache.rows import VERDICTS, Audit, Candidate, Choice, Environment
+from ...engines import names
 from ..choice import layouts
 from ..choice.rank import choices
 from ..choice.traffic import Traffic
@@ -50,6 +52,10 @@ def publish(
             "seed": reports[0].seed,
             "unsupported": unsupported,
         }
+        before = stands.meta.get("devices")
+        uuids = {r.target.uuid for r in reports} | set(before if isinstance(before, list) else ())
+        if devices := sorted(uuid for uuid in uuids if isinstance(uuid, str)):
+            meta["devices"] = devices  # by which a reader knows this host from another
         traffics = {**layouts.traffics_of(stands.meta), **(traffic or {})}
         if traffics:
             meta["traffic"] = {profile: each.json() for profile, each in traffics.items()}
@@ -170,10 +176,20 @@ def _ranked(
         arch, _, name = scope
         profile = PROFILES.get(name, PROFILES["strict"])
         mine = [c for c in stood if c.scope == scope]
-        new_choices, new_placed = choices(group, profile.default(_sm(arch)), mine)
+        new_choices, new_placed = choices(
+            group, profile.default(_sm(arch)), mine, partial(unnamed, name, _sm(arch))
+        )
         chosen += new_choices
         placed += new_placed
     return chosen, placed
+
+
+def unnamed(profile: str, sm: int | None, candidate: Candidate) -> bool:
+    """Whether `profile` is an engine's and that engine has no name for the candidate's backend: it
+    could never be told to run it. Any backend will do for a profile that is no engine's."""
+    if profile not in names.ENGINES:
+        return False
+    return names.named(profile, candidate.backend, candidate.bucket.format, sm) is None
 
 
 def on_every_gpu(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -9,6 +9,7 @@ imported delays nobody else by more than its own limit.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -77,6 +78,37 @@ def enrol(plan: Plan, progress: Progress) -> Field:
             entered.unsupported[runner.name] = why
     entered.runners = [runner for runner in entered.runners if entered.of(runner)]
     return entered
+
+
+_NO_GPU = "needs a CUDA GPU"
+_MOST_NAMES = 8
+
+
+def taking_part(taking: Field) -> str:
+    """Who takes part, and why the others do not, in one line: reasons with how many they hold for,
+    those of most first."""
+    names = [runner.name for runner in taking.runners]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    parts = [f"probing {', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing to probe"]
+    counted = Counter(_kind_of_reason(why) for why in taking.unsupported.values())
+    for (one, many), count in counted.most_common():
+        parts.append(f"{count} backend{'s' if count > 1 else ''} {many if count > 1 else one}")
+    if taking.broken:
+        parts.append(f"{len(taking.broken)} did not load")
+    return "; ".join(parts)
+
+
+def _kind_of_reason(why: str) -> tuple[str, str]:
+    """What a reason comes to, of one backend and of several."""
+    if why.endswith(_NO_GPU):
+        return "needs an NVIDIA GPU", "need an NVIDIA GPU"
+    if "not on SM" in why or "runs on SM" in why:
+        return "runs on other SMs", "run on other SMs"
+    if "not installed" in why:
+        return "is not installed", "are not installed"
+    if why.startswith("left out"):
+        return "has nothing here to be compared with", "have nothing here to be compared with"
+    return "cannot run these layers", "cannot run these layers"
 
 
 def survey(

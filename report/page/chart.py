@@ -12,7 +12,7 @@ from ...cache.rows import Candidate
 from ..numbers import positive
 from .heatmap import BackendNames
 
-WIDTH, HEIGHT = 420, 280
+WIDTH, HEIGHT = 760, 280
 LEFT, RIGHT, TOP, BOTTOM = 44, 34, 10, 34
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _APART = 12
@@ -20,10 +20,12 @@ _APART = 12
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A grid line: where it is, across or down, and the number beside it."""
+    """A grid line: where it is, across or down, and the number beside it; every other number has a
+    class that leaves it out where there is little room."""
 
     at: float
     label: str
+    css: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,14 @@ class BackendLine:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawing of WIDTH by HEIGHT: grid lines, lines, and letters (x, y, letter) at their ends."""
+    """A drawing of WIDTH by HEIGHT: grid lines, lines, letters (x, y, letter) at their ends, and
+    what they mean: letter, class, name."""
 
     ms: tuple[Tick, ...]
     times: tuple[Tick, ...]
     lines: tuple[BackendLine, ...]
     letters: tuple[tuple[float, float, str], ...]
+    names: tuple[tuple[str, str, str], ...]
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -87,12 +91,15 @@ def chart(candidates: Sequence[Candidate], known: BackendNames) -> Chart | None:
         best = there.get(candidate.bucket.m_hi)
         if best is None or _median(candidate) < _median(best):
             there[candidate.bucket.m_hi] = candidate
-    drawn, ends = [], []
+    drawn, ends, names = [], [], []
     for name in sorted(by_backend, key=lambda n: known.order.index(n) if n in known.order else 99):
         row = [by_backend[name][m] for m in sorted(by_backend[name])]
         drawn.append(_backend_line(row, known, scale))
+        names.append((known.letter(name), known.swatch(name), name))
         ends.append((scale.y(_median(row[-1])), scale.x(row[-1].bucket.m_hi), known.letter(name)))
-    return Chart(_m_ticks(ms, scale), _times(low, high, scale), tuple(drawn), _letters(ends))
+    return Chart(
+        _m_ticks(ms, scale), _times(low, high, scale), tuple(drawn), _letters(ends), tuple(names)
+    )
 
 
 def _backend_line(row: Sequence[Candidate], known: BackendNames, scale: Scale) -> BackendLine:
@@ -117,8 +124,8 @@ def _m_ticks(ms: Sequence[int], scale: Scale) -> tuple[Tick, ...]:
     """Those m that have room for their number."""
     out: list[Tick] = []
     for m in ms:
-        if not out or scale.x(m) - out[-1].at >= 30:
-            out.append(Tick(scale.x(m), str(m)))
+        if not out or scale.x(m) - out[-1].at >= 34:
+            out.append(Tick(scale.x(m), str(m), " less" if len(out) % 2 else ""))
     return tuple(out)
 
 

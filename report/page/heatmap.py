@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...autotune.choice.rank import FLOORS
+from ...autotune.verdict.statistics import failure_bound
 from ...cache.rows import BucketKey, Candidate, Choice
+from .. import roofline
 from ..numbers import micro, positive, ratio
 from ..wording import layer_text, range_text, scope_text
 from . import style
@@ -37,14 +39,15 @@ class BackendNames:
 
 @dataclass(frozen=True, slots=True)
 class HeatCell:
-    """A square of a map: class for its colour, a letter with the name it stands for, a text, and a
-    smaller one below."""
+    """A square of a map: class for its colour, a letter with the name it stands for, a text, a
+    smaller one below, and what more there is to say where one points at it."""
 
     css: str = ""
     letter: str = ""
     name: str = ""
     text: str = ""
     below: str = ""
+    more: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ def scope_maps(
     for kind, some in by_kind(choices).items():
         mine = [c for c in candidates if layer_text(c.bucket) == kind]
         grids = [chosen(some, known), gain(some, mine)]
-        kinds.append(Maps(kind, legend(some, known), tuple(g for g in grids if g)))
+        title = f"Experts: {kind}" if some[0].bucket.groups != 1 else kind
+        kinds.append(Maps(title, legend(some, known), tuple(g for g in grids if g)))
     counted = Counter(
         (choice.backend, condition_text(c)) for choice in choices for c in choice.conditions
     )
@@ -145,10 +149,37 @@ def chosen(choices: Sequence[Choice], known: BackendNames) -> HeatGrid:
             choice.backend,
             "" if choice.median_us is None else micro(choice.median_us),
             "floor" if floor else "",
+            told(choice),
         )
 
     caption = "The backend chosen, and its time per call in microseconds"
     return grid(caption, {c.bucket: cell(c) for c in choices})
+
+
+def told(choice: Choice) -> str:
+    """What is known of a choice beside its time: its share of the roofline, and the failure rate
+    that its launches bound in the regime where that is least sure."""
+    b = choice.bucket
+    tactic = "" if choice.tactic == "default" else f" {choice.tactic}"
+    parts = [f"m {range_text(b.m_lo, b.m_hi, DASH)}, n {b.n}, k {b.k}: {choice.backend}{tactic}"]
+    if us := positive(choice.median_us):
+        parts.append(f"{micro(us)} microseconds")
+    reached = roofline.share(choice.gpu, b, choice.median_us)
+    if reached is not None:
+        parts.append(f"{100 * reached:.0f} % of the roofline")
+    bounds = choice.bounds.items() if isinstance(choice.bounds, Mapping) else ()
+    known = [
+        (upper, str(regime))
+        for regime, bound in bounds
+        if isinstance(bound, Mapping) and (upper := positive(bound.get("upper")))
+    ]
+    if known:
+        upper, regime = max(known)
+        parts.append(f"a failure rate below {upper:.2g} where it is least sure, {regime}")
+    elif choice.problems:
+        upper = failure_bound(choice.problems)
+        parts.append(f"a failure rate below {upper:.2g} (95 %) in each regime")
+    return "; ".join(parts)
 
 
 def legend(choices: Sequence[Choice], known: BackendNames) -> tuple[tuple[str, str, str], ...]:
@@ -159,7 +190,9 @@ def legend(choices: Sequence[Choice], known: BackendNames) -> tuple[tuple[str, s
         if any(c.backend == name and c.status != "none" for c in choices)
     ]
     if any(c.status == "none" for c in choices):
-        rows.append(("✗", "none", "nothing is safe here"))
+        rows.append(("✗", "none", "dashed: nothing is safe here"))
+    if any(c.status == "floor" for c in choices):
+        rows.append(("A", "floor", "dotted: the floor, since nothing faster is safe"))
     if any(c.conditions for c in choices):
         rows.append(("*", "", "safe under conditions, listed below"))
     return tuple(rows)

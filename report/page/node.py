@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import platform
+import shlex
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...autotune.publication import published
 from ...autotune.publication.published import Standing
-from ...cache import quarantine
+from ...cache import facts, quarantine
 from ...cache.rows import Finding, Run
-from .. import documents
+from ...engines import names
+from ...words import STATUS_WORDS, UNREADABLE
+from .. import brief, documents
 from ..numbers import count, when
 from ..wording import scope_text
 from . import bounds, changes, environments, findings, heatmap, render, times
 from .render import PageSection
 
+_MOST_BROKE = 5
 _RUNS = 8
 """Of the last runs that are listed."""
 
@@ -33,6 +40,10 @@ class NodeRows:
     runs: Sequence[Run] = ()
     quarantines: Sequence[quarantine.Quarantine] = ()
     ledger: bool = True
+    problem: str | None = None
+    """Why the ledger cannot be read, where it is there."""
+    status: Mapping[str, Any] | None = None
+    """What `facts` says of the state that all this is from."""
 
 
 def document(place: Path) -> str:
@@ -44,7 +55,9 @@ def document(place: Path) -> str:
     found, runs = documents.stored_findings(place)
     old, unread = changes.previous(place, now.generation)
     entries, _ = quarantine.read(quarantine.store(place))
-    return draw(NodeRows(now, old, unread, found, runs, entries, bool(runs)))
+    problem = documents.ledger_problem(place)
+    told = facts.gather(place)
+    return draw(NodeRows(now, old, unread, found, runs, entries, bool(runs), problem, told))
 
 
 def draw(rows: NodeRows) -> str:
@@ -64,6 +77,8 @@ def draw(rows: NodeRows) -> str:
     seen = findings.section(findings.kinds(rows.findings), {c.backend for c in now.candidates})
     if not rows.ledger:
         note = "There is no ledger here, so nothing is known of findings and runs."
+        if rows.problem is not None:
+            note = f"The ledger is damaged, so findings and runs are not known: {rows.problem}."
         seen = findings.Findings(note=note)
     unsupported = now.meta.get("unsupported")
     left_out = unsupported if isinstance(unsupported, dict) else {}
@@ -82,7 +97,59 @@ def draw(rows: NodeRows) -> str:
             PageSection("findings", "Findings", seen),
             PageSection("environment", "Environment", _environment(held, rows.runs)),
         ],
+        _page_status(rows),
     )
+
+
+def _page_status(rows: NodeRows) -> render.PageStatus | None:
+    said = rows.status
+    if said is None:
+        return None
+    notes = [_capital(said["elsewhere"])] if said["elsewhere"] else []
+    if rows.problem is not None:
+        notes.append(f"{STATUS_WORDS[UNREADABLE]} ledger: {rows.problem}")
+    return render.PageStatus(
+        STATUS_WORDS[said["status"]],
+        said["since"],
+        said["reason"],
+        tuple(notes),
+        said["do"] or _then(said),
+        _broke(rows),
+        f"Made on {platform.node() or 'a host without a name'}, {when(time.time())}, from "
+        f"{said['state']}. It says what was so there and then.",
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _then(said: Mapping[str, Any]) -> str:
+    """What to run where nothing is to be mended: what makes an engine run the choice, where it was
+    made for one."""
+    engines = [scope["profile"] for scope in said["scopes"] if scope["profile"] in names.ENGINES]
+    what = f"emit {engines[0]}" if engines else "show"
+    return f"fp4tune {what} --state {shlex.quote(str(said['state']))}"
+
+
+def _broke(rows: NodeRows) -> tuple[str, ...]:
+    """What is unsafe and where that shows, worst first; by the verdicts' reasons where the ledger
+    does not say more."""
+    unsafe = [c for c in rows.now.candidates if c.verdict == "unsafe"]
+    by_backend: dict[str, list[Finding]] = {c.backend: [] for c in unsafe}
+    for finding in rows.findings:
+        if finding.backend in by_backend:
+            by_backend[finding.backend].append(finding)
+    reasons = {
+        name: Counter(str(r) for c in unsafe if c.backend == name for r in c.reasons)
+        for name in by_backend
+    }
+    said = [
+        brief.harm(name, mine, [reason for reason, _ in reasons[name].most_common(3)])
+        for name, mine in brief.worst_first(by_backend)
+    ]
+    more = len(said) - _MOST_BROKE
+    return (*said[:_MOST_BROKE], *([f"and {more} more, below"] if more > 0 else ()))
 
 
 def _environment(
@@ -102,7 +169,7 @@ def _node_glance(rows: NodeRows) -> list[tuple[str, object]]:
     statuses = Counter(c.status for c in choices)
     said = [("safe", "proven"), ("floor", "the floor"), ("none", "none safe")]
     unsafe = {c.backend for c in candidates if c.verdict == "unsafe"}
-    facts: list[tuple[str, object]] = [
+    glance: list[tuple[str, object]] = [
         ("Layers", f"{len(layers):,}"),
         ("Buckets", f"{len(choices):,}"),
         ("Choices", ", ".join(f"{statuses[s]} {word}" for s, word in said if statuses[s])),
@@ -112,5 +179,5 @@ def _node_glance(rows: NodeRows) -> list[tuple[str, object]]:
     if rows.ledger:
         kinds = count(len(findings.groups(rows.findings)), "kind")
         number = len(rows.findings)
-        facts.append(("Findings", f"{number:,} of {kinds}" if number else "none"))
-    return facts
+        glance.append(("Findings", f"{number:,} of {kinds}" if number else "none"))
+    return glance

@@ -27,6 +27,20 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 
 @dataclass(frozen=True, slots=True)
+class PageStatus:
+    """What stands first: the word, since when and why; what else there is to know of it; what to
+    run now; what broke and where; and where and when this page was made."""
+
+    word: str
+    since: float | None
+    reason: str
+    notes: tuple[str, ...] = ()
+    run: str = ""
+    broke: tuple[str, ...] = ()
+    made: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PageSection:
     """A part of the page with a heading. `name` is its anchor, `view` what its template draws;
     one without a view is left out."""
@@ -67,7 +81,11 @@ def environment() -> Environment:
 
 
 def page(
-    title: str, subtitle: str, facts: Sequence[tuple[str, object]], sections: Sequence[PageSection]
+    title: str,
+    subtitle: str,
+    facts: Sequence[tuple[str, object]],
+    sections: Sequence[PageSection],
+    status: PageStatus | None = None,
 ) -> str:
     """The whole document. `facts` is what matters at a glance: name and value."""
     return (
@@ -77,6 +95,7 @@ def page(
             title=title,
             subtitle=subtitle,
             facts=facts,
+            status=status,
             sections=[section for section in sections if section.view],
         )
     )

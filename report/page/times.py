@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...cache.rows import BucketKey, Candidate, Choice
 from ..numbers import micro
-from ..wording import layer_text, range_text, scope_text, verdict_word
+from ..wording import layer_text, range_text, scope_text, verdict_word, without_name
 from .chart import Chart, chart
 from .heatmap import DASH, BackendNames, condition_text
 
@@ -143,7 +143,8 @@ def scope_verdicts(
         notes = Counter(
             note
             for c in group
-            for note in (*map(condition_text, c.conditions), *map(str, c.reasons))
+            for note in (*map(condition_text, c.conditions), *map(str, c.reasons), without_name(c))
+            if note
         ).most_common()
         rows.append(
             BackendVerdicts(

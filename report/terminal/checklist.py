@@ -15,6 +15,8 @@ _MARKS = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "r
 def print_doctor(lines: Iterable[Line]) -> None:
     """One line each: what, what was found, what to do."""
     made = Table(box=None, show_header=False, padding=(0, 2))
+    for _ in range(4):
+        made.add_column(overflow="fold")
     for line in lines:
         do = f"→ {line.do}" if line.do else ""
         made.add_row(styled(_MARKS[line.status]), line.what, line.found, do)

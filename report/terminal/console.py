@@ -6,6 +6,8 @@ as text: square brackets are no style, and a character that a terminal would obe
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,16 +55,39 @@ def lines(*texts: str) -> Text:
     return Text("\n").join(map(styled, texts))
 
 
+_PADDING = re.compile(r"[ \t]+((?:\x1b\[[0-9;]*m)*)(?=\n|$)")
+
+
+class TidyConsole(InertConsole):
+    """One whose lines end where their text does, so that they are copied and compared as seen."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write(_PADDING.sub(r"\1", captured.get()))
+
+    def on_broken_pipe(self) -> None:
+        """Nothing: who no longer reads is no reason to end, least of all as if unsafe."""
+
+
 def console(stderr: bool = False) -> InertConsole:
-    """Where tables go. Without a terminal lines are as long as they need to be."""
-    out = InertConsole(soft_wrap=True, stderr=stderr)
-    return out if out.is_terminal else InertConsole(width=200, stderr=stderr)
+    """Where tables go: as wide as COLUMNS says or the terminal is; without either, lines are as
+    long as they need to be."""
+    out = TidyConsole(stderr=stderr)
+    if out.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
+        return out
+    return TidyConsole(width=200, stderr=stderr)
 
 
-def table(title: str, headings: Iterable[str], right: Iterable[str] = ()) -> Table:
+_WHOLE = ("choice", "backend")
+"""Columns whose names are not broken as long as others can be."""
+
+
+def table(title: str, headings: Iterable[str | Text], right: Iterable[str | Text] = ()) -> Table:
     """A table without rows; columns named in `right` are set flush right."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    numbers = set(right)
+    numbers = set(map(str, right))
     for heading in headings:
-        made.add_column(heading, justify="right" if heading in numbers else "left")
+        justify: Any = "right" if str(heading) in numbers else "left"
+        made.add_column(heading, justify=justify, overflow="fold", no_wrap=str(heading) in _WHOLE)
     return made

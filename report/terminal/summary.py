@@ -15,7 +15,9 @@ from ...autotune.publication import published
 from ...autotune.stages import recall
 from ...cache import state
 from ...cache.rows import Timing
-from ..documents import damage, forgotten, stored_findings
+from ...engines import names
+from ..brief import engines_for
+from ..documents import damage, forgotten, ledger_problem, stored_findings
 from ..wording import WEIGHTS, range_text, scope_text
 from .console import console, styled, table
 from .findings import print_finding, print_findings
@@ -75,12 +77,11 @@ def _print_left(out: Console, left: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def print_stored(place: Path, every_finding: bool) -> None:
-    """Choices, verdicts, findings and environments of a state directory."""
+def print_stored(place: Path, stored: published.Standing, every_finding: bool) -> None:
+    """Choices, verdicts, findings and environments of a state directory: `stored`, and what its
+    ledger has."""
     out = console()
-    stored = published.load(place)
     found, runs = stored_findings(place)
-    out.print(f"{place}: generation {stored.generation}")
     for scope, candidates in published.by_scope(stored.candidates).items():
         out.print()
         out.print(styled((scope_text(*scope), "bold")))
@@ -88,8 +89,15 @@ def print_stored(place: Path, every_finding: bool) -> None:
         print_choices(out, mine, candidates)
         print_backends(out, candidates)
         print_bounds(out, mine)
+        for format_ in dict.fromkeys(c.bucket.format for c in mine):
+            chosen = [c.backend for c in mine if c.bucket.format == format_ and c.status != "none"]
+            for line in engines_for(chosen, format_, names.sm_of(scope[0]), scope[2]):
+                out.print(line)
+    problem = ledger_problem(place)
     if os.path.exists(place / state.LEDGER) and not os.access(place / state.LEDGER, os.R_OK):
         out.print("Findings and runs are in the ledger, which its owner and root may read.")
+    elif problem is not None:
+        out.print(f"Findings and runs are not known: the ledger is there and unreadable, {problem}")
     elif every_finding:
         for finding in found:
             print_finding(out, finding)
@@ -99,7 +107,7 @@ def print_stored(place: Path, every_finding: bool) -> None:
     made = table("Environments", ("backend", "fingerprint", "versions", "code digest"))
     for environment in stored.environments:
         facts = environment.facts
-        versions = ", ".join(f"{k} {v}" for k, v in facts.get("distributions", {}).items())
+        versions = ", ".join(f"{k} {v}" for k, v in (facts.get("distributions") or {}).items())
         code = facts.get("code") or facts.get("code_how") or ""
         made.add_row(environment.backend, environment.fingerprint[:12], versions, str(code)[:40])
     out.print(made)

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from ...cache.rows import BucketKey, Candidate, Choice
 from ...machine.devices import Target
-from ..wording import WEIGHTS, layer_text, range_text, verdict_word
-from .console import console, styled, table
+from ..wording import WEIGHTS, layer_text, range_text, verdict_word, without_name
+from .console import console, lines, styled, table
 from .findings import shorter
 
 _MARKS = {"unsafe": (" ✗", "red"), "inconclusive": (" ?", ""), "unsupported": (" -", "")}
@@ -30,10 +30,13 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
         layers.setdefault((layer_text(b), b.n, b.k), []).append(choice)
     for (title, n, k), rows in layers.items():
         names = list(dict.fromkeys(c for row in rows for c in by_bucket.get(row.bucket, {})))
+        # Names that do not fit beside each other are broken where they have dashes.
+        wide = 30 + sum(len(name) + 3 for name in (names[0], *names) if names)
+        headings = [_name_over_lines(name) if wide > out.width else styled(name) for name in names]
         made = table(
             f"{title}  n={n} k={k}  (microseconds per launch)",
-            ("m", "choice", "launches", *names),
-            ("m", "launches", *names),
+            ("m", "choice", "launches", *headings),
+            ("m", "launches", *headings),
         )
         for row in rows:
             group = by_bucket.get(row.bucket, {})
@@ -44,15 +47,22 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
             )
         out.print(made)
     out.print(
-        "✗ unsafe   ? inconclusive   launches: the fewest checked in any regime the choice passed",
+        "✗ unsafe   ? inconclusive   * under conditions   launches: the fewest checked in any "
+        "regime the choice passed",
         style="dim",
     )
+
+
+def _name_over_lines(name: str) -> Text:
+    """A name over several lines, broken behind its dashes."""
+    *parts, last = name.split("-")
+    return lines(*(f"{part}-" for part in parts), last)
 
 
 def _choice_text(choice: Choice) -> Text:
     if choice.status == "none":
         return styled(("none safe", "red"))
-    return styled((choice.backend, "green"), " (conditions)" if choice.conditions else "")
+    return styled((choice.backend, "green"), " *" if choice.conditions else "")
 
 
 def _verdict_cell(candidate: Candidate | None, chosen: bool) -> Text:
@@ -76,7 +86,10 @@ def print_backends(
         verdicts = Counter(verdict_word(c) for c in group)
         widths = sorted({c.width for c in group if c.width is not None})
         notes = Counter(
-            note for c in group for note in (*(x["text"] for x in c.conditions), *c.reasons)
+            note
+            for c in group
+            for note in (*(x["text"] for x in c.conditions), *c.reasons, without_name(c))
+            if note
         )
         seconds = (build_seconds or {}).get(name)
         made.add_row(
