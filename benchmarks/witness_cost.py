@@ -156,7 +156,7 @@ def alone(report: dict[str, Any], save: Callable[[], None], until: float) -> Non
     bench = launch.bench(torch.device("cuda"), 8, 64, launch.evidence_bytes(14336, 1024))
     for n, k in SHAPES:
         w = weight(n, k, 1)
-        sums = vectors.sums_of([w], vectors.draw(n))
+        sums = vectors.sums_of([w], vectors.draw_signs(n))
         limit = limits.limit("bf16", sums.groups.width, k)
         for m in MS:
             if time.monotonic() > until:
@@ -200,7 +200,9 @@ def chains(
 ) -> None:
     target = devices.gpus()[0][0]
     weights = [[weight(n, k, 10 * layer + n) for n, k in SHAPES] for layer in range(LAYERS)]
-    sums = [[vectors.sums_of([w], vectors.draw(w.shape[0])) for w in each] for each in weights]
+    sums = [
+        [vectors.sums_of([w], vectors.draw_signs(w.shape[0])) for w in each] for each in weights
+    ]
     found = report.setdefault("chains", [])
     for name in names:
         try:

@@ -40,7 +40,7 @@ class Setting:
         self.weight = quantise(torch.randn(n, k, generator=g) * 0.05, NVFP4).to(device)
         self.values = dequantise(self.weight, torch.float64)
         self.dtype, self.device = dtype, device
-        self.sums = vectors.sums_of([self.weight], vectors.draw(n))
+        self.sums = vectors.sums_of([self.weight], vectors.draw_signs(n))
         # As a probe measures kernels that add in float32: next to nothing.
         self.limit = limits.limit(dtype, self.sums.groups.width, k, 1e-4)
         self.unmeasured = limits.limit(dtype, self.sums.groups.width, k)

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..cache import reader as reading
 from ..cache import state
+from ..cache.ledger import Ledger
 from . import names
 from .notice import guarded, say_once
 
@@ -248,7 +249,7 @@ def _register(layer: Any, raw: tuple[str, Any, Any], backend: str) -> None:
     subject = WatchSubject(name, backend, problem, "default", width, accumulation)
     own = process.mine().witness
     try:
-        source = checkpoint.find(name, weight, _folder())
+        source = checkpoint.find(name, weight, _checkpoint_folder())
         watched = own.add(subject, [weight], source, bias)
     except Unreadable as error:
         if own.leave(name, str(error)):
@@ -260,7 +261,7 @@ def _register(layer: Any, raw: tuple[str, Any, Any], backend: str) -> None:
         layer.register_buffer(MARK, mark, persistent=False)
 
 
-def _folder() -> str | None:
+def _checkpoint_folder() -> str | None:
     """The checkpoint that this process loads, as its engine says; None where it does not."""
     try:
         if "vllm.config" in sys.modules:
@@ -275,23 +276,35 @@ def _sixteen_bit(backend: str) -> bool:
     return any(word in backend.lower() for word in ("marlin", "humming", "w4a16"))
 
 
+@functools.lru_cache(maxsize=4096)
 def proven_accuracy(backend: str, problem: Any) -> tuple[int | None, float | None]:
-    """(width of the accumulator in bits, accumulation) of a backend in a layer, as published; None
-    for what no probe measured. Of several buckets what is safe to judge by: the worst."""
+    """(width of the accumulator in bits, accumulation) of a backend in a layer, as the probes of
+    this node measured them; None for what none did. Of several tactics and buckets the worst."""
     places = state.holding_places()
+    if not places:
+        return None, None
     try:
-        rows = reading.open(places[0]).rows("candidate") if places else []
+        rows = reading.open(places[0]).rows("candidate")
+        with Ledger.open(places[0], readonly=True) as ledger:
+            measured = ledger.evidence(backend=backend)
     except Exception:
         return None, None
-    mine = [
-        row
+    widths = [
+        row["width"]
         for row in rows
         if (row["backend"], row["n"], row["k"]) == (backend, problem.n, problem.k)
         and (row["format"], row["out_dtype"]) == (problem.format, problem.out_dtype)
     ]
-    widths = [row["width"] for row in mine]
+    sums = [
+        float(row.detail["accumulation"])
+        for row in measured
+        if (row.bucket.n, row.bucket.k) == (problem.n, problem.k)
+        and (row.bucket.format, row.bucket.out_dtype) == (problem.format, problem.out_dtype)
+        and isinstance(row.detail.get("accumulation"), (int, float))
+    ]
     width = min(widths) if widths and all(widths) else None
-    return width, None
+    worst = max(sums, default=None)
+    return width, worst if worst is not None and 0 <= worst < 1 else None
 
 
 # -- calls

@@ -12,7 +12,7 @@ _RELAXED = 2
 
 
 @lru_cache(maxsize=1)
-def _driver() -> ctypes.CDLL | None:
+def _capture_driver() -> ctypes.CDLL | None:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -27,7 +27,7 @@ def let_others_capture() -> Iterator[None]:
     A capture in the default mode forbids every thread what might wait (events, allocations) unless
     that thread has said otherwise.
     """
-    driver = _driver()
+    driver = _capture_driver()
     if driver is None:
         yield
         return

@@ -184,7 +184,7 @@ def as_json(place: Path) -> dict[str, Any]:
         "candidates": [asdict(row) for row in stored.candidates],
         "layers": [each.json() for each in compared(stored)],
         "environments": [_with_dicts(asdict(row)) for row in stored.environments],
-        "findings": [_finding(row) for row in found],
+        "findings": [_finding_document(row) for row in found],
         "runs": [_with_dicts(asdict(row)) for row in runs],
         "damaged": damage(place),
         "forgotten": [asdict(row) for row in forgotten(place)],
@@ -205,7 +205,7 @@ def probe_json(report: Report) -> dict[str, Any]:
         "choices": [asdict(row) for row in report.choices],
         "layers": [each.json() for each in report.layers],
         "candidates": [asdict(row) for row in report.candidates],
-        "findings": [_finding(row) for row in report.findings],
+        "findings": [_finding_document(row) for row in report.findings],
         "timings": [_with_dicts(asdict(row)) for row in report.timings],
         "audits": [asdict(row) for row in report.audits],
         "known": report.known,
@@ -220,7 +220,7 @@ def probe_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _finding(row: Finding) -> dict[str, Any]:
+def _finding_document(row: Finding) -> dict[str, Any]:
     """A finding, with what the witness would have seen of it in production."""
     return {**_with_dicts(asdict(row)), "witness": witnessed(row)}
 

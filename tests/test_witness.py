@@ -40,7 +40,7 @@ class Layer:
 
     def __init__(self, seed: int = 1, n: int = N, k: int = K, fmt: str = "nvfp4") -> None:
         self.weight = weight(seed, n, k, fmt)
-        self.sums = vectors.sums_of([self.weight], vectors.draw(n, seeded(seed + 1)))
+        self.sums = vectors.sums_of([self.weight], vectors.draw_signs(n, seeded(seed + 1)))
 
     def redrawn(self, seed: int) -> Layer:
         vectors.remake(self.sums, [self.weight], seeded(seed))
@@ -78,7 +78,7 @@ def test_groups_cover_every_column_once_and_are_never_too_wide(n):
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 def test_sums_are_the_signed_columns_of_the_dequantised_weight(fmt):
     w = weight(3, 640, 128, fmt)
-    signs = vectors.draw(640, seeded(4))
+    signs = vectors.draw_signs(640, seeded(4))
     sums = vectors.sums_of([w], signs)
     values = dequantise(w, torch.float64, with_global=False)
     assert set(signs.unique().tolist()) == {-1, 1}
@@ -94,7 +94,7 @@ def test_a_sum_costs_seven_thousandths_of_the_weight_a_vector():
         torch.zeros(4096, 256, dtype=torch.uint8),
         torch.ones(()),
     )
-    sums = vectors.sums_of([w], vectors.draw(4096))
+    sums = vectors.sums_of([w], vectors.draw_signs(4096))
     stored = w.codes.numel() + w.scales.numel()
     assert sums.sums.numel() * 4 / vectors.VECTORS / stored < 0.0072
 
@@ -103,8 +103,8 @@ def test_a_weight_that_is_not_finite_is_known_by_its_sums():
     w = weight()
     scales = w.scales.clone()
     scales[5, 2] = 0x7F
-    assert not vectors.sums_of([replace(w, scales=scales)], vectors.draw(N)).finite
-    assert vectors.sums_of([w], vectors.draw(N)).finite
+    assert not vectors.sums_of([replace(w, scales=scales)], vectors.draw_signs(N)).finite
+    assert vectors.sums_of([w], vectors.draw_signs(N)).finite
 
 
 def test_signs_are_drawn_anew_in_place(layer):
@@ -133,7 +133,7 @@ def test_a_rounded_product_is_never_a_suspicion(seed, fmt, dtype, fp4, power):
     if dtype == "fp16":
         assume(power < 6)
     a = quantise(x, FORMATS[fmt]) if fp4 else x.to(DTYPES[dtype])
-    sums = vectors.sums_of([w], vectors.draw(320, seeded(seed + 2)))
+    sums = vectors.sums_of([w], vectors.draw_signs(320, seeded(seed + 2)))
     call = rows.WatchedCall(a, product(a, w, DTYPES[dtype]))
     seen = rows.check(call, sums, limits.limit(dtype, sums.groups.width, 128, 0.0))
     assert not seen.suspicious.any() and not seen.skipped.any()
@@ -165,7 +165,7 @@ def test_a_bias_is_taken_off(seed, size):
 def test_swizzled_scales_of_an_activation_are_read_where_they_lie(seed, layout, fmt):
     w = weight(seed, 192, 192, fmt)
     a = quantise(torch.randn(7, 192, generator=seeded(seed)), FORMATS[fmt])
-    sums = vectors.sums_of([w], vectors.draw(192))
+    sums = vectors.sums_of([w], vectors.draw_signs(192))
     call = rows.WatchedCall(a, product(a, w, torch.bfloat16))
     flat = replace(a, scales=swizzle(a.scales, layout))
     limit = limits.limit("bf16", 192, 192, 0.0)
@@ -267,7 +267,7 @@ def test_what_is_near_overflow_is_not_judged():
 def test_each_row_is_held_to_its_own_expert():
     w = [weight(seed, 192, 64) for seed in (1, 2, 3)]
     w[1] = replace(w[1], global_scale=w[1].global_scale * 4)
-    sums = vectors.sums_of(w, vectors.draw(192))
+    sums = vectors.sums_of(w, vectors.draw_signs(192))
     a = torch.randn(7, 64, generator=seeded(4)).bfloat16()
     experts = torch.tensor([0, 1, 2, 2, -1, 1, 0], dtype=torch.int32)
     y = torch.zeros(7, 192, dtype=torch.bfloat16)
@@ -317,3 +317,42 @@ def test_shapes_that_do_not_fit_are_refused(layer):
         layer.check(replace(call, y=call.y[:, :-1]))
     with pytest.raises(ValueError, match="no limit"):
         limits.limit("bf16", 0, 64)
+
+
+# -- what the probe measures for it
+
+
+def test_accumulation_is_what_is_left_beside_rounding():
+    from fp4tune.probes.check.accumulation import accumulation
+
+    ref = torch.randn(5, 2048, generator=seeded(1))
+    right = ref.bfloat16()
+    assert accumulation(right, ref) == 0.0
+    assert accumulation(right[:0], ref[:0]) == 0.0
+    off = right.clone()
+    off[3, 1024:] *= 1.0625
+    assert math.isclose(accumulation(off, ref), 0.0625, rel_tol=0.1)
+    zero = torch.zeros(2, 64)
+    assert accumulation(zero.bfloat16() + 1, zero) == 0.0
+
+
+def test_a_short_accumulator_stays_below_four_times_what_is_measured_of_it():
+    from fp4tune.probes.check.accumulation import accumulation
+
+    layer = Layer(4, 1024, 512)
+    values = dequantise(layer.weight, torch.float32)
+
+    def short(a: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(a.shape[0], 1024, dtype=torch.bfloat16)
+        for start in range(0, 512, 64):
+            part = slice(start, start + 64)
+            total = (total.float() + a[:, part].float() @ values[:, part].T).bfloat16()
+        return total
+
+    first = layer.call(64, 5)
+    ref = (first.a.double() @ dequantise(layer.weight, torch.float64).T).float()
+    measured = accumulation(short(first.a), ref)
+    assert 1e-3 < measured < 1e-2
+    for seed in range(6):
+        call = layer.redrawn(seed).call(64, 10 + seed)
+        assert not layer.check(replace(call, y=short(call.a)), measured).suspicious.any()

@@ -70,7 +70,7 @@ def test_the_chance_in_the_formula_is_what_is_counted(columns, size):
         exact = a.double() @ values.T
         off = torch.randn(m, columns, generator=g, dtype=torch.float64) * size
         exact[:, :columns] += off * exact.std(dim=1, keepdim=True)
-        sums = vectors.sums_of([w], vectors.draw(n, g))
+        sums = vectors.sums_of([w], vectors.draw_signs(n, g))
         found = rows.check(rows.WatchedCall(a, exact.bfloat16()), sums, limit)
         seen += int(found.suspicious.any(dim=1).sum())
     chance = in_a_row(columns, size, 1024, limit)

@@ -383,5 +383,26 @@ def test_the_name_of_the_checkpoint_reaches_the_engines_processes(monkeypatch):
     arguments = type("Arguments", (), {"model_path": "/models/x", "fp4_gemm_backend": "auto"})()
     monkeypatch.setattr(plugin, "advice", lambda engine: pytest.fail("changed something"))
     sglang._before_resolving(arguments)
-    assert watching._folder() == "/models/x"
-    assert Path(watching._folder()).name == "x"
+    assert watching._checkpoint_folder() == "/models/x"
+    assert Path(watching._checkpoint_folder()).name == "x"
+
+
+def test_what_probes_measured_of_a_backend_is_what_is_allowed_for(own_state):
+    from stores import evidence, put, start
+
+    from fp4tune.cache.ledger import Ledger
+    from fp4tune.probes.problem import Problem
+
+    watching.proven_accuracy.cache_clear()
+    put(own_state)
+    with Ledger.open(own_state) as ledger:
+        run = start(ledger)
+        for measured in (1e-4, 3e-4):
+            row = evidence(run, detail={"accumulation": measured})
+            ledger.add_evidence(row)
+        ledger.finish_run(run)
+    b = row.bucket
+    asked = Problem(b.format, 1, b.n, b.k, b.activation, b.out_dtype)
+    assert watching.proven_accuracy(row.backend, asked)[1] == 3e-4
+    assert watching.proven_accuracy("unheard-of", asked) == (None, None)
+    watching.proven_accuracy.cache_clear()

@@ -27,7 +27,7 @@ m, n, k = 11, 1216, 192
 experts = 3 if grouped else 1
 fmt = "mxfp4" if kind == "mxfp4" else "nvfp4"
 weights = [quantise(torch.randn(n, k, generator=g) * 2.0**e, FORMATS[fmt]) for e in range(experts)]
-sums = vectors.sums_of(weights, vectors.draw(n, g))
+sums = vectors.sums_of(weights, vectors.draw_signs(n, g))
 x = torch.randn(m, k, generator=g)
 routed = torch.randint(-1, experts, (m,), generator=g, dtype=torch.int32) if grouped else None
 a = x.to(DTYPES[dtype]) if kind == "bf16" else quantise(x, FORMATS[kind])

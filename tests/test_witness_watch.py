@@ -303,7 +303,7 @@ def test_a_full_ring_drops_and_counts_and_goes_on():
 
 def test_one_launch_of_a_period_is_looked_at():
     layer, a = Packed(n=64), activation(2)
-    sums = vectors.sums_of([layer.values], vectors.draw(64))
+    sums = vectors.sums_of([layer.values], vectors.draw_signs(64))
     bench = launch.bench(torch.device("cpu"), 1, 4, launch.evidence_bytes(K, 64))
     from fp4tune.witness.limits import limit
 

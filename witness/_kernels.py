@@ -16,7 +16,7 @@ HEADER = 128
 
 
 @triton.jit
-def _half(bits, IS_BF16: tl.constexpr):
+def _half_of_bits(bits, IS_BF16: tl.constexpr):
     """float32 of the bits (int16) of a bf16 or fp16 number."""
     if IS_BF16:
         return ((bits.to(tl.int32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
@@ -25,7 +25,7 @@ def _half(bits, IS_BF16: tl.constexpr):
 
 
 @triton.jit
-def _e2m1(code):
+def _e2m1_of_bits(code):
     code = code.to(tl.int32)
     exponent = (code >> 1) & 3
     mantissa = code & 1
@@ -35,7 +35,7 @@ def _e2m1(code):
 
 
 @triton.jit
-def _e4m3(byte):
+def _e4m3_of_bits(byte):
     byte = byte.to(tl.int32) & 0xFF
     exponent = (byte >> 3) & 15
     mantissa = byte & 7
@@ -46,7 +46,7 @@ def _e4m3(byte):
 
 
 @triton.jit
-def _e8m0(byte):
+def _e8m0_of_bits(byte):
     byte = byte.to(tl.int32) & 0xFF
     # Two factors: 2^-127 is no normal float32.
     half = ((tl.maximum(byte, 1)) << 23).to(tl.float32, bitcast=True)
@@ -141,15 +141,17 @@ def witness(
                     cols = k // 16
                     where = _scale_at(wide[:, None], at[None, :] // 8, cols, LAYOUT)
                     raw = tl.load(a_scales + where, mask=here[:, None] & known[None, :], other=0)
-                    scale = _e4m3(raw)
+                    scale = _e4m3_of_bits(raw)
                 else:
                     cols = k // 32
                     where = _scale_at(wide[:, None], at[None, :] // 16, cols, LAYOUT)
                     raw = tl.load(a_scales + where, mask=here[:, None] & known[None, :], other=0)
-                    scale = _e8m0(raw)
+                    scale = _e8m0_of_bits(raw)
                 for half in tl.static_range(2):
-                    value = _e2m1((byte >> (4 * half)) & 15) * scale
-                    one, two = _pair(base, expert, per_expert, 2 * at + half, known, k, GROUPED)
+                    value = _e2m1_of_bits((byte >> (4 * half)) & 15) * scale
+                    one, two = _both_sums(
+                        base, expert, per_expert, 2 * at + half, known, k, GROUPED
+                    )
                     first += value * one
                     second += value * two
                     sizes += tl.abs(value) * tl.maximum(tl.abs(one), tl.abs(two))
@@ -161,8 +163,8 @@ def witness(
                     mask=here[:, None] & known[None, :],
                     other=0,
                 )
-                value = _half(bits, A_KIND == 0)
-                one, two = _pair(base, expert, per_expert, at, known, k, GROUPED)
+                value = _half_of_bits(bits, A_KIND == 0)
+                one, two = _both_sums(base, expert, per_expert, at, known, k, GROUPED)
                 first += value * one
                 second += value * two
                 sizes += tl.abs(value) * tl.maximum(tl.abs(one), tl.abs(two))
@@ -178,12 +180,12 @@ def witness(
             mask=inside[:, None] & in_group[None, :],
             other=0,
         )
-        out = _half(y_bits, Y_BF16)
+        out = _half_of_bits(y_bits, Y_BF16)
         strange = tl.sum((tl.abs(out) < float("inf")).to(tl.int32), axis=1) != BLOCK_N
         large = tl.abs(out)
         if HAS_BIAS:
             b_bits = tl.load(bias + col, mask=in_group, other=0)
-            out -= _half(b_bits, Y_BF16)[None, :]
+            out -= _half_of_bits(b_bits, Y_BF16)[None, :]
             large = tl.maximum(large, tl.abs(out))
         sign_1 = tl.load(signs + col, mask=in_group, other=0).to(tl.float32)
         sign_2 = tl.load(signs + n + col, mask=in_group, other=0).to(tl.float32)
@@ -219,18 +221,18 @@ def witness(
                     if A_KIND == 2:
                         cols_ = k // 16
                         where_ = _scale_at(wide[:, None], at_[None, :] // 8, cols_, LAYOUT)
-                        value_ = _e4m3(tl.load(a_scales + where_, mask=known_, other=0))
+                        value_ = _e4m3_of_bits(tl.load(a_scales + where_, mask=known_, other=0))
                     else:
                         cols_ = k // 32
                         where_ = _scale_at(wide[:, None], at_[None, :] // 16, cols_, LAYOUT)
-                        value_ = _e8m0(tl.load(a_scales + where_, mask=known_, other=0))
+                        value_ = _e8m0_of_bits(tl.load(a_scales + where_, mask=known_, other=0))
                 else:
                     at_ = start + lane
                     known_ = here[:, None] & (at_ < k)[None, :]
                     bits_ = tl.load(
                         a + wide[:, None] * a_stride + at_[None, :], mask=known_, other=0
                     )
-                    value_ = _half(bits_, A_KIND == 0)
+                    value_ = _half_of_bits(bits_, A_KIND == 0)
                 finite_ = tl.abs(value_) < float("inf")
                 odd += tl.sum((finite_ == 0).to(tl.int32), axis=1)
             skipped = skipped | (here & (odd > 0))
@@ -299,7 +301,7 @@ def witness(
 
 
 @triton.jit
-def _pair(base, expert, per_expert, at, known, k, GROUPED: tl.constexpr):
+def _both_sums(base, expert, per_expert, at, known, k, GROUPED: tl.constexpr):
     """Both vectors' s at some k: (1, K), or (ROWS, K) where rows have experts of their own."""
     if GROUPED:
         place = base + expert.to(tl.int64)[:, None] * per_expert + at[None, :]

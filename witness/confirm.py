@@ -42,7 +42,7 @@ class Confirmation:
     allowed: float = 0.0
 
 
-def judge(
+def confirm(
     record: Record,
     found: RowEvidence,
     source: WeightSource | None,
@@ -79,10 +79,10 @@ def judge(
     right_infinity = overflows & torch.isinf(y) & (torch.signbit(y) == torch.signbit(reference))
     odd = ~torch.isfinite(y) & ~right_infinity
     if width == 24:
-        off, error, allowed = _elements(record, (centre, sizes, added), y, left.shape[1])
+        off, error, allowed = _elements_off(record, (centre, sizes, added), y, left.shape[1])
         off = (off & ~right_infinity) | odd
     else:
-        off, error, allowed = _tiles(
+        off, error, allowed = _tiles_off(
             torch.where(right_infinity, reference.to(y.dtype), y), reference, spread + added.abs(),
             left.shape[1],
         )  # fmt: skip
@@ -104,7 +104,7 @@ def judge(
     )
 
 
-def _elements(
+def _elements_off(
     record: Record, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], y: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, float, float]:
     """bool (1, columns): which elements no kernel with a wide accumulator could have given."""
@@ -123,7 +123,7 @@ def _elements(
     return off, *worst
 
 
-def _tiles(
+def _tiles_off(
     y: torch.Tensor, reference: torch.Tensor, spread: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, float, float]:
     """bool (1, columns): the columns of tiles whose relative error is too large."""

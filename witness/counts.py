@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,13 @@ def read(folder: str | os.PathLike[str]) -> tuple[list[WatchReport], list[str]]:
             )
         for _, name in sorted(theirs, reverse=True)[:_FILES_OF_ONE]:
             try:
-                found.append(_read_one(os.path.join(folder, name)))
+                found.append(_read_report(os.path.join(folder, name)))
             except (OSError, ValueError, RecursionError) as error:
                 ignored.append(f"{name} is ignored: {error}")
     return found[:_FILES], ignored
 
 
-def _read_one(path: str) -> WatchReport:
+def _read_report(path: str) -> WatchReport:
     fd = files.descriptor(path)
     try:
         about = os.fstat(fd)
@@ -185,7 +185,7 @@ def parse(data: bytes, uid: int) -> WatchReport:
             gpu=_text(given["gpu"]),
             arch=_text(given["arch"]),
             uuid=_text(given["uuid"]),
-            watched=tuple(_layer(each) for each in watched),
+            watched=tuple(_watched_layer(each) for each in watched),
             faults=tuple(_fault(each) for each in faults[:MOST_FAULTS]),
             unwatched=_count(given["unwatched"]),
             uid=uid,
@@ -207,7 +207,7 @@ _FAULT = {
 }
 
 
-def _layer(given: Mapping[str, Any]) -> WatchedLayer:
+def _watched_layer(given: Mapping[str, Any]) -> WatchedLayer:
     counts = given["counts"]
     values: dict[str, Any] = {name: _text(given[name]) for name in _NAMES}
     values.update((name, _count(given[name])) for name in _SHAPE)
@@ -215,7 +215,13 @@ def _layer(given: Mapping[str, Any]) -> WatchedLayer:
 
 
 def _fault(given: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = {"text": _text, "count": _count, "time": _time, "pair": _pair, "number": _number}
+    kinds = {
+        "text": _text,
+        "count": _count,
+        "time": _time,
+        "pair": _two_counts,
+        "number": _number,
+    }
     return {name: kinds[kind](given[name]) for name, kind in _FAULT.items()}
 
 
@@ -237,7 +243,7 @@ def _time(value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _pair(value: object) -> list[int]:
+def _two_counts(value: object) -> list[int]:
     if type(value) is not list or len(value) != 2:
         raise ValueError("a range in it is none")
     return [_count(each) for each in value]
@@ -250,6 +256,15 @@ def _number(value: object) -> float | None:
     if type(value) not in (int, float) or not -1e308 < value < 1e308:  # type: ignore[operator]
         raise ValueError("a number in it is none")
     return float(value)  # type: ignore[arg-type]
+
+
+_KINDS: Mapping[str, Callable[[object], Any]] = {
+    "text": _text,
+    "count": _count,
+    "time": _time,
+    "pair": _two_counts,
+    "number": _number,
+}
 
 
 def by_backend(reports: Iterable[WatchReport]) -> dict[tuple[str, str, str], dict[str, int]]:

@@ -46,16 +46,16 @@ def foresee(
     alone = detail.get("alone")
     facts: Mapping[str, Any] = alone if isinstance(alone, Mapping) else {}
     wrong = int(detail.get("wrong") or facts.get("bad") or 0)
-    rows = _rows(detail, facts, m, wrong)
+    rows = _rows_wrong(detail, facts, m, wrong)
     if not wrong or not rows:
         return Foreseen(None, "it cannot be told from what was kept of it")
     size, guess = _size(kind, facts, detail.get("worst"))
-    spread = max(1, min(_columns(detail), groups.count))
+    spread = max(1, min(_groups_wrong(detail), groups.count))
     columns = max(1.0, min(groups.width, wrong / rows / spread))
     found = limit(out_dtype, groups.width, k, 0.0)
     chance = in_a_row(columns, size, groups.width, found)
     whole = 1.0 - (1.0 - chance) ** (rows * spread)
-    return Foreseen(round(whole, 4), _words(whole, rows, columns, size, guess))
+    return Foreseen(round(whole, 4), _foreseen_words(whole, rows, columns, size, guess))
 
 
 def in_a_row(columns: float, size: float, width: int, allowed: Limit) -> float:
@@ -68,7 +68,7 @@ def in_a_row(columns: float, size: float, width: int, allowed: Limit) -> float:
     return 1.0 - within * within
 
 
-def _rows(detail: Mapping[str, Any], facts: Mapping[str, Any], m: int, wrong: int) -> int:
+def _rows_wrong(detail: Mapping[str, Any], facts: Mapping[str, Any], m: int, wrong: int) -> int:
     """Rows with something wrong, as far as it is known."""
     if facts.get("bad_rows"):
         return int(facts["bad_rows"])
@@ -79,7 +79,7 @@ def _rows(detail: Mapping[str, Any], facts: Mapping[str, Any], m: int, wrong: in
     return min(m, wrong)
 
 
-def _columns(detail: Mapping[str, Any]) -> int:
+def _groups_wrong(detail: Mapping[str, Any]) -> int:
     """Groups of columns, of about 1,024, over which what is wrong is spread."""
     tiles = detail.get("tiles")
     if not isinstance(tiles, list):
@@ -109,7 +109,7 @@ def _size(kind: str, facts: Mapping[str, Any], worst: Any) -> tuple[float, bool]
     return (min(8.0, abs(found - right) / abs(right)), True) if right else (1.0, True)
 
 
-def _words(chance: float, rows: int, columns: float, size: float, guess: bool) -> str:
+def _foreseen_words(chance: float, rows: int, columns: float, size: float, guess: bool) -> str:
     share = (
         "every" if chance >= _ENOUGH else f"{chance:.1%} of" if chance >= 5e-4 else "none of the"
     )

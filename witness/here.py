@@ -10,7 +10,7 @@ import torch
 from ..probes.problem import Fp4Tensor
 from .launch import HEADER, Bench, CallSite
 from .limits import Limit
-from .rows import Seen, WatchedCall, check, row
+from .rows import Seen, WatchedCall, check, one_row
 from .vectors import Sums
 
 
@@ -31,10 +31,10 @@ def look(
     for group in range(sums.groups.count):
         bad = seen.suspicious[:, group].nonzero().flatten().tolist()
         for index in {block // cut: block for block in reversed(bad)}.values():
-            _record(call, sums, seen, bench, (site.index, index, group, tick))
+            _leave_record(call, sums, seen, bench, (site.index, index, group, tick))
 
 
-def _record(
+def _leave_record(
     call: WatchedCall, sums: Sums, seen: Seen, bench: Bench, where: tuple[int, int, int, int]
 ) -> None:
     site, index, group, tick = where
@@ -43,7 +43,7 @@ def _record(
     if claim >= int(bench.ring_state[1]):
         bench.counters[site, 5] += 1
         return
-    one = row(call, index)
+    one = one_row(call, index)
     expert = 0 if one.experts is None else int(one.experts)
     record = bench.ring[claim % bench.slots]
     head = record[:64].view(torch.int64)

@@ -110,7 +110,7 @@ def launch(
     m = call.y.shape[0]
     if m == 0:
         return
-    a, scales, kind, stride = _left(call.a)
+    a, scales, kind, stride = _left_memory(call.a)
     dtype = call.y.dtype
     of = shape or cut(m, sums.groups.count, sums.groups.width, sums.k)
     block_k = of.block_k
@@ -162,7 +162,7 @@ def launch(
     )
 
 
-def _left(a: torch.Tensor | Fp4Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def _left_memory(a: torch.Tensor | Fp4Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """The activation's memory, its scales, what it is made of, and the elements of a row."""
     if isinstance(a, Fp4Tensor):
         return a.codes, a.scales, 2 if a.format.name == "nvfp4" else 3, a.codes.stride(0)

@@ -55,11 +55,11 @@ def witness(
 ) -> None:
     """Check ``y = a @ weight.T + bias`` (W4A16). `mark` is said to change, for compilers to keep
     it."""
-    see_call(weight, WatchedCall(_rows(a), _rows(y), bias=bias))
+    see_call(weight, WatchedCall(_flat_rows(a), _flat_rows(y), bias=bias))
 
 
 @witness.register_fake
-def _(
+def _fake_witness(
     a: torch.Tensor,
     y: torch.Tensor,
     weight: torch.Tensor,
@@ -74,11 +74,11 @@ def witness_after(
     a: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
     """`witness` behind a function that made `y` just now: it is said to change."""
-    see_call(weight, WatchedCall(_rows(a), _rows(y), bias=bias))
+    see_call(weight, WatchedCall(_flat_rows(a), _flat_rows(y), bias=bias))
 
 
 @witness_after.register_fake
-def _(
+def _fake_after(
     a: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
     return None
@@ -99,7 +99,7 @@ def witness_fp4(
 
 
 @witness_fp4.register_fake
-def _(
+def _fake_fp4(
     a: torch.Tensor,
     a_scales: torch.Tensor,
     y: torch.Tensor,
@@ -139,5 +139,5 @@ def mark(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.uint8, device=device)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _flat_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

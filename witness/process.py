@@ -89,19 +89,21 @@ def end() -> None:
 
 def made(environ: Mapping[str, str]) -> ProcessWitness:
     """A witness as `environ` asks for it, not started. Words that are none are as if not said."""
-    share = _word(environ, WATCH, SHARES, FEW)
+    share = _asked_word(environ, WATCH, SHARES, FEW)
     options = WitnessOptions(
         share=share, host_copies=environ.get(COPIES) == "1", turn=_rank(environ)
     )
     places = state.holding_places()
     state_dir = places[0] if places else environ.get("FP4TUNE_STATE") or None
-    responder = Responder(_word(environ, REACT, ON_FAULT, QUARANTINE), state_dir)
+    responder = Responder(_asked_word(environ, REACT, ON_FAULT, QUARANTINE), state_dir)
     found = ProcessWitness(Witness(options, responder), responder, counts.folder_of(state_dir))
     found.witness.after = found.tell
     return found
 
 
-def _word(environ: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:
+def _asked_word(
+    environ: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str
+) -> str:
     word = environ.get(name, "").strip().lower()
     if word and word not in allowed:
         log.warning("%s", printable(f"fp4tune: {name}={word} is none of {', '.join(allowed)}"))

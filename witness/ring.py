@@ -103,7 +103,7 @@ class RingReader:
         for claim in range(self._done, min(claimed, self._open)):
             raw = self._ring[claim % self._bench.slots]
             if int(raw[:8].view(torch.int64)) == claim + 1:
-                found.append(_record(raw))
+                found.append(_read_record(raw))
             elif claim not in self._late:
                 late = claim  # being written just now; the next time it is there or was never
                 break
@@ -136,7 +136,7 @@ class RingReader:
                 to.copy_(source, non_blocking=True)
 
 
-def _record(raw: torch.Tensor) -> Record:
+def _read_record(raw: torch.Tensor) -> Record:
     head = raw[:64].view(torch.int64).tolist()
     gap, limit, alpha = raw[64:76].view(torch.float32).tolist()
     _, site, row, group, expert, m, tick, _ = head

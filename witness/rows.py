@@ -142,7 +142,7 @@ def _expected(
     return inner * by_row.unsqueeze(1), sizes * by_row.abs()
 
 
-def row(call: WatchedCall, index: int) -> WatchedCall:
+def one_row(call: WatchedCall, index: int) -> WatchedCall:
     """The call of one row alone; views."""
     part = slice(index, index + 1)
     a = call.a

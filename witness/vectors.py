@@ -57,7 +57,7 @@ class Sums:
         )
 
 
-def draw(n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw_signs(n: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """int8 (VECTORS, n): random signs. Without a generator they come from the system's randomness:
     nothing that made the data may have made them."""
     if generator is None:
@@ -110,7 +110,7 @@ def remake(
     Two equal and opposite errors are invisible to two fixed sign vectors in one weight of four for
     ever; so they are drawn anew now and then. Kernels must not look at it meanwhile.
     """
-    fresh = sums_of(weights, draw(into.groups.n, generator), into.groups)
+    fresh = sums_of(weights, draw_signs(into.groups.n, generator), into.groups)
     into.signs.copy_(fresh.signs)
     into.sums.copy_(fresh.sums)
     return replace(into, finite=fresh.finite)

@@ -18,7 +18,7 @@ import torch
 
 from ..probes.problem import Fp4Tensor, Problem
 from . import here, launch
-from .confirm import CLEARED, FAULT, Confirmation, judge
+from .confirm import CLEARED, FAULT, Confirmation, confirm
 from .counts import COUNTED, WatchedLayer, WatchReport, merged
 from .launch import Bench, CallSite
 from .limits import Limit, limit
@@ -26,7 +26,7 @@ from .plan import EVERY, FEW, PERIOD, WatchPlan
 from .ring import Record, RingReader, evidence
 from .rows import WatchedCall
 from .sources import SourceGone, Weight, WeightSource, agrees, host_copy
-from .vectors import Sums, draw, remake, sums_of
+from .vectors import Sums, draw_signs, remake, sums_of
 
 MOST_SITES = 4096
 SLOTS = 32
@@ -178,7 +178,7 @@ class Witness:
         if problem.k > LONGEST_ROW:
             raise Unreadable(f"k={problem.k} is more than the {LONGEST_ROW} of a record")
         try:
-            sums = sums_of(weights, draw(problem.n))
+            sums = sums_of(weights, draw_signs(problem.n))
         except ValueError as error:
             raise Unreadable(str(error)) from None
         if not sums.finite:
@@ -222,7 +222,7 @@ class Witness:
         Unreadable for a call that is not one of this weight.
         """
         device = self._devices[weight.sums.signs.device]
-        call = _fitting(weight, call)
+        call = _call_of(weight, call)
         m = call.y.shape[0]
         if not m:
             return False
@@ -298,7 +298,7 @@ class Witness:
         kind = problem.format if problem.activation == "fp4" else "bf16"
         groups, subject = weight.sums.groups, weight.subject
         seen = evidence(record, kind, problem.dtype, groups, problem.k)
-        judged = judge(record, seen, weight.source, groups, subject.width, weight.bias)
+        judged = confirm(record, seen, weight.source, groups, subject.width, weight.bias)
         site.judged[judged.status] += 1
         self._handle(subject, record, judged)
         return judged
@@ -349,7 +349,7 @@ class Witness:
             for index, site in enumerate(device.sites):
                 if index >= device.counters.shape[0]:
                     break
-                found.append(_counted(site, device.counters[index].tolist()))
+                found.append(_site_counts(site, device.counters[index].tolist()))
         return merged(found)
 
     def report(self, faults: Sequence[Mapping[str, Any]], device: WatchDevice) -> WatchReport:
@@ -374,7 +374,7 @@ class Witness:
         return found + [f"{layer}: {why}" for layer, why in sorted(self.left_alone.items())]
 
 
-def _fitting(weight: WatchedWeight, call: WatchedCall) -> WatchedCall:
+def _call_of(weight: WatchedWeight, call: WatchedCall) -> WatchedCall:
     """`call` without the columns and the part of k that a backend pads with. Raises Unreadable."""
     n, k = weight.sums.groups.n, weight.sums.k
     (m, columns), a = call.y.shape, call.a
@@ -407,7 +407,7 @@ def _less(a: torch.Tensor | Fp4Tensor, m: int, k: int) -> torch.Tensor | Fp4Tens
     return replace(a, codes=a.codes[:m, : k // 2])
 
 
-def _counted(site: _Site, counters: list[int]) -> WatchedLayer:
+def _site_counts(site: _Site, counters: list[int]) -> WatchedLayer:
     subject = site.weight.subject
     p = subject.problem
     named = dict(zip(launch.COUNTERS, counters, strict=False))

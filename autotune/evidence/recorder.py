@@ -152,7 +152,7 @@ class Recorder:
         Returns the status recorded.
         """
         detail: dict[str, Any] = {}
-        for key in ("proof", "alpha", "roundings", "tile_error", "bad_problems"):
+        for key in ("proof", "alpha", "roundings", "tile_error", "accumulation", "bad_problems"):
             if result.get(key):
                 detail[key] = result[key]
         for graded in result.get("graded", ()):

@@ -79,7 +79,7 @@ def witnessed(finding: Finding) -> str:
     try:
         shape = (int(p["m"]), int(p["n"]), int(p["k"]))
         return foresee(finding.kind, finding.detail, shape, str(p["out_dtype"])).said
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return ""
 
 

@@ -17,6 +17,7 @@ import torch
 
 from ...machine.memory import is_out_of_memory
 from ..backends import Backend
+from ..check.accumulation import accumulation
 from ..check.reference import alpha_of, expect, faithful, spread, tile_error, tile_limit
 from ..data import WIDTHS, draw, exact, steady
 from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case
@@ -36,6 +37,8 @@ MANY_WEIGHTS = 16
 SMALL_M = 256
 """Up to here a chain has pools of few rows, so that new data for all of them cost little."""
 SPARE_ROWS = 64
+MEASURED = "realistic"
+"""The family on which accumulation is measured."""
 CHAIN = 24, 6
 """Launches of each item in a chain where much is to be shown: of small m, and of large."""
 
@@ -316,7 +319,23 @@ class OpenLayer:
         changed = drawn.unchanged.changed()
         for result in results if changed else ():
             result["changed_inputs"] = changed
+        for index, result in enumerate(results) if name == MEASURED else ():
+            if not result["bad"] and "error" not in result:
+                result["accumulation"] = self._accumulation(drawn, launches, index)
         return results
+
+    def _accumulation(self, chosen: Case, launches: Sequence[Launch], item: int) -> float:
+        """How far an item's rows are off by how their sums were added up: what the witness allows
+        for in production."""
+        worst = 0.0
+        for launch in launches:
+            if launch.item == item and launch.m:
+                call = bind(self.backend, [chosen], launch)
+                call.enqueue()
+                right = chosen.expectation.window(launch.offset, launch.offset + launch.m)
+                if right.ref is not None:
+                    worst = max(worst, accumulation(call.slot.out, right.ref))
+        return worst
 
     def _bad_tiles(self, chosen: Case, launches: Sequence[Launch], item: int) -> list[Result]:
         found = []

@@ -29,7 +29,7 @@ def weight(n: int, k: int, seed: int = 1):
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1024, 512), (17, 2304, 768), (300, 4096, 1024)])
 def test_the_kernel_counts_what_its_twin_does(m, n, k, dtype, fp4):
     w = weight(n, k)
-    sums = vectors.sums_of([w], vectors.draw(n))
+    sums = vectors.sums_of([w], vectors.draw_signs(n))
     x = torch.randn(m, k)
     a = quantise(x, NVFP4) if fp4 else x.to(DTYPES[dtype])
     left = dequantise(a, torch.float64) if fp4 else a.double()
