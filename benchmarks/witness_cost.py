@@ -41,7 +41,7 @@ BACKENDS = ("triton-w4a16", "marlin", "humming", "cublas")
 LAYERS, MODEL = 4, 32
 """Layers with weights of their own (0.5 GB), and layers of the model."""
 ROUNDS = 25
-CUTS = ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8), (8, 8), (8, 4))
+CUTS = ((1, 4), (1, 8), (2, 8), (4, 8), (8, 4), (8, 8))
 """(rows of a program, warps)."""
 
 

@@ -132,14 +132,20 @@ def _applying(original: Callable[..., Any]) -> Callable[..., Any]:
     """`apply_weights` of a kernel with 16-bit activations, with the witness behind it."""
     import torch
 
-    from ..witness import operator as _registers  # noqa: F401
+    from ..witness import operator
+
+    compiling = torch.compiler.is_compiling
 
     @functools.wraps(original)
     def apply_weights(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
         out = original(self, layer, x, bias)
         mark = getattr(layer, MARK, None)
-        if mark is not None and isinstance(x, torch.Tensor):
+        if mark is None or not isinstance(x, torch.Tensor):
+            return out
+        if compiling():
             torch.ops.fp4tune.witness(x, out, layer.weight, mark, bias)
+        else:
+            operator.see_rows(x, out, layer.weight, bias)
         return out
 
     return apply_weights
@@ -255,7 +261,8 @@ def _register(layer: Any, raw: tuple[str, Any, Any], backend: str) -> None:
         if own.leave(name, str(error)):
             say_once(f"fp4tune: {name} is not watched: {error}", logging.WARNING)
         return
-    operator.know(prepared.data_ptr(), own, watched)
+    operator.know(prepared, own, watched)
+    own.hold(watched, prepared)
     if isinstance(layer, torch.nn.Module) and activation == "bf16":
         mark = torch.zeros(1, dtype=torch.uint8, device=prepared.device)
         layer.register_buffer(MARK, mark, persistent=False)
@@ -338,19 +345,25 @@ def _parameters(function: Any) -> list[str]:
 def _marlin(given: dict[str, Any], out: Any) -> None:
     import torch
 
-    from ..witness import operator as _registers  # noqa: F401
+    from ..witness import operator
 
-    torch.ops.fp4tune.witness_after(given["input"], out, given["weight"], given.get("bias"))
+    call = given["input"], out, given["weight"], given.get("bias")
+    if torch.compiler.is_compiling():
+        torch.ops.fp4tune.witness_after(*call)
+    else:
+        operator.see_rows(*call)
 
 
 def _cutlass(given: dict[str, Any], out: Any) -> None:
     import torch
 
-    from ..witness import operator as _registers  # noqa: F401
+    from ..witness import operator
 
-    torch.ops.fp4tune.witness_fp4(
-        given["a"], given["block_scale_a"], out, given["b"], given["alpha"], "nvfp4 128x4"
-    )
+    a, scales, alpha, form = given["a"], given["block_scale_a"], given["alpha"], "nvfp4 128x4"
+    if torch.compiler.is_compiling():
+        torch.ops.fp4tune.witness_fp4(a, scales, out, given["b"], alpha, form)
+    else:
+        operator.see_fp4((a, scales), out, given["b"], alpha, form)
 
 
 def _patch_flashinfer(module: ModuleType) -> None:

@@ -406,3 +406,31 @@ def test_what_probes_measured_of_a_backend_is_what_is_allowed_for(own_state):
     assert watching.proven_accuracy(row.backend, asked)[1] == 3e-4
     assert watching.proven_accuracy("unheard-of", asked) == (None, None)
     watching.proven_accuracy.cache_clear()
+
+
+def test_a_weight_that_was_loaded_anew_in_place_condemns_nobody(engine):
+    """Engines that are trained beside load other weights into the same memory."""
+    module = engine("vllm")("vllm.model_executor.kernels.linear.nvfp4.marlin")
+    kernel, layer = module.MarlinNvFp4LinearKernel(), Loaded().ready_for_vllm()
+    kernel.process_weights_after_loading(layer)
+    kernel.apply_weights(layer, activation())
+    assert witnessed() == (6, [])
+    layer.weight.data.copy_(Loaded(2).plain.codes)
+    address = layer.weight.data_ptr()
+    sys.modules["stand"].RAW[address] = dequantise(Loaded(2).plain)
+    kernel.apply_weights(layer, activation())
+    assert set(witnessed()[1]) == {"suspected"}
+    assert any("has changed since" in line for line in watching.unwatched())
+
+
+def test_a_weight_that_is_freed_is_taken_for_no_other(engine):
+    from fp4tune.witness import operator
+
+    module = engine("vllm")("vllm.model_executor.kernels.linear.nvfp4.marlin")
+    kernel, layer = module.MarlinNvFp4LinearKernel(), Loaded().ready_for_vllm()
+    kernel.process_weights_after_loading(layer)
+    same = layer.weight.data  # keeps the memory, and not the parameter
+    layer.weight = None
+    assert operator.known(same.data_ptr())
+    assert not operator.see_rows(activation(), torch.zeros(6, N).bfloat16(), same)
+    assert not operator.known(same.data_ptr())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..probes.problem import Fp4Tensor
+from ..probes.problem import FORMATS, Fp4Tensor, Problem
 from .limits import Limit
 from .rows import WatchedCall
 from .vectors import Sums
@@ -25,6 +25,7 @@ WIDE = 8
 HEADER = 128
 _PROGRAMS = 264
 """Programs that fill a GPU: two for each of an H200's 132 SMs."""
+_MANY = 8
 _ELEMENTS = 4096
 """Elements of A that a program holds at once."""
 SCALE_LAYOUTS = {"linear": 0, "128x4": 1, "8x4": 2}
@@ -42,10 +43,9 @@ class Cut:
 
 @lru_cache(maxsize=4096)
 def cut(m: int, groups: int, width: int, k: int) -> Cut:
-    """How a call of m rows is cut: one row a program until there are more than fill a GPU."""
-    rows = 1
-    while rows < 8 and (m // rows) * groups > 2 * _PROGRAMS:
-        rows *= 2
+    """How a call of m rows is cut: one row a program, or `_MANY` where that is more programs than
+    a GPU runs at once. Two ways only: each is compiled before a graph is captured."""
+    rows = 1 if m * groups <= 4 * _PROGRAMS else _MANY
     block_n = 1 << (max(width, 64) - 1).bit_length()
     block_k = min(1 << (k - 1).bit_length(), _ELEMENTS // rows)
     return Cut(rows, block_n, max(block_k, 64), 8 if rows * block_n > 512 else 4)
@@ -169,3 +169,25 @@ def _left_memory(a: torch.Tensor | Fp4Tensor) -> tuple[torch.Tensor, torch.Tenso
     kind = 0 if a.dtype == torch.bfloat16 else 1
     bits = a.view(torch.int16)
     return bits, bits, kind, a.stride(0)
+
+
+def warm(sums: Sums, limit: Limit, problem: Problem, bench: Bench, biased: bool = False) -> None:
+    """Compile and load the kernel as calls of `problem` will launch it, both ways to cut them: a
+    capture is no time for that. It counts nothing that stays; waits for the device."""
+    device, k, width = sums.signs.device, sums.k, sums.groups.width
+    y = torch.zeros(1, sums.groups.n, dtype=problem.dtype, device=device)
+    one = torch.ones(1, dtype=torch.float32, device=device)
+    a: torch.Tensor | Fp4Tensor = torch.zeros(1, k, dtype=problem.dtype, device=device)
+    layout = "linear"
+    if problem.activation == "fp4":
+        fmt, layout = FORMATS[problem.format], "128x4"
+        codes = torch.zeros(1, k // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(128 * -(-k // fmt.block // 4) * 4, dtype=torch.uint8, device=device)
+        a = Fp4Tensor(fmt, codes, scales, one)
+    bias = torch.zeros_like(y[0]) if biased else None
+    call = WatchedCall(a, y, one, bias, scale_layout=layout)
+    site = CallSite(bench.counters.shape[0] - 1)
+    for m in (1, 1 << 20):
+        launch(call, sums, limit, bench, site, cut(m, sums.groups.count, width, k))
+    torch.cuda.synchronize(device)
+    bench.counters[site.index].zero_()

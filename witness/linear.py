@@ -70,7 +70,10 @@ class Watched:
     def _begin(self, subject: WatchSubject, weight: Weight, source: WeightSource | None) -> None:
         self.weight = self._witness.add(subject, [weight], source)
         self._key = self.weight.sums.signs
-        operator.know(self._key.data_ptr(), self._witness, self.weight)
+        operator.know(self._key, self._witness, self.weight)
+        held = getattr(self.linear, "weight", None)
+        if isinstance(held, torch.Tensor):
+            self._witness.hold(self.weight, held)
         if isinstance(self.linear, torch.nn.Module):
             key, dtype = self._key, subject.problem.dtype
             mark = operator.mark(key.device)  # made before anything is traced

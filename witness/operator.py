@@ -5,6 +5,7 @@ What it is given is looked up when it runs: one compiled graph serves many layer
 
 from __future__ import annotations
 
+import weakref
 from functools import lru_cache
 
 import torch
@@ -13,13 +14,13 @@ from ..probes.problem import FORMATS, Fp4Tensor
 from .rows import WatchedCall
 from .watcher import WatchedWeight, Witness
 
-_known: dict[int, tuple[Witness, WatchedWeight]] = {}
+_known: dict[int, tuple[Witness, WatchedWeight, weakref.ref[torch.Tensor]]] = {}
 """By the address of a weight as its backend has it."""
 
 
-def know(address: int, witness: Witness, weight: WatchedWeight) -> None:
-    """From now on a call with a weight at that address is one of `weight`."""
-    _known[address] = (witness, weight)
+def know(prepared: torch.Tensor, witness: Witness, weight: WatchedWeight) -> None:
+    """From now on a call with `prepared`, or a view from its start on, is one of `weight`."""
+    _known[prepared.data_ptr()] = (witness, weight, weakref.ref(prepared))
 
 
 def forget(address: int) -> None:
@@ -35,7 +36,11 @@ def see_call(weight: torch.Tensor, call: WatchedCall) -> bool:
     found = _known.get(weight.data_ptr())
     if found is None:
         return False
-    witness, watched = found
+    witness, watched, reference = found
+    held = reference()
+    if held is None or held.data_ptr() != weight.data_ptr():
+        forget(weight.data_ptr())  # freed, and another lies there
+        return False
     try:
         return witness.see(watched, call)
     except Exception as error:
@@ -43,6 +48,15 @@ def see_call(weight: torch.Tensor, call: WatchedCall) -> bool:
         forget(weight.data_ptr())
         witness.leave(watched.subject.layer, f"{type(error).__name__}: {error}"[:160])
         return False
+
+
+def see_rows(
+    a: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> bool:
+    """`see_call` of a W4A16 GEMM whose rows may have several dimensions."""
+    if not known(weight.data_ptr()):
+        return False
+    return see_call(weight, WatchedCall(_flat_rows(a), _flat_rows(y), bias=bias))
 
 
 @torch.library.custom_op("fp4tune::witness", mutates_args=("mark",))
@@ -55,7 +69,7 @@ def witness(
 ) -> None:
     """Check ``y = a @ weight.T + bias`` (W4A16). `mark` is said to change, for compilers to keep
     it."""
-    see_call(weight, WatchedCall(_flat_rows(a), _flat_rows(y), bias=bias))
+    see_rows(a, y, weight, bias)
 
 
 @witness.register_fake
@@ -74,7 +88,7 @@ def witness_after(
     a: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
     """`witness` behind a function that made `y` just now: it is said to change."""
-    see_call(weight, WatchedCall(_flat_rows(a), _flat_rows(y), bias=bias))
+    see_rows(a, y, weight, bias)
 
 
 @witness_after.register_fake

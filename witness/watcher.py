@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from ..probes.problem import Fp4Tensor, Problem
 from . import here, launch
-from .confirm import CLEARED, FAULT, Confirmation, confirm
+from .confirm import CLEARED, FAULT, SUSPECTED, Confirmation, confirm
 from .counts import COUNTED, WatchedLayer, WatchReport, merged
 from .launch import Bench, CallSite
 from .limits import Limit, limit
@@ -92,6 +93,9 @@ class WatchedWeight:
     order."""
     remaking: bool = False
     drawn: int = 1
+    prepared: weakref.ref[torch.Tensor] | None = None
+    """What the backend made of it, and with `stamp` whether it is still that."""
+    stamp: int | None = None
 
 
 @dataclass(slots=True)
@@ -100,7 +104,7 @@ class _Site:
     graph: bool
     m_lo: int
     m_hi: int
-    judged: dict[str, int] = field(default_factory=lambda: {FAULT: 0, CLEARED: 0, "suspected": 0})
+    judged: dict[str, int] = field(default_factory=lambda: {FAULT: 0, CLEARED: 0, SUSPECTED: 0})
 
 
 Handler = Callable[[WatchSubject, Record, Confirmation], None]
@@ -132,7 +136,7 @@ class DeviceWitness:
 
     def site(self, weight: WatchedWeight, graph: bool, m: int) -> int | None:
         """A site of its own; None where there is none left."""
-        if len(self.sites) == MOST_SITES:
+        if len(self.sites) == MOST_SITES - 1:  # the last is for `launch.warm`
             return None
         self.sites.append(_Site(weight, graph, m, m))
         return len(self.sites) - 1
@@ -198,7 +202,24 @@ class Witness:
             if bias is not None:
                 made.loaded_bias, made.bias = bias, bias.cpu()
             self.weights.append(made)
+        if sums.signs.is_cuda:
+            launch.warm(sums, allowed, problem, device.bench, bias is not None)
         return made
+
+    def hold(self, weight: WatchedWeight, prepared: torch.Tensor) -> None:
+        """Remember what a backend made of a weight: once that has changed (an engine that loads
+        other weights into the same memory), nothing is confirmed any more."""
+        weight.prepared, weight.stamp = weakref.ref(prepared), stamp_of(prepared)
+
+    def _changed(self, weight: WatchedWeight) -> str | None:
+        """Why a weight is not the one that was loaded any more; None where it is."""
+        if weight.prepared is None:
+            return None
+        now = weight.prepared()
+        if now is None:
+            return "the weight is gone"
+        with self._devices[weight.sums.signs.device].reader.quietly():
+            return None if stamp_of(now) == weight.stamp else "the weight has changed since"
 
     def leave(self, layer: str, why: str) -> bool:
         """Note that a layer is not watched; whether that is news."""
@@ -222,7 +243,6 @@ class Witness:
         Unreadable for a call that is not one of this weight.
         """
         device = self._devices[weight.sums.signs.device]
-        call = _call_of(weight, call)
         m = call.y.shape[0]
         if not m:
             return False
@@ -230,6 +250,7 @@ class Witness:
         with self._lock:
             if not self.plan.choose((weight.number, 1 << max(0, m - 1).bit_length())):
                 return False
+            call = _call_of(weight, call)
             index = device.site(weight, True, m) if capturing else None
             site = index if index is not None else weight.eager
             own = device.sites[site]
@@ -298,7 +319,12 @@ class Witness:
         kind = problem.format if problem.activation == "fp4" else "bf16"
         groups, subject = weight.sums.groups, weight.subject
         seen = evidence(record, kind, problem.dtype, groups, problem.k)
-        judged = confirm(record, seen, weight.source, groups, subject.width, weight.bias)
+        changed = self._changed(weight)
+        if changed is None:
+            judged = confirm(record, seen, weight.source, groups, subject.width, weight.bias)
+        else:
+            judged = Confirmation(SUSPECTED, changed)
+            self.leave(subject.layer, changed)
         site.judged[judged.status] += 1
         self._handle(subject, record, judged)
         return judged
@@ -374,6 +400,21 @@ class Witness:
         return found + [f"{layer}: {why}" for layer, why in sorted(self.left_alone.items())]
 
 
+_SAMPLE = 4096
+
+
+def stamp_of(tensor: torch.Tensor) -> int | None:
+    """A sum over a sample of a tensor's bytes, and where it lies: another where other values were
+    loaded. Waits for the device. None for a tensor that cannot be read so."""
+    try:
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        part = flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.int64)
+        weights = torch.arange(1, part.numel() + 1, device=part.device)
+        return int((part * weights).sum()) ^ (tensor.data_ptr() << 8)
+    except RuntimeError:
+        return None
+
+
 def _call_of(weight: WatchedWeight, call: WatchedCall) -> WatchedCall:
     """`call` without the columns and the part of k that a backend pads with. Raises Unreadable."""
     n, k = weight.sums.groups.n, weight.sums.k
@@ -417,7 +458,7 @@ def _site_counts(site: _Site, counters: list[int]) -> WatchedLayer:
     counts["launches"] = named["ticks"]
     counts["faults"] = site.judged[FAULT]
     counts["cleared"] = site.judged[CLEARED]
-    counts["suspected"] = site.judged["suspected"]
+    counts["suspected"] = site.judged[SUSPECTED]
     return WatchedLayer(
         subject.backend, subject.tactic, p.format, p.activation, p.out_dtype, p.groups, p.n, p.k,
         site.m_lo, site.m_hi, int(not site.graph), counts,
