@@ -128,3 +128,41 @@ def test_looking_does_not_spoil_what_another_thread_captures():
         thread.join()
     torch.cuda.synchronize()
     assert len(looked) > 3
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a GPU with programmatic dependent launch",
+)
+def test_the_edge_to_a_gemm_stays_and_the_one_behind_it_is_named():
+    from fp4tune.probes.regimes.pdl.edges import EdgesHidden
+    from fp4tune.probes.zoo.pdl import PdlGemm
+    from fp4tune.witness import edges
+
+    backend = PdlGemm("right", "first", zeroing=True)
+    witness, mine, _, _ = watched()
+    state = backend.prepare(weight(2048, 1024).to(GPU), Problem("nvfp4", 16, 2048, 1024))
+    a = torch.randn(16, 1024, device=GPU).bfloat16()
+    out = torch.empty(16, 2048, dtype=torch.bfloat16, device=GPU)
+    found = []
+    for see in (False, True):
+
+        def twice(see: bool = see) -> None:
+            for _ in range(2):
+                backend.run(state, a, out, "default")
+                if see:
+                    witness.see(mine, rows.WatchedCall(a, out))
+
+        twice()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            twice()
+            try:
+                stream = torch.cuda.current_stream().cuda_stream
+                found.append(edges.captured(stream))
+            except EdgesHidden as error:
+                pytest.skip(str(error))
+    bare, with_it = found
+    assert edges.lost(bare, with_it) == [("gemm", "zero", 1)]
+    assert edges.touched(bare, with_it, ["gemm"]) == []
