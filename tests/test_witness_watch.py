@@ -469,3 +469,18 @@ def test_a_problem_of_w4a16_has_the_dtype_of_its_output():
     layer = Packed()
     fp16 = watch(layer, dtype=torch.float16, witness=heard.witness)
     assert fp16.weight.subject.problem == Problem("nvfp4", 1, N, K, "bf16", "fp16")
+
+
+def test_what_is_watched_nowhere_is_listed_by_layer_and_m():
+    heard = Heard(share="few")
+    layers = [Packed(seed) for seed in range(3)]
+    for index, layer in enumerate(layers):
+        watch(layer, f"layers.{index}", witness=heard.witness)
+    for layer in layers:
+        layer(activation(5))
+    left = heard.witness.unwatched()
+    assert len(left) >= 2 and set(left) <= {f"layers.{index} up to m=8" for index in range(3)}
+    for _ in range(60):
+        for layer in layers:
+            layer(activation(5))
+    assert heard.witness.unwatched() == []

@@ -147,7 +147,7 @@ class Witness:
 
     def __init__(self, options: WitnessOptions, handle: Handler) -> None:
         self.options = options
-        self.plan: WatchPlan[tuple[int, int]] = WatchPlan(options.share, options.turn)
+        self.plan: WatchPlan[tuple[int, int, bool]] = WatchPlan(options.share, options.turn)
         self.weights: list[WatchedWeight] = []
         self.started = time.time()
         self.after: Callable[[], object] | None = None
@@ -248,7 +248,8 @@ class Witness:
             return False
         capturing = call.y.is_cuda and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            if not self.plan.choose((weight.number, 1 << max(0, m - 1).bit_length())):
+            bucket = 1 << max(0, m - 1).bit_length()
+            if not self.plan.choose((weight.number, bucket, capturing)):
                 return False
             call = _call_of(weight, call)
             index = device.site(weight, True, m) if capturing else None
@@ -395,8 +396,9 @@ class Witness:
     def unwatched(self) -> list[str]:
         """What is watched nowhere in this process: layers and m, and layers that are left alone."""
         found = []
-        for number, m in self.plan.unwatched():
-            found.append(f"{self.weights[number].subject.layer} up to m={m}")
+        for number, m, captured in self.plan.unwatched():
+            where = " in graphs" if captured else ""
+            found.append(f"{self.weights[number].subject.layer} up to m={m}{where}")
         return found + [f"{layer}: {why}" for layer, why in sorted(self.left_alone.items())]
 
 
