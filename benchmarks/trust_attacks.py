@@ -34,11 +34,13 @@ from strangers import OTHER, STRANGER, Staying, as_user
 from test_quarantine import SWIZZLED, K, N, store
 
 import fp4tune
-from fp4tune.cache import dropbox, gpulock, publish, quarantine, reader, state
+from fp4tune.cache import dropbox, facts, gpulock, publish, quarantine, reader, state
 from fp4tune.cache.errors import StateError
 from fp4tune.cache.ledger import Ledger
 from fp4tune.daemon.config import DaemonConfig
+from fp4tune.daemon.mend import mend
 from fp4tune.daemon.service import Service
+from fp4tune.fleet import export, taken
 from fp4tune.machine import holders
 
 KNOWN = {name for name, _ in SWIZZLED}
@@ -325,10 +327,6 @@ NAMES = (
 
 def uses(place: Path) -> None:
     """What commands and the daemon do with a state; each may refuse, in a sentence."""
-    from fp4tune.cache import facts
-    from fp4tune.daemon.mend import mend
-    from fp4tune.fleet import export, taken
-
     for act in (
         lambda: reader.open(place).choose(3, N, K),
         lambda: facts.gather(place),
