@@ -218,7 +218,7 @@ def _publish(
             held = ledger.kept_generations()
             of = {g.number: g.status for g in ledger.generations()}
             done = [n for n, status in of.items() if status == "published"][-KEEP:]
-            doubt = [n for n in held if of[n] == "abandoned" and n > done[0]][-KEEP:]
+            doubt = [n for n in held if of.get(n) == "abandoned" and n > done[0]][-KEEP:]
             for old in set(held).difference(done, doubt):
                 ledger.set_generation(old, content=None)
     return number

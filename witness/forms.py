@@ -24,14 +24,14 @@ def weight_of(layer: Any, inverse: bool | None = None) -> Weight:
     largest, where fused layers have several), or compressed-tensors, ``weight_global_scale`` (its
     inverse, unless `inverse` says otherwise). Raises Unreadable.
     """
-    codes = _first(layer, _CODES)
+    codes = _first_tensor(layer, _CODES)
     if codes is None:
         raise Unreadable("it has no weight")
     if codes.is_floating_point() and codes.element_size() > 1:
         if codes.dim() != 2:
             raise Unreadable(f"its weight has {codes.dim()} dimensions")
         return codes.detach()
-    scales = _first(layer, _SCALES)
+    scales = _first_tensor(layer, _SCALES)
     if codes.dtype != torch.uint8 or codes.dim() != 2 or scales is None or scales.dim() != 2:
         raise Unreadable(f"its weight is {codes.dtype} of {tuple(codes.shape)}, in no known form")
     n, k = codes.shape[0], 2 * codes.shape[1]
@@ -47,17 +47,17 @@ def weight_of(layer: Any, inverse: bool | None = None) -> Weight:
 
 
 def _global_scale(layer: Any, one: torch.Tensor, inverse: bool | None) -> torch.Tensor:
-    plain = _first(layer, _GLOBAL)
+    plain = _first_tensor(layer, _GLOBAL)
     if plain is not None:
         return plain.detach().float().max().to(one.device).reshape(())
-    other = _first(layer, _INVERSE)
+    other = _first_tensor(layer, _INVERSE)
     if other is None:
         raise Unreadable("it has no global scale")
     value = other.detach().float().to(one.device)
     return (value.max() if inverse is False else 1 / value.max()).reshape(())
 
 
-def _first(layer: Any, names: tuple[str, ...]) -> torch.Tensor | None:
+def _first_tensor(layer: Any, names: tuple[str, ...]) -> torch.Tensor | None:
     for name in names:
         found = getattr(layer, name, None)
         if isinstance(found, torch.Tensor):

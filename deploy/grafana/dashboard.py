@@ -79,6 +79,12 @@ def count(title: str, expr: str, help_: str, *levels: tuple[float | None, str]) 
     )
 
 
+def witnessed(kind: str) -> str:
+    """What a witness counted in the last hour, by backend, with its kind as a label."""
+    counted = f"sum by (backend) (increase(fp4tune_witness_{kind}_total{{{HERE}}}[1h]))"
+    return f'label_replace({counted}, "kind", "{kind}", "", "")'
+
+
 def lines(title: str, expr: str, legend: str, help_: str, unit: str = "short") -> Any:
     return (
         timeseries.Panel()
@@ -246,6 +252,31 @@ ROWS: list[tuple[str, list[tuple[int, int, Any]]]] = [
                     f"sum by (result) (increase(fp4tune_comparisons_total{{{HERE}}}[1h]))",
                     "{{result}}",
                     "Times an hour that evidence was compared with the node.",
+                ),
+            ),
+        ],
+    ),
+    (
+        "Production",
+        [
+            (
+                12,
+                7,
+                lines(
+                    "Rows watched",
+                    f"sum by (backend) (rate(fp4tune_witness_rows_total{{{HERE}}}[5m]))",
+                    "{{backend}}",
+                    "Rows of engines' GEMMs that the witness judges, each second.",
+                ),
+            ),
+            (
+                12,
+                7,
+                lines(
+                    "What the witness said",
+                    " or ".join(map(witnessed, ("faults", "suspected", "suspicions", "skipped"))),
+                    "{{backend}}: {{kind}}",
+                    "Faults, what could not be judged, suspicions, rows left out; in an hour.",
                 ),
             ),
         ],

@@ -54,7 +54,7 @@ class Quack:
         if reason := not_dense(self, problem):
             return reason
         if device.sm not in SMS:
-            return f"{self.name} is written for SM {', '.join(map(str, SMS))}, not SM {device.sm}"
+            return f"{self.name} is for SM {', '.join(map(str, SMS))}, and not on SM {device.sm}"
         if problem.out_dtype != "bf16":
             return f"{self.name} takes and gives bf16 only"
         if problem.n % STEPS[0] or problem.k % STEPS[1]:
