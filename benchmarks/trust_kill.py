@@ -160,7 +160,7 @@ class Killing:
 
     def _publishes(self, pid: int) -> bool:
         try:
-            return (self.state / "join.lock").read_text().strip() == str(pid)
+            return Path(state.lock_file(self.state, "join")).read_text().strip() == str(pid)
         except OSError:
             return False
 

@@ -69,10 +69,10 @@ _COUNTS = (
 def kills() -> tuple[int, ...]:
     """How often the kernel has ended a process to get memory back: in this container, as either
     version of cgroups counts it, and on this host. Any of them rises by one that was."""
-    return tuple(_count(path) for path in _COUNTS)
+    return tuple(_count_kills(path) for path in _COUNTS)
 
 
-def _count(path: Path) -> int:
+def _count_kills(path: Path) -> int:
     try:
         for line in path.read_text().splitlines():
             name, _, value = line.partition(" ")

@@ -53,7 +53,11 @@ def earlier(
             account = accounts.get((backend, row.bucket.layer), _Account())
             doubts = account.doubts.get(row.run)
             if doubts is None and row.run not in others and ledger.damaged(row.run):
-                doubts = set() if row.id and row.id > _first(ledger, account, backend) else None
+                doubts = (
+                    set()
+                    if row.id and row.id > _first_row_since(ledger, account, backend)
+                    else None
+                )
             if row.run != run and doubts is not None and row.regime not in doubts:
                 found.setdefault(row.where, []).append(row)
     return found
@@ -95,7 +99,7 @@ def _unfinished(plan: Plan, ledger: Ledger, accounts: dict[_Place, _Account]) ->
             account.doubts.setdefault(row.run, set()).update(how["doubts"])
 
 
-def _first(ledger: Ledger, account: _Account, backend: str) -> int:
+def _first_row_since(ledger: Ledger, account: _Account, backend: str) -> int:
     """The first row of the run that measured all anew, 0 where none did."""
     if account.since is None:
         return 0

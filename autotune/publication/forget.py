@@ -60,7 +60,7 @@ def forget(state_dir: Path, wanted: Forgotten) -> TakenBack:
         covered = _covered(ledger, row)
         if not any(covered.values()):
             raise Refused(f"there is nothing of {row.what} in {state_dir} to take back")
-        with state.exclusive(state_dir / "join.lock", "the publication", wait=60):
+        with state.exclusive(state.lock_file(state_dir, "join"), "the publication", wait=60):
             generation = _withdraw(state_dir, ledger, row)
             made = ledger.forget(row)
     return TakenBack(made, covered, generation)
