@@ -179,7 +179,7 @@ def parse(data: bytes, uid: int) -> WatchReport:
         if type(watched) is not list or len(watched) > _MOST_CALLS or type(faults) is not list:
             raise ValueError("it does not hold what a report does")
         return WatchReport(
-            pid=_whole_number(given["pid"]),
+            pid=_a_count(given["pid"]),
             started=_time(given["started"]),
             at=_time(given["at"]),
             gpu=_text(given["gpu"]),
@@ -187,7 +187,7 @@ def parse(data: bytes, uid: int) -> WatchReport:
             uuid=_text(given["uuid"]),
             watched=tuple(_watched_layer(each) for each in watched),
             faults=tuple(_fault(each) for each in faults[:MOST_FAULTS]),
-            unwatched=_whole_number(given["unwatched"]),
+            unwatched=_a_count(given["unwatched"]),
             uid=uid,
         )
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -210,14 +210,14 @@ _FAULT = {
 def _watched_layer(given: Mapping[str, Any]) -> WatchedLayer:
     counts = given["counts"]
     values: dict[str, Any] = {name: _text(given[name]) for name in _NAMES}
-    values.update((name, _whole_number(given[name])) for name in _SHAPE)
-    return WatchedLayer(**values, counts={name: _whole_number(counts[name]) for name in COUNTED})
+    values.update((name, _a_count(given[name])) for name in _SHAPE)
+    return WatchedLayer(**values, counts={name: _a_count(counts[name]) for name in COUNTED})
 
 
 def _fault(given: Mapping[str, Any]) -> dict[str, Any]:
     kinds = {
         "text": _text,
-        "count": _whole_number,
+        "count": _a_count,
         "time": _time,
         "pair": _two_counts,
         "number": _number,
@@ -231,7 +231,7 @@ def _text(value: object) -> str:
     return value
 
 
-def _whole_number(value: object) -> int:
+def _a_count(value: object) -> int:
     if type(value) is not int or not 0 <= value < _LARGEST:
         raise ValueError("a number in it is no count")
     return value
@@ -246,7 +246,7 @@ def _time(value: object) -> float:
 def _two_counts(value: object) -> list[int]:
     if type(value) is not list or len(value) != 2:
         raise ValueError("a range in it is none")
-    return [_whole_number(each) for each in value]
+    return [_a_count(each) for each in value]
 
 
 def _number(value: object) -> float | None:
@@ -260,7 +260,7 @@ def _number(value: object) -> float | None:
 
 _KINDS: Mapping[str, Callable[[object], Any]] = {
     "text": _text,
-    "count": _whole_number,
+    "count": _a_count,
     "time": _time,
     "pair": _two_counts,
     "number": _number,
