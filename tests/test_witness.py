@@ -356,3 +356,15 @@ def test_a_short_accumulator_stays_below_four_times_what_is_measured_of_it():
     for seed in range(6):
         call = layer.redrawn(seed).call(64, 10 + seed)
         assert not layer.check(replace(call, y=short(call.a)), measured).suspicious.any()
+
+
+@given(st.integers(1, 5000), st.integers(64, 60_000), st.integers(1, 512))
+def test_the_kernels_sums_are_as_shallow_as_the_limit_allows_for(m, n, blocks):
+    from fp4tune.witness import launch
+    from fp4tune.witness.watcher import LONGEST_ROW
+
+    k, groups = 64 * blocks, groups_of(n)
+    assert k <= LONGEST_ROW
+    cut = launch.cut(m, groups.count, groups.width, k)
+    assert limits.deep_enough(k, cut.block_k)
+    assert cut.block_n >= groups.width and cut.rows * cut.block_k <= 8192
