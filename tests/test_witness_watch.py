@@ -389,6 +389,8 @@ def test_a_process_that_is_to_stop_ends_by_sigterm_and_has_told_the_node(own_sta
     code = STOPS.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], env=variables, timeout=60)
     assert done.returncode == -signal.SIGTERM
+    (report,), _ = counts.read(own_state / "witness")
+    assert report.total("faults") >= 1 and report.faults[0]["status"] == FAULT
 
 
 # -- counts

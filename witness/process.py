@@ -23,7 +23,7 @@ from ..cache import state
 from ..errors import printable
 from . import counts
 from .plan import FEW, ON_FAULT, QUARANTINE, SHARES
-from .respond import Responder
+from .respond import Responder, end_this_process
 from .watcher import WatchDevice, Witness, WitnessOptions
 
 WATCH, REACT, COPIES = "FP4TUNE_WATCH", "FP4TUNE_ON_FAULT", "FP4TUNE_WATCH_COPIES"
@@ -59,6 +59,11 @@ class ProcessWitness:
                 "%s", printable(f"fp4tune: counts are not told: {folder}: {error.strerror}")
             )
             return None
+
+    def end_having_told(self) -> None:
+        """End this process, but not before the node knows why."""
+        self.tell(now=True)
+        end_this_process()
 
 
 _mine: ProcessWitness | None = None
@@ -98,6 +103,7 @@ def made(environ: Mapping[str, str]) -> ProcessWitness:
     responder = Responder(_asked_word(environ, REACT, ON_FAULT, QUARANTINE), state_dir)
     found = ProcessWitness(Witness(options, responder), responder, counts.folder_of(state_dir))
     found.witness.after = found.tell
+    responder.end = found.end_having_told
     return found
 
 
