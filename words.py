@@ -16,6 +16,12 @@ NOT_TRIED = "not tried"
 """Stands where a regime does in the row that says that a time budget left a candidate out."""
 UNCHECKED = (CENSUS, AUDIT, NOT_TRIED)
 """What stands in place of a regime and checks no launch."""
+EVERY_M = "every-m"
+"""The regime that is run once, of what is chosen: no condition of launches, but all m."""
+CHANCE = frozenset({"graph", "mlp-chain", "churn", "streams", "graph-streams", "threads"})
+"""Those where a fault waits for chance: what they show grows with their launches alone."""
+CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})
+"""Those where a fault of timing shows at once, or none can: more problems, and fewer launches."""
 
 MISSING, UNREADABLE = "missing", "unreadable"
 STATUS_WORDS = {

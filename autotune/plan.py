@@ -10,7 +10,7 @@ from ..machine.devices import Target
 from ..probes.data import FAMILIES
 from ..probes.launch.item import LaunchAim
 from ..probes.problem import Problem
-from ..probes.regimes import CERTAIN, CHANCE
+from ..words import CERTAIN, CHANCE
 from .choice.layouts import Comparison
 from .levels import Level
 from .runner import Patience

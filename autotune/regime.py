@@ -8,8 +8,9 @@ from typing import Any
 
 from ..cache.rows import Under, Where
 from ..probes.launch.item import LaunchAim
-from ..probes.regimes import COSTLY, EVERY_M, HARDER, SAME_START
+from ..probes.regimes import COSTLY, HARDER, SAME_START
 from ..probes.worker.supervisor import WorkerFailed
+from ..words import EVERY_M
 from . import chains, steps
 from .budget import OVER
 from .evidence.recorder import Recorder

@@ -13,8 +13,7 @@ from typing import Any
 
 from ..cache.rows import BucketKey, Environment, Evidence, Finding, Run
 from ..witness import counts
-from ..witness.counts import COUNTED, WatchedLayer, WatchReport
-from ..witness.respond import REGIME
+from ..witness.counts import COUNTED, REGIME, WatchedLayer, WatchReport
 from . import schema
 from .warehouse import Warehouse
 

@@ -24,6 +24,8 @@ FOLDER = "witness"
 VARIABLE = "FP4TUNE_WITNESS"
 """A drop box elsewhere, for engines that mount the state read-only."""
 VERSION = 1
+REGIME = "production"
+"""Stands where a regime does in what an engine's own calls showed."""
 _BYTES = 1 << 16
 _FILES_OF_ONE = 64
 _FILES = 4096

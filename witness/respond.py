@@ -18,13 +18,11 @@ from typing import Any
 from ..cache import reader
 from ..errors import printable
 from .confirm import CLEARED, FAULT, Confirmation
-from .counts import MOST_FAULTS
+from .counts import MOST_FAULTS, REGIME
 from .plan import LOG, ON_FAULT, QUARANTINE, STOP
 from .ring import Record
 from .watcher import WatchSubject
 
-REGIME = "production"
-"""Stands where a regime does in what an engine's own calls showed."""
 _TILE = 128
 log = logging.getLogger("fp4tune")
 

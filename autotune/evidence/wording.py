@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...cache.rows import Choice, Finding
-from ...probes.regimes import CHANCE, EVERY_M
 from ...witness.foresee import foresee
+from ...words import CHANCE, EVERY_M
 
 FEW = 10
 """A bound that is no better than one launch in so many is not worth a number."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from ...cache.ledger import Ledger
 from ...cache.rows import BucketKey, Candidate, Evidence, Verdict, Where
 from ...machine.devices import Target
-from ...probes.regimes import EVERY_M
+from ...words import EVERY_M
 from ..evidence import earlier_failures
 from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer

@@ -14,7 +14,8 @@ from concurrent.futures import Executor
 from dataclasses import replace
 
 from ...probes.launch.item import LaunchAim
-from ...probes.regimes import ALONE, CERTAIN, CHANCE
+from ...probes.regimes import ALONE
+from ...words import CERTAIN, CHANCE
 from .. import budget
 from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer

@@ -6,6 +6,7 @@ streams, on a CPU they are threads; a regime a device does not have is `not appl
 
 from __future__ import annotations
 
+from ...words import CERTAIN, CHANCE, EVERY_M
 from ..launch.outcome import Budget, NotApplicable, Outcome, Regime
 from .concurrent.callers import callers
 from .concurrent.lanes import LANES, graph_streams, streams
@@ -81,8 +82,6 @@ REGIMES: dict[str, Regime] = {
     "graph-streams": graph_streams,
 }
 
-EVERY_M = "every-m"
-"""Run once, of what is chosen: no condition of launches, but all of them."""
 WHOLE: dict[str, Regime] = {**REGIMES, EVERY_M: every_m}
 
 STARTS = {"neighbours": start_neighbour}
@@ -113,11 +112,6 @@ use: no other process of ours may use the device meanwhile."""
 COSTLY = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain"})
 """Those where a launch costs several, with delays on top: m ranges are run at their edges only,
 unless a failure rate is to be bounded."""
-
-CHANCE = frozenset({"graph", "mlp-chain", "churn", "streams", "graph-streams", "threads"})
-"""Those where a fault waits for chance: what they show grows with their launches alone."""
-CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})
-"""Those where a fault of timing shows at once, or none can: more problems, and fewer launches."""
 
 CALLS = {"churn": 2, "mlp-chain": 2}
 """Checked calls that a regime makes of each launch, where more than one."""
