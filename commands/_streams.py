@@ -37,6 +37,9 @@ class Forgiving(io.RawIOBase):
         except BrokenPipeError:
             self._gone = True
             return size
+        except OSError:
+            self._gone = True  # told once: what comes after it has nowhere to go either
+            raise
 
 
 def forgiving(stream: TextIO | None, fd: int) -> TextIO:

@@ -72,8 +72,8 @@ def stale(place: Path) -> Path:
 
 def quarantined(place: Path) -> Path:
     put(place)
-    entry = quarantine.make("marlin", 1, B.n, B.k, reason="NaN in the logits")
-    quarantine.write(entry, quarantine.spools(str(place))[-1])
+    entry = quarantine.make("marlin", quarantine.Reach(1, B.n, B.k), reason="NaN in the logits")
+    quarantine.write(entry, quarantine.store(place))
     return place
 
 
