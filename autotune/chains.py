@@ -18,6 +18,7 @@ def firsts(problems: Sequence[Problem]) -> tuple[Problem, ...]:
     where none is, the first layer of each kind that can have a second GEMM at all.
     """
     found: list[Problem] = []
+    problems = [p for p in problems if p.groups == 1]  # routed experts are a chain of their own
     for kind in dict.fromkeys(map(_chain_kind, problems)):
         mine = [p for p in problems if _chain_kind(p) == kind]
         able = [p for p in mine if second_shape(p) is not None]

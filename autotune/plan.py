@@ -8,6 +8,7 @@ from typing import Any
 from ..cache.rows import Audit, Candidate, Choice, Environment, Finding, Timing
 from ..machine.devices import Target
 from ..probes.data import FAMILIES
+from ..probes.grouped.families import ODD_ROUTING
 from ..probes.launch.item import LaunchAim
 from ..probes.problem import Problem
 from ..words import CERTAIN, CHANCE
@@ -20,9 +21,12 @@ from .verdict.rules import Excuse, Rules
 from .verdict.statistics import DEFAULT_CONFIDENCE
 
 EXCUSES = {
-    name: Excuse(family.condition, family.bounded_by)
-    for name, family in FAMILIES.items()
-    if family.condition is not None
+    **{
+        name: Excuse(family.condition, family.bounded_by)
+        for name, family in FAMILIES.items()
+        if family.condition is not None
+    },
+    **{name: Excuse(law.condition, law.bounded_by) for name, law in ODD_ROUTING.items()},
 }
 
 SLACK = 10

@@ -19,6 +19,7 @@ from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused, printable
 from ..machine.devices import Target
 from ..probes import bundle, registry
 from ..probes.check import tilemap
+from ..probes.grouped.problem import is_grouped, of_fields
 from ..probes.launch.case import Launch
 from ..probes.problem import Problem
 from ..probes.worker.supervisor import WorkerFailed
@@ -152,7 +153,8 @@ def reproduce(
 def _finding_problem(finding: Finding) -> Problem:
     """The finding's problem. Raises Refused for what the ledger cannot have meant."""
     try:
-        return Problem(**dict(finding.problem))
+        fields = dict(finding.problem)
+        return of_fields(fields) if is_grouped(fields) else Problem(**fields)
     except (TypeError, ValueError) as error:
         raise Refused(f"finding {finding.id} holds no problem: {error}") from None
 
@@ -177,7 +179,8 @@ def _replay(result: Result, runner: Runner, problem: Problem, times: int) -> Non
 def _launch_again(result: Result, runner: Runner, problem: Problem, times: int) -> None:
     finding = result.finding
     rows = int(finding.detail.get("rows") or problem.m)
-    runner.open(problem.at(rows), 0, 1 << 30)
+    # Routed experts are drawn from the layer's seed; what is dense, from the finding's own.
+    runner.open(problem.at(rows), int(finding.detail.get("layer_seed") or 0), 1 << 30)
     budget = {"least": times, "most": times, "seconds": 0.0}
     try:
         again = runner.ask("replay", name=finding.regime, bad=_bad(finding), budget=budget)

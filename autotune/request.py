@@ -11,6 +11,8 @@ from ..machine.devices import Target
 from ..machine.hardware import hardware
 from ..machine.memory import free_memory, readable
 from ..probes import registry
+from ..probes.grouped.problem import ExpertsProblem, parse
+from ..probes.grouped.shapes import grouped_layers
 from ..probes.models import shapes
 from ..probes.models.rows import CheckpointLayers
 from ..probes.models.shapes import AskedLayer
@@ -44,14 +46,25 @@ def layers(
     """
     if tp < 1:
         raise ValueError(f"--tp {tp}: tensor parallelism is at least 1")
-    models = [shapes.preset_layers(name, tp) for name in presets]
+    asked = models(presets, model_config, tp, checkpoint)
+    if not asked and not given:
+        asked = [shapes.preset_layers(DEFAULT_PRESET[device], tp)]
+    # A model that is FP4 in its routed experts alone has no dense layer to name.
+    dense = [model for model in asked if model.probed or not grouped_layers(model, 1)]
+    return list(shapes.asked(dense, given))
+
+
+def models(
+    presets: Sequence[str],
+    model_config: Path | None,
+    tp: int,
+    checkpoint: CheckpointLayers | None = None,
+) -> list[CheckpointLayers]:
+    """The models that were named. Raises ValueError, one sentence."""
+    found = [shapes.preset_layers(name, tp) for name in presets]
     if model_config is not None:
-        models.append(shapes.config_layers(model_config, tp))
-    if checkpoint is not None:
-        models.append(checkpoint)
-    if not models and not given:
-        models = [shapes.preset_layers(DEFAULT_PRESET[device], tp)]
-    return list(shapes.asked(models, given))
+        found.append(shapes.config_layers(model_config, tp))
+    return found if checkpoint is None else [*found, checkpoint]
 
 
 def problems(
@@ -96,13 +109,67 @@ def fits(problems: Iterable[Problem], target: Target) -> None:
     if room is None:
         return
     for p in problems:
-        least = _WEIGHT_BYTES * p.n * p.k + _ROW_BYTES * p.m * (p.n + p.k)
+        least = _WEIGHT_BYTES * _elements(p) + _ROW_BYTES * p.m * (p.n + p.k)
         if least > room:
             raise ValueError(
                 f"a layer with n={p.n} and k={p.k} takes {readable(least)} to check up to m={p.m}, "
                 f"and {target.name} has {readable(room)}: probe it where there is more, or ask for "
                 "a smaller shape or --max-m"
             )
+
+
+def _elements(p: Problem) -> int:
+    """FP4 elements of a layer that are dequantised at once, about: of routed experts few are."""
+    return p.parameters // 4 if isinstance(p, ExpertsProblem) else p.n * p.k
+
+
+def experts(
+    given: Sequence[str],
+    formats: Sequence[str],
+    named: Sequence[CheckpointLayers],
+    tokens: int,
+) -> tuple[ExpertsProblem, ...]:
+    """The layers of routed experts that were typed in, E,TOP_K,INTERMEDIATE,HIDDEN each, in the
+    formats asked for (empty: NVFP4), and those of the models that were named.
+
+    Raises ValueError, one sentence.
+    """
+    if not 1 <= tokens <= MOST_M:
+        raise ValueError(f"--max-m {tokens}: it must be from 1 to {MOST_M}")
+    found = []
+    for text in given:
+        groups, top_k, n, k, gate, scaling = parse(text)
+        for format_ in formats or DEFAULT_FORMATS:
+            found.append(
+                ExpertsProblem(
+                    format_,
+                    edge_of(tokens),
+                    n,
+                    k,
+                    groups=groups,
+                    top_k=top_k,
+                    gate=gate,
+                    scaling=scaling,
+                )
+            )
+    for model in named:
+        own = grouped_layers(model, edge_of(tokens))
+        found += [p for p in own if not formats or p.format in formats]
+    return tuple(dict.fromkeys(found))
+
+
+def backends_for(wanted: Sequence[str], problems: Sequence[Problem]) -> tuple[str, ...]:
+    """The backends to ask about these problems: those wanted, or every one that computes such."""
+    if wanted:
+        return backends(wanted)
+    dense = backends(()) if any(p.groups == 1 for p in problems) else plugins()
+    grouped = registry.experts_names() if any(p.groups > 1 for p in problems) else []
+    return tuple(dict.fromkeys((*dense, *grouped)))
+
+
+def plugins() -> tuple[str, ...]:
+    """Installed backends that are not ours: what they compute is theirs to say."""
+    return tuple(name for name in registry.names() if name not in registry.BUILTIN)
 
 
 def backends(wanted: Sequence[str]) -> tuple[str, ...]:

@@ -58,6 +58,12 @@ def probe(
         ),
     ] = None,
     shape: Annotated[list[str] | None, typer.Option(help="One layer as N,K; repeatable.")] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One layer of routed experts as E,TOP_K,INTERMEDIATE,HIDDEN; repeatable."
+        ),
+    ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks the model is split over.")] = 1,
     max_m: Annotated[
         int | None, typer.Option(help="Largest m; default 4096 on a GPU, 32 on a CPU.")
@@ -139,6 +145,7 @@ def probe(
         from ..probes import quantisers
         from ..probes.models import shapes
         from ..probes.models.fusion import ENGINES
+        from ..probes.problem import Problem
         from ..report.terminal import layers as layer_lines
 
         if shown:
@@ -162,16 +169,19 @@ def probe(
                 say(f"fp4tune: {sentence}", err=True)
         plans = []
         for target in targets:
-            layers = planning.layers(
-                preset or (), model_config, shape or (), tp, target.device.kind, held
-            )
-            problems = planning.problems(
-                layers,
-                formats or (),
-                activation or (),
-                out_dtype,
-                planning.max_m(max_m, target),
-            )
+            most = planning.max_m(max_m, target)
+            named_models = planning.models(preset or (), model_config, tp, held)
+            routed = planning.experts(experts or (), formats or (), named_models, most)
+            dense: tuple[Problem, ...] = ()
+            if shape or named_models or not routed:
+                layers = planning.layers(
+                    preset or (), model_config, shape or (), tp, target.device.kind, held
+                )
+                if layers or not routed:
+                    dense = planning.problems(
+                        layers, formats or (), activation or (), out_dtype, most
+                    )
+            problems = (*dense, *routed)
             planning.fits(problems, target)
             wanted = tuple(backend or ())
             if prior and not backend:
@@ -184,7 +194,7 @@ def probe(
             plans.append(
                 Plan(
                     target=target,
-                    backends=planning.backends(wanted),
+                    backends=planning.backends_for(wanted, problems),
                     quantisers=() if wanted else quantisers.names(),
                     problems=problems,
                     level=chosen_level,

@@ -71,9 +71,19 @@ BUILTIN: dict[str, str] = {
 }
 """Name to ``module:attribute`` in `backends`; the attribute is what an entry point may be."""
 
+EXPERTS: dict[str, str] = {
+    "torch-experts": "floor:TorchExperts",
+}
+"""The same of routed experts, in `grouped`."""
+
 _ALLOWED = "up to 128 letters, digits, dots, dashes, underscores and plus signs"
 _HOST = torch.device("cpu")
 _TEXT_MEMBERS = ("name", "activation", "layout")
+_OF_EXPERTS = {
+    "unsupported": ("problem", "device"),
+    "prepare": ("weights", "problem"),
+    "run": ("state", "x", "ids", "weights", "out", "tactic"),
+}
 _METHODS = {
     "unsupported": ("problem", "device"),
     "prepare": ("weight", "problem"),
@@ -114,11 +124,19 @@ def names() -> list[str]:
     return [*BUILTIN, *sorted(_entry_points())]
 
 
+def experts_names() -> list[str]:
+    """Every name of ours that computes routed experts."""
+    return list(EXPERTS)
+
+
 def check(candidate: Any, where: str) -> Backend:
-    """`candidate`, if it has all that the `Backend` protocol asks for.
+    """`candidate`, if it has all that the `Backend` protocol asks for; one of routed experts, as
+    what launches dense ones can launch (`grouped.backend.AsDense`).
 
     Raises BadBackend, one sentence naming what is missing; `where` says where it came from.
     """
+    if getattr(candidate, "experts", False):
+        return _of_experts(candidate, where)
     if not callable(getattr(candidate, "run", None)) and callable(
         getattr(candidate, "matmul", None)
     ):
@@ -143,6 +161,33 @@ def check(candidate: Any, where: str) -> Backend:
         except ValueError:  # a compiled function without a signature
             continue
     backend: Backend = candidate
+    return backend
+
+
+def _of_experts(candidate: Any, where: str) -> Backend:
+    """A backend of routed experts, wrapped. Raises BadBackend, one sentence."""
+    from .grouped.backend import AsDense
+
+    backend: Any = candidate
+    if isinstance(candidate, AsDense):
+        return backend
+    missing = [m for m in ("name", "layout") if not isinstance(getattr(candidate, m, None), str)]
+    missing += [f"{m}()" for m in _OF_EXPERTS if not callable(getattr(candidate, m, None))]
+    if missing:
+        raise BadBackend(f"{where} computes no routed experts: it lacks {', '.join(missing)}")
+    if not NAME.fullmatch(candidate.name):
+        raise BadBackend(f"{where} is called {ascii(candidate.name)[:100]}; a name is {_ALLOWED}")
+    for method, arguments in _OF_EXPERTS.items():
+        try:
+            inspect.signature(getattr(candidate, method)).bind(*arguments)
+        except TypeError:
+            wanted = ", ".join(arguments)
+            raise BadBackend(
+                f"{where} computes no routed experts: {method}() does not take ({wanted})"
+            ) from None
+        except ValueError:  # a compiled function without a signature
+            continue
+    backend = AsDense(candidate)
     return backend
 
 
@@ -187,6 +232,23 @@ def _load_builtin(name: str) -> Backend:
         return getattr(importlib.import_module(f".backends.{module}", __package__), attribute)
 
     return _select(name, _unfolded(_import(load, name), name), name)
+
+
+def _load_experts(name: str) -> Backend:
+    """One of ours that computes routed experts, or a mutant of those."""
+    if name in EXPERTS:
+        module, _, attribute = EXPERTS[name].partition(":")
+
+        def load() -> Any:
+            return getattr(importlib.import_module(f".grouped.{module}", __package__), attribute)
+
+        return _select(name, _unfolded(_import(load, name), name), name)
+    from .grouped import zoo
+
+    try:
+        return check(zoo.named(name), name)
+    except KeyError:
+        raise UnknownBackend(f"there is no mutant {name!r}") from None
 
 
 def _load_mutant(name: str) -> Backend:
@@ -257,12 +319,12 @@ def known(name: str) -> None:
     """
     if is_file(name):
         _file_of(name)
-    elif name not in names():
+    elif name not in EXPERTS and name not in names():
         raise _unknown(name)
 
 
 def _unknown(name: str) -> UnknownBackend:
-    everyone = names()
+    everyone = [*names(), *EXPERTS]
     close = difflib.get_close_matches(name, everyone, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(everyone)}"
     return UnknownBackend(f"there is no backend {name!r}; {hint}")
@@ -316,6 +378,8 @@ def _load(name: str) -> Backend:
         return load_file(name)
     if name in BUILTIN:
         return _load_builtin(name)
+    if name in EXPERTS or name.startswith("zoo-experts-"):
+        return _load_experts(name)
     if name.startswith("zoo-"):
         return _load_mutant(name)
     if name == "controls":
@@ -338,6 +402,11 @@ def origin(name: str) -> tuple[Path, str]:
     if is_file(name):
         path, attribute = _file_of(name)
         return path, f"(backend,) = _unfolded(_from_file({path.name!r}, {attribute!r}))\n"
+    if name in EXPERTS or name.startswith("zoo-experts-"):
+        module = EXPERTS.get(name, "zoo").partition(":")[0]
+        make = f"from fp4tune.probes import registry\n\nbackend = registry.load_one({name!r})\n"
+        place = here / "grouped" / module
+        return (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")), make
     if name.startswith("zoo-"):
         make = f"from fp4tune.probes import zoo\n\nbackend = zoo.named({name!r})\n"
         return here / "zoo" / "__init__.py", make

@@ -12,12 +12,17 @@ from ...cache.ledger import Ledger
 from ...cache.rows import Audit, BucketKey, Evidence, Finding, FinishedStep, Timing, Under, Where
 from ...probes.check import diagnosis
 from ...probes.data import FAMILIES
+from ...probes.grouped.families import ODD_ROUTING
 from ...probes.worker.supervisor import WorkerFailed
 from ...words import AUDIT, CENSUS, EXACT
 from ..verdict.statistics import median, median_interval
 
 FLAGGED = "flagged"
 """The kind of a finding that an audit made."""
+_CONDITIONS = {
+    **{name: family.condition for name, family in FAMILIES.items()},
+    **{name: law.condition for name, law in ODD_ROUTING.items()},
+}
 _COLUMNS = ("kind", "m", "seed", "data", "launch")
 """What of a failure has a column of its own."""
 
@@ -152,7 +157,8 @@ class Recorder:
         Returns the status recorded.
         """
         detail: dict[str, Any] = {}
-        for key in ("proof", "alpha", "roundings", "tile_error", "accumulation", "bad_problems"):
+        kept = ("proof", "alpha", "roundings", "tile_error", "accumulation", "bad_problems", "stages")
+        for key in kept:
             if result.get(key):
                 detail[key] = result[key]
         for graded in result.get("graded", ()):
@@ -268,12 +274,13 @@ class Recorder:
         self.timings[where] = row
 
     def _found(self, where: Where, under: Under, bad: Mapping[str, Any]) -> None:
-        condition = FAMILIES[under.data].condition if under.data in FAMILIES else None
+        condition = _CONDITIONS.get(under.data)
         bucket = where.bucket
         m = int(bad.get("m", bucket.m_hi))
         launch = bad.get("launch")
         data = str(bad.get("data", under.data))
-        shape = (m, bucket.n, bucket.k)
+        # Rows out of routed experts are as long as rows in.
+        shape = (m, bucket.k if bucket.groups > 1 else bucket.n, bucket.k)
         seen = diagnosis.seen(bad, under.regime, data, shape, *self._judged(where))
         row = Finding(
             run=self.run,

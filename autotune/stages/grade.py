@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 
 from ...cache.rows import Under
 from ...probes.data import families
+from ...probes.grouped.families import odd_routing
 from ...probes.regimes.mlp.layers import second_shape
 from ...probes.worker.supervisor import WorkerFailed
 from .. import census, steps
@@ -114,7 +115,9 @@ def _exact(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
 
 def _families(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
     """Realistic and extreme data, in the serial regime, for every tactic that was graded."""
-    for family in families(layer.problem):
+    problem = layer.problem
+    every = families(problem) if problem.groups == 1 else odd_routing(problem)
+    for family in every:
         step = steps.family(family.name)
         pairs = entrant.left(step, entrant.width)
         if not pairs:

@@ -161,11 +161,14 @@ def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: R
     run_races(races, places, ask, watch.look)
     watch.look(now=True)
     within: dict[str, list[list[tuple[int, float]]]] = {}
+    laws: dict[str, dict[MRange, dict[str, Any]]] = {}
     for name, mine in pairs.items():
         within[name] = [[] for _ in mine]
+        laws[name] = {}
         try:
             if not by_name[name].reference_line:
                 census.timed(layer, by_name[name], mine, record)
+            laws[name] = _by_law(layer, by_name[name], mine)
             within[name] = by_name[name].runner.ask("close_timing")
         except WorkerFailed as failure:
             died(layer, by_name[name], "timing", failure, record)
@@ -180,8 +183,23 @@ def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: R
                 taken = races[m].levelled(name)
                 by_name[name].median_us[m] = median(taken)
                 where = layer.where(by_name[name], m, tactic)
-                detail = _circumstances(races[m], name, watch, by_m)
+                seen = _circumstances(races[m], name, watch, by_m)
+                detail = {**seen, **laws[name].get(m, {})}
                 record.timing(where, taken, host[m, name], detail)
+
+
+def _by_law(
+    layer: ProbedLayer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]]
+) -> dict[MRange, dict[str, Any]]:
+    """Of routed experts, the median time of each range under each routing law, in microseconds.
+    Raises WorkerFailed."""
+    if layer.problem.groups == 1:
+        return {}
+    found = entrant.runner.ask("times_by_law")
+    return {
+        m: {"laws": {law: round(us, 3) for law, us in mine.items()}}
+        for (m, _), mine in zip(pairs, found, strict=True)
+    }
 
 
 def _uneven(by_m: Sequence[tuple[int, float]]) -> str | None:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..data import FAMILIES, WIDTHS
+from ..grouped.routing import ODD
 from ..launch.case import BackendRaised, Case, Launch
 from ..launch.error_analysis import examine
 from ..launch.outcome import Budget, Outcome
+from .experts import OpenExperts
 from .session import OpenLayer
 
 _SEPARATE = ("out of bounds", "input modified", "error", "out of memory")
@@ -33,6 +35,8 @@ def replay(
     a narrow accumulator, nor where it raises). Raises what a regime raises, and ValueError for a
     description that is not of a launch.
     """
+    if isinstance(layer, OpenExperts) and bad.get("cut"):
+        return layer.cut_again(str(bad["tactic"]))
     cases, launches = recall(layer, bad)
     at = next(i for i, launch in enumerate(launches) if launch.item == _TARGET)
     if bad.get("tile_error") is not None:
@@ -49,7 +53,9 @@ def replay(
         missed = next((o.not_exercised for o in outcomes if o.not_exercised), None)
         if missed:
             result["not_exercised"] = missed
-    if look and kind not in ("error", "out of memory", "input modified"):
+    # Where in its weight a launch went wrong is told of one weight, not of many experts.
+    dense = not isinstance(layer, OpenExperts)
+    if look and dense and kind not in ("error", "out of memory", "input modified"):
         # What a launch raises alone says nothing of the values it left elsewhere.
         with suppress(RuntimeError, BackendRaised):
             result["alone"] = examine(layer.backend, cases, launches[at])
@@ -89,7 +95,8 @@ def recall(
     ValueError for a description that does not fit the layer.
     """
     data, width = str(bad.get("data")), bad.get("width")
-    if (data == "exact" and width not in WIDTHS) or (data != "exact" and data not in FAMILIES):
+    named = data in FAMILIES or data in ODD
+    if (data == "exact" and width not in WIDTHS) or (data != "exact" and not named):
         raise ValueError(f"there is no data {data!r} of width {width!r}")
     try:
         own = [bad["seed"], bad["offset"], bad["m"], bad["tactic"]]

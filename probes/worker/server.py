@@ -225,7 +225,9 @@ class Server:
 
         `regimes` are to come: what takes long to start for them is started meanwhile.
         """
+        from ..grouped.problem import is_grouped
         from ..regimes import STARTS
+        from .experts import OpenExperts
         from .session import OpenLayer
 
         self.do_close()
@@ -233,7 +235,8 @@ class Server:
         for regime in regimes or ():
             if regime in STARTS:
                 STARTS[regime](self._device)
-        self._layer = OpenLayer(
+        kind = OpenExperts if is_grouped(problem) else OpenLayer
+        self._layer = kind(
             self._backend, self._device, _problem_of_fields(problem), seed, memory, self._progress
         )
 
@@ -344,6 +347,11 @@ class Server:
     def do_sample(self, indices: list[int]) -> list[float]:
         return self._layer.sample(indices)
 
+    def do_times_by_law(self) -> list[dict[str, float]]:
+        """The median time of routed experts under each routing law, of each item that is timed."""
+        found: list[dict[str, float]] = self._layer.times_by_law()
+        return found
+
     def do_close_timing(self) -> list[list[tuple[int, float]]]:
         """The end of timing; (m, median microseconds) of each item."""
         from ..regimes import settled
@@ -370,15 +378,22 @@ def _quantiser(name: str) -> Any:
 
 
 def _mismatch(backend: Any, problem: Any) -> str | None:
+    of_experts = bool(getattr(backend, "experts", False))
+    if of_experts or hasattr(problem, "top_k"):
+        if of_experts and hasattr(problem, "top_k"):
+            return None
+        own, asked = ("routed experts", "a dense layer")[:: 1 if of_experts else -1]
+        return f"it computes {own.removeprefix('a ')}, and this is {asked}"
     if backend.activation == problem.activation:
         return None
     return f"it takes {backend.activation} activations, not {problem.activation}"
 
 
 def _problem_of_fields(fields: dict[str, Any]) -> Any:
+    from ..grouped.problem import is_grouped, of_fields
     from ..problem import Problem
 
-    return Problem(**fields)
+    return of_fields(fields) if is_grouped(fields) else Problem(**fields)
 
 
 def _items(items: list[dict[str, Any]]) -> list[Any]:

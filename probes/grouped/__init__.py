@@ -1,0 +1,1 @@
+"""Routed experts: grouped problems, how tokens are routed, exact data, and what runs them."""

@@ -1,0 +1,1 @@
+"""Routed experts of libraries, one module a provider."""

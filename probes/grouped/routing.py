@@ -1,0 +1,174 @@
+"""Routing laws: which experts each token goes to. Pure, the same on every device.
+
+A law gives int32 (tokens, top_k). The *regular* ones name different experts that are there; the
+*odd* ones are what routers and all-to-all kernels leave behind: experts twice in a row, experts
+that are elsewhere, rows that are padding, and rows of a router that gave NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..data.generator import hash_elements, hash_rows, stream_key
+
+ZIPF = 1.2
+BLOCKS = (8, 16, 32, 48, 64, 128, 192)
+"""Tokens of one expert that kernels work on at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Where tokens go.
+
+    ids      int32 (tokens, top_k); one that is not in [0, groups) is elsewhere and adds nothing
+    spoilt   bool (tokens,): rows of which nothing is asked but that they spoil no other's: their
+             activations and router weights are NaN
+    """
+
+    ids: torch.Tensor
+    spoilt: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """A routing law. `draw` takes (tokens, experts, top_k, seed), and `experts` are those that
+    tokens may go to, in ascending order."""
+
+    name: str
+    draw: Callable[[int, Sequence[int], int, int], Routing]
+    about: str
+
+
+def _order(count: int, seed: int) -> torch.Tensor:
+    """A permutation of 0 .. count-1, int64."""
+    return torch.argsort(hash_rows(count, stream_key(seed, "order"), "cpu"), stable=True)
+
+
+def _named(places: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    """Indices into `experts` as experts, int32."""
+    return torch.tensor(list(experts), dtype=torch.int32)[places.long()]
+
+
+def _right(ids: torch.Tensor) -> Routing:
+    return Routing(ids.to(torch.int32), torch.zeros(ids.shape[0], dtype=torch.bool))
+
+
+def _balanced(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    count = len(experts)
+    slots = torch.arange(tokens * top_k).view(tokens, top_k) % count
+    return _right(_named(_order(count, seed)[slots], experts))
+
+
+def _zipf(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    count = len(experts)
+    bits = hash_elements(tokens, count, stream_key(seed, "zipf"), "cpu").to(torch.int64)
+    uniform = ((bits & 0xFFFFFF).double() + 0.5) / 2**24
+    # Exponential races: the first top_k to arrive are a sample without replacement.
+    rate = (torch.arange(count, dtype=torch.float64) + 1).pow(-ZIPF)
+    first = (-uniform.log() / rate).argsort(dim=1, stable=True)[:, :top_k]
+    return _right(_named(_order(count, seed)[first], experts))
+
+
+def _one_takes_all(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """Each token's first expert is the same; the others are balanced."""
+    order, count = _order(len(experts), seed), len(experts)
+    ids = torch.zeros(tokens, top_k, dtype=torch.int64)
+    if top_k > 1:
+        rest = torch.arange(tokens * (top_k - 1)).view(tokens, top_k - 1) % (count - 1)
+        ids[:, 1:] = 1 + rest
+    return _right(_named(order[ids], experts))
+
+
+def _the_same(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """Every token to the same top_k experts: all others are idle, and these get a token each."""
+    chosen = _order(len(experts), seed)[:top_k]
+    return _right(_named(chosen.expand(tokens, top_k), experts))
+
+
+def _runs(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """Groups of experts in turn, for block - 1, block and block + 1 tokens of every block size."""
+    lengths = [size + more for size in BLOCKS for more in (-1, 0, 1)]
+    turn = lengths[seed % len(lengths) :] + lengths[: seed % len(lengths)]
+    run = torch.repeat_interleave(torch.arange(len(turn)), torch.tensor(turn))
+    run = run.repeat(math.ceil(tokens / len(run)) if tokens else 0)[:tokens]
+    order, count = _order(len(experts), seed), len(experts)
+    return _right(_named(order[(run[:, None] * top_k + torch.arange(top_k)) % count], experts))
+
+
+def _duplicates(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """Each row names one expert twice or more, as a router of NaNs does."""
+    found = _balanced(tokens, experts, top_k, seed).ids
+    if top_k > 1:
+        found[:, -1] = found[:, 0]
+        found[::3] = found[::3, :1]
+    return _right(found)
+
+
+def _elsewhere(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """-1 where an expert is on another rank; every fifth row has none here."""
+    found = _balanced(tokens, experts, top_k, seed).ids
+    bits = hash_elements(tokens, top_k, stream_key(seed, "elsewhere"), "cpu")
+    found[(bits & 1) == 1] = -1
+    found[::5] = -1
+    return _right(found)
+
+
+def _padding(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """The last rows of every eight are padding, with experts that there are not."""
+    found = _balanced(tokens, experts, top_k, seed).ids
+    spoilt = torch.arange(tokens) % 8 >= 5
+    top = max(experts) + 1
+    bits = hash_elements(tokens, top_k, stream_key(seed, "garbage"), "cpu").to(torch.int64)
+    garbage = (bits & 0xFFFF) % (3 * top + 7) - top
+    found[spoilt] = garbage[spoilt].to(torch.int32)
+    return Routing(found, spoilt)
+
+
+def _nan_router(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """Every third row is what a router of NaNs gives: the first expert, again and again."""
+    found = _balanced(tokens, experts, top_k, seed).ids
+    spoilt = torch.arange(tokens) % 3 == 1
+    found[spoilt] = experts[0]
+    return Routing(found, spoilt)
+
+
+REGULAR = {
+    law.name: law
+    for law in (
+        Law("balanced", _balanced, "as many tokens for each expert as can be"),
+        Law("zipf", _zipf, f"experts are drawn by Zipf's law, exponent {ZIPF}"),
+        Law("one-takes-all", _one_takes_all, "one expert has every token"),
+        Law("idle", _the_same, "all but top-k experts are idle"),
+        Law("runs", _runs, "experts with one token less and more than a block"),
+    )
+}
+ODD = {
+    law.name: law
+    for law in (
+        Law("duplicates", _duplicates, "an expert twice in a row"),
+        Law("elsewhere", _elsewhere, "-1 for experts on other ranks"),
+        Law("padding-ids", _padding, "padding rows with experts that there are not"),
+        Law("nan-router", _nan_router, "rows of a router that gave NaN"),
+    )
+}
+LAWS = {**REGULAR, **ODD}
+
+
+def route(law: str, tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+    """Tokens routed by a law, on the CPU. Raises ValueError for a law that is not known, for fewer
+    experts than top-k, and for none."""
+    if law not in LAWS:
+        raise ValueError(f"routing law {law!r} is not one of {', '.join(LAWS)}")
+    if len(experts) < max(1, top_k):
+        raise ValueError(f"top-k {top_k} of {len(experts)} experts")
+    return LAWS[law].draw(tokens, experts, top_k, seed)
+
+
+def counts(ids: torch.Tensor, groups: int) -> torch.Tensor:
+    """int64 (groups,): slots of each expert; those that are elsewhere are left out."""
+    here = ids[(ids >= 0) & (ids < groups)].long().flatten()
+    return torch.bincount(here, minlength=groups)

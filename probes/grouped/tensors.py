@@ -1,0 +1,100 @@
+"""What a grouped backend is given: the experts' weights, and routed tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..formats import dequantise
+from ..problem import Format, Fp4Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4Stack:
+    """One FP4 matrix an expert, in the plain layout; see `Fp4Tensor`.
+
+    codes         uint8 (experts, rows, k/2)
+    scales        uint8 (experts, rows, k/block)
+    global_scale  float32 (experts,): 1 in MXFP4
+    """
+
+    format: Format
+    codes: torch.Tensor
+    scales: torch.Tensor
+    global_scale: torch.Tensor
+
+    def expert(self, index: int) -> Fp4Tensor:
+        """One expert's matrix (rows, k); views."""
+        return Fp4Tensor(
+            self.format, self.codes[index], self.scales[index], self.global_scale[index]
+        )
+
+    def clone(self) -> Fp4Stack:
+        parts = (self.codes.clone(), self.scales.clone(), self.global_scale.clone())
+        return Fp4Stack(self.format, *parts)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The experts of one layer.
+
+    w13  (experts, 2 * intermediate, hidden), gate rows first; (experts, intermediate, hidden) where
+         the activation does not gate
+    w2   (experts, hidden, intermediate)
+    b13, b2  float32 (experts, rows of w13), (experts, hidden); None without biases
+    """
+
+    w13: Fp4Stack
+    w2: Fp4Stack
+    b13: torch.Tensor | None = None
+    b2: torch.Tensor | None = None
+
+    @property
+    def format(self) -> Format:
+        return self.w13.format
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """Those of w13: where the experts are, as of any weight."""
+        return self.w13.codes
+
+    @property
+    def groups(self) -> int:
+        return self.w13.codes.shape[0]
+
+    def clone(self) -> ExpertWeights:
+        biases = (None if b is None else b.clone() for b in (self.b13, self.b2))
+        return ExpertWeights(self.w13.clone(), self.w2.clone(), *biases)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Tokens with where they go: what stands where a dense call has its activation.
+
+    x        (tokens, hidden) in the problem's 16-bit dtype
+    ids      int32 (tokens, top_k)
+    weights  float32 (tokens, top_k): of the router, without the routed scaling
+    spoilt   bool (tokens, 1): rows of which nothing is asked; None where there are none
+    """
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    spoilt: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    def __getitem__(self, part: slice) -> Routed:
+        """Some of the tokens; views."""
+        spoilt = None if self.spoilt is None else self.spoilt[part]
+        return replace(
+            self, x=self.x[part], ids=self.ids[part], weights=self.weights[part], spoilt=spoilt
+        )
+
+
+def matrix(stack: Fp4Stack, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """One expert's values (rows, k), global scale included."""
+    return dequantise(stack.expert(expert), dtype)

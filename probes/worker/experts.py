@@ -1,0 +1,408 @@
+"""What a worker does with a backend of routed experts on one layer of them.
+
+Every launch is a window of tokens that are routed already, and its answer is known: so everything
+that launches dense problems launches these, with `Routed` tokens where an activation would be. A
+*case* is a set of experts with tokens routed by one law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from ..backends import Backend
+from ..check.sweep import Unchanged
+from ..data import Operands
+from ..grouped.backend import AsDense, stages_of
+from ..grouped.exact import WIDTH, draw, draw_weights, exact_problem, stages
+from ..grouped.problem import ExpertsProblem
+from ..grouped.routing import ODD, REGULAR
+from ..grouped.tensors import ExpertWeights
+from ..launch.case import Case, blame, tensors
+from ..launch.item import Item
+from ..launch.outcome import Budget, NotApplicable, Outcome
+from ..launch.summary import Result
+from ..launch.timing import COLD, Sampler
+from ..problem import Device, Problem
+from ..seeds import derive
+from .session import OpenLayer, Progress, _Field
+
+APPLICABLE = frozenset(
+    {
+        "serial",
+        "graph",
+        "side-stream",
+        "pdl-raw",
+        "pdl-war",
+        "pdl-waw",
+        "rewrite",
+        "strided",
+        "off-bucket",
+        "addresses",
+        "history",
+        "returned",
+        "effects",
+        "callers",
+        "churn",
+        "neighbours",
+        "streams",
+        "threads",
+        "graph-streams",
+        "every-m",
+    }
+)
+"""Regimes of dense problems that routed experts are run in."""
+TIMED_LAWS = ("balanced", "zipf")
+_CUT_TOKENS = 24
+"""Tokens that stages are graded on."""
+_MOST_ROUTES = 8
+"""Batches that a sample rotates through, so that experts are cold."""
+
+
+class OpenExperts(OpenLayer):
+    """One layer of routed experts under test. `problem.m` is the tokens of its pools."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        device: Device,
+        problem: ExpertsProblem,
+        seed: int,
+        memory: int,
+        progress: Progress,
+    ) -> None:
+        # Regimes see a dense problem of the layer's output: hidden from hidden.
+        seen = Problem(problem.format, problem.m, problem.k, problem.k, "bf16", problem.out_dtype)
+        super().__init__(backend, device, seen, seed, memory, progress)
+        self.experts = exact_problem(problem)
+        assert isinstance(backend, AsDense)
+        backend.problem = self.experts
+        self._sets: dict[int, tuple[ExpertWeights, tuple[int, ...], Any, Unchanged]] = {}
+        self._odd: dict[str, list[Case]] = {}
+        self._by_law: list[list[_Batch]] = []
+
+    # Data
+
+    def _weights(self, index: int) -> tuple[ExpertWeights, tuple[int, ...], Any, Unchanged]:
+        """A set of experts, those that may be chosen, and what the backend prepared of it.
+
+        Of the first all may be chosen; of the second half, and the others are NaN.
+        """
+        if index not in self._sets:
+            p, every = self.experts, range(self.experts.groups)
+            live = tuple(every)
+            if index:
+                count = max(p.top_k, p.groups // 2)
+                first = derive(self.seed, "live") % 2
+                live = tuple(sorted((*every[first::2], *every[1 - first :: 2])[:count]))
+            seed = derive(self.seed, "experts", index)
+            self.progress(f"drawing experts, set {index}")
+            made = draw_weights(p, seed, self.device.torch, live, sparse_gates=bool(index))
+            with blame(self.backend):
+                state = self.backend.prepare(made, p)  # type: ignore[arg-type]
+            self._sets[index] = made, live, state, Unchanged(_tensors(made))
+        return self._sets[index]
+
+    def _case(self, law: str, index: int, family: str) -> Case:
+        made, live, state, _ = self._weights(index)
+        seed = derive(self.seed, "tokens", law, index)
+        self.progress(f"routing: {law}, set {index}")
+        pool = self.experts.at(self.problem.m)
+        drawn, right = draw(pool, made, live, law, seed, family)
+        operands: Any = drawn
+        unchanged = Unchanged([*_tensors(made), *tensors(drawn.a)])
+        return Case(self.problem, operands, right, state, unchanged)
+
+    def cases(self, width: int) -> list[Case]:
+        """Every regular law on each set of experts; of one width, whatever is asked for."""
+        if WIDTH not in self._exact:
+            self._exact[WIDTH] = [
+                self._case(law, index, "exact") for index in range(2) for law in REGULAR
+            ]
+        return self._exact[WIDTH]
+
+    def _odd_cases(self, law: str) -> list[Case]:
+        if law not in self._odd:
+            self._odd[law] = [self._case(law, index, law) for index in range(2)]
+        return self._odd[law]
+
+    def _field(self, width: int, small: bool, few: bool) -> _Field:
+        return _Field(self.cases(width), None)
+
+    def case_of(
+        self,
+        data: str,
+        width: int | None,
+        seed: int,
+        draw: int | None = None,
+        afresh: bool = False,
+    ) -> Case:
+        """The case of this data and seed. Raises ValueError where there is none."""
+        if afresh:
+            self._exact.clear()
+            self._odd.clear()
+            self._sets.clear()
+        there = self.cases(WIDTH) if data == "exact" else self._odd_cases(data)
+        for each in there:
+            if each.operands.seed == seed:
+                return each
+        raise ValueError(f"no routed tokens have the seed {seed}")
+
+    def _judged_by_neighbours(self, item: Item) -> bool:
+        return False
+
+    def _summaries(
+        self, regime: str, count: int, outcomes: Sequence[Outcome], cases: Sequence[Case]
+    ) -> list[Result]:
+        results = super()._summaries(regime, count, outcomes, cases)
+        laws = {case.operands.seed: _law(case.operands) for case in cases}
+        for result in results:
+            failed = [*result["bad"], *([result["error"]] if "error" in result else [])]
+            for bad in failed:
+                if bad.get("seed") in laws:
+                    bad.update(law=laws[bad["seed"]], layer_seed=self.seed)
+        return results
+
+    # Grading
+
+    def grade(self, items: Sequence[Item]) -> list[Result]:
+        """Every m of each item under every regular law, bit for bit; and each stage by itself,
+        where the backend can be cut there."""
+        cases = self.cases(WIDTH)
+        most = max((len(item.ms) for item in items), default=0)
+        launches = self.launches(items, cases, ("grade", WIDTH), per_item=most * len(cases))
+        outcomes = self.run("serial", cases, launches, Budget(2, 2, 0.0))
+        results = self._summaries("serial", len(items), outcomes, cases)
+        changed = sum(o.changed_inputs for o in outcomes)
+        cut: dict[str, Result] = {}
+        for item, result in zip(items, results, strict=True):
+            if item.tactic not in cut:
+                cut[item.tactic] = self._stages(item.tactic)
+            result["stages"] = cut[item.tactic]["grades"]
+            result["bad"] += [{**bad, "m": bad["m"]} for bad in cut[item.tactic]["bad"]]
+            if changed:
+                result["changed_inputs"] = changed
+            right = not result["bad"] and "error" not in result
+            result["width"] = WIDTH if right else None
+        return results
+
+    def _stages(self, tactic: str) -> Result:
+        """Each stage that it can be cut into: ``grades`` by its name, and what is wrong."""
+        found: Result = {"grades": {}, "bad": []}
+        assert isinstance(self.backend, AsDense)
+        names = stages_of(self.backend)
+        for case in self.cases(WIDTH)[:: len(REGULAR)] if names else ():
+            self.progress(f"stages, {tactic}")
+            tokens = min(_CUT_TOKENS, self.problem.m)
+            right = stages(self.experts, case.operands, tokens)
+            for name in names:
+                wrong, message = self._cut(name, case, right, tactic)
+                if not wrong:
+                    found["grades"].setdefault(name, "exact")
+                    continue
+                found["grades"][name] = "wrong"
+                described = {
+                    "kind": "wrong",
+                    "wrong": wrong,
+                    "cut": name,
+                    "layer_seed": self.seed,
+                    "message": f"the stage {name} alone: {message}",
+                    "m": tokens,
+                    "offset": 0,
+                    "seed": case.operands.seed,
+                    "data": "exact",
+                    "width": WIDTH,
+                    "rows": self.problem.m,
+                    "tactic": tactic,
+                }
+                found["bad"].append(described)
+        return found
+
+    def cut_again(self, tactic: str) -> Result:
+        """What came of grading the stages of a tactic once more, as `replay` has it."""
+        bad = self._stages(tactic)["bad"]
+        return {"launches": 1, "failures": int(bool(bad))}
+
+    def _cut(self, name: str, case: Case, right: Any, tactic: str) -> tuple[int, str]:
+        """How many elements of one stage are wrong, and what that is like."""
+        assert isinstance(self.backend, AsDense)
+        own: Any = self.backend.own
+        tokens = right.h13.shape[0]
+        routed = case.rows(0, tokens)
+        here = right.here.unsqueeze(2)
+        state = case.state
+        with blame(self.backend):
+            if name == "permute":
+                return _permutation(*own.permute(state, routed.ids, tactic), routed.ids, right.here)
+            if name == "gemm1":
+                found, wanted = own.gemm1(state, routed.x, routed.ids, tactic), right.h13
+            elif name == "activate":
+                found, wanted = own.activate(state, right.h13, tactic), right.h
+            elif name == "gemm2":
+                found, wanted = own.gemm2(state, right.h, routed.ids, tactic), right.y
+            else:
+                found = own.finalize(state, right.y, routed.ids, routed.weights, tactic)
+                wanted, here = case.expectation.lo[:tokens], torch.ones_like(here[:, 0])
+        if found.shape != wanted.shape:
+            return wanted.numel(), f"its shape is {tuple(found.shape)}"
+        wrong = ~(found == wanted) & here
+        return int(wrong.sum()), f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
+
+    def family(self, name: str, items: Sequence[Item]) -> list[Result]:
+        """One odd law, serially."""
+        if name not in ODD:
+            raise NotApplicable(f"routed experts have no {name} data")
+        cases = self._odd_cases(name)
+        most = max((len(item.ms) for item in items), default=0)
+        launches = self.launches(items, cases, name, per_item=most * len(cases))
+        outcomes = self.run("serial", cases, launches, Budget(1, 1, 0.0))
+        results = self._summaries("serial", len(items), outcomes, cases)
+        changed = sum(o.changed_inputs for o in outcomes)
+        for result in results if changed else ():
+            result["changed_inputs"] = changed
+        return results
+
+    def run(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Any], budget: Budget
+    ) -> list[Outcome]:
+        if name not in APPLICABLE:
+            raise NotApplicable("this regime has no form for routed experts")
+        return super().run(name, cases, launches, budget)
+
+    def misses_tiles(self, cases: Sequence[Case], launch: Any) -> bool:
+        return True
+
+    # Timing
+
+    def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float | None]:
+        """Prepare each item's m under both laws; the host microseconds of a call of each.
+
+        A sample rotates through batches with other experts, and through copies of all of them where
+        they would fit in the cache.
+        """
+        made, _, state, _ = self._weights(0)
+        size = sum(t.nbytes for t in _tensors(made))
+        copies = max(1, min(4, -(-COLD * cache_bytes // max(1, size))))
+        with blame(self.backend):
+            more = [self.backend.prepare(made.clone(), self.experts) for _ in range(copies - 1)]  # type: ignore[arg-type]
+        cases = {_law(c.operands): c for c in self.cases(WIDTH)[: len(REGULAR)]}
+        self._by_law, self._timed = [], []
+        for item in items:
+            self.progress(f"timing {item.ms[-1]} tokens")
+            self._by_law.append(
+                [
+                    _Batch(
+                        m,
+                        law,
+                        item.tactic,
+                        self._sampler(cases[law], [state, *more], m, item.tactic),
+                    )
+                    for m in item.ms
+                    for law in TIMED_LAWS
+                ]
+            )
+        return [fmean(b.sampler.host_us or 0.0 for b in each) for each in self._by_law]
+
+    def _sampler(self, case: Case, states: Sequence[Any], m: int, tactic: str) -> Sampler:
+        rows = self.problem.m
+        count = max(len(states), min(_MOST_ROUTES, rows // max(1, m)))
+        batches = [case.rows(i * m % (rows - m + 1), m) for i in range(count)]
+        outs = [
+            torch.empty(m, self.problem.n, dtype=self.problem.dtype, device=self.device.torch)
+            for _ in range(2)
+        ]
+
+        def each() -> None:
+            for index, batch in enumerate(batches):
+                state = states[index % len(states)]
+                self.backend.run(state, batch, outs[index % 2], tactic)  # type: ignore[arg-type]
+
+        return Sampler(each, count, self.device.kind == "cuda")
+
+    def sample(self, indices: Sequence[int]) -> list[float]:
+        """Microseconds of a call, the mean over both laws and the m, of each item."""
+        found = []
+        for index in indices:
+            for batch in self._by_law[index]:
+                batch.taken.append(batch.sampler.sample())
+            found.append(fmean(batch.taken[-1] for batch in self._by_law[index]))
+        return found
+
+    @property
+    def timed(self) -> Any:
+        """What is being timed, in the order of `open_timing`'s items."""
+        return [_Batches(each) for each in self._by_law]
+
+    def times_by_law(self) -> list[dict[str, float]]:
+        """The median so far under each law, over the m, of each item."""
+        return [
+            {
+                law: fmean(median(b.taken) for b in each if b.law == law)
+                for law in TIMED_LAWS
+                if all(b.taken for b in each)
+            }
+            for each in self._by_law
+        ]
+
+    def close_timing(self) -> list[list[tuple[int, float]]]:
+        """Let go of what was timed; of each item (m, median microseconds)."""
+        found = [
+            [
+                (m, fmean(median(b.taken) for b in each if b.m == m))
+                for m in dict.fromkeys(b.m for b in each)
+                if all(b.taken for b in each)
+            ]
+            for each in self._by_law
+        ]
+        self._by_law = []
+        super().close_timing()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Tokens that are timed under one law: their sampler, and what it took."""
+
+    m: int
+    law: str
+    tactic: str
+    sampler: Sampler
+    taken: list[float] = field(default_factory=list)
+
+    @property
+    def eager(self) -> Callable[[], None]:
+        """All batches once, as they were captured."""
+        return self.sampler.eager
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """All of one item, the largest m last."""
+
+    parts: list[_Batch]
+
+
+def _law(operands: Operands) -> str:
+    return str(getattr(operands, "law", ""))
+
+
+def _tensors(weights: ExpertWeights) -> list[torch.Tensor]:
+    return tensors(weights)
+
+
+def _permutation(
+    rows: torch.Tensor, experts: torch.Tensor, ids: torch.Tensor, here: torch.Tensor
+) -> tuple[int, str]:
+    """What is wrong with a sorted order: each slot that is here once, as its own expert's."""
+    slots, wanted = ids.numel(), here.flatten()
+    named = rows.long()
+    real = (named >= 0) & (named < slots)
+    times = torch.bincount(named[real], minlength=slots)
+    missing = int(((times != 1) & wanted).sum())
+    mine = ids.flatten()[named[real]]
+    others = int((experts[real] != mine).sum())
+    return missing + others, f"{missing} slots are not there once, {others} are another expert's"
