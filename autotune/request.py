@@ -11,7 +11,7 @@ from ..machine.devices import Target
 from ..machine.hardware import hardware
 from ..machine.memory import free_memory, readable
 from ..probes import registry
-from ..probes.grouped.problem import ExpertsProblem, parse
+from ..probes.grouped.problem import ExpertsProblem, parse_experts
 from ..probes.grouped.shapes import grouped_layers
 from ..probes.models import shapes
 from ..probes.models.rows import CheckpointLayers
@@ -138,7 +138,7 @@ def experts(
         raise ValueError(f"--max-m {tokens}: it must be from 1 to {MOST_M}")
     found = []
     for text in given:
-        groups, top_k, n, k, gate, scaling = parse(text)
+        groups, top_k, n, k, gate, scaling = parse_experts(text)
         for format_ in formats or DEFAULT_FORMATS:
             found.append(
                 ExpertsProblem(

@@ -17,7 +17,7 @@ from fp4tune.probes.grouped.problem import (
     ExpertsProblem,
     is_grouped,
     of_fields,
-    parse,
+    parse_experts,
 )
 from fp4tune.probes.grouped.reference import activate, expert_by_expert, rows_out
 from fp4tune.probes.grouped.shapes import grouped_layers
@@ -78,11 +78,11 @@ def test_what_no_backend_could_compute_is_refused(changes, said):
 
 
 def test_experts_are_typed_in():
-    assert parse("8,2,64,128") == (8, 2, 64, 128, "swiglu", 1.0)
-    assert parse("256,8,256,7168,swiglu,2.5") == (256, 8, 256, 7168, "swiglu", 2.5)
+    assert parse_experts("8,2,64,128") == (8, 2, 64, 128, "swiglu", 1.0)
+    assert parse_experts("256,8,256,7168,swiglu,2.5") == (256, 8, 256, 7168, "swiglu", 2.5)
     for text in ("", "8", "8,2,64", "8,2,64,x", "8,2,64,0", "8,2,64,128,gelu", "1,2,3,4,5,6,7"):
         with pytest.raises(ValueError, match=r"E,TOP_K|gelu|'5'"):
-            parse(text)
+            parse_experts(text)
 
 
 @QUICK
@@ -169,7 +169,7 @@ def test_a_law_that_is_not_known_or_does_not_fit():
 def made(p, law="balanced", live=None, sparse=False, seed=5):
     live = range(p.groups) if live is None else live
     weights = exact.draw_weights(p, seed, "cpu", live, sparse)
-    return exact.draw(p, weights, live, law, seed)
+    return exact.draw_tokens(p, weights, live, law, seed)
 
 
 @pytest.mark.parametrize("format_", ["nvfp4", "mxfp4"])
@@ -210,7 +210,7 @@ def test_the_answer_is_that_of_float64_token_by_token(gate):
 def test_the_next_experts_scales_are_two_binades_away(format_):
     p = problem(format=format_, groups=16)
     for expert in range(p.groups - 1):
-        mine, other = exact.units(p, expert), exact.units(p, expert + 1)
+        mine, other = exact.units_of(p, expert), exact.units_of(p, expert + 1)
         assert abs(mine.gate - other.gate) >= 2 and abs(mine.down - other.down) >= 2
     drawn, right = made(p)
     w = drawn.weight

@@ -48,7 +48,7 @@ _CODES = torch.tensor([[1, 2, 4, 6], [3, 5, 7, 6]], dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnExperts:
     """Operands of grouped problems, as drawn; `width` and `rows` are as of dense ones.
 
     `law` is how tokens are routed, `live` the experts that any are routed to.
@@ -86,7 +86,7 @@ class Units:
         return self.h + self.down
 
 
-def units(problem: ExpertsProblem, expert: int) -> Units:
+def units_of(problem: ExpertsProblem, expert: int) -> Units:
     """The units of an expert; those of the next one are at least two binades away."""
     gate = 5 + 2 * ((expert + expert // 4) % 4)
     act = problem.act
@@ -123,34 +123,36 @@ def draw_weights(
         return here & (even.unsqueeze(0) | ~first.unsqueeze(1))
 
     def exponents13(expert: int) -> torch.Tensor:
-        gate = units(problem, expert).gate - _X
+        gate = units_of(problem, expert).gate - _X
         if not problem.act.gated:
             return torch.full((rows,), gate, device=device)
         return torch.where(first, gate, gate - 4)
 
     signed13 = ~first if problem.act.gated else torch.ones_like(first)
     w13 = _Matrix(fmt, (problem.groups, rows, k), mix(key + 1), mask13, exponents13, signed13)
-    filled13 = w13.fill(device, shift=lambda e: units(problem, e).gate - _X - 2 + _offset(e))
+    filled13 = w13.fill(
+        device, shift=lambda e: units_of(problem, e).gate - _X - 2 + _global_offset(e)
+    )
     share = _share_of_w2(problem, filled13, live, seed)
 
     def mask2(bits: torch.Tensor) -> torch.Tensor:
         return ((bits >> 8) & 0xFFFF) < int(65536 * share)
 
     def exponents2(expert: int) -> torch.Tensor:
-        return torch.full((k,), units(problem, expert).down, device=device)
+        return torch.full((k,), units_of(problem, expert).down, device=device)
 
     every = torch.ones(k, dtype=torch.bool, device=device)
     w2 = _Matrix(
         fmt, (problem.groups, k, n), mix(key + 2), mask2, exponents2, every, act.limit is None
     )
-    filled2 = w2.fill(device, shift=lambda e: units(problem, e).down + _offset(2 * e + 1))
+    filled2 = w2.fill(device, shift=lambda e: units_of(problem, e).down + _global_offset(2 * e + 1))
     b13, b2 = _biases(problem, key, device) if problem.act.biased else (None, None)
     made = ExpertWeights(filled13, filled2, b13, b2)
     _spoil(made, [e for e in range(problem.groups) if e not in set(live)])
     return made
 
 
-def _offset(expert: int) -> int:
+def _global_offset(expert: int) -> int:
     return 2 * (expert % 3) - 2
 
 
@@ -159,13 +161,13 @@ def _biases(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups, n = problem.groups, problem.n
     bits = hash_elements(groups, problem.rows13, mix(key + 7), device)
-    gate = [units(problem, e).gate for e in range(groups)]
+    gate = [units_of(problem, e).gate for e in range(groups)]
     unit = torch.tensor(gate, dtype=torch.float32, device=device).exp2().unsqueeze(1)
     b13 = ((bits & 0xFF) == 0) * unit
     up = ((bits & 0x3F) == 0) * unit / 16 * torch.where(bits < 0, -1.0, 1.0)
     b13[:, n:] = up[:, n:]
     bits = hash_elements(groups, problem.k, mix(key + 8), device)
-    out = [units(problem, e).out for e in range(groups)]
+    out = [units_of(problem, e).out for e in range(groups)]
     unit = torch.tensor(out, dtype=torch.float32, device=device).exp2().unsqueeze(1)
     return b13, (below(bits, 0, 8, 5) - 2) * unit
 
@@ -195,7 +197,7 @@ class _Matrix:
     """Whether one element in eight is three units."""
 
     def fill(self, device: torch.device | str, shift: Callable[[int], int]) -> Fp4Stack:
-        """Drawn; `shift` is log2 of each expert's global scale, where the format has one."""
+        """DrawnExperts; `shift` is log2 of each expert's global scale, where the format has one."""
         groups, rows, k = self.shape
         fmt, blocks = self.format, k // self.format.block
         codes = torch.empty(groups, rows, k // 2, dtype=torch.uint8, device=device)
@@ -252,7 +254,10 @@ def _share_of_w2(problem: ExpertsProblem, w13: Fp4Stack, live: Sequence[int], se
     sizes, bits = [], []
     for place, expert in enumerate(live[: problem.top_k]):
         h13 = x @ matrix(w13, expert, torch.float32).T
-        h = activate(h13.double(), problem.act, problem.n).abs() / 2.0 ** units(problem, expert).h
+        h = (
+            activate(h13.double(), problem.act, problem.n).abs()
+            / 2.0 ** units_of(problem, expert).h
+        )
         sizes.append(h.float())
         key = stream_key(seed, f"sample {place}")
         bits.append(hash_elements(columns, problem.n, key, device))
@@ -269,14 +274,14 @@ def _share_of_w2(problem: ExpertsProblem, w13: Fp4Stack, live: Sequence[int], se
     return max(low, 1.5 / 65536)
 
 
-def draw(
+def draw_tokens(
     problem: ExpertsProblem,
     weights: ExpertWeights,
     live: Sequence[int],
     law: str,
     seed: int,
     family: str = "exact",
-) -> tuple[Drawn, Expectation]:
+) -> tuple[DrawnExperts, Expectation]:
     """`problem.m` tokens routed by `law` among `live`, and the right answer to each.
 
     Tokens whose sums would need more bits are made zeros. `problem.scaling` is a power of two: see
@@ -286,7 +291,7 @@ def draw(
     x = _tokens(problem, problem.m, key, device)
     routing = route(law, problem.m, live, problem.top_k, seed)
     ids = routing.ids.to(device)
-    out = [-units(problem, e).out for e in range(problem.groups)]
+    out = [-units_of(problem, e).out for e in range(problem.groups)]
     inverse = torch.tensor(out, dtype=torch.float32, device=device).exp2()
     here = (ids >= 0) & (ids < problem.groups)
     router = torch.where(here, inverse[ids.long().clamp(0, problem.groups - 1)], 1.0)
@@ -298,7 +303,7 @@ def draw(
     if routed.spoilt is not None:
         x[spoilt[:, 0]] = torch.nan
         router[spoilt[:, 0]] = torch.nan
-    drawn = Drawn(routed, weights, family, WIDTH, seed, law, tuple(live))
+    drawn = DrawnExperts(routed, weights, family, WIDTH, seed, law, tuple(live))
     return drawn, Expectation(right, right, exact=True)
 
 
@@ -313,7 +318,7 @@ class Stages:
     here: torch.Tensor
 
 
-def stages(problem: ExpertsProblem, drawn: Drawn, tokens: int) -> Stages:
+def stages(problem: ExpertsProblem, drawn: DrawnExperts, tokens: int) -> Stages:
     """Of the first `tokens` tokens: gemm1 (tokens, top_k, rows of w13), activation (.., n), gemm2
     (.., hidden)."""
     routed = drawn.a[:tokens]

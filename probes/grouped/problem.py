@@ -134,7 +134,7 @@ def of_fields(fields: dict[str, Any]) -> ExpertsProblem:
     return ExpertsProblem(**known, top_k=int(top_k), gate=gate, scaling=float(scaling or 1.0))
 
 
-def parse(text: str) -> tuple[int, int, int, int, str, float]:
+def parse_experts(text: str) -> tuple[int, int, int, int, str, float]:
     """(experts, top-k, intermediate, hidden, gate, scaling) of ``128,8,768,2048``, of
     ``32,4,2880,2880,swiglu-oai`` or of ``256,8,256,7168,swiglu,2.5``.
 

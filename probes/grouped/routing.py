@@ -43,7 +43,7 @@ class Law:
     about: str
 
 
-def _order(count: int, seed: int) -> torch.Tensor:
+def _shuffled_experts(count: int, seed: int) -> torch.Tensor:
     """A permutation of 0 .. count-1, int64."""
     return torch.argsort(hash_rows(count, stream_key(seed, "order"), "cpu"), stable=True)
 
@@ -60,7 +60,7 @@ def _right(ids: torch.Tensor) -> Routing:
 def _balanced(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
     count = len(experts)
     slots = torch.arange(tokens * top_k).view(tokens, top_k) % count
-    return _right(_named(_order(count, seed)[slots], experts))
+    return _right(_named(_shuffled_experts(count, seed)[slots], experts))
 
 
 def _zipf(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
@@ -70,12 +70,12 @@ def _zipf(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing
     # Exponential races: the first top_k to arrive are a sample without replacement.
     rate = (torch.arange(count, dtype=torch.float64) + 1).pow(-ZIPF)
     first = (-uniform.log() / rate).argsort(dim=1, stable=True)[:, :top_k]
-    return _right(_named(_order(count, seed)[first], experts))
+    return _right(_named(_shuffled_experts(count, seed)[first], experts))
 
 
 def _one_takes_all(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
     """Each token's first expert is the same; the others are balanced."""
-    order, count = _order(len(experts), seed), len(experts)
+    order, count = _shuffled_experts(len(experts), seed), len(experts)
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
     if top_k > 1:
         rest = torch.arange(tokens * (top_k - 1)).view(tokens, top_k - 1) % (count - 1)
@@ -85,17 +85,17 @@ def _one_takes_all(tokens: int, experts: Sequence[int], top_k: int, seed: int) -
 
 def _the_same(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
     """Every token to the same top_k experts: all others are idle, and these get a token each."""
-    chosen = _order(len(experts), seed)[:top_k]
+    chosen = _shuffled_experts(len(experts), seed)[:top_k]
     return _right(_named(chosen.expand(tokens, top_k), experts))
 
 
-def _runs(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+def _runs_around_blocks(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
     """Groups of experts in turn, for block - 1, block and block + 1 tokens of every block size."""
     lengths = [size + more for size in BLOCKS for more in (-1, 0, 1)]
     turn = lengths[seed % len(lengths) :] + lengths[: seed % len(lengths)]
     run = torch.repeat_interleave(torch.arange(len(turn)), torch.tensor(turn))
     run = run.repeat(math.ceil(tokens / len(run)) if tokens else 0)[:tokens]
-    order, count = _order(len(experts), seed), len(experts)
+    order, count = _shuffled_experts(len(experts), seed), len(experts)
     return _right(_named(order[(run[:, None] * top_k + torch.arange(top_k)) % count], experts))
 
 
@@ -117,7 +117,7 @@ def _elsewhere(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Ro
     return _right(found)
 
 
-def _padding(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+def _padding_rows(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
     """The last rows of every eight are padding, with experts that there are not."""
     found = _balanced(tokens, experts, top_k, seed).ids
     spoilt = torch.arange(tokens) % 8 >= 5
@@ -143,7 +143,7 @@ REGULAR = {
         Law("zipf", _zipf, f"experts are drawn by Zipf's law, exponent {ZIPF}"),
         Law("one-takes-all", _one_takes_all, "one expert has every token"),
         Law("idle", _the_same, "all but top-k experts are idle"),
-        Law("runs", _runs, "experts with one token less and more than a block"),
+        Law("runs", _runs_around_blocks, "experts with one token less and more than a block"),
     )
 }
 ODD = {
@@ -151,7 +151,7 @@ ODD = {
     for law in (
         Law("duplicates", _duplicates, "an expert twice in a row"),
         Law("elsewhere", _elsewhere, "-1 for experts on other ranks"),
-        Law("padding-ids", _padding, "padding rows with experts that there are not"),
+        Law("padding-ids", _padding_rows, "padding rows with experts that there are not"),
         Law("nan-router", _nan_router, "rows of a router that gave NaN"),
     )
 }

@@ -18,7 +18,7 @@ from ..backends import Backend
 from ..check.sweep import Unchanged
 from ..data import Operands
 from ..grouped.backend import AsDense, stages_of
-from ..grouped.exact import WIDTH, draw, draw_weights, exact_problem, stages
+from ..grouped.exact import WIDTH, draw_tokens, draw_weights, exact_problem, stages
 from ..grouped.problem import ExpertsProblem
 from ..grouped.routing import ODD, REGULAR
 from ..grouped.tensors import ExpertWeights
@@ -104,7 +104,7 @@ class OpenExperts(OpenLayer):
             made = draw_weights(p, seed, self.device.torch, live, sparse_gates=bool(index))
             with blame(self.backend):
                 state = self.backend.prepare(made, p)  # type: ignore[arg-type]
-            self._sets[index] = made, live, state, Unchanged(_tensors(made))
+            self._sets[index] = made, live, state, Unchanged(_weight_tensors(made))
         return self._sets[index]
 
     def _case(self, law: str, index: int, family: str) -> Case:
@@ -112,9 +112,9 @@ class OpenExperts(OpenLayer):
         seed = derive(self.seed, "tokens", law, index)
         self.progress(f"routing: {law}, set {index}")
         pool = self.experts.at(self.problem.m)
-        drawn, right = draw(pool, made, live, law, seed, family)
+        drawn, right = draw_tokens(pool, made, live, law, seed, family)
         operands: Any = drawn
-        unchanged = Unchanged([*_tensors(made), *tensors(drawn.a)])
+        unchanged = Unchanged([*_weight_tensors(made), *tensors(drawn.a)])
         return Case(self.problem, operands, right, state, unchanged)
 
     def cases(self, width: int) -> list[Case]:
@@ -285,7 +285,7 @@ class OpenExperts(OpenLayer):
         they would fit in the cache.
         """
         made, _, state, _ = self._weights(0)
-        size = sum(t.nbytes for t in _tensors(made))
+        size = sum(t.nbytes for t in _weight_tensors(made))
         copies = max(1, min(4, -(-COLD * cache_bytes // max(1, size))))
         with blame(self.backend):
             more = [self.backend.prepare(made.clone(), self.experts) for _ in range(copies - 1)]  # type: ignore[arg-type]
@@ -390,7 +390,7 @@ def _law(operands: Operands) -> str:
     return str(getattr(operands, "law", ""))
 
 
-def _tensors(weights: ExpertWeights) -> list[torch.Tensor]:
+def _weight_tensors(weights: ExpertWeights) -> list[torch.Tensor]:
     return tensors(weights)
 
 

@@ -209,7 +209,7 @@ class RouterTwice(TorchExperts):
         return super().finalize(state, y, ids, weights * weights, tactic)
 
 
-class Foreign(TorchExperts):
+class ForeignIsFirst(TorchExperts):
     """-1 is taken for the first expert."""
 
     name = "zoo-experts-foreign"
@@ -388,7 +388,7 @@ MUTANTS = (
     ScaledTwice,
     NeverScaled,
     RouterTwice,
-    Foreign,
+    ForeignIsFirst,
     Garbage,
     Once,
     Idle,
