@@ -33,8 +33,16 @@ from ._console import (
 def choose(
     ctx: typer.Context,
     m: Annotated[int, typer.Argument(help="Rows of the activation: tokens in the batch.")],
-    n: Annotated[int, typer.Argument(help="Outputs of the layer, on one rank.")],
-    k: Annotated[int, typer.Argument(help="Inputs of the layer, on one rank.")],
+    n: Annotated[
+        int | None, typer.Argument(help="Outputs of the layer, on one rank; not with --experts.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Argument(help="Inputs of the layer, on one rank; not with --experts.")
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="A layer of routed experts as E,TOP_K,INTERMEDIATE,HIDDEN."),
+    ] = None,
     format_: Format = "nvfp4",
     activation: Activation = "bf16",
     out_dtype: OutDtype = "bf16",
@@ -52,6 +60,7 @@ def choose(
     """Print the stored choice for one problem, as an engine would read it."""
     with one_sentence():
         refuse_engine_options(ctx, engine)
+        from ..autotune import request as planning
         from ..autotune.verdict.profiles import PROFILES
         from ..engines import names
         from ..probes.problem import Problem
@@ -61,7 +70,15 @@ def choose(
 
         if profile is not None:
             named(PROFILES, profile, "profile")
-        problem = Problem(format_, m, n, k, activation, out_dtype)
+        problem: Problem
+        if experts is not None:
+            if n is not None:
+                raise ValueError("choose M --experts ...: N and K are in --experts already")
+            (problem,) = [p.at(m) for p in planning.experts([experts], [format_], (), 1)]
+        elif n is None or k is None:
+            raise ValueError("choose takes M, N and K, or M and --experts E,TOP_K,...")
+        else:
+            problem = Problem(format_, m, n, k, activation, out_dtype)
         decision = documents.decision(state, problem, profile)
         verdict = _engine.assessed(engine, engine_args, state, profile=profile, python=python)
         decision["engine"] = verdict

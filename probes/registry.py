@@ -166,7 +166,7 @@ def check(candidate: Any, where: str) -> Backend:
 
 def _of_experts(candidate: Any, where: str) -> Backend:
     """A backend of routed experts, wrapped. Raises BadBackend, one sentence."""
-    from .grouped.backend import AsDense
+    from .grouped.backend import STAGES, AsDense
 
     backend: Any = candidate
     if isinstance(candidate, AsDense):
@@ -177,7 +177,8 @@ def _of_experts(candidate: Any, where: str) -> Backend:
         raise BadBackend(f"{where} computes no routed experts: it lacks {', '.join(missing)}")
     if not NAME.fullmatch(candidate.name):
         raise BadBackend(f"{where} is called {ascii(candidate.name)[:100]}; a name is {_ALLOWED}")
-    for method, arguments in _OF_EXPERTS.items():
+    cut = {m: a for m, a in STAGES.items() if callable(getattr(candidate, m, None))}
+    for method, arguments in (*_OF_EXPERTS.items(), *cut.items()):
         try:
             inspect.signature(getattr(candidate, method)).bind(*arguments)
         except TypeError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
+from ..autotune.choice.single import single_backends
 from ..autotune.evidence.wording import witnessed
 from ..autotune.plan import Report
 from ..autotune.publication import published
@@ -40,7 +41,7 @@ def decision(
     """What the engine's reader answers for one problem, and the bound behind it."""
     p = problem
     reading = reader.open(place_of(state_dir), profile=profile)
-    found = reading.choose(p.m, p.n, p.k, p.format, p.activation, p.out_dtype)
+    found = reading.choose(p.m, p.n, p.k, p.format, p.activation, p.out_dtype, p.groups)
     answer = {name: getattr(found, name) for name in found.__slots__}
     answer["failure_bound_95"] = failure_bound(found.problems)
     answer["problem"] = asdict(problem)
@@ -96,11 +97,11 @@ def layer(
         return None
     p = problem
     found = {each.key: each for each in compared(published.load(place))}
-    mine = found.get((*scope, p.format, p.activation, p.out_dtype, 1, p.n, p.k))
+    mine = found.get((*scope, p.format, p.activation, p.out_dtype, p.groups, p.n, p.k))
     if mine is None:
         return None
     crossed = layouts.crossings(found.values())
-    crossing = crossed.get((*scope, p.format, "bf16", p.out_dtype, 1, p.n, p.k))
+    crossing = crossed.get((*scope, p.format, "bf16", p.out_dtype, p.groups, p.n, p.k))
     return {**mine.json(), "crossing": asdict(crossing) if crossing else None}
 
 
@@ -122,7 +123,7 @@ def for_checkpoint(
     instead = None
     if assessed["status"] == "broken":
         question = (p["m"], p["n"], p["k"], p["format"], p["activation"], p["out_dtype"])
-        for other in reader.open(place, profile=profile).alternatives(*question):
+        for other in reader.open(place, profile=profile).alternatives(*question, p["groups"]):
             its = checkpoint_check.assess(record, other.conditions, p["format"], p["out_dtype"])
             if other.status == "safe" and its["status"] == "holds":
                 names = ("backend", "tactic", "layout", "median_us")
@@ -207,6 +208,7 @@ def probe_json(report: Report) -> dict[str, Any]:
         "candidates": [asdict(row) for row in report.candidates],
         "findings": [_finding_document(row) for row in report.findings],
         "timings": [_with_dicts(asdict(row)) for row in report.timings],
+        "experts": _experts(report.candidates),
         "audits": [asdict(row) for row in report.audits],
         "known": report.known,
         "unsupported": report.unsupported,
@@ -218,6 +220,15 @@ def probe_json(report: Report) -> dict[str, Any]:
         "set_aside": report.set_aside,
         "spent": report.spent,
     }
+
+
+def _experts(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
+    """What one backend for all routed experts costs; None where none were probed."""
+    if not any(c.bucket.groups > 1 for c in candidates):
+        return None
+    traffic = layouts.default(candidates[0].profile)
+    found = single_backends(candidates, traffic)
+    return {"traffic": traffic.name, "single": [each.json() for each in found]}
 
 
 def _finding_document(row: Finding) -> dict[str, Any]:

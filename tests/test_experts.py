@@ -311,3 +311,20 @@ def test_a_dense_backend_and_one_of_experts_decline_each_others_problems():
     assert "routed experts" in _mismatch(routed, Problem("nvfp4", 1, 64, 64))
     assert _mismatch(routed, problem()) is None
     assert "torch-experts" not in registry.names()
+
+
+def test_a_stage_that_takes_something_else_is_told():
+    class Odd:
+        experts = True
+        name = "odd"
+        layout = "plain"
+        unsupported = prepare = run = None
+
+    class Cut(type(registry.load_one("torch-experts").own)):
+        def activate(self, problem, h, more, most):
+            return h
+
+    with pytest.raises(registry.BadBackend, match="lacks unsupported"):
+        registry.check(Odd(), "odd.py")
+    with pytest.raises(registry.BadBackend, match="activate"):
+        registry.check(Cut(), "cut.py")

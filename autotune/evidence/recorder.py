@@ -23,6 +23,8 @@ _CONDITIONS = {
     **{name: family.condition for name, family in FAMILIES.items()},
     **{name: law.condition for name, law in ODD_ROUTING.items()},
 }
+_KEPT = ("proof", "alpha", "roundings", "tile_error", "accumulation", "bad_problems", "stages")
+"""What of a result its evidence keeps, where there is any."""
 _COLUMNS = ("kind", "m", "seed", "data", "launch")
 """What of a failure has a column of its own."""
 
@@ -157,8 +159,7 @@ class Recorder:
         Returns the status recorded.
         """
         detail: dict[str, Any] = {}
-        kept = ("proof", "alpha", "roundings", "tile_error", "accumulation", "bad_problems", "stages")
-        for key in kept:
+        for key in _KEPT:
             if result.get(key):
                 detail[key] = result[key]
         for graded in result.get("graded", ()):

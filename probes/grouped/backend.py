@@ -11,8 +11,14 @@ from ..problem import Device
 from .problem import ExpertsProblem
 from .tensors import ExpertWeights, Routed
 
-STAGES = ("permute", "gemm1", "activate", "gemm2", "finalize")
-"""Where a backend can be cut, by the name of the method."""
+STAGES = {
+    "permute": ("state", "ids", "tactic"),
+    "gemm1": ("state", "x", "ids", "tactic"),
+    "activate": ("state", "h13", "tactic"),
+    "gemm2": ("state", "h", "ids", "tactic"),
+    "finalize": ("state", "y", "ids", "weights", "tactic"),
+}
+"""Where a backend can be cut: the method's name, and its arguments."""
 
 
 class ExpertsBackend(Protocol):

@@ -47,7 +47,7 @@ def choice_lines(answer: Mapping[str, Any], layer: bool) -> list[str]:
 def layer_lines(document: Mapping[str, Any]) -> list[str]:
     """A layer's layouts in words."""
     d = document
-    weights = WEIGHTS[d["activation"]]
+    weights = WEIGHTS.get(d["activation"], d["activation"])
     head = f"n={d['n']} k={d['k']} {d['format']} {weights}: "
     if d["layout"]:
         head += f"weights are laid out as {d['layout']}, weighed by the traffic {d['traffic']}"

@@ -17,7 +17,7 @@ _MOST_FINDINGS = 3
 def explained_lines(document: Mapping[str, Any]) -> list[str]:
     """The document in words, one paragraph a topic."""
     d, p, b = document, document["problem"], document["bucket"]
-    weights = WEIGHTS[p["activation"]]
+    weights = WEIGHTS.get(p["activation"], p["activation"])
     at = [str(m) for m in representatives(MRange(b["m_lo"], b["m_hi"]))]
     timed = " and ".join(filter(None, (", ".join(at[:-1]), at[-1])))
     out = [

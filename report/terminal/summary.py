@@ -20,6 +20,7 @@ from ..brief import engines_for
 from ..documents import damage, forgotten, ledger_problem, stored_findings
 from ..wording import WEIGHTS, range_text, scope_text
 from .console import console, styled, table
+from .experts import law_lines, single_lines
 from .findings import print_finding, print_findings
 from .tables import print_backends, print_bounds, print_choices, print_reasons
 
@@ -36,6 +37,9 @@ def print_probe(report: Report) -> None:
         print_backends(out, report.candidates, report.build_seconds)
         print_bounds(out, report.choices)
         print_findings(out, report.findings)
+        lines = [*single_lines(report.candidates), *law_lines(report.timings)]
+        for line in lines:
+            out.print(line)
     print_reasons(out, "Audit", audits.remarks(report.audits))
     _print_unsteady(out, report.timings)
     _print_left(out, report.left)

@@ -1,0 +1,120 @@
+"""`probe --experts` and `choose --experts`, on a CPU, with a backend of a user's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fp4tune import cli
+from fp4tune.autotune import request
+from fp4tune.autotune.choice.single import single_backends
+from fp4tune.autotune.choice.traffic import Traffic
+from fp4tune.cache.rows import BucketKey, Candidate
+
+EXPERTS = "4,2,32,64"
+WRONG = """
+from fp4tune.probes.grouped.zoo.mutants import Swapped
+
+
+class Wrong(Swapped):
+    name = "wrong-experts"
+"""
+OWN = "docs/examples/experts.py:PlainExperts"
+
+
+def fp4tune(*args):
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """(state directory, document) of a probe of a small layer."""
+    from fp4tune.probes.bundle.closure import PACKAGE
+
+    state = tmp_path_factory.mktemp("experts")
+    own = PACKAGE / OWN.partition(":")[0]
+    wrong = state / "wrong.py"
+    wrong.write_text(WRONG)
+    done = fp4tune(
+        "probe", "--gpu", "none", "--experts", EXPERTS, "--max-m", 2, "--level", "quick",
+        "--seed", 1, "--state", state, "--json", "--backend", f"{own}:PlainExperts",
+        "--backend", "torch-experts", "--backend", f"{wrong}:Wrong",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return state, json.loads(done.stdout)[0]
+
+
+def test_right_backends_are_safe_and_the_mutant_is_not(probed):
+    _, document = probed
+    verdicts = {}
+    for row in document["candidates"]:
+        verdicts.setdefault(row["backend"], set()).add(row["verdict"])
+    assert verdicts["example-experts"] == verdicts["torch-experts"] == {"safe"}
+    assert "unsafe" in verdicts["wrong-experts"]
+    assert {c["bucket"]["groups"] for c in document["choices"]} == {4}
+
+
+def test_times_are_by_law_and_one_backend_has_a_loss(probed):
+    _, document = probed
+    timed = [row for row in document["timings"] if row["bucket"]["m_hi"]]
+    assert timed and all(set(row["detail"]["laws"]) == {"balanced", "zipf"} for row in timed)
+    single = document["experts"]["single"]
+    assert {each["backend"] for each in single} == {"example-experts", "torch-experts"}
+    assert single[0]["loss_percent"] <= single[1]["loss_percent"]
+
+
+def test_a_finding_says_the_law_and_can_be_seen_again(probed):
+    state, document = probed
+    found = [f for f in document["findings"] if f["backend"] == "wrong-experts"]
+    assert any("law" in f["detail"] for f in found)
+    first = next(f for f in found if "law" in f["detail"])
+    own = ("--backend", f"{state}/wrong.py:Wrong")
+    again = fp4tune("reproduce", first["id"], "--state", state, "--times", 2, *own)
+    assert again.exit_code == 1, again.output  # it fails again
+
+
+def test_what_was_chosen_is_told(probed):
+    state, _ = probed
+    done = fp4tune("choose", 2, "--experts", EXPERTS, "--state", state, "--json")
+    answer = json.loads(done.stdout)
+    assert done.exit_code == 0 and answer["status"] == "safe"
+    assert answer["backend"] in ("example-experts", "torch-experts")
+    plain = fp4tune("choose", 2, "--experts", EXPERTS, "--state", state, "--layer")
+    assert plain.exit_code == 0, plain.output
+    other = fp4tune("choose", 2, "--experts", "4,1,32,64", "--state", state)
+    assert other.exit_code == 2
+    for args in ((2, 32, 64, "--experts", EXPERTS), (2,), (2, "--experts", "4,2")):
+        bad = fp4tune("choose", *args, "--state", state)
+        assert bad.exit_code == 2 and "Traceback" not in bad.output
+
+
+def test_what_is_no_layer_of_experts_is_one_sentence(tmp_path):
+    for text in ("4,8,32,64", "4,2,33,64", "4", "4,2,32,64,gelu"):
+        done = fp4tune("probe", "--gpu", "none", "--experts", text, "--state", tmp_path)
+        assert done.exit_code == 2 and "Traceback" not in done.output
+
+
+def test_dense_backends_are_not_asked_about_experts_alone():
+    routed = request.experts([EXPERTS], (), (), 4)
+    assert "torch-dequant" not in request.backends_for((), routed)
+    assert "torch-experts" in request.backends_for((), routed)
+
+
+def candidate(backend, m, us, verdict="safe", groups=8):
+    bucket = BucketKey("nvfp4", "bf16:top2:swiglu", "bf16", groups, m, m, 64, 128)
+    return Candidate("sm90", "H200", "strict", bucket, backend, "default", "x", verdict, 0, us)
+
+
+def test_one_backend_for_all_loses_what_others_win():
+    traffic = Traffic("t", ((1, 0.5), (2, 0.5)))
+    rows = [candidate("a", 1, 10.0), candidate("a", 2, 40.0)]
+    rows += [candidate("b", 1, 20.0), candidate("b", 2, 20.0)]
+    rows += [candidate("c", 1, 1.0, "unsafe"), candidate("c", 2, 1.0)]
+    rows += [candidate("d", 1, 0.1, groups=1)]
+    found = single_backends(rows, traffic)
+    # The oracle: a at 1, c at 2.
+    assert [(s.backend, round(s.loss_percent)) for s in found] == [("b", 264), ("a", 355)]
+    assert single_backends(rows[:2], traffic)[0].loss_percent == 0
+    assert single_backends([candidate("a", 1, 1.0, "unsafe")], traffic) == []
