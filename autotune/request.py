@@ -109,7 +109,7 @@ def fits(problems: Iterable[Problem], target: Target) -> None:
     if room is None:
         return
     for p in problems:
-        least = _WEIGHT_BYTES * _elements(p) + _ROW_BYTES * p.m * (p.n + p.k)
+        least = _WEIGHT_BYTES * _elements_at_once(p) + _ROW_BYTES * p.m * (p.n + p.k)
         if least > room:
             raise ValueError(
                 f"a layer with n={p.n} and k={p.k} takes {readable(least)} to check up to m={p.m}, "
@@ -118,7 +118,7 @@ def fits(problems: Iterable[Problem], target: Target) -> None:
             )
 
 
-def _elements(p: Problem) -> int:
+def _elements_at_once(p: Problem) -> int:
     """FP4 elements of a layer that are dequantised at once, about: of routed experts few are."""
     return p.parameters // 4 if isinstance(p, ExpertsProblem) else p.n * p.k
 

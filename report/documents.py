@@ -208,7 +208,7 @@ def probe_json(report: Report) -> dict[str, Any]:
         "candidates": [asdict(row) for row in report.candidates],
         "findings": [_finding_document(row) for row in report.findings],
         "timings": [_with_dicts(asdict(row)) for row in report.timings],
-        "experts": _experts(report.candidates),
+        "experts": _one_backend_for_experts(report.candidates),
         "audits": [asdict(row) for row in report.audits],
         "known": report.known,
         "unsupported": report.unsupported,
@@ -222,7 +222,7 @@ def probe_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _experts(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
+def _one_backend_for_experts(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
     """What one backend for all routed experts costs; None where none were probed."""
     if not any(c.bucket.groups > 1 for c in candidates):
         return None

@@ -40,7 +40,7 @@ def single_backends(candidates: Sequence[Candidate], traffic: Traffic) -> list[S
     groups = by_bucket([c for c in candidates if c.bucket.groups > 1])
     shares = {bucket: _share(bucket, traffic) for bucket in groups}
     weighed = [bucket for bucket, share in shares.items() if share]
-    times = {bucket: _times(groups[bucket]) for bucket in weighed}
+    times = {bucket: _safe_times(groups[bucket]) for bucket in weighed}
     if not weighed or not all(times.values()):
         return []
     oracle = math.fsum(shares[b] * min(times[b].values()) for b in weighed)
@@ -57,7 +57,7 @@ def _share(bucket: BucketKey, traffic: Traffic) -> float:
     return math.fsum(share for m, share in traffic.weights if m in inside)
 
 
-def _times(candidates: Sequence[Candidate]) -> Mapping[str, float]:
+def _safe_times(candidates: Sequence[Candidate]) -> Mapping[str, float]:
     return {
         c.backend: c.median_us
         for c in candidates

@@ -8,7 +8,7 @@ from typing import Any
 from .quantisation import FP4_FORMATS
 
 PARTS = ("FP4 dense", "FP4 grouped", "not FP4", "not understood")
-GROUPED = "routed experts: grouped problems are not probed yet"
+GROUPED = "routed experts: probed as one layer, not GEMM by GEMM"
 SPLIT = "tensor parallelism of"
 """In every reason why a layer cannot be split."""
 
@@ -93,7 +93,7 @@ class CheckpointLayers:
             formats = sorted({r.format for r in self.rows if r.part == "FP4 grouped"})
             return (
                 f"{self.checkpoint} has no dense FP4 layer: only its routed experts are FP4 "
-                f"({', '.join(formats)}), and grouped problems are not probed yet"
+                f"({', '.join(formats)}), and they make up no layer that can be probed"
             )
         if "not understood" in parts:
             odd = next(r for r in self.rows if r.part == "not understood")
@@ -113,7 +113,7 @@ class CheckpointLayers:
         share = self.grouped / (self.grouped + self.dense)
         return (
             f"routed experts are FP4: {100 * share:.3g} % of the FP4 parameters; "
-            "grouped problems are not probed yet"
+            "they are probed as layers of their own"
         )
 
     def json(self) -> dict[str, Any]:
