@@ -1,1 +1,0 @@
-"""Routed experts of libraries, one module a provider."""
