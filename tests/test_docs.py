@@ -226,7 +226,7 @@ def test_exit_codes_are_those_of_the_program(page):
 def test_python_examples_run(page, probed, monkeypatch):
     monkeypatch.setenv(state.VARIABLE, str(probed[0]))
     for marker, block in re.findall(
-        r"^(<!-- file: .+ -->\n)?```python\n(.*?)^```", text_of(page), re.M | re.S
+        r"^(<!-- file: [^\n]+ -->\n)?```python\n(.*?)^```", text_of(page), re.M | re.S
     ):
         if marker:
             name = re.search(r"file: (.+) -->", marker)
