@@ -108,7 +108,7 @@ def _duplicates(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> R
     return _right(found)
 
 
-def _elsewhere(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
+def _on_other_ranks(tokens: int, experts: Sequence[int], top_k: int, seed: int) -> Routing:
     """-1 where an expert is on another rank; every fifth row has none here."""
     found = _balanced(tokens, experts, top_k, seed).ids
     bits = hash_elements(tokens, top_k, stream_key(seed, "elsewhere"), "cpu")
@@ -150,7 +150,7 @@ ODD = {
     law.name: law
     for law in (
         Law("duplicates", _duplicates, "an expert twice in a row"),
-        Law("elsewhere", _elsewhere, "-1 for experts on other ranks"),
+        Law("elsewhere", _on_other_ranks, "-1 for experts on other ranks"),
         Law("padding-ids", _padding_rows, "padding rows with experts that there are not"),
         Law("nan-router", _nan_router, "rows of a router that gave NaN"),
     )
