@@ -18,6 +18,8 @@ UNCHECKED = (CENSUS, AUDIT, NOT_TRIED)
 """What stands in place of a regime and checks no launch."""
 EVERY_M = "every-m"
 """The regime that is run once, of what is chosen: no condition of launches, but all m."""
+NO_FORM = "this regime has no form for routed experts"
+"""Why a regime that applies to experts as well says nothing of them."""
 CHANCE = frozenset({"graph", "mlp-chain", "churn", "streams", "graph-streams", "threads"})
 """Those where a fault waits for chance: what they show grows with their launches alone."""
 CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})

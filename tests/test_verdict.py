@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import comb
 
 import pytest
@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from verdicts import decide
 
-from fp4tune.autotune.verdict.profiles import LEFT_OUT, ONE_STREAM, PROFILES
+from fp4tune.autotune.verdict.profiles import LEFT_OUT, ONE_STREAM, PROFILES, WITHOUT_FORM
 from fp4tune.autotune.verdict.rules import INCONCLUSIVE, SAFE, UNSAFE
 from fp4tune.autotune.verdict.statistics import failure_bound, median, median_interval
 from fp4tune.probes.data import FAMILIES
-from fp4tune.words import EXACT
+from fp4tune.words import EXACT, NO_FORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Fact:
     launches: int = 10
     width: int | None = 24
     problems: int = 1
+    detail: dict[str, str] = field(default_factory=dict)
 
 
 STRICT, ENGINE = PROFILES["strict"], PROFILES["sglang"]
@@ -238,3 +239,13 @@ def test_a_bound_is_the_rate_at_which_so_many_successes_are_just_plausible(launc
 def test_no_launches_bound_nothing():
     assert failure_bound(0) == 1.0
     assert failure_bound(3000) == pytest.approx(3 / 3000, rel=0.01)
+
+
+def test_a_regime_without_a_form_for_experts_is_a_condition_and_no_pass():
+    rows = [fact for fact in proven(STRICT) if fact.regime != "churn"]
+    left = Fact("churn", EXACT, "not applicable", 0, detail={"note": NO_FORM})
+    found = decide([*rows, left], STRICT)
+    assert (found.status, found.conditions) == (SAFE, (WITHOUT_FORM,))
+    other = replace(left, detail={"note": "a CPU has no streams"})
+    assert decide([*rows, other], STRICT).conditions == ()
+    assert decide([*rows, left, Fact("churn", EXACT, "failed")], STRICT).status == UNSAFE

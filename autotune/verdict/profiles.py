@@ -18,6 +18,10 @@ WHOLE_ROWS = Condition(
 )
 OWN_GPU = Condition("gpu-of-its-own", "no other process computes on the GPU")
 BELOW_2_31 = Condition("below-2-31", "m*n and m*k are below 2^31")
+WITHOUT_FORM = Condition(
+    "regimes-without-experts", "nothing shows in the regimes that have no form for routed experts"
+)
+"""What a verdict on routed experts rests on until each regime has one."""
 LEFT_OUT = Condition(
     "regimes-left-out", "nothing shows in the regimes that the probe's level leaves out"
 )

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ...words import CENSUS, EXACT, NOT_TRIED, Condition
+from ...words import CENSUS, EXACT, NO_FORM, NOT_TRIED, Condition
 from .bounds import Aim, Bound, short_of_aim
-from .profiles import LEFT_OUT, Profile
+from .profiles import LEFT_OUT, WITHOUT_FORM, Profile
 
 __all__ = [
     "INCONCLUSIVE",
@@ -165,6 +165,12 @@ def decide(
             unsafe.append(f"{regime}: failed")
         elif required and not statuses and regime in rules.left_out:
             conditions.append(LEFT_OUT)
+        elif (
+            required
+            and statuses == {"not applicable"}
+            and any(fact.detail.get("note") == NO_FORM for fact in mine)
+        ):
+            conditions.append(WITHOUT_FORM)
         elif required and statuses != {"passed"} and statuses != {"not applicable"}:
             open_.append(f"{regime}: {', '.join(sorted(statuses)) or 'not run'}")
         elif required and regime in rules.aims and statuses == {"passed"}:

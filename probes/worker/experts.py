@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...words import NO_FORM
 from ..backends import Backend
 from ..check.sweep import Unchanged
 from ..data import Operands
@@ -270,7 +271,7 @@ class OpenExperts(OpenLayer):
         self, name: str, cases: Sequence[Case], launches: Sequence[Any], budget: Budget
     ) -> list[Outcome]:
         if name not in APPLICABLE:
-            raise NotApplicable("this regime has no form for routed experts")
+            raise NotApplicable(NO_FORM)
         return super().run(name, cases, launches, budget)
 
     def misses_tiles(self, cases: Sequence[Case], launch: Any) -> bool:
