@@ -28,6 +28,8 @@ os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(CACHE))
+# Set by whoever runs tests in several processes; lines are as wide as it says.
+os.environ.pop("COLUMNS", None)
 os.environ["XDG_STATE_HOME"] = str(CACHE / "no-state")
 os.environ["FP4TUNE_STATE"] = str(CACHE / "no-state" / "named")
 for _name in ("FP4TUNE_SPOOL", "FP4TUNE_GENERATION", "FP4TUNE_CONFIG"):

@@ -540,7 +540,7 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(option, tmp_path):
     ("words", "said"),
     [
         (["choose", "-1", "4096", "4096"], "-1: no number here is negative"),
-        (["choose", "1", "4096"], "'k'"),
+        (["choose", "1", "4096"], "M, N and K"),
         (["chose"], "choose"),
         (["probe", "--lvel", "quick"], "--level"),
         (["probe", "--tp", "two"], "--tp"),

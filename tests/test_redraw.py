@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fp4tune.autotune.stages.prove import LESS, _lacking
@@ -41,7 +41,10 @@ def bits(a) -> torch.Tensor:
 )
 def test_no_draw_leaves_the_width(format_, activation, width, seed, draw):
     problem = Problem(format_, 24, 64, 256, activation, "bf16")
-    operands = steady(problem, width, seed, CPU)
+    try:
+        operands = steady(problem, width, seed, CPU)
+    except ValueError:
+        assume(False)  # then the strict cases are used, and their rows stay
     most = operands.rows.most(operands.weight)
     before = bits(operands.a).clone()
     assert largest_sum(operands.a, operands.weight) <= most
