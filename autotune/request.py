@@ -17,7 +17,7 @@ from ..probes.models import shapes
 from ..probes.models.rows import CheckpointLayers
 from ..probes.models.shapes import AskedLayer
 from ..probes.problem import ACTIVATIONS, Problem
-from .choice.rank import FLOORS
+from .choice.rank import DENSE_FLOORS
 from .verdict.buckets import edge_of
 from .verdict.profiles import PROFILES
 
@@ -248,4 +248,5 @@ def prior(found: Sequence[str], profile: str, sm: int | None) -> tuple[str, ...]
     if len(known) < len(found) or not known:
         return ()
     usual = PROFILES[profile].default(sm) if profile in PROFILES else None
-    return tuple(dict.fromkeys((*known, *([usual] if usual in registry.names() else ()), *FLOORS)))
+    default = [usual] if usual in registry.names() else []
+    return tuple(dict.fromkeys((*known, *default, *DENSE_FLOORS)))

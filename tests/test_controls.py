@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -103,6 +103,7 @@ class Fact:
     launches: int = 10
     problems: int = 2
     width: int | None = 24
+    detail: dict[str, str] = field(default_factory=dict)
 
 
 PROFILE = Profile("one", ("serial", "streams"), {}, "")

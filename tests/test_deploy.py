@@ -217,7 +217,7 @@ def test_the_textfile_says_what_the_facts_say(gpu, count):
     families = {f.name: f for f in parser.text_string_to_metric_families(text)}
     assert list(families) == [name for name, _, _ in facts_text.METRICS]
     samples = families["fp4tune_reader_answers"].samples
-    assert {s.labels["gpu"] for s in samples} == {printable(gpu)}
+    assert {s.labels["gpu"] for s in samples} == {printable(gpu, facts_text._LABEL)}
     assert {s.value for s in samples} == {count}
 
 

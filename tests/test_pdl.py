@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import stores
 import torch
@@ -126,6 +128,7 @@ def test_an_item_under_attack_needs_the_controls(tmp_path):
 def test_what_a_status_makes_of_a_verdict(profile, regime, status, verdict):
     class Fact:
         launches, problems, width = 8, 2, 24
+        detail: ClassVar[dict[str, str]] = {}
 
         def __init__(self, regime: str, data: str, status: str) -> None:
             self.regime, self.data, self.status = regime, data, status

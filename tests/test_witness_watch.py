@@ -450,6 +450,7 @@ def test_a_drop_box_full_of_anything_hangs_nobody(tmp_path):
 
 
 def test_the_process_has_one_witness_as_the_environment_asks(monkeypatch, own_state, caplog):
+    process.end()  # of another test's
     monkeypatch.setenv("FP4TUNE_WATCH", "every")
     monkeypatch.setenv("FP4TUNE_ON_FAULT", "explode")
     monkeypatch.setenv("FP4TUNE_WITNESS", str(own_state / "box"))

@@ -14,7 +14,8 @@ measure each time to 0.5 % then choose candidates that differ by less than 2 %. 
 whose intervals overlap that of the fastest: what was not told apart is equal."""
 WORTH = 0.03
 """How much faster another must be to replace a choice that stands."""
-FLOORS = ("torch-dequant", "torch-dequant-w4a4", "torch-experts")
+DENSE_FLOORS = ("torch-dequant", "torch-dequant-w4a4")
+FLOORS = (*DENSE_FLOORS, "torch-experts")
 """What is always there when nothing faster is safe."""
 
 
