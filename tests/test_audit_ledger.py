@@ -103,6 +103,7 @@ def test_a_module_that_fails_the_audit_is_unsafe_whatever_its_runs_showed(
     assert row["verdict"] == "flagged"
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_second_probe_does_not_disassemble_again(backend, libraries, tmp_path, monkeypatch):
     first = probed(backend("waits"), tmp_path / "s")
@@ -231,6 +232,7 @@ def test_free_memory_is_within_the_containers_limit(tmp_path, monkeypatch):
     assert memory.free_memory() == 0
 
 
+@pytest.mark.slow
 def test_the_list_of_backends_tells_how_each_failed(tmp_path):
     place = tmp_path / "s"
     path = tmp_path / "several.py"

@@ -337,6 +337,7 @@ def test_of_a_ledger_that_cannot_be_read_the_rows_that_are_whole_are_saved(tmp_p
         assert ledger.generation_content(1) is not None
 
 
+@pytest.mark.slow
 def test_the_daemon_notices(tmp_path, monkeypatch):
     pytest.importorskip("psutil")
     Store(tmp_path)

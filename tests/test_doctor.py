@@ -122,6 +122,7 @@ for words in (
 """
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_read_is_a_sentence_in_every_command(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir(mode=0o000)

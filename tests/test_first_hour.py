@@ -441,6 +441,7 @@ def test_streams_that_are_closed_change_no_exit_code(redirection, tmp_path):
     assert done.returncode == 1 and b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_verdict(tmp_path):
     place = put(tmp_path / "s", status="none")
     for command, code in ((["show"], 0), (["choose", "1", str(B.n), str(B.k)], 1)):

@@ -82,6 +82,7 @@ def files(tmp_path_factory):
     return named
 
 
+@pytest.mark.slow
 def test_a_probe_goes_on_after_its_last_step_wherever_it_is_stopped(files, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plan = make_plan(SHAPES[:1], files, level=launches_only())
@@ -116,6 +117,7 @@ def test_a_probe_goes_on_after_its_last_step_wherever_it_is_stopped(files, tmp_p
     }
 
 
+@pytest.mark.slow
 def test_what_was_launched_at_length_is_not_launched_again(files, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     level = launches_only()
