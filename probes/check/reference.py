@@ -7,6 +7,7 @@ layout or data type with what it judges.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "tile_error",
     "tile_limit",
     "tolerance",
+    "without_tensor_cores",
 ]
 
 _COLUMNS = 4096
@@ -245,6 +247,18 @@ def _inward(x: torch.Tensor, dtype: torch.dtype, up: bool) -> torch.Tensor:
 def right(out: torch.Tensor, expected: Expectation) -> torch.Tensor:
     """bool (m, n): which elements of an output are right."""
     return (out >= expected.lo) & (out <= expected.hi)
+
+
+@contextmanager
+def without_tensor_cores() -> Iterator[None]:
+    """float32 products in full while it lasts, whatever a backend has set."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def grade(equal_by_width: Mapping[int, bool]) -> int | None:

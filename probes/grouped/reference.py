@@ -7,11 +7,11 @@ than 8 significant bits. It shares no kernel, permutation or data type with what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from ..check.reference import without_tensor_cores
 from ..check.rounding import round_nearest
 from .problem import ExpertsProblem, Gate
 from .tensors import ExpertWeights, Routed, matrix
@@ -57,7 +57,7 @@ def expert_by_expert(
             tokens, places = tokens[kept], places[kept]
         if not tokens.numel():
             continue
-        with _plain_products():
+        with without_tensor_cores():
             h13 = routed.x[tokens].float() @ matrix(weights.w13, expert, torch.float32).T
             if weights.b13 is not None:
                 h13 += weights.b13[expert]
@@ -87,15 +87,3 @@ def rows_out(
         sizes.index_add_(0, mine.tokens, weight * mine.size)
     rounded = round_nearest(total.double() * problem.scaling, problem.dtype)
     return rounded, sizes.amax(dim=1) if sizes.numel() else sizes.new_zeros(len(sizes))
-
-
-@contextmanager
-def _plain_products() -> Iterator[None]:
-    """float32 products without tensor cores, whatever a backend has set."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before

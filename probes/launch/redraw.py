@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
-from ..check.reference import alpha_of
+from ..check.reference import alpha_of, without_tensor_cores
 from ..check.rounding import round_nearest
 from ..data.exact import weight_rows
 from ..data.generator import mix
@@ -83,7 +82,7 @@ class Redraw:
     def to(self, draw: int) -> None:
         """Put the rows and answers of a draw where those of another are."""
         self.draws = draw
-        with _without_tensor_cores():
+        with without_tensor_cores():
             for index, case in enumerate(self._cases):
                 assert case.operands.rows is not None
                 given = tensors(case.operands.a)
@@ -139,15 +138,3 @@ class Redraw:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _without_tensor_cores() -> Iterator[None]:
-    """Whatever a backend has set."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
