@@ -284,15 +284,16 @@ def test_times_are_taken_under_both_laws():
 @pytest.mark.parametrize(
     ("preset", "wanted"),
     [
-        ("gpt-oss-20b", (32, 4, 2880, "mxfp4", "swiglu-oai")),
-        ("gpt-oss-120b", (128, 4, 2880, "mxfp4", "swiglu-oai")),
-        ("qwen3-235b-a22b", (128, 8, 4096, "nvfp4", "swiglu")),
-        ("deepseek-v3", (256, 8, 7168, "nvfp4", "swiglu")),
-        ("deepseek-v4-flash", (256, 6, 4096, "nvfp4", "swiglu-10")),
-        ("glm-5", (256, 8, 6144, "nvfp4", "swiglu")),
-        ("kimi-k2.5", (384, 8, 7168, "nvfp4", "swiglu")),
-        ("minimax-m2.5", (256, 8, 3072, "nvfp4", "swiglu")),
-        ("nemotron-3-nano-30b-a3b", (128, 6, 2688, "nvfp4", "relu2")),
+        ("gpt-oss-20b", (32, 4, 2880, "mxfp4", "swiglu-oai", 1.0)),
+        ("gpt-oss-120b", (128, 4, 2880, "mxfp4", "swiglu-oai", 1.0)),
+        ("qwen3-235b-a22b", (128, 8, 4096, "nvfp4", "swiglu", 1.0)),
+        ("deepseek-v3", (256, 8, 7168, "nvfp4", "swiglu", 2.5)),
+        ("deepseek-v4-flash", (256, 6, 4096, "nvfp4", "swiglu-10", 1.5)),
+        ("deepseek-v4-pro", (384, 6, 7168, "nvfp4", "swiglu-10", 2.5)),
+        ("glm-5", (256, 8, 6144, "nvfp4", "swiglu", 2.5)),
+        ("kimi-k2.5", (384, 8, 7168, "nvfp4", "swiglu", 2.827)),
+        ("minimax-m2.5", (256, 8, 3072, "nvfp4", "swiglu", 1.0)),
+        ("nemotron-3-nano-30b-a3b", (128, 6, 2688, "nvfp4", "relu2", 2.5)),
     ],
 )
 def test_presets_have_experts(preset, wanted, tp):
@@ -300,7 +301,7 @@ def test_presets_have_experts(preset, wanted, tp):
     if preset.startswith("nemotron") and tp == 8:
         assert not found  # 1856 / 8 is no multiple of a block
         return
-    assert wanted in [(p.groups, p.top_k, p.k, p.format, p.gate) for p in found]
+    assert wanted in [(p.groups, p.top_k, p.k, p.format, p.gate, p.scaling) for p in found]
 
 
 def test_a_dense_backend_and_one_of_experts_decline_each_others_problems():

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from ..models.rows import CheckpointLayers, LayerRow
 from ..problem import FORMATS
-from .problem import ExpertsProblem
+from .problem import GATES, ExpertsProblem
 
-_GATES = {"gpt_oss": "swiglu-oai", "deepseek_v4": "swiglu-10"}
-"""By family: what is not plain SwiGLU. Experts without gates are told by their shapes."""
-_SCALING = {"deepseek_v3": 2.5, "kimi_k2": 2.827, "glm_moe_dsa": 2.5, "deepseek_v4": 1.5}
-"""``routed_scaling_factor`` of the families' published configurations."""
+OAI = "swigluoai"
+"""What configurations call gpt-oss's activation."""
 
 
 def grouped_layers(model: CheckpointLayers, tokens: int) -> tuple[ExpertsProblem, ...]:
     """One problem for each pair of FP4 rows, gate-and-up (or up alone) and down, of equal experts.
 
     Rows that do not go together (a size that is no multiple of the format's block, experts without
-    a top-k) give none.
+    a top-k, an activation that is not known) give none.
     """
     rows = [r for r in model.rows if r.kind == "grouped" and r.format in FORMATS]
     found: dict[ExpertsProblem, None] = {}
@@ -38,8 +36,9 @@ def _paired(
         return None
     if down.name.rpartition("_")[2] not in ("w2", "down"):
         return None
-    gate = _GATES.get(model.family, "swiglu") if up.n == 2 * down.k else "relu2"
-    scaling = _SCALING.get(model.family, 1.0)
+    gate = _gate_of(model.gate) if up.n == 2 * down.k else "relu2"
+    if gate is None:
+        return None
     try:
         return ExpertsProblem(
             up.format,
@@ -49,7 +48,16 @@ def _paired(
             groups=up.groups,
             top_k=up.top_k,
             gate=gate,
-            scaling=scaling,
+            scaling=model.scaling,
         )
     except ValueError:
         return None
+
+
+def _gate_of(said: tuple[str, float | None]) -> str | None:
+    """The activation that a configuration's word and limit stand for; None for one not known."""
+    word, limit = said
+    for gate in GATES.values():
+        if gate.gated and gate.limit == limit and (word == OAI) == (gate.offset > 0):
+            return gate.name
+    return None

@@ -239,7 +239,21 @@ def _layers(read: _Read, tp: int, engine: str | None) -> CheckpointLayers:
         sizes["grouped"],
         _stops(model, tp),
         read.assumed,
+        *_of_routed_experts(config),
     )
+
+
+def _of_routed_experts(config: ModelConfig | None) -> tuple[float, tuple[str, float | None]]:
+    """The routed scaling, and the activation with its limit, as far as they are said."""
+
+    def real(name: str) -> float | None:
+        found = config.values.get(name) if config is not None else None
+        return float(found) if type(found) in (int, float) else None
+
+    word = "" if config is None else str(config.values.get("hidden_act", ""))
+    if config is not None and config.family == "gpt_oss":
+        word = "swigluoai"  # its configuration says silu
+    return real("routed_scaling_factor") or 1.0, (word, real("swiglu_limit"))
 
 
 def _stops(model: FusedModel, tp: int) -> str | None:

@@ -103,6 +103,7 @@ def _deepseek(
 _LATENT_ONLY = ("*q_a_proj", "*q_b_proj", "*kv_a_proj_with_mqa", "*kv_b_proj")
 _V3 = {
     "model_type": "deepseek_v3",
+    "routed_scaling_factor": 2.5,
     "vocab_size": 129280,
     "num_nextn_predict_layers": 1,
     **_deepseek(61, 7168, 18432, 256, 3),
@@ -111,6 +112,7 @@ _V3 = {
 _V3_QUANTISED = _nvfp4_config(*_LATENT_ONLY, "model.layers.61*")
 _V4 = {
     "model_type": "deepseek_v4",
+    "swiglu_limit": 10.0,
     "vocab_size": 129280,
     "head_dim": 512,
     "num_key_value_heads": 1,
@@ -131,6 +133,7 @@ _V4_QUANTISED = {
 }
 _GLM5 = {
     "model_type": "glm_moe_dsa",
+    "routed_scaling_factor": 2.5,
     "vocab_size": 154880,
     "num_nextn_predict_layers": 1,
     "index_n_heads": 32,
@@ -140,6 +143,7 @@ _GLM5 = {
 }
 _KIMI = {
     "model_type": "kimi_k2",
+    "routed_scaling_factor": 2.827,
     "vocab_size": 163840,
     **_deepseek(61, 7168, 18432, 384, 1),
     **_latent(64, 1536, 128, 128),
@@ -185,6 +189,7 @@ _LLAMA4_QUANTISED = _nvfp4_config("*router", "*vision*", "*self_attn*")
 _LLAMA4_RECIPE = "attention, the router and the output layer are taken as 16-bit"
 _GPT_OSS = {
     "model_type": "gpt_oss",
+    "swiglu_limit": 7.0,
     "num_experts_per_tok": 4,
     **_attention_sizes(64, 8, 64),
 }
@@ -397,6 +402,7 @@ PRESETS: dict[str, Preset] = {
         "nvidia/DeepSeek-V4-Flash-NVFP4",
         {
             **_V4,
+            "routed_scaling_factor": 1.5,
             "num_hidden_layers": 43,
             "hidden_size": 4096,
             "num_attention_heads": 64,
@@ -412,6 +418,7 @@ PRESETS: dict[str, Preset] = {
         "nvidia/DeepSeek-V4-Pro-NVFP4",
         {
             **_V4,
+            "routed_scaling_factor": 2.5,
             "num_hidden_layers": 61,
             "hidden_size": 7168,
             "num_attention_heads": 128,
@@ -452,6 +459,9 @@ PRESETS: dict[str, Preset] = {
         "MiniMaxAI/MiniMax-M3",
         {
             "model_type": "minimax_m3",
+            "routed_scaling_factor": 2.0,
+            "hidden_act": "swigluoai",
+            "swiglu_limit": 7.0,
             "num_local_experts": 128,
             "num_experts_per_tok": 4,
             "n_shared_experts": 1,
@@ -490,6 +500,7 @@ PRESETS: dict[str, Preset] = {
         "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4",
         {
             **_NEMOTRON3,
+            "routed_scaling_factor": 2.5,
             **_sizes(52, 2688, 1856, 131072),
             "num_attention_heads": 32,
             "mamba_num_heads": 64,
@@ -508,6 +519,7 @@ PRESETS: dict[str, Preset] = {
         "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4",
         {
             **_NEMOTRON3,
+            "routed_scaling_factor": 5.0,
             **_sizes(88, 4096, 2688, 131072),
             "num_attention_heads": 32,
             "mamba_num_heads": 128,
@@ -525,6 +537,7 @@ PRESETS: dict[str, Preset] = {
         "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-NVFP4",
         {
             **_NEMOTRON3,
+            "routed_scaling_factor": 5.0,
             **_sizes(108, 8192, 5120, 131072),
             "num_attention_heads": 64,
             "mamba_num_heads": 256,

@@ -60,7 +60,8 @@ class CheckpointLayers:
     `source` says what they were read from: ``files``, ``configuration`` or both. `dense` and
     `grouped` are the FP4 parameters of the whole model. `stops` is why an engine could not serve it
     at this `tp` at all, where that is so. `assumed`: nothing is said of quantisation, and the
-    formats are taken.
+    formats are taken. `scaling` and `gate` are what a configuration says of routed experts:
+    ``routed_scaling_factor``, and ``hidden_act`` with ``swiglu_limit``.
     """
 
     checkpoint: str
@@ -74,6 +75,8 @@ class CheckpointLayers:
     grouped: int
     stops: str | None = None
     assumed: bool = False
+    scaling: float = 1.0
+    gate: tuple[str, float | None] = ("", None)
 
     @property
     def probed(self) -> list[LayerRow]:
