@@ -20,6 +20,7 @@ from typing import Any
 from ..cache.reader import Reader
 from . import names, select
 from .notice import say_once
+from .stand_in import StandIn
 
 LAYOUT = "swizzled"
 BACKENDS = {name.api: backend for backend, name in names.NAMES.items() if name.api and name.runner}
@@ -70,27 +71,8 @@ def install(reader: Reader | None = None) -> None:
     say_once(f"fp4tune: mm_fp4 picks among swizzled backends per m (generation {found.generation})")
 
 
-class WrappedGemm:
-    """`mm_fp4` with the backend chosen per call; every attribute is the original's.
-
-    FlashInfer keeps what it decided on the function itself, so reading and setting go there. Each
-    has a class of its own, whose ``__call__`` is the function that chooses: an instance is then
-    called as quickly as a function.
-    """
-
-    def __init__(self, original: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_fp4tune_original", original)
-        object.__setattr__(self, "__doc__", original.__doc__)
-        object.__setattr__(self, "__signature__", inspect.signature(original))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_fp4tune_original"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._fp4tune_original, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._fp4tune_original, name)
+class WrappedGemm(StandIn):
+    """`mm_fp4` with the backend chosen per call."""
 
 
 def wrap(original: Callable[..., Any], reader: Reader) -> Any:

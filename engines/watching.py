@@ -25,6 +25,7 @@ from ..cache import state
 from ..cache.ledger import Ledger
 from . import names
 from .notice import guarded, say_once
+from .stand_in import StandIn
 
 SHARE = "FP4TUNE_WATCH"
 """``few`` or ``every`` (docs/witness.md); set, it has the plugins watch at every level but off."""
@@ -405,22 +406,8 @@ def _see_mm_fp4(given: dict[str, Any], out: Any) -> None:
     )
 
 
-class WatchedGemm:
-    """`mm_fp4` with the witness behind it; every attribute is the original's."""
-
-    def __init__(self, original: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_fp4tune_original", original)
-        object.__setattr__(self, "__doc__", original.__doc__)
-        object.__setattr__(self, "__signature__", inspect.signature(original))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_fp4tune_original"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._fp4tune_original, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._fp4tune_original, name)
+class WatchedGemm(StandIn):
+    """`mm_fp4` with the witness behind it."""
 
 
 def unwatched() -> Sequence[str]:

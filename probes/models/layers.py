@@ -248,7 +248,8 @@ def _of_routed_experts(config: ModelConfig | None) -> tuple[float, tuple[str, fl
 
     def real(name: str) -> float | None:
         found = config.values.get(name) if config is not None else None
-        return float(found) if type(found) in (int, float) else None
+        number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        return float(found) if number else None  # type: ignore[arg-type]
 
     word = "" if config is None else str(config.values.get("hidden_act", ""))
     if config is not None and config.family == "gpt_oss":
