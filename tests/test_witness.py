@@ -16,7 +16,7 @@ from fp4tune.probes.problem import DTYPES, FORMATS, Fp4Tensor
 from fp4tune.witness import limits, rows, vectors
 from fp4tune.witness.groups import WIDEST, groups_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded_signs")
 N, K = 1152, 256
 SEEDS = st.integers(0, 2**31)
 

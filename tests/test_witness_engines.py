@@ -18,7 +18,7 @@ from fp4tune.probes.problem import NVFP4, Fp4Tensor
 from fp4tune.witness import checkpoint, process
 from fp4tune.witness.confirm import FAULT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded_signs")
 N, K = 192, 128
 
 COMMON = """

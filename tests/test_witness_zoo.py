@@ -17,7 +17,7 @@ from fp4tune.witness.rows import WatchedCall
 from fp4tune.witness.sources import HostCopy
 from fp4tune.witness.watcher import WatchSubject, Witness, WitnessOptions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded_signs")
 N, K = 448, 320
 """No multiples of 128: some leave out what is behind the last whole one."""
 MS = (1, 7, 16, 3, 33, 2, 16, 7)

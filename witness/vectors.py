@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -67,8 +68,6 @@ def draw_signs(n: int, generator: torch.Generator | None = None) -> torch.Tensor
 
 
 def _random_bytes() -> bytes:
-    import os
-
     return os.urandom(8)
 
 
