@@ -261,6 +261,22 @@ def test_what_is_near_overflow_is_not_judged():
     assert not seen.suspicious.any() and seen.beyond.any()
 
 
+@pytest.mark.parametrize("size", [1.0, 2.0**5, 2.0**9])
+def test_large_numbers_of_float16_are_judged_while_they_are_finite(size):
+    layer = Layer(1, 1024, 64)
+    call = layer.call(64, 5, "fp16", size)
+    assert torch.isfinite(call.y).all()
+    seen = layer.check(call)
+    assert not seen.suspicious.any() and not seen.beyond.any()
+    y = call.y.clone()
+    y[:, 128:256] = 0
+    seen = layer.check(replace(call, y=y))
+    assert int(seen.suspicious.sum()) >= 60 and not seen.beyond.any()
+    if size < 2.0**9:
+        y[:, 128:256] = math.nan
+        assert layer.check(replace(call, y=y)).suspicious.all()
+
+
 # -- experts
 
 

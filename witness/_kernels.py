@@ -202,14 +202,16 @@ def witness(
         # Not tl.maximum: it lets a NaN go.
         gap = tl.where((gap_1 > gap_2) | (gap_1 != gap_1), gap_1, gap_2)
         limit = of_y * norm + of_sum * size + floor
-        far = (
-            (tl.abs(expected_1) < overflow)
-            & (tl.abs(expected_2) < overflow)
+        known_sum = (
+            (tl.abs(expected_1) < float("inf"))
+            & (tl.abs(expected_2) < float("inf"))
             & (size < float("inf"))
         )
+        far = (tl.abs(expected_1) < overflow) & (tl.abs(expected_2) < overflow)
+        judged = known_sum & (far | (strange == 0))
         fits = (gap <= limit) & (limit < float("inf")) & (strange == 0)
-        suspicious = here & far & (fits == 0)
-        unsure = here & (far == 0)
+        suspicious = here & judged & (fits == 0)
+        unsure = here & (judged == 0)
         skipped = inside & (here == 0)
         if tl.sum(unsure.to(tl.int32)) > 0:
             # Rows that are not judged: seldom, and then it is asked why.

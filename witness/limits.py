@@ -23,8 +23,12 @@ UNIT_ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 """Largest relative error of rounding to nearest."""
 SMALLEST_SUBNORMAL = {"bf16": 2.0**-133, "fp16": 2.0**-24}
 LARGEST = {"bf16": (2 - 2.0**-7) * 2.0**127, "fp16": 65504.0}
-FAR = 64.0
-"""A sum is far from overflow where it is below the largest number over this."""
+FAR = 2.0
+"""A sum is far from overflow where it is below the largest number over this: one element that may
+overflow makes both vectors' sums larger than that, but where all the others happen to take half of
+it away again. Asked only where an output is not finite: a group's sum is often 32 times as large as
+its elements are (1,024 columns), so that in float16 finite rows would go unjudged from elements of
+size 15 on."""
 _OWN = 96 * 2.0**-24
 """Rounding of the check's own float32 sums, relative to the sum of magnitudes: the kernel adds in
 a tree, at most 96 additions deep (see `deep_enough`), to what was rounded once."""
@@ -36,7 +40,7 @@ _OWN_Y = 24 * 2.0**-24 * 32
 class Limit:
     """The limit of a suspicion: ``of_y * norm2(y) + of_sum * |alpha| * |a| @ |s| + floor``.
 
-    overflow  |alpha * a @ s| from which an infinity may be right
+    overflow  |alpha * a @ s| from which an output that is not finite may be right
     """
 
     of_y: float

@@ -27,7 +27,7 @@ class Seen:
     limit       float64
     suspicious  bool
     skipped     bool (m,): rows whose own activation is not finite, or that are elsewhere
-    beyond      bool: near overflow, where an infinity may be right; not judged
+    beyond      bool: not finite, and near overflow, where that may be right; not judged
     """
 
     gap: torch.Tensor
@@ -91,9 +91,10 @@ def check(call: WatchedCall, sums: Sums, limit: Limit) -> Seen:
         found = part @ signs[:, columns].T
         off = (found - expected).abs().amax(dim=1)
         allowed = limit.of_y * norm + limit.of_sum * size + limit.floor
-        near = ~(expected.abs().amax(dim=1) < limit.overflow) | ~torch.isfinite(size)
-        gap[:, group], limits[:, group], beyond[:, group] = off, allowed, near & ~skipped
-        bad[:, group] = (~(off <= allowed) | strange) & ~near & ~skipped
+        most = expected.abs().amax(dim=1)
+        judged = torch.isfinite(most) & torch.isfinite(size) & ((most < limit.overflow) | ~strange)
+        gap[:, group], limits[:, group], beyond[:, group] = off, allowed, ~judged & ~skipped
+        bad[:, group] = (~(off <= allowed) | strange) & judged & ~skipped
     return Seen(gap, limits, bad, skipped, beyond)
 
 
