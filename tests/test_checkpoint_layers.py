@@ -95,6 +95,58 @@ def test_a_rank_has_its_share_and_copies_of_key_value_heads(tmp_path):
     assert rows(read_layers(place, 8))["lm_head"][0] == 1024 // 8  # padded to 64
 
 
+@pytest.mark.parametrize(
+    ("family", "joined"),
+    [
+        ("phi3", {"self_attn": ("qkv_proj", 768), "mlp": ("gate_up_proj", 3072)}),
+        ("glm4", {"mlp": ("gate_up_proj", 3072)}),
+        ("cohere2", {}),
+    ],
+)
+def test_weights_that_are_stored_joined_are_the_same_layers(tmp_path, family, joined):
+    config = {**LLAMA, "model_type": family, "quantization_config": MODELOPT}
+    tensors = {}
+    for name, tensor in llama().items():
+        part = next((part for part in joined if f".{part}." in name), "")
+        if not part or name.split(".")[4] in ("o_proj", "down_proj"):
+            tensors[name] = tensor
+            continue
+        leaf, n = joined[part]
+        tensors.update(nvfp4(name.split(f".{part}.")[0] + f".{part}.{leaf}", n, HIDDEN))
+    for tp in (1, 2):
+        files = read_layers(write(tmp_path / f"a{tp}", tensors, config), tp)
+        alone = read_layers(write(tmp_path / f"b{tp}", None, config), tp)
+        plain = of({**LLAMA, "quantization_config": MODELOPT}, tp)
+        for found in (files, alone):
+            assert rows(found, "FP4 dense") == rows(plain, "FP4 dense")
+
+
+def test_ernies_experts_begin_and_end_at_layers_of_its_own_naming():
+    config = {
+        **LLAMA, "model_type": "ernie4_5_moe", "num_hidden_layers": 6, "moe_num_experts": 8,
+        "moe_k": 3, "moe_intermediate_size": 256, "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1, "moe_layer_interval": 2, "moe_num_shared_experts": 2,
+        "quantization_config": MODELOPT,
+    }  # fmt: skip
+    found = of(config)
+    (w13,) = [row for row in found.rows if row.name == "experts_w13"]
+    assert (w13.count, w13.groups, w13.top_k, w13.n, w13.k) == (3, 8, 3, 512, HIDDEN)
+    counts = {row.name: row.count for row in found.rows}
+    assert counts["gate_up"] == 3 and counts["shared_gate_up"] == 3 and "lm_head" not in counts
+    assert not found.remarks
+    ended = of({**config, "moe_layer_end_index": 2})
+    assert {row.name: row.count for row in ended.rows}["experts_w13"] == 1
+
+
+@pytest.mark.parametrize(("said", "there"), [(None, False), (False, True), (True, False)])
+def test_an_output_layer_is_the_embedding_where_a_family_has_it_so(said, there):
+    config = {**LLAMA, "model_type": "gemma3_text", "quantization_config": MODELOPT}
+    config.pop("tie_word_embeddings", None)
+    if said is not None:
+        config["tie_word_embeddings"] = said
+    assert ("lm_head" in rows(of(config))) is there
+
+
 def test_without_a_configuration_files_say_what_they_can(tmp_path):
     place = write(tmp_path, llama())
     assert rows(read_layers(place), "FP4 dense") == FOUR

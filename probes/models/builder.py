@@ -14,6 +14,7 @@ from .dialects import (
     MOST_LAYERS,
     OLD_WRAPPERS,
     PLAIN,
+    TIED,
     UNGATED,
     is_gated,
 )
@@ -35,7 +36,10 @@ class ModuleBuilder:
         act = next((a for a in acts if a is not None), None)
         self.gated = act not in UNGATED and config.family != "nemotron_h"
         self.layers = self.few("num_hidden_layers") or 1
-        self.experts = config.number("num_local_experts", "n_routed_experts", "num_experts") or 0
+        self.experts = (
+            config.number("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+            or 0
+        )
 
     # -- helpers
 
@@ -87,7 +91,8 @@ class ModuleBuilder:
 
     def head(self) -> None:
         vocabulary = self.c.number("vocab_size")
-        if vocabulary is None or self.c.values.get("tie_word_embeddings") is True:
+        tied = self.c.values.get("tie_word_embeddings", self.c.family in TIED)
+        if vocabulary is None or tied is True:
             return
         name = (
             "head" if self.c.family == "deepseek_v4" else "output" if self.c.mistral else "lm_head"
@@ -139,6 +144,11 @@ class ModuleBuilder:
         if whole and self.c.number("num_global_key_value_heads"):
             kv = self.c.needed("num_global_key_value_heads")
         gate = 2 if is_gated(self.c) else 1
+        joined = self.dialect.joined[0]
+        if joined:
+            self.add(f"{at}.{joined}", (self.heads * gate + 2 * kv) * width, self.hidden)
+            self.add(f"{at}.{o}", self.hidden, self.heads * width)
+            return
         self.add(f"{at}.{q}", self.heads * width * gate, self.hidden)
         # The last layers of some models use the keys and values of layers before.
         shared = self.c.number("num_kv_shared_layers") or 0
@@ -221,8 +231,14 @@ class ModuleBuilder:
         dense = self.c.values.get("mlp_only_layers")
         if isinstance(dense, list) and i in dense:
             return False
-        if i < (self.c.number("first_k_dense_replace") or 0):
+        if i < (self.c.number("first_k_dense_replace", "moe_layer_start_index") or 0):
             return False
+        last = self.c.values.get("moe_layer_end_index")
+        if type(last) is int and 0 <= last < i:
+            return False
+        interval = self.c.number("moe_layer_interval") or 1
+        if interval > 1:
+            return (i + 1) % interval == 0
         if self.c.family.startswith("llama4"):
             step = self.c.number("interleave_moe_layer_step") or 1
             return i >= self.layers or i % step == step - 1
@@ -242,9 +258,13 @@ class ModuleBuilder:
 
     def mlp(self, at: str, size: int) -> None:
         gate, up, down = self.dialect.names
-        if self.gated:
+        joined = self.dialect.joined[1]
+        if joined:
+            self.add(f"{at}.{joined}", 2 * size, self.hidden)
+        elif self.gated:
             self.add(f"{at}.{gate}", size, self.hidden)
-        self.add(f"{at}.{up}", size, self.hidden)
+        if not joined:
+            self.add(f"{at}.{up}", size, self.hidden)
         self.add(f"{at}.{down}", self.hidden, size)
 
     def _moe(self, at: str) -> None:
@@ -260,7 +280,7 @@ class ModuleBuilder:
         whole = self.c.number("shared_expert_intermediate_size")
         if whole:
             return whole
-        count = self.c.number("n_shared_experts", "num_shared_experts")
+        count = self.c.number("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
         if count:
             return count * (self.c.number("shared_intermediate_size") or size)
         if self.c.family.startswith("llama4"):

@@ -14,7 +14,7 @@ UNGATED = ("relu2", "relu_squared", "squared_relu", "xielu")
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How a family calls its modules. `experts` are gate, up, down of one expert; `fused` experts
-    are one tensor a layer."""
+    are one tensor a layer. `joined` are q, k, v and gate, up where its weights hold them as one."""
 
     attention: str = "self_attn"
     mlp: str = "mlp"
@@ -25,6 +25,7 @@ class Dialect:
     attentions: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     latent: tuple[str, str, str, str] = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
     fused: bool = False
+    joined: tuple[str, str] = ("", "")
 
 
 PLAIN = Dialect()
@@ -49,6 +50,8 @@ DIALECTS = {
     "gemma4": Dialect(moe=""),
     "gpt_oss": Dialect(fused=True),
     "gemma4_text": Dialect(moe=""),
+    "phi3": Dialect(joined=("qkv_proj", "gate_up_proj")),
+    "glm4": Dialect(joined=("", "gate_up_proj")),
 }
 DIALECTS.update(
     dict.fromkeys(
@@ -58,7 +61,8 @@ DIALECTS.update(
             "gemma", "gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "granite", "exaone4",
             "smollm3", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "helium", "arcee", "nemotron",
             "apertus", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25",
-            "glm_moe_dsa", "glm4_moe", "glm4_moe_lite", "dots1",
+            "glm_moe_dsa", "glm4_moe", "glm4_moe_lite", "dots1", "olmoe", "cohere", "cohere2",
+            "ernie4_5_moe",
         ),
         PLAIN,
     )
@@ -78,6 +82,11 @@ _OF_THEIR_OWN = ("nemotron_h", "nemotron-nas", "deepseek_v4")
 _GATED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 DRAFTING = ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe", "glm4_moe_lite")
 """Families whose layers behind the last are those that draft tokens."""
+TIED = (
+    "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "cohere", "cohere2",
+    "smollm3", "ernie4_5", "ernie4_5_moe",
+)  # fmt: skip
+"""Families whose output layer is the embedding where the configuration does not say."""
 OLD_WRAPPERS = (
     "kimi_k25",
     "kimi_vl",

@@ -203,7 +203,7 @@ def fusion_facts(config: ModelConfig | None, engine: str | None = None) -> Fusio
 
 
 _TOP_K = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts",
+    "num_experts_per_tok", "num_experts_per_token", "moe_k", "experts_per_token", "top_k_experts",
     "moe_topk", "moe_top_k",
 )  # fmt: skip
 
