@@ -72,9 +72,9 @@ BUILTIN: dict[str, str] = {
 """Name to ``module:attribute`` in `backends`; the attribute is what an entry point may be."""
 
 EXPERTS: dict[str, str] = {
-    "torch-experts": "floor:TorchExperts",
+    "torch-experts": "grouped.floor:TorchExperts",
 }
-"""The same of routed experts, in `grouped`."""
+"""The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 
 _ALLOWED = "up to 128 letters, digits, dots, dashes, underscores and plus signs"
 _HOST = torch.device("cpu")
@@ -241,7 +241,7 @@ def _load_experts(name: str) -> Backend:
         module, _, attribute = EXPERTS[name].partition(":")
 
         def load() -> Any:
-            return getattr(importlib.import_module(f".grouped.{module}", __package__), attribute)
+            return getattr(importlib.import_module(f".{module}", __package__), attribute)
 
         return _select(name, _unfolded(_import(load, name), name), name)
     from .grouped import zoo
@@ -404,9 +404,9 @@ def origin(name: str) -> tuple[Path, str]:
         path, attribute = _file_of(name)
         return path, f"(backend,) = _unfolded(_from_file({path.name!r}, {attribute!r}))\n"
     if name in EXPERTS or name.startswith("zoo-experts-"):
-        module = EXPERTS.get(name, "zoo").partition(":")[0]
+        module = EXPERTS.get(name, "grouped.zoo").partition(":")[0]
         make = f"from fp4tune.probes import registry\n\nbackend = registry.load_one({name!r})\n"
-        place = here / "grouped" / module
+        place = here.joinpath(*module.split("."))
         return (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")), make
     if name.startswith("zoo-"):
         make = f"from fp4tune.probes import zoo\n\nbackend = zoo.named({name!r})\n"
