@@ -19,9 +19,10 @@ from fp4tune.probes.grouped.problem import (
     of_fields,
     parse_experts,
 )
-from fp4tune.probes.grouped.reference import activate, expert_by_expert, rows_out
+from fp4tune.probes.grouped.reference import activate, rows_out, slots_by_expert
 from fp4tune.probes.grouped.shapes import grouped_layers
 from fp4tune.probes.grouped.tensors import matrix
+from fp4tune.probes.grouped.units import simple_scaling, units_of
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.models.shapes import preset_layers
 from fp4tune.probes.problem import Device, Problem
@@ -109,8 +110,9 @@ def test_laws_go_to_live_experts_only(shape, step):
         return
     for law in routing.LAWS:
         found = routing.route(law, tokens, live, top_k, seed)
-        ids = found.ids[~found.spoilt]
-        assert set(ids.flatten().tolist()) <= {-1, *live}
+        ids = found.ids[~found.spoilt].flatten().tolist()
+        assert {i for i in ids if 0 <= i < groups} <= set(live)
+        assert law == "foreign-ids" or set(ids) <= {-1, *live}
 
 
 @QUICK
@@ -152,6 +154,8 @@ def test_odd_laws_have_what_they_are_about():
     assert all(len(set(row)) < 4 for row in found["duplicates"].ids.tolist())
     ids = found["elsewhere"].ids
     assert (ids == -1).all(dim=1).any() and (ids == -1).any() and (ids >= 0).any()
+    ids = found["foreign-ids"].ids
+    assert (ids == 8).any() and (ids < -1).any() and not (ids == -1).any()
     padding = found["padding-ids"]
     spoilt = padding.ids[padding.spoilt]
     assert (spoilt < 0).any() and (spoilt >= 8).any()
@@ -169,7 +173,7 @@ def test_a_law_that_is_not_known_or_does_not_fit():
 def made(p, law="balanced", live=None, sparse=False, seed=5):
     live = range(p.groups) if live is None else live
     weights = exact.draw_weights(p, seed, "cpu", live, sparse)
-    return exact.draw_tokens(p, weights, live, law, seed)
+    return exact.draw_tokens(p, weights, live, (law,), seed)
 
 
 @pytest.mark.parametrize("format_", ["nvfp4", "mxfp4"])
@@ -179,13 +183,14 @@ def test_every_stage_of_exact_data_has_at_most_8_bits(format_, gate, sparse):
     p = problem(format=format_, gate=gate, scaling=2.0)
     drawn, right = made(p, sparse=sparse)
     assert float((right.lo != 0).float().mean()) > 0.5
-    for mine in expert_by_expert(p, drawn.weight, drawn.a):
+    for mine in slots_by_expert(p, drawn.weight, drawn.a):
+        assert not mine.rough.any()
         for stage in (mine.h13, mine.h, mine.y):
             assert torch.equal(stage, stage.bfloat16().float())
         wide = activate(mine.h13.double(), p.act, p.n)
         assert (wide - mine.h).abs().max() <= 2.0**-12 * mine.h.abs().max()
         if p.act.gated:
-            gates = mine.h13[:, : p.n]
+            gates = mine.h13[..., : p.n]
             assert ((gates == 0) | (gates >= 32)).all()
             assert (gates >= 32).any()
 
@@ -210,13 +215,13 @@ def test_the_answer_is_that_of_float64_token_by_token(gate):
 def test_the_next_experts_scales_are_two_binades_away(format_):
     p = problem(format=format_, groups=16)
     for expert in range(p.groups - 1):
-        mine, other = exact.units_of(p, expert), exact.units_of(p, expert + 1)
+        mine, other = units_of(p, expert), units_of(p, expert + 1)
         assert abs(mine.gate - other.gate) >= 2 and abs(mine.down - other.down) >= 2
     drawn, right = made(p)
     w = drawn.weight
     moved = w.w13.scales.roll(-1, 0)
     w.w13.scales.copy_(moved)
-    wrong, _ = rows_out(p, w, drawn.a)
+    wrong = rows_out(p, w, drawn.a)
     assert not torch.equal(wrong[0], right.lo[0])
 
 
@@ -246,7 +251,7 @@ def test_spoilt_rows_are_nan_and_spoil_nothing_of_the_answer():
 
 @pytest.mark.parametrize(("scaling", "simple"), [(1.0, 1.0), (2.5, 2.0), (2.827, 2.0), (1.2, 2.0)])
 def test_exact_data_scale_by_powers_of_two(scaling, simple):
-    assert exact.simple_scaling(scaling) == simple
+    assert simple_scaling(scaling) == simple
 
 
 def opened(name="torch-experts", **changes):

@@ -16,7 +16,7 @@ from fp4tune.probes.data import WIDTHS, largest_sum, steady
 from fp4tune.probes.launch.case import case
 from fp4tune.probes.launch.item import Item, LaunchAim
 from fp4tune.probes.launch.outcome import Budget, repeat
-from fp4tune.probes.launch.redraw import Redraw
+from fp4tune.probes.launch.redraw import ProductAnswers, Redraw
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.registry import load_one
 from fp4tune.probes.worker.replay import recall
@@ -68,7 +68,9 @@ def test_answers_are_those_of_the_reference(activation):
     backend = load_one("torch-dequant" if activation == "bf16" else "torch-dequant-w4a4")
     problem = Problem("nvfp4", 33, 96, 256, activation, "bf16")
     cases = [case(backend, problem, steady(problem, 24, seed, CPU)) for seed in (1, 2)]
-    again = Redraw(cases, memory=2 * 96 * 256)  # the second weight is dequantised each time
+    again = Redraw(
+        cases, ProductAnswers(cases, 2 * 96 * 256)
+    )  # the second is dequantised each time
     seen = []
     for _ in range(3):
         again()
@@ -84,8 +86,8 @@ def test_an_answer_that_is_wrong_is_noticed():
     backend = load_one("torch-dequant")
     problem = Problem("nvfp4", 16, 64, 128, "bf16", "bf16")
     each = case(backend, problem, steady(problem, 24, 1, CPU))
-    again = Redraw([each], memory=1 << 30)
-    again._kept[0] *= 2
+    again = Redraw([each], answers := ProductAnswers([each], 1 << 30))
+    answers._kept[0] *= 2
     again()
     assert again.missed > 0
 
@@ -94,7 +96,7 @@ def test_an_input_that_was_written_is_noticed_though_it_is_drawn_anew():
     backend = load_one("torch-dequant")
     problem = Problem("nvfp4", 16, 64, 128, "bf16", "bf16")
     each = case(backend, problem, steady(problem, 24, 1, CPU))
-    again = Redraw([each], memory=1 << 30)
+    again = Redraw([each], ProductAnswers([each], 1 << 30))
     again()
     assert each.unchanged.changed() == 0
     each.operands.a[3, 5] = 7.5

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import log2
 
 import torch
 
@@ -27,16 +26,11 @@ from ..data.generator import below, hash_elements, mix, stream_key
 from ..formats import pack
 from ..problem import FORMATS, Format
 from .problem import ExpertsProblem
-from .reference import activate, expert_by_expert, rows_out
-from .routing import route
+from .reference import activate, here, slots_by_expert
 from .tensors import ExpertWeights, Fp4Stack, Routed, matrix
+from .tokens import TokenRows, answer, at_rest, draw_activations
+from .units import WIDTH, X, simple_scaling, units_of
 
-WIDTH = 8
-"""Significant bits of every sum."""
-_TERMS = 8
-"""Activations of a token that are not zero."""
-_X = 3
-"""log2 of their magnitude."""
 _SAMPLE = 64
 _FITTING = 0.92
 """Tokens of a sample whose sums are to fit; those that do not fit are made zeros."""
@@ -51,7 +45,7 @@ _CODES = torch.tensor([[1, 2, 4, 6], [3, 5, 7, 6]], dtype=torch.uint8)
 class DrawnExperts:
     """Operands of grouped problems, as drawn; `width` and `rows` are as of dense ones.
 
-    `law` is how tokens are routed, `live` the experts that any are routed to.
+    `law` is how tokens are routed at first, `live` the experts that any are routed to.
     """
 
     a: Routed
@@ -61,39 +55,7 @@ class DrawnExperts:
     seed: int
     law: str
     live: tuple[int, ...]
-    rows: None = None
-
-
-def simple_scaling(scaling: float) -> float:
-    """The power of two nearest to a routed scaling, and not 1 unless that is 1: what exact data are
-    scaled by, so that results keep their bits. A backend takes it as a number like any other."""
-    if scaling == 1:
-        return 1.0
-    exponent = round(log2(scaling))
-    return 2.0 ** (exponent or (1 if scaling > 1 else -1))
-
-
-@dataclass(frozen=True, slots=True)
-class Units:
-    """log2 of the unit of one expert's gates, its activations and its w2."""
-
-    gate: int
-    h: int
-    down: int
-
-    @property
-    def out(self) -> int:
-        return self.h + self.down
-
-
-def units_of(problem: ExpertsProblem, expert: int) -> Units:
-    """The units of an expert; those of the next one are at least two binades away."""
-    gate = 5 + 2 * ((expert + expert // 4) % 4)
-    act = problem.act
-    # Beyond the limit an activation no longer grows with its expert's unit. Ups are even.
-    limited = 0 if act.offset else 2
-    h = 2 * gate if not act.gated else limited if act.limit is not None else 2 * gate - 4
-    return Units(gate, h, -4 - 2 * (expert % 3))
+    rows: TokenRows | None = None
 
 
 def draw_weights(
@@ -123,7 +85,7 @@ def draw_weights(
         return here & (even.unsqueeze(0) | ~first.unsqueeze(1))
 
     def exponents13(expert: int) -> torch.Tensor:
-        gate = units_of(problem, expert).gate - _X
+        gate = units_of(problem, expert).gate - X
         if not problem.act.gated:
             return torch.full((rows,), gate, device=device)
         return torch.where(first, gate, gate - 4)
@@ -131,7 +93,7 @@ def draw_weights(
     signed13 = ~first if problem.act.gated else torch.ones_like(first)
     w13 = _Matrix(fmt, (problem.groups, rows, k), mix(key + 1), mask13, exponents13, signed13)
     filled13 = w13.fill(
-        device, shift=lambda e: units_of(problem, e).gate - _X - 2 + _global_offset(e)
+        device, shift=lambda e: units_of(problem, e).gate - X - 2 + _global_offset(e)
     )
     share = _share_of_w2(problem, filled13, live, seed)
 
@@ -226,30 +188,12 @@ class _Matrix:
         return Fp4Stack(fmt, codes, scales, global_scale)
 
 
-def _tokens(
-    problem: ExpertsProblem, rows: int, key: int, device: torch.device | str
-) -> torch.Tensor:
-    """Activations (rows, hidden): `_TERMS` of each row are not zero, one of them among the last 32.
-
-    Those in even columns, which gates read, are positive.
-    """
-    k = problem.k
-    terms = min(_TERMS, k // 8)
-    bits = hash_elements(rows, terms, mix(key + 5), device).long()
-    starts = torch.arange(terms, device=device) * (k // terms)
-    at = starts + (bits & 0x7FFFFF) % (k // terms)
-    at[:, -1] = k - 32 + (bits[:, -1] & 31)
-    at = at // 2 * 2 + torch.arange(terms, device=device) % 2
-    negative = (at % 2 == 1) & ((bits >> 24) & 1 == 1)
-    x = torch.zeros(rows, k, dtype=problem.dtype, device=device)
-    return x.scatter_(1, at, torch.where(negative, -1.0, 1.0).mul(2.0**_X).to(problem.dtype))
-
-
 def _share_of_w2(problem: ExpertsProblem, w13: Fp4Stack, live: Sequence[int], seed: int) -> float:
     """How many elements of w2 may differ from zero, so that nearly all sums fit in `WIDTH` bits:
     found on some tokens and columns, by halves."""
     device = w13.codes.device
-    x = _tokens(problem, _SAMPLE, stream_key(seed, "sample"), device).float()
+    x = torch.empty(_SAMPLE, problem.k, device=device)
+    draw_activations(x, stream_key(seed, "sample"))
     columns = min(problem.k, 1024)
     sizes, bits = [], []
     for place, expert in enumerate(live[: problem.top_k]):
@@ -278,32 +222,33 @@ def draw_tokens(
     problem: ExpertsProblem,
     weights: ExpertWeights,
     live: Sequence[int],
-    law: str,
+    laws: Sequence[str],
     seed: int,
     family: str = "exact",
 ) -> tuple[DrawnExperts, Expectation]:
-    """`problem.m` tokens routed by `law` among `live`, and the right answer to each.
+    """`problem.m` tokens routed by the first of `laws` among `live`, and the right answer to each;
+    with several, drawn anew they take turns (`TokenRows`).
 
     Tokens whose sums would need more bits are made zeros. `problem.scaling` is a power of two: see
     `simple_scaling`.
     """
-    device, key = weights.codes.device, stream_key(seed, "tokens")
-    x = _tokens(problem, problem.m, key, device)
-    routing = route(law, problem.m, live, problem.top_k, seed)
-    ids = routing.ids.to(device)
-    out = [-units_of(problem, e).out for e in range(problem.groups)]
-    inverse = torch.tensor(out, dtype=torch.float32, device=device).exp2()
-    here = (ids >= 0) & (ids < problem.groups)
-    router = torch.where(here, inverse[ids.long().clamp(0, problem.groups - 1)], 1.0)
-    spoilt = routing.spoilt.to(device).unsqueeze(1)
-    routed = Routed(x, ids, router, spoilt if bool(routing.spoilt.any()) else None)
-    _, sizes = rows_out(problem, weights, routed)
-    x[sizes > 2**WIDTH] = 0
-    right, _ = rows_out(problem, weights, routed)
+    device, m = weights.codes.device, problem.m
+    rows = TokenRows(problem, tuple(live), tuple(laws), seed)
+    routed = Routed(
+        torch.empty(m, problem.k, dtype=problem.dtype, device=device),
+        torch.empty(m, problem.top_k, dtype=torch.int32, device=device),
+        torch.empty(m, problem.top_k, dtype=torch.float32, device=device),
+    )
+    spoilt = rows.fill(routed, 0).spoilt.unsqueeze(1)
+    if bool(spoilt.any()):
+        routed = replace(routed, spoilt=spoilt)
+    rest = at_rest(problem, weights, tuple(live))
+    right = answer(problem, weights, routed, rows.factors(0, m, device), rest)
     if routed.spoilt is not None:
-        x[spoilt[:, 0]] = torch.nan
-        router[spoilt[:, 0]] = torch.nan
-    drawn = DrawnExperts(routed, weights, family, WIDTH, seed, law, tuple(live))
+        routed.x.masked_fill_(spoilt, torch.nan)
+        routed.weights.masked_fill_(spoilt, torch.nan)
+    again = rows if len(laws) > 1 else None
+    drawn = DrawnExperts(routed, weights, family, WIDTH, seed, laws[0], tuple(live), again)
     return drawn, Expectation(right, right, exact=True)
 
 
@@ -318,20 +263,16 @@ class Stages:
     here: torch.Tensor
 
 
-def stages(problem: ExpertsProblem, drawn: DrawnExperts, tokens: int) -> Stages:
-    """Of the first `tokens` tokens: gemm1 (tokens, top_k, rows of w13), activation (.., n), gemm2
-    (.., hidden)."""
-    routed = drawn.a[:tokens]
-    shape = (tokens, problem.top_k)
+def stages(problem: ExpertsProblem, weights: ExpertWeights, routed: Routed) -> Stages:
+    """Of these tokens: gemm1 (tokens, top_k, rows of w13), activation (.., n), gemm2 (.., k)."""
+    shape = (len(routed.x) + 1, routed.ids.shape[1])
     h13 = routed.x.new_zeros(*shape, problem.rows13)
     h = routed.x.new_zeros(*shape, problem.n)
     y = routed.x.new_zeros(*shape, problem.k)
-    here = torch.zeros(shape, dtype=torch.bool, device=routed.x.device)
-    for mine in expert_by_expert(problem, drawn.weight, routed):
+    for mine in slots_by_expert(problem, weights, routed):
         at = mine.tokens, mine.places
         h13[at], h[at], y[at] = (v.to(problem.dtype) for v in (mine.h13, mine.h, mine.y))
-        here[at] = True
-    return Stages(h13, h, y, here)
+    return Stages(h13[:-1], h[:-1], y[:-1], here(problem, routed))
 
 
 def exact_problem(problem: ExpertsProblem) -> ExpertsProblem:

@@ -42,6 +42,13 @@ ODD_ROUTING = {
             Condition("all-experts-here", "no expert is on another rank (no -1 among the experts)"),
         ),
         OddRouting(
+            "foreign-ids",
+            Condition(
+                "elsewhere-is-minus-one",
+                "experts on other ranks are numbered -1, and not otherwise",
+            ),
+        ),
+        OddRouting(
             "padding-ids",
             Condition("padding-names-experts", "padding rows name experts that there are"),
         ),

@@ -3,13 +3,14 @@ that stays as it was bound or captured.
 
 Only work of the device is enqueued. The answer is a float32 product without tensor cores, of
 operands dequantised by `formats`: exact on exact data, since no partial sum needs more than 24
-bits. It is sampled against float64 in every draw.
+bits. It is sampled against float64 in every draw. Those of routed experts are `RoutedAnswers`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -27,33 +28,27 @@ _SAMPLED_ROWS, _SAMPLED_COLUMNS = 8, 64
 """Of each answer, so many are computed in float64 as well."""
 
 
+class Answers(Protocol):
+    """What makes the right answers to rows that were drawn anew."""
+
+    def refresh(self, index: int, draw: int) -> torch.Tensor:
+        """Put the answers to draw `draw` of case `index` in place; how many of those sampled are
+        not those of float64, int64 (). Enqueues only."""
+
+
 class Redraw:
-    """Draws all rows of `cases` again, as often as called.
+    """Draws all rows of `cases` again, as often as called; `answers` makes what must come out."""
 
-    `memory` is how many bytes of the device dequantised weights may be kept in; those beyond are
-    dequantised again each time.
-    """
-
-    def __init__(self, cases: Sequence[Case], memory: int) -> None:
+    def __init__(self, cases: Sequence[Case], answers: Answers) -> None:
         if not all(case.operands.rows for case in cases):
             raise ValueError("the rows of these cases cannot be drawn again")
         self._cases = cases
-        self._alphas = [alpha_of(case.operands) for case in cases]
-        self._kept: dict[int, torch.Tensor] = {}
+        self._answers = answers
         self._watchers: list[Callable[[], None]] = []
         self.draws = 0
         """How often everything was drawn again."""
         device = cases[0].operands.weight.codes.device
         self._missed = torch.zeros((), dtype=torch.int64, device=device)
-        for index, case in enumerate(cases):
-            n, k = case.operands.weight.shape
-            memory -= 2 * n * k
-            if memory < 0:
-                break
-            # Six significant bits: exact in bf16.
-            self._kept[index] = torch.cat(
-                [part.bfloat16() for _, part in self._parts(index, case)], dim=0
-            )
         self.to(0)  # loads what it needs
         _wait(device)
         start = time.perf_counter()
@@ -88,8 +83,8 @@ class Redraw:
                 given = tensors(case.operands.a)
                 case.unchanged.look(given)
                 case.operands.rows.fill(case.operands.a, draw)
+                self._missed += self._answers.refresh(index, draw)
                 case.unchanged.renew(given)
-                self._answer(index, case)
                 for refresh in case.derived:
                     refresh()
 
@@ -98,14 +93,38 @@ class Redraw:
         """How many sampled answers were not those of float64; waits for the device."""
         return int(self._missed)
 
-    def _answer(self, index: int, case: Case) -> None:
+
+class ProductAnswers:
+    """The answers of dense cases: products of their rows and weights.
+
+    `memory` is how many bytes of the device dequantised weights may be kept in; those beyond are
+    dequantised again each time.
+    """
+
+    def __init__(self, cases: Sequence[Case], memory: int) -> None:
+        self._cases = cases
+        self._alphas = [alpha_of(case.operands) for case in cases]
+        self._kept: dict[int, torch.Tensor] = {}
+        for index, case in enumerate(cases):
+            n, k = case.operands.weight.shape
+            memory -= 2 * n * k
+            if memory < 0:
+                break
+            # Six significant bits: exact in bf16.
+            self._kept[index] = torch.cat(
+                [part.bfloat16() for _, part in self._parts(index, case)], dim=0
+            )
+
+    def refresh(self, index: int, draw: int) -> torch.Tensor:
+        """As `Answers` has it."""
+        case = self._cases[index]
         a, lo = case.operands.a, case.expectation.lo
         left = dequantise(a, torch.float32, False) if isinstance(a, Fp4Tensor) else a.float()
         alpha = self._alphas[index]
         for cols, part in self._parts(index, case):
             # A power of two: the product stays exact, and is rounded once.
             lo[:, cols] = (left @ part.T).mul_(alpha)
-        self._sample(case, lo, alpha)
+        return self._sample(case, draw, lo, alpha)
 
     def _parts(self, index: int, case: Case) -> Iterator[tuple[slice, torch.Tensor]]:
         weight = case.operands.weight
@@ -117,12 +136,12 @@ class Redraw:
             else:
                 yield cols, dequantise(weight_rows(weight, cols), torch.float32, False)
 
-    def _sample(self, case: Case, lo: torch.Tensor, alpha: float) -> None:
+    def _sample(self, case: Case, draw: int, lo: torch.Tensor, alpha: float) -> torch.Tensor:
         operands, (m, n) = case.operands, lo.shape
-        if not m:
-            return
-        key = mix(operands.seed ^ mix(self.draws))
         device = lo.device
+        if not m:
+            return torch.zeros((), dtype=torch.int64, device=device)
+        key = mix(operands.seed ^ mix(draw))
         rows = (torch.arange(_SAMPLED_ROWS, device=device) * mix(key + 1) + key) % m
         cols = (torch.arange(_SAMPLED_COLUMNS, device=device) * mix(key + 2) + key) % n
         a = operands.a
@@ -132,7 +151,7 @@ class Redraw:
             a = a[rows].double()
         b = dequantise(weight_rows(operands.weight, cols), torch.float64, False)
         right = round_nearest((a @ b.T).mul_(alpha), lo.dtype)
-        self._missed += (lo[rows][:, cols] != right).sum()
+        return (lo[rows][:, cols] != right).sum()
 
 
 def _wait(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, product
 from statistics import fmean, median
 from typing import Any
 
@@ -18,45 +19,34 @@ from ...words import NO_FORM
 from ..backends import Backend
 from ..check.sweep import Unchanged
 from ..data import Operands
+from ..grouped.answers import RoutedAnswers
 from ..grouped.backend import AsDense, stages_of
-from ..grouped.exact import WIDTH, draw_tokens, draw_weights, exact_problem, stages
+from ..grouped.exact import draw_tokens, draw_weights, exact_problem, stages
 from ..grouped.problem import ExpertsProblem
-from ..grouped.routing import ODD, REGULAR
-from ..grouped.tensors import ExpertWeights
-from ..launch.case import Case, blame, tensors
+from ..grouped.routing import ODD, REGULAR, around_blocks, run_lengths
+from ..grouped.tensors import ExpertWeights, Routed
+from ..grouped.units import WIDTH
+from ..launch.case import Case, Launch, blame, tensors
 from ..launch.item import Item
 from ..launch.outcome import Budget, NotApplicable, Outcome
+from ..launch.redraw import Redraw
 from ..launch.summary import Result
 from ..launch.timing import COLD, Sampler
 from ..problem import Device, Problem
 from ..seeds import derive
-from .session import OpenLayer, Progress, _Field
+from .session import MANY_WEIGHTS, SMALL_M, SPARE_ROWS, OpenLayer, Progress, _Field
 
-APPLICABLE = frozenset(
-    {
-        "serial",
-        "graph",
-        "side-stream",
-        "pdl-raw",
-        "pdl-war",
-        "pdl-waw",
-        "rewrite",
-        "strided",
-        "off-bucket",
-        "addresses",
-        "history",
-        "returned",
-        "effects",
-        "callers",
-        "churn",
-        "neighbours",
-        "streams",
-        "threads",
-        "graph-streams",
-        "every-m",
-    }
-)
-"""Regimes of dense problems that routed experts are run in."""
+WITHOUT = {
+    "mlp-chain": "every call of routed experts is a chain of two GEMMs by itself, and its stages "
+    "are attacked one by one in pdl-raw",
+    "own-quantiser": "routed experts are given 16-bit tokens",
+    "huge": NO_FORM,
+}
+"""Regimes of dense problems that routed experts are not run in, and why."""
+SETS = 2
+"""Sets of experts that a chain alternates between: of one all may be chosen, of the other half."""
+_COPIES = 2
+"""Pools of each set where few sets have room."""
 TIMED_LAWS = ("balanced", "zipf")
 _CUT_TOKENS = 24
 """Tokens that stages are graded on."""
@@ -91,48 +81,80 @@ class OpenExperts(OpenLayer):
     def _weights(self, index: int) -> tuple[ExpertWeights, tuple[int, ...], Any, Unchanged]:
         """A set of experts, those that may be chosen, and what the backend prepared of it.
 
-        Of the first all may be chosen; of the second half, and the others are NaN.
+        Of every other one all may be chosen; of the rest half, and the others are NaN.
         """
         if index not in self._sets:
             p, every = self.experts, range(self.experts.groups)
             live = tuple(every)
-            if index:
+            if index % SETS:
                 count = max(p.top_k, p.groups // 2)
-                first = derive(self.seed, "live") % 2
+                first = derive(self.seed, "live", index) % 2
                 live = tuple(sorted((*every[first::2], *every[1 - first :: 2])[:count]))
             seed = derive(self.seed, "experts", index)
             self.progress(f"drawing experts, set {index}")
-            made = draw_weights(p, seed, self.device.torch, live, sparse_gates=bool(index))
+            made = draw_weights(p, seed, self.device.torch, live, sparse_gates=bool(index % SETS))
             with blame(self.backend):
                 state = self.backend.prepare(made, p)  # type: ignore[arg-type]
             self._sets[index] = made, live, state, Unchanged(_weight_tensors(made))
         return self._sets[index]
 
-    def _case(self, law: str, index: int, family: str) -> Case:
+    def _case(self, laws: Sequence[str], index: int, family: str, seed: int, rows: int) -> Case:
+        """Tokens of a set of experts; drawn anew, their laws take turns."""
         made, live, state, _ = self._weights(index)
-        seed = derive(self.seed, "tokens", law, index)
-        self.progress(f"routing: {law}, set {index}")
-        pool = self.experts.at(self.problem.m)
-        drawn, right = draw_tokens(pool, made, live, law, seed, family)
+        self.progress(f"routing: {laws[0]}, set {index}")
+        drawn, right = draw_tokens(self.experts.at(rows), made, live, laws, seed, family)
         operands: Any = drawn
         unchanged = Unchanged([*_weight_tensors(made), *tensors(drawn.a)])
-        return Case(self.problem, operands, right, state, unchanged)
+        return Case(self.problem.at(rows), operands, right, state, unchanged)
+
+    def _strict_case(self, law: str, index: int, family: str) -> Case:
+        seed = derive(self.seed, "tokens", law, index)
+        return self._case((law,), index, family, seed, self.problem.m)
 
     def cases(self, width: int) -> list[Case]:
-        """Every regular law on each set of experts; of one width, whatever is asked for."""
+        """Every regular law on each set of experts; of one width, whatever is asked for. Neighbours
+        are of different sets."""
         if WIDTH not in self._exact:
             self._exact[WIDTH] = [
-                self._case(law, index, "exact") for index in range(2) for law in REGULAR
+                self._strict_case(law, index, "exact") for law in REGULAR for index in range(SETS)
             ]
         return self._exact[WIDTH]
 
     def _odd_cases(self, law: str) -> list[Case]:
         if law not in self._odd:
-            self._odd[law] = [self._case(law, index, law) for index in range(2)]
+            self._odd[law] = [self._strict_case(law, index, law) for index in range(SETS)]
         return self._odd[law]
 
     def _field(self, width: int, small: bool, few: bool) -> _Field:
-        return _Field(self.cases(width), None)
+        """As many sets of experts as have room, with tokens that are drawn anew, and the laws by
+        turns. One field is kept at a time."""
+        if (width, small, few) not in self._fields:
+            self._fields.clear()
+            for index in [index for index in self._sets if index >= SETS]:
+                del self._sets[index]
+            rows = min(self.problem.m, SMALL_M + SPARE_ROWS) if small else self.problem.m
+            each = 2 * self.experts.parameters + rows * 8 * self.problem.k
+            most = MANY_WEIGHTS if small and not few else MANY_WEIGHTS // 4
+            most = SETS if self.device.kind == "cpu" else most
+            count = max(SETS, min(most, int(self.memory / 2 / each)))
+            sparse = self.device.kind == "cuda" and count < MANY_WEIGHTS // 4
+            copies = _COPIES if sparse else 1
+            drawn = [
+                self._fresh_case(index, copy, rows)
+                for copy in range(copies)
+                for index in range(count)
+            ]
+            again = Redraw(drawn, RoutedAnswers(self.experts.at(rows), drawn))
+            self._fields[width, small, few] = _Field(drawn, again)
+        return self._fields[width, small, few]
+
+    def _fresh_case(self, index: int, copy: int, rows: int) -> Case:
+        first = (index + copy) % len(REGULAR)
+        laws = (*REGULAR, *REGULAR)[first : first + len(REGULAR)]
+        return self._case(laws, index, "exact", self._field_seed(index, copy), rows)
+
+    def _field_seed(self, index: int, copy: int) -> int:
+        return derive(self.seed, "field", index, copy)
 
     def case_of(
         self,
@@ -146,12 +168,25 @@ class OpenExperts(OpenLayer):
         if afresh:
             self._exact.clear()
             self._odd.clear()
+            self._fields.clear()
             self._sets.clear()
+        if draw is not None:
+            return self._drawn_again(seed, draw)
         there = self.cases(WIDTH) if data == "exact" else self._odd_cases(data)
         for each in there:
             if each.operands.seed == seed:
                 return each
         raise ValueError(f"no routed tokens have the seed {seed}")
+
+    def _drawn_again(self, seed: int, draw: int) -> Case:
+        """The tokens of a draw of the field, and what must come of them."""
+        for index, copy in product(range(MANY_WEIGHTS), range(_COPIES)):
+            if self._field_seed(index, copy) == seed:
+                self.progress(f"drawing draw {draw} again")
+                found = self._fresh_case(index, copy, self.problem.m)
+                Redraw([found], RoutedAnswers(self.experts.at(self.problem.m), [found])).to(draw)
+                return found
+        raise ValueError(f"no routed tokens that are drawn anew have the seed {seed}")
 
     def _judged_by_neighbours(self, item: Item) -> bool:
         return False
@@ -160,12 +195,13 @@ class OpenExperts(OpenLayer):
         self, regime: str, count: int, outcomes: Sequence[Outcome], cases: Sequence[Case]
     ) -> list[Result]:
         results = super()._summaries(regime, count, outcomes, cases)
-        laws = {case.operands.seed: _law(case.operands) for case in cases}
+        drawn = {case.operands.seed: case.operands for case in cases}
         for result in results:
             failed = [*result["bad"], *([result["error"]] if "error" in result else [])]
             for bad in failed:
-                if bad.get("seed") in laws:
-                    bad.update(law=laws[bad["seed"]], layer_seed=self.seed)
+                if bad.get("seed") in drawn:
+                    law = _law(drawn[bad["seed"]], bad.get("draw", 0))
+                    bad.update(law=law, layer_seed=self.seed)
         return results
 
     # Grading
@@ -176,6 +212,7 @@ class OpenExperts(OpenLayer):
         cases = self.cases(WIDTH)
         most = max((len(item.ms) for item in items), default=0)
         launches = self.launches(items, cases, ("grade", WIDTH), per_item=most * len(cases))
+        launches += self._around_blocks(items, cases)
         outcomes = self.run("serial", cases, launches, Budget(2, 2, 0.0))
         results = self._summaries("serial", len(items), outcomes, cases)
         changed = sum(o.changed_inputs for o in outcomes)
@@ -191,15 +228,32 @@ class OpenExperts(OpenLayer):
             result["width"] = WIDTH if right else None
         return results
 
+    def _around_blocks(self, items: Sequence[Item], cases: Sequence[Case]) -> list[Launch]:
+        """Launches in which experts have one token less than a block of any size, as many, and one
+        more: all the same experts, or others run by run; and one in which each has one token."""
+        p, found = self.experts, []
+        of = {law: [i for i, c in enumerate(cases) if _law(c.operands) == law] for law in REGULAR}
+        wanted = [(m, "idle", turn) for turn, m in enumerate(around_blocks())]
+        for turn, place in enumerate(of["runs"]):
+            runs = run_lengths(cases[place].operands.seed)[: p.groups // p.top_k]
+            wanted += [(m, "runs", turn) for m in accumulate(runs)]
+        wanted.append((p.groups // p.top_k, "balanced", 0))
+        for index, item in enumerate(items):
+            for m, law, turn in wanted:
+                if min(item.ms) <= m <= max(item.ms):
+                    case = of[law][turn % len(of[law])]
+                    found.append(Launch(case, 0, m, item.tactic, index))
+        return found
+
     def _stages(self, tactic: str) -> Result:
         """Each stage that it can be cut into: ``grades`` by its name, and what is wrong."""
         found: Result = {"grades": {}, "bad": []}
         assert isinstance(self.backend, AsDense)
         names = stages_of(self.backend)
-        for case in self.cases(WIDTH)[:: len(REGULAR)] if names else ():
+        for case in self.cases(WIDTH)[:SETS] if names else ():
             self.progress(f"stages, {tactic}")
             tokens = min(_CUT_TOKENS, self.problem.m)
-            right = stages(self.experts, case.operands, tokens)
+            right = stages(self.experts, self._weights_of(case), self._routed(case, tokens))
             for name in names:
                 wrong, message = self._cut(name, case, right, tactic)
                 if not wrong:
@@ -223,6 +277,18 @@ class OpenExperts(OpenLayer):
                 found["bad"].append(described)
         return found
 
+    @staticmethod
+    def _routed(case: Case, tokens: int) -> Routed:
+        found: Any = case.rows(0, tokens)
+        routed: Routed = found
+        return routed
+
+    @staticmethod
+    def _weights_of(case: Case) -> ExpertWeights:
+        found: Any = case.operands.weight
+        weights: ExpertWeights = found
+        return weights
+
     def cut_again(self, tactic: str) -> Result:
         """What came of grading the stages of a tactic once more, as `replay` has it."""
         bad = self._stages(tactic)["bad"]
@@ -233,7 +299,7 @@ class OpenExperts(OpenLayer):
         assert isinstance(self.backend, AsDense)
         own: Any = self.backend.own
         tokens = right.h13.shape[0]
-        routed = case.rows(0, tokens)
+        routed = self._routed(case, tokens)
         here = right.here.unsqueeze(2)
         state = case.state
         with blame(self.backend):
@@ -270,8 +336,8 @@ class OpenExperts(OpenLayer):
     def run(
         self, name: str, cases: Sequence[Case], launches: Sequence[Any], budget: Budget
     ) -> list[Outcome]:
-        if name not in APPLICABLE:
-            raise NotApplicable(NO_FORM)
+        if name in WITHOUT:
+            raise NotApplicable(WITHOUT[name])
         return super().run(name, cases, launches, budget)
 
     def misses_tiles(self, cases: Sequence[Case], launch: Any) -> bool:
@@ -290,7 +356,7 @@ class OpenExperts(OpenLayer):
         copies = max(1, min(4, -(-COLD * cache_bytes // max(1, size))))
         with blame(self.backend):
             more = [self.backend.prepare(made.clone(), self.experts) for _ in range(copies - 1)]  # type: ignore[arg-type]
-        cases = {_law(c.operands): c for c in self.cases(WIDTH)[: len(REGULAR)]}
+        cases = {_law(c.operands): c for c in self.cases(WIDTH)[::SETS]}
         self._by_law, self._timed = [], []
         for item in items:
             self.progress(f"timing {item.ms[-1]} tokens")
@@ -387,8 +453,10 @@ class _Batches:
     parts: list[_Batch]
 
 
-def _law(operands: Operands) -> str:
-    return str(getattr(operands, "law", ""))
+def _law(operands: Operands, draw: int = 0) -> str:
+    """How tokens of a draw are routed."""
+    rows: Any = operands.rows
+    return str(getattr(operands, "law", "")) if rows is None else str(rows.law(draw))
 
 
 def _weight_tensors(weights: ExpertWeights) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from ..check.reference import alpha_of, expect, faithful, spread, tile_error, ti
 from ..data import WIDTHS, draw, exact, steady
 from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case
 from ..launch.item import Item, LaunchAim
-from ..launch.redraw import Redraw
+from ..launch.redraw import ProductAnswers, Redraw
 from ..launch.summary import MOST_BAD, Result, launched, summarise
 from ..launch.timing import Timed, TimedRange, buffers, weight_copies
 from ..launch.windows import Windows, window_offsets
@@ -102,9 +102,8 @@ class OpenLayer:
                     break
                 drawn.append(case(self.backend, problem, operands))
             else:
-                return self._fields.setdefault(
-                    (width, small, few), _Field(drawn, Redraw(drawn, self.memory // 4))
-                )
+                again = Redraw(drawn, ProductAnswers(drawn, self.memory // 4))
+                return self._fields.setdefault((width, small, few), _Field(drawn, again))
             self._fields[width, small, few] = _Field(self.cases(width), None)
         return self._fields[width, small, few]
 

@@ -1,0 +1,47 @@
+"""The right answers to routed tokens that are drawn anew (`launch.redraw`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..data.generator import mix
+from ..launch.case import Case
+from .problem import ExpertsProblem
+from .reference import token64
+from .tokens import TokenRows, answer, at_rest
+
+_SAMPLED_COLUMNS = 64
+"""Of one token of each draw, so many elements of the answer are computed in float64 as well."""
+
+
+class RoutedAnswers:
+    """The answers to cases of routed tokens, by `reference`, sampled in every draw."""
+
+    def __init__(self, problem: ExpertsProblem, cases: Sequence[Case]) -> None:
+        self._problem = problem
+        self._cases = cases
+        self._rest: dict[int, torch.Tensor | None] = {}
+        """By the identity of a set of experts: what it gives for rows of zeros."""
+
+    def refresh(self, index: int, draw: int) -> torch.Tensor:
+        """As `launch.redraw.Answers` has it."""
+        case = self._cases[index]
+        drawn: Any = case.operands
+        rows: TokenRows = drawn.rows
+        routed, lo = drawn.a, case.expectation.lo
+        key = id(drawn.weight)
+        if key not in self._rest:
+            self._rest[key] = at_rest(self._problem, drawn.weight, drawn.live)
+        factors = rows.factors(draw, len(routed.x), lo.device)
+        lo.copy_(answer(self._problem, drawn.weight, routed, factors, self._rest[key]))
+        if not len(lo):
+            return torch.zeros((), dtype=torch.int64, device=lo.device)
+        at = mix(drawn.seed ^ mix(draw))
+        token = torch.tensor([at % len(lo)], device=lo.device)
+        columns = torch.arange(_SAMPLED_COLUMNS, device=lo.device) * mix(at + 2) + at
+        columns = columns % self._problem.k
+        right = token64(self._problem, drawn.weight, routed, token, columns)
+        return (lo[token][0, columns] != right).sum()
