@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from ..cache.rows import Audit, Candidate, Choice, Environment, Finding, Timing
@@ -31,6 +32,8 @@ EXCUSES = {
 
 SLACK = 10
 """A regime in which nothing waits for chance is to bound a rate so many times as large."""
+AT_LENGTH = 0.25
+"""Of a level's time on a CPU, this is for launches at length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,31 @@ class Plan:
     """The seed was asked for: what is known from another does not answer that."""
 
     @property
+    def on_cpu(self) -> bool:
+        return self.target.device.kind == "cpu"
+
+    @property
+    def seconds_of_aim(self) -> float:
+        """Seconds after the first layer was begun, in which `aim` is to be reached in all of them;
+        inf where each kernel has its own."""
+        if self.rate is not None:
+            return self.max_seconds
+        return self.level.on_cpu if self.on_cpu else inf
+
+    @property
+    def least_seconds(self) -> float:
+        """Seconds of that which are for launches at length alone, however long the rest took."""
+        asked = self.rate is not None or self.budget is not None
+        return self.level.on_cpu * AT_LENGTH if self.on_cpu and not asked else 0.0
+
+    @property
     def aim(self) -> LaunchAim:
         """What is to be shown of a kernel that is chosen, in a regime that waits for chance."""
-        if self.rate is None:
-            launches, seconds = self.level.launches, self.level.share
-        else:
+        if self.rate is not None:
             launches, seconds = Aim(self.rate, self.confidence).launches, self.max_seconds
+        else:
+            launches = self.level.launches
+            seconds = self.level.on_cpu if self.on_cpu else self.level.share
         if self.max_launches is not None:
             launches = min(launches, self.max_launches)
         return LaunchAim(launches, -(-launches // A_PROBLEM), seconds)
@@ -91,8 +113,7 @@ class Plan:
     @property
     def patience(self) -> Patience:
         # A CPU computes in seconds what a GPU does in milliseconds.
-        on_cpu = self.target.device.kind == "cpu"
-        run, regime = (120.0, 120.0) if on_cpu else (30.0, 6.0)
+        run, regime = (120.0, 120.0) if self.on_cpu else (30.0, 6.0)
         return Patience(self.hang_seconds or run, self.hang_seconds or regime)
 
 

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from math import inf
 from pathlib import Path
 
 from ..cache import state
@@ -350,22 +349,23 @@ class Probe:
 
     def _wanted(self, doubts: Doubts, layers: int, begun: float) -> Wanted:
         """What is to be proven of the next of so many layers, the first of which was `begun` then:
-        each has its part of the time."""
+        each has its part of the time, from when it begins."""
         plan = self.plan
         now = time.monotonic()
-        until = begun + plan.max_seconds if plan.rate is not None else inf
+        until = begun + plan.seconds_of_aim
         if plan.budget is not None:
             until = min(until, self._start + plan.budget)
         usual = plan.profile.default(plan.target.device.sm)
         also = frozenset({*FLOORS, *([usual] if usual else [])})
         end = now + max(0.0, until - now) / max(1, layers)
-        return Wanted(plan.aim, plan.profile.required, self._is_right(doubts), also, end)
+        least = plan.least_seconds / max(1, layers)
+        return Wanted(plan.aim, plan.profile.required, self._is_right(doubts), also, end, least)
 
     def _measure(
         self, layers: Layers, recalled: Mapping[Problem, Recalled], doubts: Doubts
     ) -> list[ProbedLayer]:
         """Grade, time and stress every layer that is not known; those that a budget cut short."""
-        pool = self._pool if self.plan.target.device.kind == "cuda" else None
+        pool = None if self.plan.on_cpu else self._pool
         cut: list[ProbedLayer] = []
         begun = time.monotonic()
         for number, (layer, entrants) in enumerate(layers, 1):
@@ -381,12 +381,12 @@ class Probe:
             for entrant in (e for e in entrants if not e.known):
                 how = entered(self.plan, layer, entrant, self.record, done)
                 self.record.finished(entrant.name, bucket_key(p), BEGUN, how)
-            opened = grade(layer, entrants, self.record, say, pool)
-            time_layer(layer, opened, self.record, say)
             left = sum(recalled[each.problem].times is None for each, _ in layers[number - 1 :])
             wanted = self._wanted(doubts, left, begun)
+            opened = grade(layer, entrants, self.record, say, pool)
+            time_layer(layer, opened, self.record, say)
             stress(layer, opened, self.record, say, wanted, pool)
-            if wanted.aim.launches and (pool or self.plan.rate is not None):
+            if wanted.aim.launches:
                 prove(layer, opened, self.record, say, wanted, pool)
             for entrant in opened:
                 # A worker that dies now has shown all it had; the next layer starts another.

@@ -27,7 +27,8 @@ class Wanted:
     """What is to be proven of a layer, and by when.
 
     `right` says of a tactic in a bucket whether its verdict, as far as known, is safe; `also` are
-    backends of which a little is wanted wherever they come. `until` is of `time.monotonic`.
+    backends of which a little is wanted wherever they come. `until` is of `time.monotonic`; `least`
+    are seconds for launches at length that there are even after that.
     """
 
     aim: LaunchAim
@@ -35,6 +36,7 @@ class Wanted:
     right: Callable[[Where], bool]
     also: frozenset[str]
     until: float
+    least: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,16 @@ def briefly(
     _run_chain(layer, entrant, step, won, {"name": name, "budget": budget}, record)
 
 
+def passed_briefly(
+    layer: ProbedLayer, entrant: Entrant, name: str, m: MRange, record: Recorder
+) -> bool:
+    """Whether the winner of this range was run in the regime, and all of it passed."""
+    if m not in entrant.winner:
+        return False
+    facts = record.facts(layer.where(entrant, m, entrant.winner[m]))
+    return {f.status for f in facts if f.regime == name} == {"passed"}
+
+
 def at_length(
     layer: ProbedLayer,
     entrant: Entrant,
@@ -94,7 +106,7 @@ def at_length(
     won = [
         each
         for each in _winners(layer, entrant, f"{name} at length", only, name == chains.REGIME)
-        if {f.status for f in record.facts(each.where) if f.regime == name} == {"passed"}
+        if passed_briefly(layer, entrant, name, each.m, record)
     ]
     step = steps.at_length(name)
     won = _unfinished_of(entrant, step, won, aim.launches)
@@ -106,9 +118,14 @@ def at_length(
 
 
 def run_every_m(
-    layer: ProbedLayer, entrant: Entrant, record: Recorder, only: Collection[MRange]
+    layer: ProbedLayer,
+    entrant: Entrant,
+    record: Recorder,
+    only: Collection[MRange],
+    seconds: float,
 ) -> bool:
-    """Every m of these ranges once, by their winners; whether all passed."""
+    """Every m of these ranges once, by their winners, or as many as `seconds` reach; whether all
+    of these passed."""
     won = [
         Tried(
             m,
@@ -124,7 +141,7 @@ def run_every_m(
     ]
     step = steps.regime(EVERY_M)
     won = _unfinished_of(entrant, step, won)
-    how = {"name": EVERY_M, "budget": {"least": 1, "most": 1, "seconds": 0.0}}
+    how = {"name": EVERY_M, "budget": {"least": 1, "most": 1, "seconds": seconds}}
     return _run_chain(layer, entrant, step, won, how, record) if won else True
 
 

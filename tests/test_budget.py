@@ -22,6 +22,7 @@ from fp4tune.autotune.budget import (
     next_wave,
     order,
 )
+from fp4tune.autotune.evidence.wording import shown
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan
 from fp4tune.autotune.probe import probe
@@ -176,3 +177,28 @@ def test_what_the_budget_does_not_reach_is_named_and_takes_nothing_away(ample, m
 
 def test_the_reason_is_a_sentence_about_the_budget():
     assert "budget" in OVER and "proven" in SLOWER
+
+
+def test_on_a_cpu_a_level_is_a_time_and_what_it_reached_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one = make_plan(600.0)
+    brief = replace(one, backends=one.backends[:1], budget=None)
+    timed = replace(brief, level=replace(LEVEL, on_cpu=8.0))
+    report = run(timed, tmp_path)
+    (choice,) = [c for c in report.choices if c.bucket.m_hi == 1]
+    found = choice.bounds["streams"]
+    with Ledger.open(tmp_path, readonly=True) as ledger:
+        mine = [row for row in ledger.evidence() if row.regime == "streams"]
+    briefly, at_length = [r for r in mine if r.bucket == choice.bucket and r.launches]
+    assert found["launches"] >= briefly.launches + at_length.launches
+    assert at_length.problems > 1
+    assert choice.bounds["every-m"]["ms"] == 1
+    assert f"{found['launches']:,} launches" in shown(choice.bounds, 1, 1)
+
+
+def test_what_was_asked_for_is_not_exceeded_for_the_sake_of_a_level():
+    level = replace(LEVEL, on_cpu=20.0)
+    asked = replace(make_plan(5.0), level=level)
+    assert asked.least_seconds == 0 and replace(asked, budget=None).least_seconds == 5
+    assert replace(asked, budget=None, rate=1e-3).least_seconds == 0
+    assert replace(asked, rate=1e-3, max_seconds=7.0).seconds_of_aim == 7

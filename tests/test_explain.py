@@ -42,6 +42,7 @@ CUTLASS = candidate(
     bounds={
         "every-m": {
             "launches": 30, "problems": 20, "failures": 0, "upper": 0.139, "confidence": 0.95,
+            "ms": 8,
         },
         "graph": {
             "launches": 99, "problems": 90, "failures": 0, "upper": 0.0327, "confidence": 0.95,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fp4tune.autotune.stages.prove import LESS, _lacking
+from fp4tune.autotune.evidence.wording import shown
+from fp4tune.autotune.stages.prove import LESS, Turn, _lacking, share_of
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.probes.backends import tactics
 from fp4tune.probes.check.reference import alpha_of, expect
@@ -18,12 +21,14 @@ from fp4tune.probes.launch.item import Item, LaunchAim
 from fp4tune.probes.launch.outcome import Budget, repeat
 from fp4tune.probes.launch.redraw import ProductAnswers, Redraw
 from fp4tune.probes.problem import Device, Problem
+from fp4tune.probes.regimes.plain import every_m
 from fp4tune.probes.registry import load_one
 from fp4tune.probes.worker.replay import recall
-from fp4tune.probes.worker.session import OpenLayer
+from fp4tune.probes.worker.session import CHAIN, OpenLayer
 
 CPU = torch.device("cpu")
 BUDGET = Budget(1, 1, 0.0)
+AMPLE = Budget(1, 1, 60.0)
 PROBLEM = Problem("nvfp4", 64, 64, 128, "bf16", "bf16")
 
 
@@ -196,14 +201,14 @@ def test_what_is_right_passes_on_other_problems(regime, name):
     assert found["not_exercised"] is None
     for result in found["items"]:
         assert not result["bad"] and not result.get("changed_inputs")
-        assert result["launches"] >= result["problems"] >= 12
+        assert result["launches"] >= result["problems"] >= CHAIN["cpu"][0]
 
 
 def test_every_m_is_launched(stale_layer):
     stale_layer.backend = load_one("torch-dequant")
     tactic = FailsLater().tactic
     items = [Item(tuple(range(1, 9)), tactic), Item(tuple(range(9, 17)), tactic)]
-    found = stale_layer.regime("every-m", items, BUDGET)
+    found = stale_layer.regime("every-m", items, AMPLE)
     assert [result["problems"] for result in found["items"]] == [8, 8]
     assert [result["launches"] for result in found["items"]] == [24, 24]
 
@@ -219,7 +224,7 @@ class WrongAtThirteen(FailsLater):
 
 def test_a_fault_at_a_single_m_is_found(stale_layer):
     stale_layer.backend = WrongAtThirteen()
-    found = stale_layer.regime("every-m", [Item(tuple(range(9, 17)), "")], BUDGET)
+    found = stale_layer.regime("every-m", [Item(tuple(range(9, 17)), "")], AMPLE)
     assert {bad["m"] for bad in found["items"][0]["bad"]} == {13}
 
 
@@ -246,3 +251,83 @@ def test_the_first_that_is_right_gets_all_and_the_second_some(order, wrong, also
         assert depth == 1 if place == 0 else depth in ((1, LESS) if place == 1 else (None, 1, LESS))
         if name in also:
             assert depth is not None
+
+
+# -- how long it may take
+
+
+def turn(seconds: float, ranges: int = 1) -> Turn:
+    return Turn(None, "serial", (TWO,) * ranges, LaunchAim(30_000, 300, seconds))  # type: ignore[arg-type]
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=8), st.floats(0.1, 500.0))
+def test_time_that_is_short_is_shared_evenly_and_is_never_exceeded(wanted, left):
+    turns = [turn(seconds) for seconds in wanted]
+    later, spent, shares = sum(wanted), 0.0, []
+    for each in turns:
+        later -= each.seconds
+        got = share_of(each, later, left - spent)
+        assert got <= each.seconds + 1e-9
+        spent += got
+        shares.append(got / each.seconds)
+    assert spent <= left + 1e-6 or spent == pytest.approx(min(left, sum(wanted)))
+    assert max(shares) == pytest.approx(min(shares), rel=1e-3)
+
+
+def test_what_one_leaves_goes_to_those_after_it():
+    assert share_of(turn(10), 10.0, 10.0) == 5
+    assert share_of(turn(10), 0.0, 9.0) == 9
+
+
+# -- every m, in a time
+
+
+class Plans(FailsLater):
+    """Takes the host long at the first call of each m."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+
+    def run(self, state, a, out, tactic):
+        if a.shape[0] not in self.known:
+            self.known.add(a.shape[0])
+            time.sleep(0.02)
+        self.right.run(state, a, out, self.tactic)
+
+
+def test_every_m_ends_with_its_time_and_counts_what_was_made(stale_layer):
+    stale_layer._otherwise[""] = False  # as its grading would have said
+    stale_layer.backend = Plans()
+    found = stale_layer.regime("every-m", [Item(tuple(range(1, 41)), "")], Budget(1, 1, 0.03))
+    (result,) = found["items"]
+    assert 1 <= result["problems"] < 40 and not result["bad"]
+    assert found["proof"][0]["sampled"] == result["problems"]
+
+
+def test_a_slow_kernel_is_no_plan_and_a_plan_is_named(stale_layer, monkeypatch):
+    monkeypatch.setattr(every_m, "SAMPLED", 35)
+    items = [Item(tuple(range(1, 41)), "")]
+    stale_layer._otherwise[""] = False  # as its grading would have said
+    stale_layer.backend = Plans()
+    planned = stale_layer.regime("every-m", items, AMPLE)["items"][0]
+    assert planned["problems"] == 35 and planned["graded"][0]["kind"] == "plan per m"
+    stale_layer.backend = Plans()
+    monkeypatch.setattr(Plans, "run", slowly)
+    slow = stale_layer.regime("every-m", items, AMPLE)["items"][0]
+    assert slow["launches"] == 120 and "graded" not in slow
+
+
+def slowly(self, state, a, out, tactic):
+    time.sleep(0.02)
+    self.right.run(state, a, out, self.tactic)
+
+
+@pytest.mark.parametrize(
+    "run, said", [(8, "every m from 9 to 16"), (5, "5 of the 8 m from 9 to 16"), (0, "")]
+)
+def test_the_sentence_says_which_m_were_run(run, said):
+    chance = {"launches": 30_000, "problems": 300, "upper": 1e-4, "confidence": 0.95}
+    bounds = {"graph": chance, "every-m": {**chance, "ms": run}}
+    text = shown(bounds, 9, 16)
+    assert (said and said in text) or (not run and "from 9" not in text)

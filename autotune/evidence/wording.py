@@ -56,8 +56,8 @@ def shown(bounds: Mapping[str, Mapping[str, Any]], lo: int, hi: int) -> str:
     problems = min(int(known["problems"]) for known in waiting.values())
     worst = max(waiting.values(), key=lambda known: known["upper"])
     said = f"{_count_and_noun(launches, 'launch')} over {_count_and_noun(problems, 'problem')}"
-    if EVERY_M in bounds and hi:
-        said += f" and every m from {lo} to {hi}" if hi > lo else f" at m = {hi}"
+    if hi and (run := int(bounds.get(EVERY_M, {}).get("ms", 0))):
+        said += _ms_in_words(run, lo, hi)
     where = ", ".join(sorted(waiting))
     said += f" in {where}" if len(waiting) == 1 else f" in each of {where}"
     one_in = int(1 / worst["upper"])
@@ -65,6 +65,15 @@ def shown(bounds: Mapping[str, Mapping[str, Any]], lo: int, hi: int) -> str:
         return f"{said}: too few to bound how often it may fail"
     confidence = f"{100 * worst['confidence']:g} %"
     return f"{said}: a fault in more than 1 of {one_in:,} would have shown ({confidence})"
+
+
+def _ms_in_words(run: int, lo: int, hi: int) -> str:
+    """Which m of a bucket were run, of which `run` were."""
+    if hi == lo:
+        return f" at m = {hi}"
+    if run < hi - lo + 1:
+        return f" and {run:,} of the {hi - lo + 1:,} m from {lo} to {hi}"
+    return f" and every m from {lo} to {hi}"
 
 
 def _count_and_noun(number: int, what: str) -> str:

@@ -50,8 +50,9 @@ def concluded(
     for where, facts in record.take_facts().items():
         entrant = tried[where.backend, where.bucket]
         bounds = dict(pooled.get(kernel(where, digests), {}))
-        if not _ran_every_m(facts):
-            bounds.pop(EVERY_M, None)  # in another bucket that the kernel serves
+        shown = {regime: bound.json() for regime, bound in bounds.items() if regime != EVERY_M}
+        if EVERY_M in bounds and (ms := _ms_run(facts)):  # here, not in another of its buckets
+            shown[EVERY_M] = {**bounds[EVERY_M].json(), "ms": ms}
         doubts = {} if entrant.known else grounds.doubts
         before = [] if entrant.known else list(grounds.earlier.get(where, ()))
         judged = judge([*facts, *before], grounds.rules, bounds, doubts, entrant.reference_line)
@@ -68,7 +69,7 @@ def concluded(
             status=judged.status,
             conditions=tuple(asdict(c) for c in judged.conditions),
             reasons=judged.reasons,
-            bounds={regime: bound.json() for regime, bound in bounds.items()},
+            bounds=shown,
         )
         ledger.add_verdict(verdict)
         m = MRange(where.bucket.m_lo, where.bucket.m_hi)
@@ -78,14 +79,10 @@ def concluded(
     return found
 
 
-def _ran_every_m(facts: Sequence[Evidence]) -> bool:
-    """Whether every m of the bucket was run, and none was left out."""
-    return any(
-        fact.regime == EVERY_M
-        and fact.status == "passed"
-        and not any(part.get("sampled") for part in fact.detail.get("proof", ()))
-        for fact in facts
-    )
+def _ms_run(facts: Sequence[Evidence]) -> int:
+    """How many m of the bucket were run where each is to be: of each there is one problem."""
+    mine = [fact for fact in facts if fact.regime == EVERY_M and fact.status == "passed"]
+    return max((fact.problems for fact in mine), default=0)
 
 
 def _concluded(

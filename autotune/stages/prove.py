@@ -11,15 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ...probes.launch.item import LaunchAim
 from ...probes.regimes import ALONE
-from ...words import CERTAIN, CHANCE
+from ...words import CERTAIN, CHANCE, EVERY_M
 from .. import budget
 from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer
-from ..regime import Wanted, at_length, run_every_m
+from ..regime import Wanted, at_length, passed_briefly, run_every_m
 from ..verdict.buckets import MRange
 
 LESS = 10
@@ -32,6 +32,11 @@ FAST_US = 50.0
 """A kernel faster than this is launched until its aim is reached; a slower one for its share."""
 FAST_SHARES = 10.0
 """Shares of time after which a fast one is left, too."""
+
+HOST_S = 3e-4
+"""Seconds of the host that a launch of a new m takes, about."""
+PATIENCE = 10.0
+"""Times longer than it is thought to take is what every m of a range may take."""
 
 Depths = dict[tuple[str, MRange], int]
 """By backend and range: how many times less than the aim it was launched. 1 is all of it."""
@@ -49,6 +54,7 @@ def prove(
     tried = [e for e in entrants if e.winner and not (e.reference_line or e.known)]
     by_name = {entrant.name: entrant for entrant in tried}
     done: Depths = {}
+    wanted = replace(wanted, until=max(wanted.until, time.monotonic() + wanted.least))
 
     def right(name: str, m: MRange) -> bool:
         return wanted.right(layer.where(by_name[name], m, by_name[name].winner[m]))
@@ -92,6 +98,29 @@ def _lacking(orders: Mapping[MRange, Sequence[str]], done: Depths, also: Collect
     return wave
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One ask of a worker: a regime, or every m, of one backend in some ranges.
+
+    `aim` has the seconds that each of them may take.
+    """
+
+    entrant: Entrant
+    regime: str
+    only: tuple[MRange, ...]
+    aim: LaunchAim
+
+    @property
+    def seconds(self) -> float:
+        return self.aim.seconds * len(self.only)
+
+
+def share_of(turn: Turn, later: float, left: float) -> float:
+    """Seconds that each range of a turn gets, where what comes `later` may take so many and there
+    are so many `left`: what it may take, or its part of what is left."""
+    return min(1.0, left / (turn.seconds + later)) * turn.aim.seconds
+
+
 def _prove_wave(
     layer: ProbedLayer,
     by_name: Mapping[str, Entrant],
@@ -103,34 +132,68 @@ def _prove_wave(
     record, say, pool = to
     mine = [by_name[name] for name in dict.fromkeys(name for name, _ in wave)]
     names = [n for n in layer.regimes if n in wanted.regimes and n in CHANCE | CERTAIN]
-    asks = max(1, len(mine) * len(names))
 
-    def run(entrant: Entrant, names: Sequence[str]) -> None:
-        for name in names:
-            say(f"{name} at length: {entrant.name}")
-            for less, ms in _by_depth(wave, entrant.name).items():
-                aim = _aim(wanted.aim, less * (LESS if name in CERTAIN else 1))
-                for only, patience in _by_speed(entrant, ms):
-                    left = wanted.until - time.monotonic()
-                    if left <= 0 or name in entrant.dead:
-                        return
-                    each = min(patience * aim.seconds, 2 * left / asks / len(only))
-                    with layer.clock.spent(f"{name} at length", entrant.name):
-                        at_length(layer, entrant, name, record, only, replace(aim, seconds=each))
+    def turns(entrant: Entrant, alone: bool) -> list[Turn]:
+        chosen = [name for name in names if (name in ALONE) == alone]
+        return [t for n in chosen for t in _turns(layer, entrant, n, wave, wanted, record)]
 
-    def beside(entrant: Entrant) -> None:
-        run(entrant, [n for n in names if n not in ALONE])
-        if time.monotonic() < wanted.until:
-            say(f"every m: {entrant.name}")
-            with layer.clock.spent("every m", entrant.name):
-                run_every_m(layer, entrant, record, [m for name, m in wave if name == entrant.name])
+    alone = [turn for entrant in mine for turn in turns(entrant, True)]
+    beside = [[*turns(entrant, False), _every_m(entrant, wave, wanted)] for entrant in mine]
+    whole = [sum(turn.seconds for turn in turns) for turns in beside]
+    after = max(whole) if pool else sum(whole)
+
+    def run(turns: Sequence[Turn], after: float = 0.0) -> None:
+        later = sum(turn.seconds for turn in turns) + after
+        for turn in turns:
+            later -= turn.seconds
+            left = wanted.until - time.monotonic()
+            if left <= 0:
+                return
+            each = share_of(turn, later, left)
+            _run_turn(layer, replace(turn, aim=replace(turn.aim, seconds=each)), record, say)
 
     with layer.clock.spent("at length, one at a time"):
-        for name in (n for n in names if n in ALONE):
-            for entrant in mine:
-                run(entrant, [name])
+        run(alone, after)
     with layer.clock.spent("at length, side by side"):
-        list(pool.map(beside, mine) if pool else map(beside, mine))
+        if pool:
+            list(pool.map(run, beside))
+        else:
+            run([turn for turns in beside for turn in turns])
+
+
+def _run_turn(layer: ProbedLayer, turn: Turn, record: Recorder, say: Callable[[str], None]) -> None:
+    entrant, name = turn.entrant, turn.regime
+    if name in entrant.dead:
+        return
+    if name == EVERY_M:
+        say(f"every m: {entrant.name}")
+        with layer.clock.spent("every m", entrant.name):
+            run_every_m(layer, entrant, record, turn.only, turn.seconds)
+        return
+    say(f"{name} at length: {entrant.name}")
+    with layer.clock.spent(f"{name} at length", entrant.name):
+        at_length(layer, entrant, name, record, turn.only, turn.aim)
+
+
+def _turns(
+    layer: ProbedLayer, entrant: Entrant, name: str, wave: Depths, wanted: Wanted, record: Recorder
+) -> list[Turn]:
+    """What is asked of a backend in one regime."""
+    found = []
+    for less, ms in _by_depth(wave, entrant.name).items():
+        aim = _aim(wanted.aim, less * (LESS if name in CERTAIN else 1))
+        passed = [m for m in ms if passed_briefly(layer, entrant, name, m, record)]
+        for only, shares in _by_speed(layer, entrant, passed):
+            mine = replace(aim, seconds=shares * aim.seconds)
+            found.append(Turn(entrant, name, tuple(only), mine))
+    return found
+
+
+def _every_m(entrant: Entrant, wave: Depths, wanted: Wanted) -> Turn:
+    """Every m of the ranges in which a backend is to be launched."""
+    only = tuple(m for name, m in wave if name == entrant.name)
+    needed = sum((m.hi - m.lo + 1) * (HOST_S + 1e-6 * entrant.median_us.get(m, 0.0)) for m in only)
+    return Turn(entrant, EVERY_M, only, replace(wanted.aim, seconds=PATIENCE * needed / len(only)))
 
 
 def _by_depth(wave: Depths, name: str) -> dict[int, list[MRange]]:
@@ -142,9 +205,13 @@ def _by_depth(wave: Depths, name: str) -> dict[int, list[MRange]]:
     return found
 
 
-def _by_speed(entrant: Entrant, ms: Sequence[MRange]) -> list[tuple[list[MRange], float]]:
+def _by_speed(
+    layer: ProbedLayer, entrant: Entrant, ms: Sequence[MRange]
+) -> list[tuple[list[MRange], float]]:
     """The ranges where the kernel is fast enough to reach the aim, and those where it is not, each
-    with how many shares of time it may take."""
+    with how many shares of time it may take. On a CPU all have the same."""
+    if layer.target.device.kind == "cpu":
+        return [(list(ms), 1.0)] if ms else []
     fast = [m for m in ms if entrant.median_us.get(m, 0.0) < FAST_US]
     slow = [m for m in ms if m not in fast]
     return [(only, shares) for only, shares in ((fast, FAST_SHARES), (slow, 1.0)) if only]

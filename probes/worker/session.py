@@ -39,7 +39,7 @@ SMALL_M = 256
 SPARE_ROWS = 64
 MEASURED = "realistic"
 """The family on which accumulation is measured."""
-CHAIN = 24, 6
+CHAIN = {"cuda": (24, 6), "cpu": (8, 2)}
 """Launches of each item in a chain where much is to be shown: of small m, and of large."""
 
 Progress = Callable[[str], None]
@@ -258,7 +258,8 @@ class OpenLayer:
         if item.width != WIDTHS[0]:
             return False
         if item.tactic not in self._otherwise:
-            self._otherwise[item.tactic] = self._rounds_otherwise(item)
+            edges = replace(item, ms=tuple(dict.fromkeys((item.ms[0], item.ms[-1]))))
+            self._otherwise[item.tactic] = self._rounds_otherwise(edges)
         return self._otherwise[item.tactic]
 
     def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
@@ -371,7 +372,7 @@ class OpenLayer:
                 cases = [_with_neighbours(each) for each in cases]
             mine = [items[i] for i in chosen]
             tag = (name, width, *(("aim", small) if aim else (0,)))
-            per_item = CHAIN[0 if small else 1] if aim else 0
+            per_item = CHAIN[self.device.kind][0 if small else 1] if aim else 0
             launches = self.launches(mine, cases, tag, per_item)
             if name == EVERY_M:
                 launches.sort(key=lambda launch: launch.m)  # batches of m that are near

@@ -94,6 +94,6 @@ def test_what_keeps_its_rows_is_found_by_the_second_draw_and_made_again():
 def test_every_m_is_launched_once():
     layer = opened(load_one("zoo-weights-before-wait"))
     every = [Item(tuple(range(1, 65)), "default"), Item(tuple(range(65, 257)), "default")]
-    found = layer.regime("every-m", every, BUDGET)["items"]
+    found = layer.regime("every-m", every, Budget(1, 1, 60.0))["items"]
     assert [part["problems"] for part in found] == [64, 192]
     assert not any(part["bad"] for part in found)
