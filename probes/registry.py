@@ -23,7 +23,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -281,6 +283,14 @@ def _file_of(spec: str) -> tuple[Path, str]:
     return path, attribute
 
 
+class _Source(SourceFileLoader):
+    """A file as its text says. Bytecode kept beside it may be that of an earlier text of the same
+    second and length, and what is proven is proven of the text."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_file(spec: str) -> Backend:
     """The backend `NAME` of the file in ``path/to/file.py:NAME``; NAME as an entry point's.
 
@@ -293,7 +303,8 @@ def load_file(spec: str) -> Backend:
         # The path's digest keeps two files of one name apart; the module must be in sys.modules
         # for dataclasses and pickling in it.
         name = f"fp4tune_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-        found = importlib.util.spec_from_file_location(name, path)
+        source = _Source(name, str(path))
+        found = importlib.util.spec_from_file_location(name, path, loader=source)
         assert found is not None and found.loader is not None  # true of every .py path
         module = importlib.util.module_from_spec(found)
         sys.modules[name] = module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -372,6 +373,16 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("import not_a_module_at_all")
     with pytest.raises(registry.BadBackend, match="not_a_module_at_all"):
         registry.load_file(f"{broken}:X")
+
+
+def test_a_file_is_what_it_says_now_whatever_was_compiled_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "mine.py"
+    for name in ("one", "two"):  # of one length, in one second
+        file.write_text(f"from fp4tune.probes.zoo.floor import Right\nIT = Right({name!r})\n")
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert registry.load_file(f"{file}:IT").name == name
+    assert not list(tmp_path.rglob("*.pyc"))
 
 
 def install(folder: Path, module: str, source: str, entries: dict[str, str]) -> None:

@@ -398,6 +398,7 @@ def test_a_recorded_run_can_be_explored_where_there_is_no_gpu(tmp_path):
     done = call("report", "--state", place, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert done.exit_code == 0 and "42 % of the roofline" in page
+    assert "STALE on this host</h2>" in page and "had a safe choice when it was published" in page
     assert "a failure rate below" in page
 
 

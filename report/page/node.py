@@ -105,11 +105,13 @@ def _page_status(rows: NodeRows) -> render.PageStatus | None:
     said = rows.status
     if said is None:
         return None
-    notes = [_capital(said["elsewhere"])] if said["elsewhere"] else []
+    word, notes = STATUS_WORDS[said["status"]], []
+    if said["elsewhere"]:
+        word, notes = f"{word} on this host", [_capital(said["elsewhere"])]
     if rows.problem is not None:
         notes.append(f"{STATUS_WORDS[UNREADABLE]} ledger: {rows.problem}")
     return render.PageStatus(
-        STATUS_WORDS[said["status"]],
+        word,
         said["since"],
         said["reason"],
         tuple(notes),
