@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import string
 from types import SimpleNamespace
 
+import humming_device
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fp4tune.probes.backends import _humming as shared
 from fp4tune.probes.backends import humming as adapter
-from fp4tune.probes.backends.humming import (
-    Humming,
-    HummingLayer,
-    decode,
-    encode,
-    schedule,
-    schedules,
-)
+from fp4tune.probes.backends._humming import decode, encode
+from fp4tune.probes.backends.humming import Humming, HummingLayer, schedule, schedules
 from fp4tune.probes.problem import FORMATS, Device, Fp4Tensor, Problem
 
 H200 = Device("cuda", 90)
@@ -78,33 +73,8 @@ def test_both_formats_and_dtypes_are_supported(format_name: str, out_dtype: str)
 
 @pytest.fixture
 def gpu(monkeypatch) -> Device:
-    """The GPU that is there; else humming is told an H200's facts, all its heuristics need.
-
-    Without libcuda humming cannot ask a device, and a CPU build of torch cannot select one.
-    """
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return Device("cuda", 10 * major + minor)
-    monkeypatch.setenv("HUMMING_DISABLE_PARALLEL_BUILD", "1")
-    facts = SimpleNamespace(
-        index=0,
-        name="NVIDIA H200",
-        is_ppu=False,
-        sm_version=90,
-        sm_major=9,
-        sm_minor=0,
-        sm_count=132,
-        max_registers_per_sm=65536,
-        max_smem_size=227 * 1024,
-        memory_bandwidth_gbps=4917.0,
-        tensorcore_tops={"bfloat16": 1070.0, "float16": 1070.0},
-    )
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    from humming.utils import device
-
-    monkeypatch.setattr(device, "_extension", SimpleNamespace(_DeviceInfo=lambda index: facts))
-    return H200
+    """The GPU that is there; else humming is told an H200's facts, all its heuristics need."""
+    return humming_device.or_h200(monkeypatch)
 
 
 @needs_humming
@@ -129,17 +99,38 @@ def test_a_tactic_is_the_schedule_humming_chose(gpu: Device) -> None:
     problem = Problem("nvfp4", 17, 4096, 4096)
     (name,) = Humming().tactics(problem, gpu)
     config = adapter.layer_config(HummingLayer.of(problem, 0))
-    chosen = adapter._humming().get_heuristics_config(config, gemm_type="dense", device=0)
+    chosen = shared.heuristics(config, {"gemm_type": "dense"}, 0)
     own = next(tuning for low, high, tuning in chosen if low < 17 <= high)
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in own.items()}
     assert decode(name) == plain
-    assert '"block_shape"' in adapter.tuning_json(name)
+    assert '"block_shape"' in shared.tuning_json(name)
+
+
+def test_a_version_that_takes_other_arguments_is_named(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "humming"
+    (folder / "tune").mkdir(parents=True)
+    for file, (function, needed) in shared._NEEDED.items():
+        arguments = ", ".join(sorted(needed - {"expert_layout"}))
+        (folder / file).write_text(f"def {function}({arguments}): ...\n")
+    monkeypatch.setattr(
+        shared.importlib.util,
+        "find_spec",
+        lambda name: SimpleNamespace(submodule_search_locations=[str(folder)]),
+    )
+    monkeypatch.setattr(shared, "version", lambda: "7.0")
+    reason = shared.unusable()
+    assert reason is not None and "7.0" in reason and "take expert_layout" in reason
+    assert all(known in reason for known in shared.KNOWN)
+    forward = folder / "forward.py"
+    forward.write_text(forward.read_text().replace("(", "(expert_layout, ", 1))
+    shared._arguments.cache_clear()
+    assert shared.unusable() is None
 
 
 @needs_humming
 def test_a_schedule_of_another_humming_is_refused(gpu: Device) -> None:
     with pytest.raises(ValueError, match="gemm_type"):
-        adapter.tuning_json("gemm_type=dense")
+        shared.tuning_json("gemm_type=dense")
 
 
 @pytest.mark.gpu

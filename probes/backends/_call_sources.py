@@ -54,6 +54,7 @@ def run(state, a, out, tactic):
 
 HUMMING = '''"""humming-kernels, W4A16 with FP4 weights, as vLLM's linear layer calls it."""
 
+import inspect
 import json
 import os
 import re
@@ -72,6 +73,11 @@ COMPUTE = {"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "d
 PAD_N, PAD_K, LOCKS = 256, 128, 2048
 
 
+def _on(function, device):
+    """The device, for versions whose functions take it."""
+    return {"device": device} if "device" in inspect.signature(function).parameters else {}
+
+
 def prepare(weight, problem):
     device = weight["codes"].device
     n, k, dtype = problem["n"], problem["k"], problem["dtype"]
@@ -79,22 +85,22 @@ def prepare(weight, problem):
     if problem["format"] == "nvfp4":
         tensors["weight_scale_2"] = weight["global_scale"].reshape(1)
     loaded = schema.BaseWeightSchema.from_config(SCHEMAS[problem["format"]])
-    _, standard = loaded.convert_humming(
+    weight_schema, standard = loaded.convert_humming(
         tensors=tensors,
         shape_n_stacks=[n],
         shape_k_stacks=[k],
         param_dtype=dtype,
-        device=device,
+        **_on(loaded.convert_humming, device),
     )
     config = transform.prepare_layer_config(
         shape_n=n,
         shape_k=k,
-        weight_schema=loaded.to_humming_schema(dtype),
+        weight_schema=weight_schema,
         input_schema=schema.HummingInputSchema(),
         pad_n_to_multiple=PAD_N,
         pad_k_to_multiple=PAD_K,
         torch_dtype=dtype,
-        device=device,
+        **_on(transform.prepare_layer_config, device),
     )
     ready = transform.transform_humming_tensors(config, standard)
     ready = {name: tensor.clone() for name, tensor in ready.items()}
@@ -113,7 +119,8 @@ def _value(text):
 def _tuning(config, m, tactic, device):
     if tactic != "default":
         return json.dumps({key: _value(v) for key, v in (p.split("=") for p in tactic.split(","))})
-    found = tune.get_heuristics_config(config, **COMPUTE, device=device)
+    ask = tune.get_heuristics_config
+    found = ask(config, **COMPUTE, **_on(ask, device))
     return json.dumps(next(tuning for low, high, tuning in found if low < m <= high))
 
 
