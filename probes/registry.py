@@ -75,6 +75,7 @@ BUILTIN: dict[str, str] = {
 
 EXPERTS: dict[str, str] = {
     "torch-experts": "grouped.floor:TorchExperts",
+    "flashinfer-cutlass-experts": "backends.flashinfer.experts_cutlass:CutlassExperts",
 }
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 

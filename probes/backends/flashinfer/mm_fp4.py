@@ -17,7 +17,6 @@ import importlib
 import itertools
 import json
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from .. import DEFAULT_TACTIC, _call_sources
 from .._block_scaled import kept, pair_alpha, swizzled
 from ..torch.dequant import not_dense
 from ._support import SPECS, mm_fp4, unsupported
+from ._tuner import interrupted
 
 
 def _shuffled_rows(codes: torch.Tensor) -> torch.Tensor:
@@ -89,45 +89,6 @@ class FlashInferActivation:
         return kept(self.alphas, weight.key, make)
 
 
-class _Chosen(Exception):
-    """Carries a runner and its inputs out of an interrupted `mm_fp4` call."""
-
-    def __init__(self, runner: Any, inputs: list[Any]) -> None:
-        super().__init__()
-        self.runner = runner
-        self.inputs = inputs
-
-
-_interrupting = threading.Lock()
-
-
-def _runner(**call: Any) -> _Chosen | None:
-    """The runner `mm_fp4(**call)` would launch and its inputs; None where none is tuned.
-
-    `mm_fp4` builds its runner in private functions that differ between versions, so it is left
-    to do that and interrupted where it asks the autotuner for a tactic. Calls of other threads
-    in the meantime go to the autotuner as ever.
-    """
-    tuner = importlib.import_module("flashinfer.autotuner").AutoTuner.get()
-    me = threading.get_ident()
-    original = tuner.choose_one
-
-    def interrupt(op: str, runners: Any, config: Any, inputs: Any, **rest: Any) -> Any:
-        if threading.get_ident() != me:
-            return original(op, runners, config, inputs, **rest)
-        raise _Chosen(runners[0], inputs)
-
-    with _interrupting:
-        tuner.choose_one = interrupt
-        try:
-            mm_fp4()(**call)
-        except _Chosen as chosen:
-            return chosen
-        finally:
-            del tuner.choose_one
-    return None
-
-
 @functools.lru_cache(maxsize=4096)
 def parse_tactic(name: str) -> Any:
     """A tactic from its name. Raises ValueError for one that `tactics` did not write."""
@@ -160,7 +121,7 @@ class FlashInfer:
         """FlashInfer's default, then every tactic it says is valid for the problem (on a GPU)."""
         if device.kind != "cuda" or not torch.cuda.is_available() or problem.m == 0:
             return (DEFAULT_TACTIC,)
-        chosen = _runner(**self._empty_call(problem, device))
+        chosen = interrupted(mm_fp4(), self._empty_call(problem, device))
         if chosen is None:
             return (DEFAULT_TACTIC,)
         shapes = [tuple(i.shape) if isinstance(i, torch.Tensor) else () for i in chosen.inputs]
@@ -169,7 +130,7 @@ class FlashInfer:
         names = [DEFAULT_TACTIC, *dict.fromkeys(json.dumps(tactic) for tactic in valid)]
         if self.layout != "shuffled":
             return names
-        chosen = _runner(**self._empty_call(problem, device, SMALL))
+        chosen = interrupted(mm_fp4(), self._empty_call(problem, device, SMALL))
         assert chosen is not None  # the same backend as above
         valid = chosen.runner.get_valid_tactics(chosen.inputs, profile)
         return [*names, SMALL, *(SMALL + json.dumps(t) for t in dict.fromkeys(valid))]
@@ -234,7 +195,7 @@ class FlashInfer:
         key = (call["out"].device, call["out_dtype"], call["use_nvfp4"], eight)
         runner = self._runners.get(key)
         if runner is None:
-            chosen = _runner(**call)
+            chosen = interrupted(mm_fp4(), call)
             if chosen is None:
                 raise ValueError(f"{self.name} has no tactics to pin")
             runner = self._runners[key] = chosen.runner
