@@ -20,7 +20,9 @@ EVERY_M = "every-m"
 """The regime that is run once, of what is chosen: no condition of launches, but all m."""
 NO_FORM = "this regime has no form for routed experts"
 """Why a regime that applies to experts as well says nothing of them."""
-CHANCE = frozenset({"graph", "mlp-chain", "churn", "streams", "graph-streams", "threads"})
+CHANCE = frozenset(
+    {"graph", "mlp-chain", "churn", "streams", "shared-expert", "graph-streams", "threads"}
+)
 """Those where a fault waits for chance: what they show grows with their launches alone."""
 CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})
 """Those where a fault of timing shows at once, or none can: more problems, and fewer launches."""

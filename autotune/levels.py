@@ -45,6 +45,7 @@ _STRESS = (
     "scratch",
     "churn",
     "regrow",
+    "shared-expert",
     "threads",
     "neighbours",
     "huge",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..cache.rows import Under, Where
 from ..probes.launch.item import LaunchAim
-from ..probes.regimes import COSTLY, HARDER, SAME_START
+from ..probes.regimes import COSTLY, HARDER, NOT_DENSE, SAME_START, SHARED_EXPERT
 from ..probes.worker.supervisor import WorkerFailed
 from ..words import EVERY_M
 from . import chains, steps
@@ -180,8 +180,11 @@ def _needless(
         if deadly in entrant.dead:
             why = f"not run: {entrant.dead[deadly]} in {deadly} before"
             return "skipped", [why] * len(won)
-    if name == chains.REGIME and not layer.begins_mlp:
+    dense = layer.problem.groups == 1
+    if name == chains.REGIME and dense and not layer.begins_mlp:
         return "not applicable", [chains.ELSEWHERE] * len(won)
+    if name == SHARED_EXPERT and dense:
+        return "not applicable", [NOT_DENSE] * len(won)
     same = SAME_START.get(name)
     if same is not None and won:
         reasons = [entrant.exempt.get((same, each.m, each.where.tactic)) for each in won]

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 
 from ...cache.rows import Under
 from ...probes.data import families
-from ...probes.grouped.families import odd_routing
+from ...probes.grouped.families import grouped_families
 from ...probes.regimes.mlp.layers import second_shape
 from ...probes.worker.supervisor import WorkerFailed
 from .. import census, steps
@@ -116,7 +116,7 @@ def _exact(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
 def _families(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
     """Realistic and extreme data, in the serial regime, for every tactic that was graded."""
     problem = layer.problem
-    every = families(problem) if problem.groups == 1 else odd_routing(problem)
+    every = families(problem) if problem.groups == 1 else grouped_families(problem)
     for family in every:
         step = steps.family(family.name)
         pairs = entrant.left(step, entrant.width)
@@ -132,7 +132,8 @@ def _families(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:
             with layer.step(entrant, step, pairs, record):
                 for where in places:
                     record.failure(where, under, failure, question)
-                entrant.faulty.update(pairs)
+                if failure.kind != "not applicable":
+                    entrant.faulty.update(pairs)
             continue
         try_again(entrant, places, under, results, record)
         with layer.step(entrant, step, pairs, record):

@@ -71,6 +71,7 @@ _ENGINE = (
     "history",
     "churn",
     "regrow",
+    "shared-expert",
 )
 _EVERY = (
     *_ENGINE,

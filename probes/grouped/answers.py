@@ -11,7 +11,7 @@ from ..data.generator import mix
 from ..launch.case import Case
 from .problem import ExpertsProblem
 from .reference import token64
-from .tokens import TokenRows, answer, at_rest
+from .tokens import Rests, TokenRows, answer
 
 _SAMPLED_COLUMNS = 64
 """Of one token of each draw, so many elements of the answer are computed in float64 as well."""
@@ -23,8 +23,7 @@ class RoutedAnswers:
     def __init__(self, problem: ExpertsProblem, cases: Sequence[Case]) -> None:
         self._problem = problem
         self._cases = cases
-        self._rest: dict[int, torch.Tensor | None] = {}
-        """By the identity of a set of experts: what it gives for rows of zeros."""
+        self._rests = Rests(problem)
 
     def refresh(self, index: int, draw: int) -> torch.Tensor:
         """As `launch.redraw.Answers` has it."""
@@ -32,11 +31,9 @@ class RoutedAnswers:
         drawn: Any = case.operands
         rows: TokenRows = drawn.rows
         routed, lo = drawn.a, case.expectation.lo
-        key = id(drawn.weight)
-        if key not in self._rest:
-            self._rest[key] = at_rest(self._problem, drawn.weight, drawn.live)
+        rest = self._rests.of(drawn.weight, drawn.live)
         factors = rows.factors(draw, len(routed.x), lo.device)
-        lo.copy_(answer(self._problem, drawn.weight, routed, factors, self._rest[key]))
+        lo.copy_(answer(self._problem, drawn.weight, routed, factors, rest))
         if not len(lo):
             return torch.zeros((), dtype=torch.int64, device=lo.device)
         at = mix(drawn.seed ^ mix(draw))

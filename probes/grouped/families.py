@@ -1,12 +1,16 @@
-"""The data of a grouped problem that are graded apart: odd routing, each with its condition."""
+"""The data of a grouped problem that are graded apart: realistic values, and odd routing, each kind
+of which has a condition."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from ...words import Condition
+from ..data import FAMILIES
+from ..data.families import Family
 from ..problem import Problem
 from .problem import ExpertsProblem
+from .realistic import families_of
 
 
 class OddRouting(NamedTuple):
@@ -19,15 +23,21 @@ class OddRouting(NamedTuple):
 
 
 _FEWEST_FOR_TWICE = 2
+TOP_K = {"top-1": 1, "top-8": 8}
+"""Families in which tokens have another number of experts than the layer's, by its name."""
 
 
-def odd_routing(problem: Problem) -> tuple[OddRouting, ...]:
-    """The odd laws that exist for a problem: of a dense one none, and with one expert a token none
-    can be there twice."""
+def grouped_families(problem: Problem) -> tuple[Family | OddRouting, ...]:
+    """What there is for a problem: of a dense one nothing; with one expert a token none can be
+    there twice, and no token has more than there are."""
     if not isinstance(problem, ExpertsProblem):
         return ()
-    twice = problem.top_k >= _FEWEST_FOR_TWICE
-    return tuple(f for f in ODD_ROUTING.values() if twice or f.name != "duplicates")
+    without = set()
+    if problem.top_k < _FEWEST_FOR_TWICE:
+        without.add("duplicates")
+    without |= {name for name, k in TOP_K.items() if k == problem.top_k or k > problem.groups}
+    odd = tuple(f for f in ODD_ROUTING.values() if f.name not in without)
+    return (*(FAMILIES[name] for name in families_of(problem)), *odd)
 
 
 ODD_ROUTING = {
@@ -51,6 +61,13 @@ ODD_ROUTING = {
         OddRouting(
             "padding-ids",
             Condition("padding-names-experts", "padding rows name experts that there are"),
+        ),
+        *(
+            OddRouting(
+                name,
+                Condition("own-top-k", "tokens have as many experts as the configuration says"),
+            )
+            for name in TOP_K
         ),
         OddRouting(
             "nan-router",

@@ -9,6 +9,9 @@ import torch
 from ..formats import dequantise
 from ..problem import Format, Fp4Tensor
 
+SIGNS = 0x88
+"""The sign bits of both e2m1 codes of a byte."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fp4Stack:
@@ -66,6 +69,17 @@ class ExpertWeights:
     def clone(self) -> ExpertWeights:
         biases = (None if b is None else b.clone() for b in (self.b13, self.b2))
         return ExpertWeights(self.w13.clone(), self.w2.clone(), *biases)
+
+    def moved(self, shift: int, negated: bool) -> ExpertWeights:
+        """In memory of its own, with the rows of w2 moved down by `shift`, and negated or not: what
+        comes out has its columns moved, and the other sign."""
+        own = self.clone()
+        w2, b2 = own.w2, own.b2
+        codes, scales = (t.roll(shift, 1) for t in (w2.codes, w2.scales))
+        b2 = None if b2 is None else b2.roll(shift, 1)
+        if negated:
+            codes, b2 = codes ^ SIGNS, None if b2 is None else -b2
+        return replace(own, w2=replace(w2, codes=codes, scales=scales), b2=b2)
 
 
 @dataclass(frozen=True, slots=True)

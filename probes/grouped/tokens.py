@@ -4,6 +4,7 @@ router weighs them with are drawn anew in place, and what must come of them is w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -125,3 +126,24 @@ def resting(
         weight = torch.where(mine, routed.weights[:, place], 0.0).unsqueeze(1)
         total += torch.where(mine.unsqueeze(1), each * weight, 0.0)
     return total * problem.scaling
+
+
+class Rests:
+    """What would come of tokens of zeros, for sets of experts as they come."""
+
+    def __init__(self, problem: ExpertsProblem) -> None:
+        self._problem = problem
+        self._known: dict[int, torch.Tensor | None] = {}
+        """By the identity of a set of experts."""
+
+    def of(self, weights: ExpertWeights, live: tuple[int, ...]) -> torch.Tensor | None:
+        """`at_rest` of these experts."""
+        if id(weights) not in self._known:
+            self._known[id(weights)] = at_rest(self._problem, weights, live)
+        return self._known[id(weights)]
+
+    def __call__(self, case: Any, routed: Routed) -> torch.Tensor:
+        """What comes of these tokens of a case if all are rows of zeros, in the dtype."""
+        drawn = case.operands
+        found = resting(self._problem, routed, self.of(drawn.weight, drawn.live))
+        return torch.zeros_like(routed.x) + torch.as_tensor(found).to(routed.x.dtype)

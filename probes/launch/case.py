@@ -86,6 +86,20 @@ def case(backend: Backend, problem: Problem, operands: Operands) -> Case:
     return Case(problem, operands, expectation, state, Unchanged(inputs))
 
 
+def prepared_again(
+    backend: Backend, cases: Sequence[Case], change: Callable[[Any], Any] = lambda weight: weight
+) -> list[Any]:
+    """What `backend` makes of each case's weight, or of what `change` makes of it; of one that
+    several cases share, once."""
+    made: dict[int, Any] = {}
+    with blame(backend):
+        for case in cases:
+            weight = case.operands.weight
+            if id(weight) not in made:
+                made[id(weight)] = backend.prepare(change(weight), case.problem)
+    return [made[id(case.operands.weight)] for case in cases]
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One call: which window of which case's pool, by which tactic, counted for which item."""

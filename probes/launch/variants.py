@@ -1,24 +1,20 @@
 """Many weights with known answers out of few: rows rolled, and signs flipped.
 
-The rows of a weight are the columns of the output, so a weight whose rows are moved has the answer
-with its columns moved, and one with the other signs the answer with the other sign. Nothing is
-drawn, and no answer is computed anew. For checks of *which* weight a backend used: as data they are
-the problem they were made of.
+The rows of a weight (of routed experts, those of w2) are the columns of the output, so a weight
+whose rows are moved has the answer with its columns moved, and one with the other signs the answer
+with the other sign. Nothing is drawn, and no answer is computed anew. For checks of *which* weight
+a backend used: as data they are the problem they were made of.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
+from typing import Any
 
 from ..check.sweep import Slot, slot
 from ..data.generator import mix
-from ..problem import Fp4Tensor
-from .case import Case
-
-SIGNS = 0x88
-"""The sign bits of both e2m1 codes of a byte."""
+from ..grouped.tensors import SIGNS, ExpertWeights
+from .case import Case, copy_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +26,11 @@ class Variant:
     negated: bool
 
     @property
-    def weight(self) -> Fp4Tensor:
-        """The weight (n, k), in memory of its own."""
-        drawn = self.case.operands.weight
+    def weight(self) -> Any:
+        """The weight (n, k), or the experts, in memory of its own."""
+        drawn: Any = self.case.operands.weight
+        if isinstance(drawn, ExpertWeights):
+            return drawn.moved(self.shift, self.negated)
         codes, scales = (t.roll(self.shift, 0) for t in (drawn.codes, drawn.scales))
         codes = codes ^ SIGNS if self.negated else codes
         return replace(drawn, codes=codes, scales=scales, global_scale=drawn.global_scale.clone())
@@ -53,12 +51,6 @@ def variant(case: Case, index: int) -> Variant:
     return Variant(case, bits % case.problem.n, bool(bits >> 20 & 1))
 
 
-def same_place(old: Fp4Tensor, new: Fp4Tensor) -> None:
+def same_place(old: Any, new: Any) -> None:
     """Put the bytes of `new` where those of `old` are."""
-    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...] = (
-        (old.codes, new.codes),
-        (old.scales, new.scales),
-        (old.global_scale, new.global_scale),
-    )
-    for to, origin in pairs:
-        to.copy_(origin)
+    copy_over(new, old)

@@ -11,6 +11,8 @@ from ..launch.outcome import Budget, NotApplicable, Outcome, Regime
 from .concurrent.callers import callers
 from .concurrent.lanes import LANES, graph_streams, streams
 from .concurrent.neighbours import neighbours, settled, start_neighbour
+from .concurrent.shared_expert import NAME as SHARED_EXPERT
+from .concurrent.shared_expert import NOT_DENSE, shared_expert
 from .concurrent.threads import threads
 from .host.effects import effects
 from .host.first_calls import first_calls
@@ -41,8 +43,10 @@ __all__ = [
     "EVERY_M",
     "HARDER",
     "LANES",
+    "NOT_DENSE",
     "REGIMES",
     "SAME_START",
+    "SHARED_EXPERT",
     "STARTS",
     "WHOLE",
     "Budget",
@@ -77,6 +81,7 @@ REGIMES: dict[str, Regime] = {
     "neighbours": neighbours,
     "huge": huge,
     "streams": streams,
+    SHARED_EXPERT: shared_expert,
     "first-calls": first_calls,
     "threads": threads,
     "graph-streams": graph_streams,
@@ -90,6 +95,7 @@ STARTS = {"neighbours": start_neighbour}
 COPIES = {
     "streams": 3 * LANES,
     "graph-streams": 3 * LANES,
+    SHARED_EXPERT: LANES,
     "threads": 3 * LANES,
     "first-calls": LANES,
     "addresses": 8,
@@ -115,7 +121,12 @@ unless a failure rate is to be bounded."""
 
 CALLS = {"churn": 2, "mlp-chain": 2}
 """Checked calls that a regime makes of each launch, where more than one."""
-HARDER = {"threads": "streams", "graph-streams": "streams", "first-calls": "streams"}
+HARDER = {
+    "threads": "streams",
+    "graph-streams": "streams",
+    "first-calls": "streams",
+    SHARED_EXPERT: "streams",
+}
 """Regimes that only add to another: what took a worker down in that one would in this one, too."""
 
 SAME_START = {"pdl-war": "pdl-raw", "pdl-waw": "pdl-raw"}

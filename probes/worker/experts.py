@@ -8,7 +8,7 @@ that launches dense problems launches these, with `Routed` tokens where an activ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from statistics import fmean, median
 from typing import Any
@@ -18,21 +18,25 @@ import torch
 from ...words import NO_FORM
 from ..backends import Backend
 from ..check.sweep import Unchanged
+from ..check.tiles import tile_error
 from ..data import Operands
 from ..grouped.answers import RoutedAnswers
 from ..grouped.backend import AsDense, stages_of
+from ..grouped.cases import prepared_case, seen_as_dense
 from ..grouped.exact import draw_tokens, draw_weights, exact_problem, stages
+from ..grouped.families import ODD_ROUTING, TOP_K
 from ..grouped.problem import ExpertsProblem
+from ..grouped.realistic import NAMES, draw_realistic, limit
 from ..grouped.routing import ODD, REGULAR, around_blocks, run_lengths
 from ..grouped.tensors import ExpertWeights, Routed
 from ..grouped.units import WIDTH
-from ..launch.case import Case, Launch, blame, tensors
+from ..launch.case import Case, Launch, bind, blame, tensors
 from ..launch.item import Item
 from ..launch.outcome import Budget, NotApplicable, Outcome
 from ..launch.redraw import Redraw
-from ..launch.summary import Result
+from ..launch.summary import MOST_BAD, Result, launched
 from ..launch.timing import COLD, Sampler
-from ..problem import Device, Problem
+from ..problem import Device
 from ..seeds import derive
 from .session import MANY_WEIGHTS, SMALL_M, SPARE_ROWS, OpenLayer, Progress, _Field
 
@@ -67,8 +71,8 @@ class OpenExperts(OpenLayer):
         progress: Progress,
     ) -> None:
         # Regimes see a dense problem of the layer's output: hidden from hidden.
-        seen = Problem(problem.format, problem.m, problem.k, problem.k, "bf16", problem.out_dtype)
-        super().__init__(backend, device, seen, seed, memory, progress)
+        super().__init__(backend, device, seen_as_dense(problem), seed, memory, progress)
+        self.asked = problem
         self.experts = exact_problem(problem)
         assert isinstance(backend, AsDense)
         backend.problem = self.experts
@@ -120,10 +124,38 @@ class OpenExperts(OpenLayer):
             ]
         return self._exact[WIDTH]
 
-    def _odd_cases(self, law: str) -> list[Case]:
-        if law not in self._odd:
-            self._odd[law] = [self._strict_case(law, index, law) for index in range(SETS)]
-        return self._odd[law]
+    def _odd_cases(self, name: str) -> list[Case]:
+        """The cases of a family; of those with experts of their own, one is kept at a time."""
+        if name in ODD and name not in self._odd:
+            self._odd[name] = [self._strict_case(name, index, name) for index in range(SETS)]
+        if name not in self._odd:
+            for other in [other for other in self._odd if other not in ODD]:
+                del self._odd[other]
+            self._odd[name] = self._own_experts(name)
+        return self._odd[name]
+
+    def _own_experts(self, name: str) -> list[Case]:
+        """Realistic values, or tokens with another number of experts: one set, two laws. Raises
+        NotApplicable for what the backend does not take."""
+        assert isinstance(self.backend, AsDense)
+        top_k = TOP_K.get(name, self.experts.top_k)
+        asked = self.asked if name in NAMES else replace(self.experts, top_k=top_k)
+        asked = asked.at(self.problem.m)
+        why = self.backend.unsupported(asked, self.device)
+        if why is not None:
+            raise NotApplicable(f"top-k {top_k}: {why}")
+        self.progress(f"drawing {name} experts")
+        found: list[Case] = []
+        for law in TIMED_LAWS:
+            seed, device = derive(self.seed, name, law), self.device.torch
+            if name in NAMES:
+                drawn, right = draw_realistic(asked, name, seed, device, law)
+            else:
+                every = range(asked.groups)
+                made = draw_weights(asked, seed, device, every, sparse_gates=law == TIMED_LAWS[0])
+                drawn, right = draw_tokens(asked, made, every, (law,), seed, name)
+            found.append(prepared_case(self.backend, asked, drawn, right))
+        return found
 
     def _field(self, width: int, small: bool, few: bool) -> _Field:
         """As many sets of experts as have room, with tokens that are drawn anew, and the laws by
@@ -320,18 +352,44 @@ class OpenExperts(OpenLayer):
         return int(wrong.sum()), f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
 
     def family(self, name: str, items: Sequence[Item]) -> list[Result]:
-        """One odd law, serially."""
-        if name not in ODD:
+        """One family, serially: odd routing bit for bit, realistic values by tile."""
+        if name not in ODD_ROUTING and name not in NAMES:
             raise NotApplicable(f"routed experts have no {name} data")
         cases = self._odd_cases(name)
         most = max((len(item.ms) for item in items), default=0)
         launches = self.launches(items, cases, name, per_item=most * len(cases))
         outcomes = self.run("serial", cases, launches, Budget(1, 1, 0.0))
         results = self._summaries("serial", len(items), outcomes, cases)
+        for index, result in enumerate(results) if name in NAMES else ():
+            if not result["bad"] and "error" not in result:
+                self._judge_tiles(result, [x for x in launches if x.item == index], cases)
         changed = sum(o.changed_inputs for o in outcomes)
         for result in results if changed else ():
             result["changed_inputs"] = changed
         return results
+
+    def _judge_tiles(
+        self, result: Result, launches: Sequence[Launch], cases: Sequence[Case]
+    ) -> None:
+        """Add to a result which launches have a tile that is further off than rounding explains."""
+        for launch in launches:
+            error = self._tile_error(cases, launch)
+            if not error <= limit(self.experts):
+                described = {**launched(launch, cases), "tile_error": error, "kind": "wrong"}
+                law = _law(cases[launch.case].operands)
+                result["bad"].append({**described, "law": law, "layer_seed": self.seed})
+        result["bad_launches"] = len(result["bad"])
+        result["bad"] = result["bad"][:MOST_BAD]
+
+    def _tile_error(self, cases: Sequence[Case], launch: Launch) -> float:
+        if not launch.m:
+            return 0.0
+        call = bind(self.backend, cases, launch)
+        call.enqueue()
+        ref = cases[launch.case].expectation.window(launch.offset, launch.offset + launch.m).ref
+        assert ref is not None
+        error = tile_error(call.slot.out, ref)
+        return float("inf") if bool(error.isnan().any()) else float(error.max())
 
     def run(
         self, name: str, cases: Sequence[Case], launches: Sequence[Any], budget: Budget
@@ -340,8 +398,9 @@ class OpenExperts(OpenLayer):
             raise NotApplicable(WITHOUT[name])
         return super().run(name, cases, launches, budget)
 
-    def misses_tiles(self, cases: Sequence[Case], launch: Any) -> bool:
-        return True
+    def misses_tiles(self, cases: Sequence[Case], launch: Launch) -> bool:
+        """Whether a launch of realistic values has a tile that rounding does not explain."""
+        return not self._tile_error(cases, launch) <= limit(self.experts)
 
     # Timing
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..data import FAMILIES, WIDTHS
-from ..grouped.routing import ODD
+from ..grouped.families import ODD_ROUTING
 from ..launch.case import BackendRaised, Case, Launch
 from ..launch.error_analysis import examine
 from ..launch.outcome import Budget, Outcome
@@ -95,7 +95,7 @@ def recall(
     ValueError for a description that does not fit the layer.
     """
     data, width = str(bad.get("data")), bad.get("width")
-    named = data in FAMILIES or data in ODD
+    named = data in FAMILIES or data in ODD_ROUTING
     if (data == "exact" and width not in WIDTHS) or (data != "exact" and not named):
         raise ValueError(f"there is no data {data!r} of width {width!r}")
     try:

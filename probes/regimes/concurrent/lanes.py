@@ -75,7 +75,7 @@ def streams(
         seconds, missed, proof = repeat_threads(once, kinds_of(rounds), budget, device)
         return outcome(checker, calls, cases, seconds, missed, proof)
 
-    forks = _Forks(rounds, device)
+    forks = Forks(rounds, device)
     gate = [0.01]
 
     def gated() -> None:
@@ -101,7 +101,7 @@ def graph_streams(
     rounds = rounds_of(backend, cases, launches)
     calls = calls_of(rounds)
     checker = budget.checker([c.slot for c in calls])
-    forks = _Forks(rounds, device_of(cases))
+    forks = Forks(rounds, device_of(cases))
 
     def chain() -> None:
         for number, together in enumerate(rounds):
@@ -162,7 +162,7 @@ def _moved(cases: Sequence[Case], launch: Launch, lane: int) -> Launch:
     return replace(launch, offset=(launch.offset + lane * step) % places)
 
 
-class _Forks:
+class Forks:
     """Rounds on streams of their own between two points of the current one, with what proves that
     lanes ran at once."""
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ...backends import Backend
 from ...check.sweep import Checker
-from ...launch.case import Case, Launch, bind, blame
+from ...launch.case import Case, Launch, bind, prepared_again
 from ...launch.outcome import Budget, Outcome, device_of, outcome, wait
 from ...launch.process import DECIDES, LASTING, differences, restore, snapshot
 from ...registry import effects_of, settings_of
@@ -49,9 +49,7 @@ def effects(
                 seen.setdefault(name, f"{step} changes it ({how})")
 
     def prepare() -> None:
-        with blame(backend):
-            for case in cases:
-                backend.prepare(case.operands.weight, case.problem)
+        prepared_again(backend, cases)
 
     def every_call() -> None:
         for call in calls:

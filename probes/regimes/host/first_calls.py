@@ -18,14 +18,12 @@ import torch
 from ....machine.memory import is_out_of_memory
 from ...backends import Backend
 from ...check.sweep import Checker, SlotReport
-from ...data import exact
-from ...launch.case import Call, Case, Launch, blame, prepared_activation
-from ...launch.case import case as make_case
+from ...launch.case import Call, Case, Launch, prepared_activation, prepared_again
 from ...launch.outcome import Budget, Outcome, device_of, outcome, together, wait
 from ...registry import load_one
 from ..concurrent.lanes import LANES, Together, run_threads
 from .history import LONG
-from .own_process import NoAnswer, Question, ask, loaded_by, name_of
+from .own_process import NoAnswer, Question, ask, case_there, loaded_by, name_of, whole_problem
 from .weights import bound
 
 _ROUNDS = 200
@@ -88,9 +86,8 @@ def _at_once(
     What was prepared joins `kept`, so that nothing new has the identity of what is gone.
     """
     device = device_of(cases)
-    with blame(backend):
-        # Copies: what is kept by an object or an address has not seen these.
-        states = [backend.prepare(case.operands.weight.clone(), case.problem) for case in cases]
+    # Copies: what is kept by an object or an address has not seen these.
+    states = prepared_again(backend, cases, lambda weight: weight.clone())
     kept.append(states)
     rounds = [
         Together(
@@ -148,7 +145,7 @@ def _own_processes(
         question = Question(
             "first-calls",
             spec,
-            replace(case.problem, m=_ROWS),
+            whole_problem(backend, case, _ROWS),
             case.operands.width or 8,
             case.operands.seed,
             ms,
@@ -169,8 +166,7 @@ def answer(question: Question) -> dict[str, Any]:
     """In the child: the first calls of all, by all threads at once, one m after the other."""
     backend = load_one(question.spec)
     device = torch.device(question.device)
-    operands = exact(question.problem, question.width, question.seed, device)
-    case = make_case(backend, question.problem, operands)
+    case = case_there(backend, question, device)
     pairs = zip(question.ms, question.tactics, strict=True)
     launches = [Launch(0, 0, m, tactic, 0) for m, tactic in pairs]
     rounds = [

@@ -18,6 +18,7 @@ from ...backends import Backend
 from ...check.reference import Expectation
 from ...check.sweep import SlotReport
 from ...data import window
+from ...grouped.tensors import Routed
 from ...launch.case import Case, Launch, blame, prepared_activation
 from ...launch.outcome import Budget, Outcome, poison, wait
 from .small import small_problem
@@ -229,6 +230,7 @@ def _series(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[_S
         state = backend.prepare(operands.weight, problem)
     turns = []
     for index in range(_TURNS):
-        one = window(operands, index, index + 1)
-        turns.append((prepared_activation(backend, one.a), right.window(index, index + 1)))
+        row = operands.a[index : index + 1] if isinstance(operands.a, Routed) else None
+        one = window(operands, index, index + 1).a if row is None else row
+        turns.append((prepared_activation(backend, one), right.window(index, index + 1)))
     return _Series(backend, state, turns, launch.tactic), True

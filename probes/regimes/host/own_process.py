@@ -20,6 +20,11 @@ from typing import Any
 import torch
 
 from ...backends import Backend
+from ...data import exact
+from ...grouped.backend import AsDense
+from ...grouped.cases import balanced_case
+from ...grouped.problem import ExpertsProblem, is_grouped, of_fields
+from ...launch.case import Case, case
 from ...problem import Problem
 from ...registry import spec_of
 
@@ -54,7 +59,8 @@ class Question:
     def of(text: str) -> Question:
         """The question that `ask` wrote."""
         fields = json.loads(text)
-        fields["problem"] = Problem(**fields["problem"])
+        problem = fields["problem"]
+        fields["problem"] = of_fields(problem) if is_grouped(problem) else Problem(**problem)
         fields["ms"], fields["tactics"] = tuple(fields["ms"]), tuple(fields["tactics"])
         return Question(**fields)
 
@@ -70,6 +76,22 @@ class NoAnswer(Exception):
 def loaded_by(backend: Backend) -> str | None:
     """The name by which a child can load the backend; None where it was made in this process."""
     return spec_of(backend)
+
+
+def whole_problem(backend: Backend, case: Case, rows: int) -> Problem:
+    """What a case is of, with so many rows: of routed experts all of them."""
+    whole = backend.problem if isinstance(backend, AsDense) else None
+    return (whole or case.problem).at(rows)
+
+
+def case_there(backend: Backend, question: Question, device: torch.device) -> Case:
+    """In the child: what the question is about, drawn and prepared."""
+    problem = question.problem
+    if isinstance(problem, ExpertsProblem):
+        assert isinstance(backend, AsDense)
+        backend.problem = problem
+        return balanced_case(backend, problem, question.seed, device)
+    return case(backend, problem, exact(problem, question.width, question.seed, device))
 
 
 def name_of(device: torch.device) -> str:

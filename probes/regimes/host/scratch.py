@@ -18,11 +18,14 @@ from ...backends import Backend
 from ...check.reference import Expectation
 from ...check.sweep import SlotReport, Unchanged
 from ...data import Operands
+from ...grouped.backend import AsDense
+from ...grouped.cases import uniform_case
+from ...grouped.problem import ExpertsProblem
 from ...launch.case import Case, Launch, bind, blame
 from ...launch.outcome import Budget, NotApplicable, Outcome, need_cuda
 from ...problem import FORMATS, Fp4Tensor, Problem
 from ...registry import load_one
-from .own_process import NoAnswer, Question, ask, loaded_by, name_of
+from .own_process import NoAnswer, Question, ask, loaded_by, name_of, whole_problem
 
 SOURCE = Path(__file__).with_name("canaries.c")
 _ROWS = 512
@@ -59,7 +62,7 @@ def scratch(
     proof: dict[str, Any] = {"blocks": 0, "own_processes": int(bool(fresh))}
     missed = None
     if fresh:
-        found = _ask_of(spec, cases[fresh[0].case], fresh, budget)
+        found = _ask_of(backend, spec, cases[fresh[0].case], fresh, budget)
         proof["blocks"] = found.get("blocks", 0)
         if proof["blocks"] or "error" in found:
             for launch in fresh:
@@ -83,13 +86,15 @@ def scratch(
     )
 
 
-def _ask_of(spec: str, case: Case, launches: Sequence[Launch], budget: Budget) -> dict[str, Any]:
+def _ask_of(
+    backend: Backend, spec: str, case: Case, launches: Sequence[Launch], budget: Budget
+) -> dict[str, Any]:
     """What a process of its own says of these launches."""
     pairs = list(dict.fromkeys((launch.m, launch.tactic) for launch in launches))
     question = Question(
         "scratch",
         spec,
-        replace(case.problem, m=_ROWS),
+        whole_problem(backend, case, _ROWS),
         case.operands.width or 8,
         case.operands.seed,
         tuple(m for m, _ in pairs),
@@ -165,7 +170,12 @@ def answer(question: Question) -> dict[str, Any]:
         library = ctypes.CDLL(str(path))
         backend = load_one(question.spec)
         device = torch.device(question.device)
-        case = _any_case(backend, question.problem, device)
+        problem = question.problem
+        if isinstance(problem, ExpertsProblem):
+            assert isinstance(backend, AsDense)
+            case = uniform_case(backend, problem, device)
+        else:
+            case = _any_case(backend, problem, device)
         if read(library).zones:
             where = _error(read(library), "`prepare`")
             return {"error": where, "blocks": read(library).blocks}

@@ -16,6 +16,7 @@ import torch
 from ...backends import Backend
 from ...check.sweep import Checker, Slot
 from ...data.generator import hash_rows, mix
+from ...grouped.tensors import SIGNS, ExpertWeights
 from ...launch.case import Call, Case, Launch, bind, blame, prepared_activation, tensors
 from ...launch.outcome import (
     Budget,
@@ -28,8 +29,8 @@ from ...launch.outcome import (
     together,
     wait,
 )
-from ...launch.variants import SIGNS, Variant, same_place, variant
-from ...problem import Fp4Tensor, Problem
+from ...launch.variants import Variant, same_place, variant
+from ...problem import Problem
 from ..leaks import live_bytes
 from .small import small_problem
 
@@ -114,7 +115,7 @@ class _Prepared:
     """A variant of a weight, prepared."""
 
     variant: Variant
-    weight: Fp4Tensor
+    weight: Any
     state: Any
 
     def call(self, backend: Backend, launch: Launch, activation: Any) -> Call:
@@ -248,14 +249,12 @@ def _small_ones(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Sma
     if found is None:
         return None
     problem, operands, expected = found
-    n = problem.n
+    n = expected.lo.shape[1]
     # Each with its rows moved and its sign by a hash: two that share a slot of a table differ.
     bits = hash_rows(MOST, mix(1), "cpu")
     rows = (torch.arange(n) - (bits & 0xFFFF).unsqueeze(1)) % n
     negated = (bits >> 20 & 1).bool()
-    weight = operands.weight
-    codes = weight.codes[rows] ^ (negated * SIGNS).to(torch.uint8)[:, None, None]
-    scales = weight.scales[rows]
+    weight: Any = operands.weight
     lo, hi = (t[:, rows].transpose(0, 1) for t in (expected.lo, expected.hi))
     sign = negated[:, None, None]
     answers = torch.where(sign, -hi, lo), torch.where(sign, -lo, hi)
@@ -267,11 +266,20 @@ def _small_ones(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Sma
     end = time.process_time() + _SMALL_SECONDS
     while len(made.states) < MOST and time.process_time() < end:
         at = len(made.states)
-        own = replace(weight, codes=codes[at], scales=scales[at])
+        own = _moved(weight, rows[at], bool(negated[at]))
         with blame(backend):
             made.states.append(backend.prepare(own, problem))
         made.run(at)
     return made
+
+
+def _moved(weight: Any, rows: torch.Tensor, negated: bool) -> Any:
+    """A weight with its rows in this order, which begins at any and goes round; negated or not."""
+    if isinstance(weight, ExpertWeights):
+        return weight.moved(int((rows == 0).nonzero()), negated)
+    codes = weight.codes[rows]
+    codes = codes ^ SIGNS if negated else codes
+    return replace(weight, codes=codes, scales=weight.scales[rows])
 
 
 def _grown(before: dict[str, int], device: torch.device) -> int:
@@ -353,7 +361,7 @@ def _updated(
     backend: Backend,
     cases: Sequence[Case],
     launches: Sequence[Launch],
-    update: Callable[[Any, Fp4Tensor, Any], None],
+    update: Callable[[Any, Any, Any], None],
 ) -> Outcome:
     """New values in a prepared weight, by the backend's own `update`; a graph stays what it is."""
     device = device_of(cases)

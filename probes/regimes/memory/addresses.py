@@ -91,7 +91,11 @@ def _placed(
     rows = case.rows(launch.offset, launch.m)
     # Codes and scales of one byte are given out at 16 bytes at least, as their layouts say.
     at = max(left, 16) if isinstance(rows, Fp4Tensor) else left
-    seen = in_all(rows, lambda t: aligned(t, at) if t.dim() == 2 else t)
+    on = device_of(cases)
+    # Rows of what comes beside an activation may be shorter, or longer, than its own.
+    seen = in_all(
+        rows, lambda t: aligned(t, max(at, allowed(_row_bytes(t), on)[0])) if t.dim() == 2 else t
+    )
     window = case.expectation.window(launch.offset, launch.offset + launch.m)
     place = output_at(window.lo, window.hi, right)
     cuda = device_of(cases).type == "cuda"
@@ -109,6 +113,10 @@ def _placed(
         lines = str(error).strip().splitlines()
         return None, lines[0][:200] if lines else type(error).__name__
     return call, ""
+
+
+def _row_bytes(t: torch.Tensor) -> int:
+    return t.shape[1] * t.element_size()
 
 
 def _start(pool: torch.Tensor, least: int, alignment: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 
 import torch
 
@@ -22,6 +23,7 @@ from ...launch.case import (
     blame,
     copy_over,
     map_tensors,
+    prepared_again,
     rebind,
 )
 from ...launch.case import prepared_activation as prepared
@@ -33,6 +35,8 @@ from .allocator import FreeMemory, changed_words, free_blocks, poison_in_graph, 
 _TRAFFIC = 64 << 20
 """Bytes that the neighbour stream copies at a time."""
 _COPIES = 4
+_FEW = 8
+"""Different launches that are made between replays, about."""
 FEW = 4
 """Rounds launched by the host, where the others are replayed."""
 _HOST_TRAFFIC = 1 << 20
@@ -98,11 +102,8 @@ def _twice(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Cal
 
 def fresh(backend: Backend, cases: Sequence[Case]) -> list[Case]:
     """The cases with their weights prepared once more."""
-    with blame(backend):
-        return [
-            replace(case, state=backend.prepare(case.operands.weight, case.problem))
-            for case in cases
-        ]
+    states = prepared_again(backend, cases)
+    return [replace(case, state=state) for case, state in zip(cases, states, strict=True)]
 
 
 class _Traffic:
@@ -175,7 +176,7 @@ def regrow(
     The layers are prepared afresh, the chain is captured, and then an activation of twice the rows
     of the pool makes workspaces grow. Whatever the allocator has free afterwards is taken, and
     filled with NaN: if the graph still uses it, that shows in the results, or as a write into
-    memory that is not the backend's (`guard`).
+    memory that is not the backend's (`guard`). Between two replays one launch is made eagerly.
     """
     need_cuda(cases, "CUDA graphs")
     device = device_of(cases)
@@ -199,7 +200,13 @@ def regrow(
     gc.collect()
     held = take_poisoned(free_blocks(device), device)
     torch.cuda.synchronize(device)
-    seconds = repeat(captured.replay, budget, device)
+    between = cycle(bind(backend, again, launch) for launch in ordered[:: -(-len(ordered) // _FEW)])
+
+    def once() -> None:
+        captured.replay()
+        next(between).enqueue()
+
+    seconds = repeat(once, budget, device)
     stray = changed_words(held)
     proof = {
         "captured_up_to": ordered[-1].m,

@@ -10,6 +10,7 @@ import torch
 
 from ...backends import Backend
 from ...check.sweep import Checker, Slot
+from ...grouped.tensors import Routed
 from ...launch.case import (
     Call,
     Case,
@@ -93,7 +94,7 @@ def _changing(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Chang
     rows, expected = case.rows(other.offset, launch.m), case.expectation
     window = expected.window(other.offset, other.offset + launch.m)
     lo, hi = window.lo, window.hi
-    if other.offset == launch.offset:
+    if other.offset == launch.offset and not isinstance(rows, Routed):
         # No other rows: the same with the other sign, whose answer has the other sign.
         rows, lo, hi = _negated(rows), -hi, -lo
     prepared = prepared_activation(backend, rows)
@@ -105,7 +106,7 @@ def _changing(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Chang
     return _Changing(tensors(live), data, (call, replace(call, launch=other, slot=slot)))
 
 
-def _negated(rows: torch.Tensor | Fp4Tensor) -> torch.Tensor | Fp4Tensor:
+def _negated(rows: Any) -> Any:
     if isinstance(rows, Fp4Tensor):
         return replace(rows, codes=rows.codes ^ _FP4_SIGNS)
     return -rows

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...check.sweep import Slot
+from ...grouped.tensors import Routed
 from ...launch.case import map_tensors
 
 SHORT_NS = (5_000, 20_000)
@@ -124,9 +125,12 @@ def arriving(
     a copy that had to be made.
     """
     moves: list[Move] = []
+    owner = activation
 
     def late(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 0 or tensor.dtype == torch.float32 and tensor.numel() == 1:
+        if tensor.dim() == 0 or (
+            tensor.dtype == torch.float32 and tensor.numel() == 1 and not isinstance(owner, Routed)
+        ):
             return tensor
         target = place(tensor)
         # Both ends of a move are copied as bytes, so they must lie in memory in the same order.

@@ -17,7 +17,9 @@ an adversary is
 * a pair of calls with nothing in between, both of which the adversary concerns: where the first
   permits the second to start before its own wait, the second is attacked through the first;
 * a backend's own `quantise` and the call behind it (``raw`` only), reading a 16-bit activation
-  that arrives late. What must come out is what came out in peace.
+  that arrives late. What must come out is what came out in peace;
+* each stage of routed experts by itself (``raw`` only, `stages`), where the backend can be cut:
+  permute, gemm1, activation, gemm2 and finalize each get late what the one before gives.
 
 What proves that a regime was exercised, and how far that goes:
 
@@ -54,6 +56,7 @@ from .adversaries import Adversary
 from .chain import Chain, DelayClock, Step, arriving, duration_ns
 from .control import PairOfCopies
 from .modes import ModesRun, StepLaunch, run_modes
+from .stages import cut_stages
 
 MOST_PAIRS = 8
 MOST_QUANTISED = 8
@@ -65,6 +68,8 @@ class _Attacked:
 
     step: Step
     launches: tuple[Launch, ...]
+    stage: str = ""
+    """Which stage of routed experts it is, where it is not all of them."""
 
 
 def pdl_raw(
@@ -116,6 +121,7 @@ def attack(
     attacked += [_pair(kind, backend, cases, *pair) for pair in _call_pairs(launches, cases)]
     if kind == "raw":
         attacked += _behind_own_quantiser(backend, cases, launches)
+        attacked += _before_each_stage(backend, cases, launches)
     budget.beat()
 
     control = PairOfCopies(kind, device, cases[0].problem.dtype)
@@ -213,6 +219,17 @@ def _behind_own_quantiser(
     return found
 
 
+def _before_each_stage(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch]
+) -> list[_Attacked]:
+    """Each stage of routed experts by itself, where the backend can be cut there."""
+    found = []
+    for cut in cut_stages(backend, cases, launches):
+        step = cut.step(cases[cut.launch.case].derive)
+        found.append(_Attacked(step, (cut.launch,), cut.name))
+    return found
+
+
 def _quantise(
     backend: Backend,
     state: Any,
@@ -232,13 +249,17 @@ def _outcome(
     ran: ModesRun,
 ) -> Outcome:
     launches = [launch for each in attacked for launch in each.launches]
+    stages = [each.stage for each in attacked for _ in each.launches]
     reports = [_with_early(r, adversary, i) for i, r in enumerate(checker.reports())]
+    reports = [replace(report, stage=stage) for report, stage in zip(reports, stages, strict=True)]
     pairs = list(zip(launches, reports, strict=True))
     seen = [s for each, s in zip(attacked, ran.seen, strict=False) for _ in each.launches]
     exempt = _exempt(pairs, seen)
     if ran.good_flagged:
         pairs = []  # what fails here says nothing about the backend
     proof = ran.proof(len(attacked))
+    if any(stages):
+        proof["stages"] = sorted({name for name in stages if name})
     proof["pairs"] = sum(len(each.launches) == 2 for each in attacked)
     return Outcome(
         repeats=checker.sweeps,

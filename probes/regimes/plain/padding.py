@@ -6,13 +6,26 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 
 from ... import layouts
 from ...backends import Backend
 from ...check.sweep import Checker, Slot
-from ...launch.case import Call, Case, Launch, bind, prepared_activation, rebind, tensors
+from ...grouped.backend import AsDense
+from ...grouped.tensors import Routed
+from ...grouped.tokens import Rests
+from ...launch.case import (
+    Call,
+    Case,
+    Launch,
+    bind,
+    map_tensors,
+    prepared_activation,
+    rebind,
+    tensors,
+)
 from ...launch.outcome import Budget, Outcome, device_of, outcome, poison, repeat
 from ...problem import Format, Fp4Tensor
 
@@ -29,12 +42,14 @@ def padding(
     *Around*: the activation lies between rows of NaN, and what pads scale layouts is NaN (0x7F in
     e4m3, 0xFF in e8m0) instead of zero. *In*: as in a CUDA graph captured for more rows than there
     are, the second half of the m rows is NaN, and only the first half of the output is asked for;
-    there, a sum or a largest value over all rows shows. *Scattered*: rows at random places are NaN,
-    and then zero, the last row or an only one among them; what comes of the others is asked for,
-    and of rows of zeros that they give zeros.
+    there, a sum or a largest value over all rows shows; of routed experts the router's weights are
+    NaN there, too. *Scattered*: rows at random places are NaN, and then zero, the last row or an
+    only one among them; what comes of the others is asked for, and of rows of zeros that they give
+    zeros, or what biases make of them.
     """
     calls: list[Call] = []
     nan_rows = scale_bytes = scattered = 0
+    rests = Rests(backend.problem) if isinstance(backend, AsDense) and backend.problem else None
     for launch in launches:
         around, found = _around(backend, cases, launch)
         calls.append(around)
@@ -45,7 +60,7 @@ def padding(
         if launch.m:
             for rows, zeros in product(_some_rows(launch), (False, True)):
                 scattered += len(rows)
-                calls.append(_with_rows(backend, cases, launch, rows, zeros))
+                calls.append(_with_rows(backend, cases, launch, rows, zeros, rests))
     checker = Checker([call.slot for call in calls])
 
     def once() -> None:
@@ -85,7 +100,8 @@ def _nan_inside(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call
     if isinstance(rows, Fp4Tensor):
         rows.scales[real:].fill_(SCALE_NAN[rows.format.scale])
     else:
-        poison(rows[real:])
+        for each in (rows.x, rows.weights) if isinstance(rows, Routed) else (rows,):
+            poison(each[real:])
     bound = bind(backend, cases, launch)
     call = rebind(backend, cases, bound, prepared_activation(backend, rows))
     whole = bound.slot
@@ -109,7 +125,12 @@ def _some_rows(launch: Launch) -> list[list[int]]:
 
 
 def _with_rows(
-    backend: Backend, cases: Sequence[Case], launch: Launch, chosen: Sequence[int], zeros: bool
+    backend: Backend,
+    cases: Sequence[Case],
+    launch: Launch,
+    chosen: Sequence[int],
+    zeros: bool,
+    rests: Rests | None,
 ) -> Call:
     """The launch with these rows all zero, which must give zeros, or all NaN, which may not spread:
     what they give themselves is not asked for."""
@@ -122,12 +143,17 @@ def _with_rows(
             # In e8m0 no scale is zero: the codes are.
             rows.codes[at] = 0
     else:
-        rows[at] = 0.0 if zeros else float("nan")
+        x = rows.x if isinstance(rows, Routed) else rows
+        x[at] = 0.0 if zeros else float("nan")
     bound = bind(backend, cases, launch)
     call = rebind(backend, cases, bound, prepared_activation(backend, rows))
     whole = bound.slot
     lo, hi = whole.lo.clone(), whole.hi.clone()
     lo[at], hi[at] = 0.0, 0.0
+    if zeros and isinstance(rows, Routed) and rests:
+        # Rows of zeros still have the experts' biases.
+        right = rests(case, rows)[at]
+        lo[at], hi[at] = right, right
     place = Slot(whole.out, lo, hi, whole.guarded)
     if zeros:
         return replace(call, slot=place)
@@ -139,8 +165,10 @@ def _with_rows(
     return replace(call, slot=place, enqueue=enqueue)
 
 
-def _surrounded(rows: torch.Tensor | Fp4Tensor) -> torch.Tensor | Fp4Tensor:
+def _surrounded(rows: Any) -> Any:
     """A copy of an activation in the middle of poison; a view of whole rows."""
+    if isinstance(rows, Routed):
+        return map_tensors(rows, lambda each: _amid(each, None))
     if isinstance(rows, Fp4Tensor):
         codes = _amid(rows.codes, None)
         return replace(rows, codes=codes, scales=_amid(rows.scales, rows.format))
