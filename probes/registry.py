@@ -76,6 +76,9 @@ BUILTIN: dict[str, str] = {
 EXPERTS: dict[str, str] = {
     "torch-experts": "grouped.floor:TorchExperts",
     "flashinfer-cutlass-experts": "backends.flashinfer.experts_cutlass:CutlassExperts",
+    "humming-indexed": "grouped.humming:backends",
+    "humming-grouped": "grouped.humming:backends",
+    "humming-masked": "grouped.humming:backends",
 }
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 
