@@ -54,6 +54,19 @@ FLASHINFER_W4A16 = (
     "flashinfer-w4a16-blackwell-tiled",
 )
 
+FLASHINFER_EXPERTS = (
+    "flashinfer-cutile-experts",
+    "flashinfer-trtllm-experts",
+    "flashinfer-prims-ts-experts",
+    "flashinfer-b12x-experts",
+    "flashinfer-sm12x-experts",
+    "flashinfer-cutedsl-experts",
+    "flashinfer-cutlass-nvfp4-experts",
+    "flashinfer-trtllm-nvfp4-experts",
+    "flashinfer-b12x-nvfp4-experts",
+    "flashinfer-megamoe-experts",
+)
+
 BUILTIN: dict[str, str] = {
     "torch-dequant": "torch.dequant:torch_dequant",
     "torch-dequant-w4a4": "torch.dequant:torch_dequant_w4a4",
@@ -79,6 +92,7 @@ EXPERTS: dict[str, str] = {
     "humming-indexed": "grouped.humming:backends",
     "humming-grouped": "grouped.humming:backends",
     "humming-masked": "grouped.humming:backends",
+    **{name: "backends.flashinfer.experts_layer:backends" for name in FLASHINFER_EXPERTS},
 }
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 
