@@ -155,7 +155,7 @@ def test_odd_laws_have_what_they_are_about():
     ids = found["elsewhere"].ids
     assert (ids == -1).all(dim=1).any() and (ids == -1).any() and (ids >= 0).any()
     ids = found["foreign-ids"].ids
-    assert (ids == 8).any() and (ids < -1).any() and not (ids == -1).any()
+    assert (ids == routing.BEHIND).any() and (ids < -1).any() and not (ids == -1).any()
     padding = found["padding-ids"]
     spoilt = padding.ids[padding.spoilt]
     assert (spoilt < 0).any() and (spoilt >= 8).any()

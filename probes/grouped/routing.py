@@ -17,8 +17,8 @@ from ..data.generator import below, hash_elements, hash_rows, stream_key
 
 ZIPF = 1.2
 Place = torch.device | str
-_FAR = 4096
-"""More experts than any layer has."""
+BEHIND = 4096
+"""More experts than any layer has: in `TokenRows` it stands for the number behind the last."""
 BLOCKS = (8, 16, 32, 48, 64, 128, 192)
 """Tokens of one expert that kernels work on at once."""
 
@@ -152,10 +152,8 @@ def _foreign_numbers(
     """Numbers beyond the experts here, and below -1, where an expert is on another rank."""
     found = _balanced(tokens, experts, top_k, seed, device).ids
     top = max(experts) + 1
-    # Right behind the last one where that is known to be here.
-    least = top if top == len(experts) else _FAR
     bits = hash_elements(tokens, top_k, stream_key(seed, "foreign"), device)
-    beyond = least + below(bits, 4, 12, top + 1)
+    beyond = torch.where((bits & 8) == 0, BEHIND, BEHIND + below(bits, 4, 12, top))
     number = torch.where((bits & 6) == 0, -2 - below(bits, 4, 12, top), beyond)
     elsewhere = (bits & 1) == 1
     elsewhere[::5] = True

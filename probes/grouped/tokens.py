@@ -11,7 +11,7 @@ import torch
 from ..data.generator import below, hash_elements, hash_rows, mix, stream_key
 from .problem import ExpertsProblem
 from .reference import here, sums
-from .routing import Routing, route
+from .routing import BEHIND, Routing, route
 from .tensors import ExpertWeights, Routed
 from .units import WIDTH, X, inverse_units
 
@@ -61,6 +61,7 @@ class TokenRows:
         draw_activations(a.x, stream_key(seed, "tokens"))
         found = route(self.law(draw), len(a.x), self.live, self.problem.top_k, seed, device)
         a.ids.copy_(found.ids)
+        a.ids.masked_fill_(a.ids == BEHIND, self.problem.groups)
         inverse = inverse_units(self.problem, device)
         there = (a.ids >= 0) & (a.ids < self.problem.groups)
         known = inverse[a.ids.long().clamp(0, self.problem.groups - 1)]

@@ -3,12 +3,15 @@ right ones that look odd. They load by name (``zoo-experts-...``) and are in no 
 
 from __future__ import annotations
 
+from .hasty import HASTY, Copies
 from .mutants import MUTANTS
+from .rare import RARE
 from .right import RIGHT
 
 __all__ = ["named", "names"]
 
-_EVERYONE = {made.name: made for made in (*MUTANTS, *RIGHT)}
+_WRONG = (*MUTANTS, *RARE, *HASTY)
+_EVERYONE = {made.name: made for made in (*_WRONG, *RIGHT, Copies)}
 
 
 def named(name: str) -> object:
@@ -16,6 +19,7 @@ def named(name: str) -> object:
     return _EVERYONE[name]()
 
 
-def names(right: bool) -> list[str]:
-    """The right ones, or the wrong ones."""
-    return [made.name for made in (RIGHT if right else MUTANTS)]
+def names(right: bool, gpu: bool = False) -> list[str]:
+    """The right ones, or the wrong ones; with `gpu` those that run on a GPU alone, too."""
+    found = [*RIGHT, Copies] if right else list(_WRONG)
+    return [made.name for made in found if gpu or not issubclass(made, Copies)]

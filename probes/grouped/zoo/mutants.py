@@ -317,14 +317,14 @@ class BlockEdge(TorchExperts):
         return Blocks(slots, found.experts)
 
 
-class _Keeps(TorchExperts):
+class Keeps(TorchExperts):
     """Keeps something for each set of experts, in what it prepared."""
 
     def __init__(self) -> None:
         self.kept: dict[Any, Any] = {}
 
 
-class StalePlan(_Keeps):
+class StalePlan(Keeps):
     """Where tokens go is worked out once a number of tokens: a graph that kept its routing."""
 
     name = "zoo-experts-stale-plan"
@@ -337,7 +337,7 @@ class StalePlan(_Keeps):
         return found
 
 
-class OneScratch(_Keeps):
+class OneScratch(Keeps):
     """One buffer between the GEMMs for each set of experts, whoever calls."""
 
     name = "zoo-experts-one-scratch"
