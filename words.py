@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,35 @@ class Condition:
 
     id: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsKey:
+    """What stands in a row of routed experts where a dense one has its activation, as in
+    ``bf16:top4:swiglu-oai``: the activation, experts of a token, what is between the two GEMMs, and
+    the routed scaling where it is not 1."""
+
+    top_k: int
+    gate: str
+    scaling: float = 1.0
+
+    def __str__(self) -> str:
+        scaled = "" if self.scaling == 1 else f":x{self.scaling!r}"
+        return f"bf16:top{self.top_k}:{self.gate}{scaled}"
+
+
+_EXPERTS = re.compile(r"bf16:top(\d{1,9}):([a-z0-9-]{1,64})(?::x([0-9.e+-]{1,32}))?")
+
+
+def experts_key(activation: object) -> ExpertsKey | None:
+    """An `ExpertsKey` of a row's activation; None where that is a dense layer's."""
+    found = _EXPERTS.fullmatch(str(activation))
+    if found is None:
+        return None
+    try:
+        return ExpertsKey(int(found[1]), found[2], float(found[3] or 1.0))
+    except ValueError:
+        return None
 
 
 def tuples(value: Any) -> Any:

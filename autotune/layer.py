@@ -100,6 +100,8 @@ class ProbedLayer:
     """Shared with the probes of other GPUs; None where this is the only one."""
     time: TimeBudget | None = None
     """The time that the probe may take; None where it may take what it needs."""
+    engine: str | None = None
+    """The engine that choices are made for; None where they are for none."""
     timed: str | None = None
     """The run whose times hold for all who take part; None where they are to be timed."""
 

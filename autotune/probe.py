@@ -14,6 +14,7 @@ from ..cache import state
 from ..cache.errors import Full, StateError
 from ..cache.ledger import Ledger, set_aside
 from ..cache.rows import Audit, Build, Where
+from ..engines import names
 from ..machine.memory import free_memory
 from ..probes.audit import FLAGGED
 from ..probes.problem import Problem
@@ -301,6 +302,7 @@ class Probe:
                 cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
                 agreement=self.agreement,
                 begins_mlp=begins[problem],
+                engine=plan.profile.name if plan.profile.name in names.ENGINES else None,
                 timed=recalled[problem].timed,
             )
             entrants = []
@@ -438,6 +440,6 @@ def _tactics(
             tried = tactics_of(entry)
             found[problem] = {m: tried[m] for m in ranges(problem.m)}
     answers = runner.tactics([problem.at(m.hi) for problem, m in pairs]) if pairs else []
-    for (problem, m), names in zip(pairs, answers, strict=True):
-        found.setdefault(problem, {})[m] = names
+    for (problem, m), tactics in zip(pairs, answers, strict=True):
+        found.setdefault(problem, {})[m] = tactics
     return found

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p
 
-from .choice.rank import NOISE
+from ..cache.measured import NOISE
 from .verdict.buckets import MRange
 from .verdict.statistics import mean_interval, median
 

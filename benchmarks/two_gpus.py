@@ -34,9 +34,9 @@ from typing import Any
 
 import _machine as node
 
-from fp4tune.autotune.choice.rank import NOISE
 from fp4tune.cache import state as places
 from fp4tune.cache.ledger import Ledger
+from fp4tune.cache.measured import NOISE
 from fp4tune.machine import devices
 
 MARK = "TWO_GPUS_MARK"

@@ -21,6 +21,7 @@ from ..machine.hardware import cpu_name
 from ..words import MISSING, UNREADABLE
 from . import reader, sqlitefile, state
 from .errors import Corrupt, Foreign, Missing, NewerSchema, StateError
+from .experts import layer_words, option_text
 from .schema import APPLICATION_ID
 from .schema import VERSION as LEDGER_VERSION
 from .view import changed_files
@@ -127,7 +128,7 @@ def gather(
     facts["since"] = min((s["since"] for s in same if s["since"] is not None), default=None)
     first = next((x for s in same for x in s["by_layer"] if x["status"] == facts["status"]), None)
     if first is not None and first["why"]:
-        facts["reason"] += f"; n={first['n']} k={first['k']}: {first['why']}"
+        facts["reason"] += f"; {layer_words(first)}: {first['why']}"
     facts["do"] = next((s["do"] for s in same if s["do"]), "")
     if facts["elsewhere"] and facts["status"] == "stale":
         every = [row["status"] for group in rows.values() for row in group]
@@ -215,7 +216,7 @@ def _scope(
         "status": status,
         "since": min((each["since"] for each in same if each["since"] is not None), default=None),
         "do": same[0]["do"] if status == "unproven" and same else _do(status, key, same),
-        "layers": len({(row["n"], row["k"]) for row in rows}),
+        "layers": len({(row["groups"], row["n"], row["k"]) for row in rows}),
         "answers": answers,
         "backends": dict(sorted(backends.items())),
         "by_layer": by_layer,
@@ -260,6 +261,8 @@ def _do(
     if status == "unproven":
         one = layers[0]
         kind = "" if one["format"] == "nvfp4" else f" --format {one['format']}"
+        if experts := option_text(one):
+            return f"fp4tune explain {m} --experts {experts}{kind}"
         kind += "" if one["activation"] == "bf16" else f" --activation {one['activation']}"
         return f"fp4tune explain {m} {one['n']} {one['k']}{kind}"
     return probe_command(scope, layers)
@@ -268,9 +271,18 @@ def _do(
 def probe_command(scope: tuple[str, str, str], layers: Iterable[dict[str, Any]]) -> str:
     """The probe that measures these layers anew, as far as a line has room for them."""
     arch, _, profile = scope
-    shapes = list(dict.fromkeys((layer["n"], layer["k"]) for layer in layers))
+    shapes = list(dict.fromkeys(_shape_option(layer) for layer in layers))
     words = ["fp4tune probe", *(["--gpu none"] if arch == "cpu" else ()), f"--profile {profile}"]
-    return " ".join([*words, *(f"--shape {n},{k}" for n, k in shapes[:_MOST_SHAPES])])
+    return " ".join([*words, *shapes[:_MOST_SHAPES]])
+
+
+def _shape_option(layer: dict[str, Any]) -> str:
+    """How a probe is asked for a layer."""
+    experts = option_text(layer)
+    if experts is None:
+        return f"--shape {layer['n']},{layer['k']}"
+    kind = "" if layer["format"] == "nvfp4" else f" --format {layer['format']}"
+    return f"--experts {experts}{kind}"
 
 
 def _damaged(error: StateError) -> dict[str, Any]:

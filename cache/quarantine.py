@@ -127,7 +127,10 @@ class Quarantine:
         name = self.backend if self.tactic is None else f"{self.backend} {self.tactic}"
         if self.scope == "backend":
             return name
-        at = f"n={self.n} k={self.k}"
+        from .experts import layer_words  # not at the reader's start
+
+        named = ("activation", "groups", "n", "k")
+        at = layer_words({name: getattr(self, name) for name in named})
         return f"{name} at {at}" if self.scope == "layer" else f"{name} at m={self.m} {at}"
 
 

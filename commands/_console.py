@@ -12,6 +12,7 @@ import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,12 @@ Formats = Annotated[
     list[str] | None, choice(*FORMATS, flags=("--format",), help="FP4 format; repeatable.")
 ]
 Format = Annotated[str, choice(*FORMATS, flags=("--format",), help="FP4 format.")]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        help="A layer of routed experts as E,TOP_K,INTERMEDIATE,HIDDEN, in place of N and K."
+    ),
+]
 Activation = Annotated[str, choice(*ACTIVATIONS, help="bf16 is W4A16, fp4 is W4A4.")]
 Level = Annotated[str, choice(*LEVELS, help="How much is launched and checked.")]
 Profile = Annotated[
@@ -127,6 +134,30 @@ def refuse_beside(ctx: typer.Context, options: Sequence[str], why: str) -> None:
     """Refuse options that were given and would do nothing, with a sentence about the first."""
     for option in given(ctx, *options):
         raise Refused(f"{option} {why}")
+
+
+def problem_of(
+    ctx: typer.Context,
+    sizes: tuple[int, int | None, int | None],
+    experts: str | None,
+) -> Any:
+    """The problem of (m, n, k), or of m tokens and ``--experts``, with the command's format,
+    activation and output dtype. Raises Refused and ValueError, one sentence."""
+    from ..autotune import request as planning
+    from ..probes.problem import Problem
+
+    m, n, k = sizes
+    command, asked = ctx.info_name, ctx.params
+    if experts is not None:
+        if n is not None:
+            raise Refused(f"{command} M --experts ...: N and K are in --experts already")
+        why = "is of linear layers: what experts compute with is in --experts"
+        refuse_beside(ctx, ["activation", "out_dtype"], why)
+        (problem,) = planning.experts([experts], [asked["format_"]], (), 1)
+        return problem.at(m)
+    if n is None or k is None:
+        raise Refused(f"{command} takes M, N and K, or M and --experts E,TOP_K,...")
+    return Problem(asked["format_"], m, n, k, asked["activation"], asked["out_dtype"])
 
 
 def refuse_engine_options(ctx: typer.Context, engine: str | None) -> None:
@@ -234,6 +265,7 @@ def say_status(found: dict[str, Any], prefix: str = "") -> None:
 def say_layer_status(found: dict[str, Any], problem: Any, profile: str | None) -> None:
     """The status of the layer of one problem, or the node's where that layer is not known."""
     from ..cache import facts, facts_text
+    from ..cache.experts import layer_words
 
     p = problem
     shape = (p.format, p.activation, p.out_dtype, p.groups, p.n, p.k)
@@ -241,7 +273,8 @@ def say_layer_status(found: dict[str, Any], problem: Any, profile: str | None) -
     if layer is None:
         say_status(found)
         return
-    lines = [f"{facts_text.said(layer)} (n={p.n} k={p.k}, generation {found['generation']})"]
+    words = layer_words(asdict(p))
+    lines = [f"{facts_text.said(layer)} ({words}, generation {found['generation']})"]
     lines += [found["elsewhere"]] if found["elsewhere"] else []
     lines += [f"now: {layer['do']}"] if layer["do"] else []
     say_wrapped(lines)

@@ -28,7 +28,8 @@ def assessed(
 
     home = installed.home(engine, python).required()
     reader = select.open_for(engine, state, arch=arch, gpu=gpu, profile=profile)
-    return applied.assess(select.select(reader, engine, home=home), shlex.split(engine_args))
+    found = select.parts(reader, engine, home=home)
+    return applied.together([applied.assess(each, shlex.split(engine_args)) for each in found])
 
 
 def warn_of_other_versions(
@@ -51,14 +52,17 @@ def print_assessed(documents: Sequence[dict[str, Any] | None]) -> None:
     from ..engines import applied
 
     for document in documents:
-        if document is not None:
-            say(applied.line(document))
+        for each in applied.parts(document) if document is not None else ():
+            say(applied.line(each))
 
 
 def exit_code(documents: Sequence[dict[str, Any] | None]) -> int:
     """0 where all that the engine would run is safe, 1 where some of it is not, 2 where that
     cannot be told."""
-    said = [d["safe"] if d else False for d in documents]
+    from ..engines import applied
+
+    said = [each["safe"] for d in documents if d for each in applied.parts(d)]
+    said += [False] * sum(d is None for d in documents)
     if said and all(said):
         return SAFE
     return UNSAFE if not said or False in said else NOT_ASSESSED

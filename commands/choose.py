@@ -14,6 +14,7 @@ from ._console import (
     Engine,
     EngineArgs,
     EnginePython,
+    Experts,
     Format,
     Json,
     OutDtype,
@@ -22,6 +23,7 @@ from ._console import (
     named,
     one_sentence,
     print_json,
+    problem_of,
     refuse_engine_options,
     say,
     say_layer_status,
@@ -39,10 +41,7 @@ def choose(
     k: Annotated[
         int | None, typer.Argument(help="Inputs of the layer, on one rank; not with --experts.")
     ] = None,
-    experts: Annotated[
-        str | None,
-        typer.Option(help="A layer of routed experts as E,TOP_K,INTERMEDIATE,HIDDEN."),
-    ] = None,
+    experts: Experts = None,
     format_: Format = "nvfp4",
     activation: Activation = "bf16",
     out_dtype: OutDtype = "bf16",
@@ -60,25 +59,15 @@ def choose(
     """Print the stored choice for one problem, as an engine would read it."""
     with one_sentence():
         refuse_engine_options(ctx, engine)
-        from ..autotune import request as planning
         from ..autotune.verdict.profiles import PROFILES
         from ..engines import names
-        from ..probes.problem import Problem
         from ..report import documents
         from ..report.brief import engines_for, named_instead
         from ..report.terminal.choice import choice_lines, decision_lines
 
         if profile is not None:
             named(PROFILES, profile, "profile")
-        problem: Problem
-        if experts is not None:
-            if n is not None:
-                raise ValueError("choose M --experts ...: N and K are in --experts already")
-            (problem,) = [p.at(m) for p in planning.experts([experts], [format_], (), 1)]
-        elif n is None or k is None:
-            raise ValueError("choose takes M, N and K, or M and --experts E,TOP_K,...")
-        else:
-            problem = Problem(format_, m, n, k, activation, out_dtype)
+        problem = problem_of(ctx, (m, n, k), experts)
         decision = documents.decision(state, problem, profile)
         verdict = _engine.assessed(engine, engine_args, state, profile=profile, python=python)
         decision["engine"] = verdict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +42,11 @@ class _Asked:
     profile: str | None
     state: Path | None
     python: str | None
+    linear: bool = True
+    """Whether linear layers are meant: not of a checkpoint whose FP4 is in its experts alone."""
+    experts: tuple[str, ...] | None = ()
+    """Layers of routed experts, as ``--experts`` has them; empty for all that were probed, and None
+    of a checkpoint that has none."""
 
 
 def emit(
@@ -63,6 +68,12 @@ def emit(
     checkpoint: Annotated[
         str | None,
         typer.Option(help="For the layers of this checkpoint: its format, and W4A16 if it is so."),
+    ] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of routed experts only E,TOP_K,INTERMEDIATE,HIDDEN; repeatable. Default: all."
+        ),
     ] = None,
     arch: Annotated[
         str | None, typer.Option(help="For another machine, e.g. sm120. Default: the GPU here.")
@@ -103,9 +114,14 @@ def emit(
             refuse_beside(ctx, ["out"], f"is where FlashInfer's files go; {target} has none")
         if checkpoint is not None:
             refuse_beside(ctx, ["format_"], "is the checkpoint's own where one is named")
-            format_, activation = _checkpoint_kind(checkpoint, activation)
+            refuse_beside(ctx, ["experts"], "are the checkpoint's own where one is named")
+        if target == "flashinfer":
+            refuse_beside(ctx, ["experts"], "have no tactics that FlashInfer's files pin")
         _check_watch(target, watch, on_fault)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
+        asked = replace(asked, experts=tuple(map(_one_layer, experts or ())))
+        if checkpoint is not None:
+            asked = _of_checkpoint(checkpoint, asked)
         if target == "json":
             raise typer.Exit(_print_all(asked, explain))
         made = _emission(target, out, asked)
@@ -114,12 +130,24 @@ def emit(
         if as_json:
             print_json(made.json())
         else:
-            chosen = made.selection
+            chosen = made.parts[0]
             say_status(status(state, chosen.gpu, chosen.profile), "# ")
             say_lines(made.shell().split("\n"))
-        if made.selection.backend:
-            raise typer.Exit(SAFE)
-        raise typer.Exit(NOT_ASSESSED if made.selection.unclear else UNSAFE)
+        raise typer.Exit(_exit_code(made))
+
+
+def _exit_code(made: Any) -> int:
+    """0 where every part is proven, 2 where what the engine makes of one cannot be told."""
+    return SAFE if made.proven else NOT_ASSESSED if made.unclear else UNSAFE
+
+
+def _one_layer(text: str) -> str:
+    """A layer of routed experts as it was typed in, as rows have it. Raises ValueError."""
+    from ..autotune import request as planning
+    from ..cache.experts import option_text
+
+    (problem,) = planning.experts([text], ["mxfp4"], (), 1)
+    return str(option_text(asdict(problem)))
 
 
 def _check_watch(target: str, watch: str | None, on_fault: str) -> None:
@@ -135,30 +163,57 @@ def _check_watch(target: str, watch: str | None, on_fault: str) -> None:
             raise Refused(f"--{option} is {', '.join(words[:-1])} or {words[-1]}, not {word!r}")
 
 
-def _checkpoint_kind(checkpoint: str, activation: str | None) -> tuple[str, str | None]:
-    """The format of a checkpoint's dense FP4 layers, and their activation where it is 16-bit."""
+def _of_checkpoint(checkpoint: str, asked: _Asked) -> _Asked:
+    """With the format of a checkpoint's FP4 layers, their activation where it is 16-bit, and its
+    routed experts. Raises Refused where nothing in it is FP4."""
+    from ..cache.experts import option_text
+    from ..probes.grouped.shapes import grouped_layers
     from ..probes.models.layers import read_layers
 
     found = read_layers(checkpoint)
-    if not found.probed:
+    routed = grouped_layers(found, 1)
+    if not found.probed and not routed:
         raise Refused(found.nothing())
     formats = Counter(row.format for row in found.probed for _ in range(row.count))
+    if not found.probed:
+        formats.update(problem.format for problem in routed)
     weight_only = {row.activation for row in found.probed} == {"bf16"}
-    return formats.most_common(1)[0][0], activation or ("bf16" if weight_only else None)
+    return replace(
+        asked,
+        format=formats.most_common(1)[0][0],
+        activation=asked.activation or ("bf16" if weight_only else None),
+        linear=bool(found.probed),
+        experts=tuple(str(option_text(asdict(problem))) for problem in routed) or None,
+    )
 
 
-def _reader_and_selection(engine: str, asked: _Asked) -> tuple[Any, Any]:
-    """(reader, selection) for an engine. Raises Refused, StateError."""
+def _reader_and_parts(engine: str, asked: _Asked) -> tuple[Any, Any, Any]:
+    """(reader, selection of linear layers, selection of routed experts) for an engine; None for
+    what was not probed. Raises Refused, and StateError where neither was."""
     from ..engines import installed, select
 
     home = installed.home(engine, asked.python).required()
     reader = select.open_for(
         engine, asked.state, arch=asked.arch, gpu=asked.gpu, profile=asked.profile
     )
-    chosen = select.select(
-        reader, engine, format=asked.format, activation=asked.activation, home=home
-    )
-    return reader, chosen
+    linear, experts, missing = None, None, None
+    try:
+        if asked.linear:
+            linear = select.select(
+                reader, engine, format=asked.format, activation=asked.activation, home=home
+            )
+    except Missing as error:
+        missing = error
+    try:
+        if asked.experts is not None:
+            experts = select.select_experts(reader, engine, layers=asked.experts, home=home)
+    except Missing as error:
+        missing = error if asked.experts or missing is None else missing
+        if asked.experts or linear is None:
+            raise missing from None
+    if linear is None and experts is None and missing is not None:
+        raise missing
+    return reader, linear, experts
 
 
 def _print_all(asked: _Asked, explain: bool) -> int:
@@ -170,14 +225,14 @@ def _print_all(asked: _Asked, explain: bool) -> int:
     codes = []
     for engine in names.ENGINES:
         try:
-            selection = _reader_and_selection(engine, asked)[1]
+            _, linear, experts = _reader_and_parts(engine, asked)
         except (Refused, Missing) as error:
             documents[engine] = emitting.unknown(engine, str(error))
             codes.append(NOT_ASSESSED)
             continue
-        documents[engine] = emitting.emission(selection).json()
-        unclear = NOT_ASSESSED if selection.unclear else UNSAFE
-        codes.append(SAFE if selection.backend else unclear)
+        made = emitting.emission(linear, experts)
+        documents[engine] = made.json()
+        codes.append(_exit_code(made))
     if explain:
         reader = others.reader_for(asked.state, asked.arch, asked.gpu, asked.profile)
         documents["explained"] = others.explained(reader)
@@ -190,14 +245,17 @@ def _emission(target: str, out: Path | None, asked: _Asked) -> Any:
     from ..engines import names, tactics
 
     engine = target if target in names.ENGINES else _beside(asked.python)
-    reader, selection = _reader_and_selection(engine, asked)
+    reader, linear, experts = _reader_and_parts(engine, asked)
+    made = emitting.emission(linear, experts)
     if target == engine:
-        return emitting.emission(selection)
+        return made
     if target == "env":
-        return emitting.plugin_environment(selection)
+        return emitting.plugin_environment(made)
+    if linear is None:
+        raise Refused("no linear layer was probed here: FlashInfer's files pin tactics of those")
     if out is None:
         raise Refused("FlashInfer's tactics are pinned by two files: say where with --out")
-    made = emitting.flashinfer(reader, selection)
+    made = emitting.flashinfer(reader, linear)
     write(dict(made.files), out)
     env = {
         tactics.VARIABLE: os.path.abspath(out / tactics.BLOCKLIST),

@@ -9,6 +9,7 @@ import typer
 from ._console import (
     Activation,
     Checkpoint,
+    Experts,
     Format,
     Json,
     OutDtype,
@@ -16,6 +17,7 @@ from ._console import (
     WhoseProfile,
     one_sentence,
     print_json,
+    problem_of,
     say,
     say_layer_status,
     say_lines,
@@ -24,9 +26,15 @@ from ._console import (
 
 
 def explain(
+    ctx: typer.Context,
     m: Annotated[int, typer.Argument(help="Rows of the activation: tokens in the batch.")],
-    n: Annotated[int, typer.Argument(help="Outputs of the layer, on one rank.")],
-    k: Annotated[int, typer.Argument(help="Inputs of the layer, on one rank.")],
+    n: Annotated[
+        int | None, typer.Argument(help="Outputs of the layer, on one rank; not with --experts.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Argument(help="Inputs of the layer, on one rank; not with --experts.")
+    ] = None,
+    experts: Experts = None,
     format_: Format = "nvfp4",
     activation: Activation = "bf16",
     out_dtype: OutDtype = "bf16",
@@ -38,13 +46,12 @@ def explain(
     """Say in words why this backend is the choice, and what it costs or saves."""
     with one_sentence():
         from ..autotune import checkpoint_check
-        from ..probes.problem import Problem
         from ..report import documents, explanation
         from ..report.terminal.explain import explained_lines
 
         place = documents.place_of(state)
         record = None if checkpoint is None else checkpoint_check.find(checkpoint, place)
-        problem = Problem(format_, m, n, k, activation, out_dtype)
+        problem = problem_of(ctx, (m, n, k), experts)
         document = explanation.explain(place, problem, profile, record)
         if as_json:
             print_json(document)

@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def configured(args: Sequence[str], environ: Mapping[str, str], selection: Selec
     environment."""
     home, kind = selection.home, selection.kind
     given = Configured(tuple(args), environ)
-    asked = _option_given(home.engine, given)
+    asked = _option_given(home.engine, given, kind.gate is not None)
     if asked is None and _plugged(selection, environ):
         where = f"fp4tune's plugin, {VARIABLE}={level(environ)}"
         return WouldRun(selection.backend, selection.word, where)
@@ -53,7 +54,7 @@ def configured(args: Sequence[str], environ: Mapping[str, str], selection: Selec
         return WouldRun(None, None, str(error))
     except Unclear as error:
         return WouldRun(None, None, str(error), clear=False)
-    backend = names.backend_of(home.engine, word, kind.format, kind.sm)
+    backend = names.backend_of(home.engine, word, kind.format, kind.sm, kind.gate is not None)
     return WouldRun(backend, word, asked or f"{home.engine}'s default")
 
 
@@ -74,6 +75,8 @@ def assess(
     safe, why, tactics = _proven_and_held(selection, runs, Configured(tuple(args), env))
     return {
         "engine": selection.engine,
+        "layers": "experts" if selection.experts else "linear",
+        "experts": None,
         "version": selection.version,
         "runs": runs.backend,
         "name": runs.word,
@@ -113,7 +116,8 @@ def _proven_and_held(
 def _held(s: Selection, backend: str, buckets: Sequence[Bucket], given: Configured) -> holding.Held:
     """What holds an engine, started so, to the proven tactics of a backend. Raises NotTaken."""
     held = holding.holding(s.home, backend, [d for *_, d in buckets], given)
-    if names.NAMES[backend].picks != TUNER:
+    name = names.entry_of(backend)
+    if name is None or name.picks != TUNER:
         return held
     acting = level(given.env) in ACTING and s.home.plugin
     if held.by == holding.PLUGIN and not acting:
@@ -129,6 +133,19 @@ def _held(s: Selection, backend: str, buckets: Sequence[Bucket], given: Configur
     return held
 
 
+def together(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The assessments of an engine's parts as one document: that of its linear layers where there
+    is one, with that of its routed experts as ``experts``."""
+    first, *others = documents
+    return {**first, "experts": dict(others[0]) if others else None}
+
+
+def parts(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Each assessment in a document of `together`."""
+    inner = document["experts"]
+    return [document, inner] if inner is not None else [document]
+
+
 def line(document: Mapping[str, Any]) -> str:
     """An assessment in one line."""
     d = document
@@ -137,7 +154,8 @@ def line(document: Mapping[str, Any]) -> str:
     if d["safe"] is None:
         said = f"unknown: {said}"
     source = f" ({d['source']})" if d["source"] != d["why"] else ""
-    text = f"{d['engine']} would run {runs}{source}: {said}"
+    what = " routed experts with" if d["layers"] == "experts" else ""
+    text = f"{d['engine']} would run{what} {runs}{source}: {said}"
     if d["safe"] and d["tactics"]:
         text += f"; {d['tactics']}"
     if d["choice"] and d["choice"] != d["runs"]:
@@ -152,13 +170,32 @@ _OPTIONS = {
         ("VLLM_NVFP4_GEMM_BACKEND", "VLLM_DISABLED_KERNELS", "VLLM_BATCH_INVARIANT"),
     ),
 }
+_EXPERTS_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "sglang": (("--moe-runner-backend",), ()),
+    "vllm": (("--moe-backend", "--kernel-config"), ("VLLM_BATCH_INVARIANT",)),
+}
+_OTHERS = ("linear_backend", "moe_backend")
+"""In ``--kernel-config``: what says nothing of routed experts, and nothing of linear layers."""
 
 
-def _option_given(engine: str, given: Configured) -> str | None:
+def _option_given(engine: str, given: Configured, experts: bool) -> str | None:
     """The option or variable that the user asks with, None without one."""
-    options, variables = _OPTIONS[engine]
+    options, variables = (_EXPERTS_OPTIONS if experts else _OPTIONS)[engine]
+    other = _OTHERS[0] if experts else _OTHERS[1]
     said = given.options()
     for name, value in said.items():
-        if name.partition(".")[0] in options and value not in ("", "auto"):
+        head, _, rest = name.partition(".")
+        if head not in options or value in ("", "auto") or rest.startswith(other):
+            continue
+        if head != "--kernel-config" or rest or not _only_of_others(value, other):
             return f"argument {value}"
     return next((f"environment {name}" for name in variables if given.env.get(name)), None)
+
+
+def _only_of_others(value: str, other: str) -> bool:
+    """Whether a ``--kernel-config`` says nothing but of the other kind of layers."""
+    try:
+        config = json.loads(value)
+    except ValueError:
+        return False
+    return isinstance(config, dict) and all(key.startswith(other) for key in config)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """The linear layers a question is about: on compute capability `sm` (90, 120), in `format`,
-    computed with `activation`: ``fp4`` (W4A4) or ``bf16`` (W4A16)."""
+    """The layers a question is about: on compute capability `sm` (90, 120), in `format`, computed
+    with `activation`: ``fp4`` (W4A4) or ``bf16`` (W4A16). `gate` is what is between the two GEMMs
+    of routed experts (`probes.grouped.problem.GATES`); None of linear layers."""
 
     sm: int
     format: str = "nvfp4"
     activation: str = "fp4"
+    gate: str | None = None
 
     @property
     def weight_only(self) -> bool:

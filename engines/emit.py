@@ -7,7 +7,7 @@ files that pin FlashInfer's tactics.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from .. import __version__
 from ..cache.reader import Reader
 from ..errors import Refused, printable
 from . import holding, names, watching
-from .select import Selection
+from .select import ExpertsAsked, Selection
 
 TARGETS = ("sglang", "vllm", "flashinfer", "env", "json")
 
@@ -23,13 +23,30 @@ TARGETS = ("sglang", "vllm", "flashinfer", "env", "json")
 @dataclass(frozen=True, slots=True)
 class Emission:
     """`args` for the engine's command line, `env` for its environment, `files` by name for a
-    directory of the user's, and `comments` that say what it all rests on."""
+    directory of the user's, and `comments` that say what it all rests on: for linear layers and for
+    routed `experts`, either of which may be None where none were probed."""
 
-    selection: Selection
+    linear: Selection | None
+    experts: Selection | None
     args: list[str]
     env: dict[str, str]
     comments: list[str]
     files: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Selection]:
+        """The selections that there are; one at least."""
+        return [each for each in (self.linear, self.experts) if each is not None]
+
+    @property
+    def proven(self) -> bool:
+        """Whether every part has a backend."""
+        return all(each.backend for each in self.parts)
+
+    @property
+    def unclear(self) -> bool:
+        """Whether a part has none because what the engine makes of it cannot be told."""
+        return any(each.unclear and not each.backend for each in self.parts)
 
     def shell(self) -> str:
         """A snippet for bash to source: exported variables, and FP4TUNE_ARGS for the engine."""
@@ -41,42 +58,67 @@ class Emission:
         return "\n".join(lines)
 
     def json(self) -> dict[str, Any]:
-        s = self.selection
+        """`args` and `env` are of all parts; ``experts`` is the part of routed experts."""
+        first = self.parts[0]
         return {
-            "engine": s.engine,
-            "version": s.version,
-            "python": s.home.python.program,
-            "backend": s.backend,
-            "name": s.word,
-            "arch": s.arch,
-            "gpu": s.gpu,
-            "profile": s.profile,
-            "generation": s.generation,
-            "format": s.format,
-            "activation": s.activation,
+            "engine": first.engine,
+            "version": first.version,
+            "python": first.home.python.program,
+            "arch": first.arch,
+            "gpu": first.gpu,
+            "profile": first.profile,
+            "generation": first.generation,
+            **_part_document(self.linear),
+            "experts": _experts_document(self.experts) if self.experts else None,
             "args": self.args,
             "env": self.env,
             "files": sorted(self.files),
-            "tactics": {"held_by": s.held.by, "proven": list(s.held.tactics)} if s.held else None,
-            "conditions": s.conditions,
-            "layers": [list(layer) for layer in s.layers],
-            "rejected": s.rejected,
-            "unclear": list(s.unclear),
-            "default": s.default,
             "comments": self.comments,
         }
 
 
-def emission(selection: Selection) -> Emission:
-    """What `selection` asks of its engine; without arguments and environment where it found no
+def _part_document(s: Selection | None) -> dict[str, Any]:
+    """What a selection says of its layers; all of it empty without one."""
+    return {
+        "backend": s.backend if s else None,
+        "name": s.word if s else None,
+        "format": s.format if s else None,
+        "activation": s.activation if s else None,
+        "tactics": {"held_by": s.held.by, "proven": list(s.held.tactics)} if s and s.held else None,
+        "conditions": s.conditions if s else [],
+        "layers": [list(layer) for layer in s.layers] if s else [],
+        "rejected": s.rejected if s else {},
+        "unclear": list(s.unclear) if s else [],
+        "default": s.default if s else None,
+    }
+
+
+def _experts_document(s: Selection) -> dict[str, Any]:
+    """The same of routed experts, with what one backend for all of them costs."""
+    asked = s.experts
+    assert asked is not None
+    return {
+        **_part_document(s),
+        "gate": asked.gate,
+        "layers": asked.options,
+        "traffic": asked.traffic,
+        "single": [each.json() for each in asked.singles],
+    }
+
+
+def emission(linear: Selection | None, experts: Selection | None = None) -> Emission:
+    """What these selections ask of their engine; no arguments or environment for one that found no
     backend."""
-    comments = evidence(selection)
-    if selection.backend is None:
-        return Emission(selection, [], {}, comments)
-    env = dict(selection.setting.env)
-    if selection.held is not None and selection.held.by == holding.PLUGIN:
-        env |= environment(selection)
-    return Emission(selection, list(selection.setting.args), env, comments)
+    parts = [each for each in (linear, experts) if each is not None]
+    args: list[str] = []
+    env: dict[str, str] = {}
+    for each in parts:
+        if each.backend is not None:
+            args += [word for word in each.setting.args if word not in args or word[:2] != "--"]
+            env |= each.setting.env
+            if each.held is not None and each.held.by == holding.PLUGIN:
+                env |= environment(each)
+    return Emission(linear, experts, args, env, evidence(parts))
 
 
 def unknown(engine: str, why: str) -> dict[str, Any]:
@@ -84,14 +126,14 @@ def unknown(engine: str, why: str) -> dict[str, Any]:
     return {"engine": engine, "backend": None, "args": [], "env": {}, "unknown": why}
 
 
-def plugin_environment(selection: Selection) -> Emission:
-    """What makes the plugins act in every process of an engine. Raises Refused where the engine
-    does not load them."""
-    home = selection.home
+def plugin_environment(made: Emission) -> Emission:
+    """What makes the plugins act on `made` in every process of its engine. Raises Refused where the
+    engine does not load them."""
+    home = made.parts[0].home
     if not home.plugin:
         raise Refused(f"{home.no_plugin}: use fp4tune emit {home.engine}")
-    env = environment(selection) if selection.backend else {}
-    return Emission(selection, [], env, evidence(selection))
+    env = next((environment(each) for each in made.parts if each.backend), {})
+    return replace(made, args=[], env=env)
 
 
 def environment(selection: Selection, level: str = "process") -> dict[str, str]:
@@ -106,7 +148,7 @@ def environment(selection: Selection, level: str = "process") -> dict[str, str]:
 def watched(made: Emission, share: str, on_fault: str) -> Emission:
     """`made`, with what has the plugins watch in every process of the engine, too."""
     env = {
-        "FP4TUNE_STATE": made.selection.place,
+        "FP4TUNE_STATE": made.parts[0].place,
         "FP4TUNE_LEVEL": "watch",
         **made.env,
         watching.SHARE: share,
@@ -116,23 +158,27 @@ def watched(made: Emission, share: str, on_fault: str) -> Emission:
     return replace(made, env=env, comments=[*made.comments, said])
 
 
-def evidence(s: Selection) -> list[str]:
+def evidence(parts: Sequence[Selection]) -> list[str]:
     """What an emission rests on, line by line."""
-    lines = [
-        f"fp4tune {__version__}: generation {s.generation} of {s.place}",
-        f"{s.gpu} ({s.arch}), profile {s.profile}, {s.format} with {s.activation} activations",
-    ]
-    source = s.home.source
-    if s.backend is None:
-        lines.append(f"{source} is installed in {s.home.python}")
-        lines.append(f"nothing that {s.engine} can name is proven in every bucket:")
-    else:
-        lines.append(
-            f"{source} is installed in {s.home.python}; by its own source it runs {s.word} so"
-        )
-        lines += _proof(s)
-    lines += [f"{backend}: {why}" for backend, why in sorted(s.rejected.items())]
-    return lines + s.notes
+    first = parts[0]
+    lines = [f"fp4tune {__version__}: generation {first.generation} of {first.place}"]
+    for s in parts:
+        what = f"{s.format} with {s.activation} activations"
+        if s.experts is not None:
+            what = f"routed experts, {s.format}, {s.experts.gate}"
+        lines.append(f"{s.gpu} ({s.arch}), profile {s.profile}, {what}")
+        source = s.home.source
+        if s.backend is None:
+            lines.append(f"{source} is installed in {s.home.python}")
+            lines.append(f"nothing that {s.engine} can name is proven in every bucket:")
+        else:
+            lines.append(
+                f"{source} is installed in {s.home.python}; by its own source it runs {s.word} so"
+            )
+            lines += _proof(s)
+        lines += [f"{backend}: {why}" for backend, why in sorted(s.rejected.items())]
+        lines += s.notes
+    return lines
 
 
 def _proof(s: Selection) -> list[str]:
@@ -141,18 +187,45 @@ def _proof(s: Selection) -> list[str]:
     plain = held is None or held.by in (holding.ONLY, holding.UNTUNED)
     what = s.backend if plain else f"{s.backend} with the tactics below"
     lines = [
-        f"{what}: safe in all {len(decisions)} buckets of {len(s.layers)} layers, "
+        f"{what}: safe in all {len(decisions)} buckets of {len(_layer_names(s))} layers, "
         f"at least {min(d.launches for d in decisions)} launches of "
         f"{min(d.problems for d in decisions)} problems in each regime"
     ]
     if held is not None:
         lines.append(f"it runs {held}")
-    lines.append("layers (n x k): " + ", ".join(f"{n}x{k}" for n, k in s.layers))
+    if s.experts is None:
+        lines.append("layers (n x k): " + ", ".join(_layer_names(s)))
+    else:
+        kind = "experts, top-k, intermediate, hidden"
+        lines.append(f"layers ({kind}): " + "; ".join(_layer_names(s)))
+        lines += _cost_lines(s.experts, s.backend)
     lines.append("any other layer is unproven")
     lines += [f"holds if {condition['text']}" for condition in s.conditions]
     if s.default and s.default != s.backend:
-        lines.append(f"by itself {s.engine} would run {s.default}")
+        lines.append(f"by itself {s.engine} would run {s.default}: {_verdict_of_default(s)}")
     return lines
+
+
+def _layer_names(s: Selection) -> list[str]:
+    return s.experts.options if s.experts else [f"{n}x{k}" for n, k in s.layers]
+
+
+def _cost_lines(asked: ExpertsAsked, backend: str | None) -> list[str]:
+    """What one backend for all experts costs, where that was published."""
+    single = asked.of(backend)
+    if single is None:
+        return []
+    return [
+        f"one backend for all of them: {single.loss_percent:.1f} % slower than the fastest safe "
+        f"one of each bucket, weighed by the traffic {asked.traffic}"
+    ]
+
+
+def _verdict_of_default(s: Selection) -> str:
+    """Whether what the engine would take by itself is proven here."""
+    if s.default in s.proven:
+        return "proven, too"
+    return s.rejected.get(s.default or "", "it was not probed")
 
 
 def flashinfer(reader: Reader, selection: Selection) -> Emission:
@@ -176,9 +249,9 @@ def flashinfer(reader: Reader, selection: Selection) -> Emission:
     except ImportError as error:
         raise Refused(f"FlashInfer's files cannot be made here: {error}") from None
     comments = [
-        *evidence(selection),
+        *evidence([selection]),
         f"{tactics.CACHE}: the proven tactic of each bucket; load it with "
         "flashinfer.autotuner.AutoTuner.get().load_configs(), as fp4tune's plugins do",
         f"{tactics.BLOCKLIST}: every other tactic; the two belong together",
     ]
-    return Emission(selection, [], {}, comments, made)
+    return Emission(selection, None, [], {}, comments, made)

@@ -9,10 +9,12 @@ Standard library only.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import builtin, expressions, statements
+from .builtin import Lifted
 from .names import ENGINES
 from .source import SourceModule, SourceTree, bound_by
 from .values import (
@@ -25,6 +27,7 @@ from .values import (
     Made,
     Member,
     Native,
+    Parent,
     SourceFunction,
     Unknown,
     is_known,
@@ -34,6 +37,7 @@ from .values import (
 _STEPS = 60_000
 """Expressions and statements looked at in one evaluation, at most."""
 _DEEP = 60
+_STARRED = re.compile(r"^from [\w.]+ import \*", re.M)
 
 
 class Evaluator:
@@ -43,9 +47,7 @@ class Evaluator:
     paths of functions and values outside the engine.
     """
 
-    def __init__(
-        self, tree: SourceTree, facts: Mapping[str, Any], natives: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, tree: SourceTree, facts: dict[str, Any], natives: Mapping[str, Any]) -> None:
         self.tree = tree
         self.facts = facts
         self.natives = {**builtin.NATIVES, **natives}
@@ -202,8 +204,22 @@ class Evaluator:
             source = self.tree.module(path) if _of_one_package(path, module.name) else None
             if source is not None and source.binding(alias.name):
                 return self.global_value(path, alias.name)
+            starred = self._starred(source, alias.name) if source is not None else None
+            if starred is not None:
+                return self.global_value(starred, alias.name)
             return self._external(f"{path}.{alias.name}")
         return Unknown(name)
+
+    def _starred(self, source: SourceModule, name: str) -> str | None:
+        """The module that a name comes from by ``from ... import *``; None where it does not."""
+        for found in _STARRED.finditer(source.text):
+            statement = ast.parse(found[0]).body[0]
+            assert isinstance(statement, ast.ImportFrom)
+            path = _absolute_name(statement, source)
+            place = self.tree.module(path) if _of_one_package(path, source.name) else None
+            if place is not None and place.binding(name):
+                return path
+        return None
 
     def _external(self, path: str) -> Any:
         if path in self.natives:
@@ -243,6 +259,8 @@ class Evaluator:
             if name in value.attributes:
                 return value.attributes[name]
             return value.owner if name == "__class__" else self._member(value.owner, name, value)
+        if isinstance(value, Parent):
+            return self._inherited(value, name)
         if isinstance(value, Unknown):
             return Unknown(f"{value.what}.{name}")
         return builtin.method(value, name)
@@ -283,6 +301,17 @@ class Evaluator:
             return self.apply(BoundMethod(found, on), (), {})
         return found if found.kind == "staticmethod" else BoundMethod(found, on)
 
+    def _inherited(self, parent: Parent, name: str) -> Any:
+        """What ``super()`` gives: of the first base that has it, on what the method was called."""
+        for base in parent.owner.node.bases:
+            found = self.eval(base, parent.owner.module, {})
+            value = self._of(found, name) if isinstance(found, ClassOf) else Unknown(name)
+            if isinstance(value, SourceFunction):
+                return value if value.kind == "staticmethod" else BoundMethod(value, parent.on)
+            if not isinstance(value, Unknown):
+                return value
+        return Unknown(f"super().{name}")
+
     def _members(self, owner: ClassOf) -> dict[str, Member]:
         if not owner.members:
             for each in owner.node.body:
@@ -301,7 +330,7 @@ class Evaluator:
         if isinstance(function, ClassOf):
             if function.is_enum and len(args) == 1:
                 return self._by_value(function, args[0])
-            return Made(function, named)
+            return Made(function, {**dict(zip(function.fields, args, strict=False)), **named})
         if isinstance(function, builtin.Lifted):
             return function.function(self, *args, **named)
         if isinstance(function, External | Unknown | Given | Made | Member):
@@ -319,7 +348,7 @@ class Evaluator:
         for member in self._members(owner).values():
             if member.value == value:
                 return member
-        raise EngineRefuses(f"{value!r} is not a valid {owner.name}")
+        raise EngineRefuses(f"{value!r} is not a valid {owner.name}", "ValueError")
 
     def _run(self, code: SourceFunction, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         self._depth += 1
@@ -327,6 +356,9 @@ class Evaluator:
             raise CannotTell("its source calls too deep to follow")
         try:
             scope = {**code.closure, **self._arguments(code, args, named)}
+            if (owner := code.owner) is not None:
+                on = args[0] if args else None
+                scope["super"] = Lifted(lambda ev: Parent(owner, on))
             if isinstance(code.node, ast.Lambda):
                 return self.eval(code.node.body, code.module, scope)
             try:

@@ -10,7 +10,7 @@ from typing import Any
 from . import builtin
 from .source import SourceModule
 from .statements import assign, key_of, sequence
-from .values import CannotTell, SourceFunction, Unknown, is_known, is_true
+from .values import CannotTell, External, SourceFunction, Unknown, is_known, is_true
 
 _BINARY = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -21,6 +21,8 @@ _COMPARE = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
+_OF_SAME = {ast.Eq: True, ast.NotEq: False}
+"""What comparing a name of another package with itself gives."""
 
 
 def _eval_constant(ev: Any, node: ast.Constant, module: SourceModule, scope: dict[str, Any]) -> Any:
@@ -211,6 +213,8 @@ def _compared(op: ast.cmpop, left: Any, right: Any) -> Any:
         if not there and not is_known(right):
             return Unknown("a comparison")
         return there == isinstance(op, ast.In)
+    if isinstance(left, External) and left == right:
+        return Unknown("a comparison") if type(op) not in _OF_SAME else _OF_SAME[type(op)]
     if not (is_known(left) and is_known(right)):
         return Unknown("a comparison")
     return _COMPARE[type(op)](left, right)

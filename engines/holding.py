@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..cache.decision import TACTIC, Decision
 from .asked import Configured, NotTaken
 from .installed import EngineHome
-from .names import NAMES, RULE, TUNER
+from .names import RULE, TUNER, ExpertsNames, entry_of, runs_tactic
 
 PLUGIN, UNTUNED, ONLY, BY_RULE = "plugin", "untuned", "only", "rule"
 
@@ -51,7 +51,11 @@ def holding(
     Raises NotTaken where nothing would.
     """
     tactics = tuple(sorted({d.tactic for d in decisions}))
-    picks = NAMES[backend].picks
+    name = entry_of(backend)
+    picks = name.picks if name else None
+    unrun = [t for t in tactics if not runs_tactic(backend, t)]
+    if unrun:
+        raise NotTaken(f"tactic {unrun[0]} was proven, and {home.engine} cannot name one")
     default = tactics == (TACTIC,)
     if picks == RULE:
         return Held(BY_RULE, tactics)
@@ -62,13 +66,14 @@ def holding(
     if default and not home.source.tuned(setting):
         return Held(UNTUNED, tactics)
     flashinfer = home.flashinfer
-    if home.plugin and flashinfer.asks_for_tactics:
+    pinned = home.plugin and not isinstance(name, ExpertsNames)
+    if pinned and flashinfer.asks_for_tactics:
         return Held(PLUGIN, tactics)
     untuned = home.source.untuned
     if default and untuned is not None:
         return Held(UNTUNED, tactics, untuned)
-    why = home.no_plugin
-    if home.plugin:
+    why = "the plugin pins those of linear layers" if home.plugin else home.no_plugin
+    if pinned:
         why = f"{flashinfer} cannot be asked" if flashinfer.there else "FlashInfer is not installed"
     raise NotTaken(
         f"proven with {_some_tactics(tactics)}, and FlashInfer's tuner may pick others: they "

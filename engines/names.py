@@ -7,6 +7,7 @@ emitted for it. Standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -113,11 +114,78 @@ NAMES: dict[str, EngineNames] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsNames:
+    """One backend's names where it computes routed experts: format to the word of SGLang's
+    ``--moe-runner-backend``, and of vLLM's ``--moe-backend``; behind a colon what more tells it
+    apart, which a variable says.
+
+    sms      by engine: the SMs on which it means this backend by its word; one that is not there
+             means it on all
+    tactics  those that an engine runs, by a rule of the library's own: the others have no name
+    tuner    whether FlashInfer's tuner picks among its tactics
+    note     as of `EngineNames`
+    """
+
+    sglang: Mapping[str, str] = field(default_factory=dict)
+    vllm: Mapping[str, str] = field(default_factory=dict)
+    sms: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tactics: str = "default"
+    tuner: bool = False
+    note: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def picks(self) -> str:
+        """Who picks among its tactics in an engine: FlashInfer's ``tuner``, or the library's own
+        ``rule``."""
+        return TUNER if self.tuner else RULE
+
+
+_BOTH = ("nvfp4", "mxfp4")
+GROUPED_SUFFIX = ":grouped"
+"""After humming's word: its grouped GEMMs and not the indexed ones."""
+EXPERTS: dict[str, ExpertsNames] = {
+    "marlin-experts": ExpertsNames(
+        sglang=dict.fromkeys(_BOTH, "marlin"),
+        vllm=dict.fromkeys(_BOTH, "marlin"),
+        note={"vllm": "proven with SGLang's build of Marlin; vLLM runs its own build"},
+    ),
+    "vllm-marlin-experts": ExpertsNames(vllm=dict.fromkeys(_BOTH, "marlin")),
+    "humming-indexed": ExpertsNames(
+        sglang={"mxfp4": "humming"},
+        vllm=dict.fromkeys(_BOTH, "humming"),
+        tactics=r"default|rows-\d+",
+    ),
+    "humming-grouped": ExpertsNames(
+        sglang={"mxfp4": f"humming{GROUPED_SUFFIX}"},
+        vllm=dict.fromkeys(_BOTH, f"humming{GROUPED_SUFFIX}"),
+        tactics=r"default|rows-\d+",
+    ),
+    # With MXFP4 weights and bf16 tokens on SM90; elsewhere these words mean other kernels.
+    "flashinfer-cutlass-experts": ExpertsNames(
+        sglang={"mxfp4": "flashinfer_mxfp4"},
+        vllm={"mxfp4": "flashinfer_cutlass"},
+        sms={"sglang": (90,), "vllm": (90,)},
+        tuner=True,
+    ),
+}
+"""Backends of routed experts. One without an entry is shown and never chosen for an engine."""
+
+
+def entry_of(backend: str) -> EngineNames | ExpertsNames | None:
+    """What is known of a backend's names, dense or of routed experts."""
+    return NAMES.get(backend) or EXPERTS.get(backend)
+
+
 def named(engine: str, backend: str, fmt: str = "nvfp4", sm: int | None = None) -> str | None:
     """What `engine` calls `backend`: the option's value, or vLLM's class. None: it cannot."""
-    name = NAMES.get(backend)
+    name = entry_of(backend)
     if name is None:
         return None
+    if isinstance(name, ExpertsNames):
+        if sm is not None and sm not in name.sms.get(engine, (sm,)):
+            return None
+        return {"sglang": name.sglang, "vllm": name.vllm}.get(engine, {}).get(fmt)
     if engine == "sglang":
         return name.sglang if fmt == "nvfp4" else None
     if engine == "vllm":
@@ -127,11 +195,21 @@ def named(engine: str, backend: str, fmt: str = "nvfp4", sm: int | None = None) 
     return name.api
 
 
-def backend_of(engine: str, word: str, fmt: str = "nvfp4", sm: int | None = None) -> str | None:
-    """The backend that an engine's word means, None for a word that means none of ours. Where two
-    builds of one source share it, the engine's own."""
-    found = [b for b in NAMES if named(engine, b, fmt, sm) == word]
-    own = [b for b in found if engine not in NAMES[b].note]
+def runs_tactic(backend: str, tactic: str) -> bool:
+    """Whether an engine that is told to run this backend of routed experts may come to run that
+    tactic: it picks by a rule, and can be told of no other. True for linear layers."""
+    name = EXPERTS.get(backend)
+    return name is None or re.fullmatch(name.tactics, tactic) is not None
+
+
+def backend_of(
+    engine: str, word: str, fmt: str = "nvfp4", sm: int | None = None, experts: bool = False
+) -> str | None:
+    """The backend that an engine's word means, None for a word that means none of ours: of linear
+    layers, or of routed `experts`. Where two builds of one source share it, the engine's own."""
+    table: Mapping[str, EngineNames | ExpertsNames] = EXPERTS if experts else NAMES
+    found = [b for b in table if named(engine, b, fmt, sm) == word]
+    own = [b for b in found if engine not in table[b].note]
     return next(iter(own or found), None)
 
 

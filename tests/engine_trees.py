@@ -108,10 +108,113 @@ is_sm100_supported = lru_cache(maxsize=1)(partial(_of, majors=[10], cuda=(12, 8)
 """
 
 
+SGLANG_MOE = """
+from enum import Enum
+
+class MoeRunnerBackend(Enum):
+    AUTO = "auto"
+    MARLIN = "marlin"
+    HUMMING = "humming"
+    TRITON = "triton"
+    TRITON_KERNELS = "triton_kernel"
+    FLASHINFER_MXFP4 = "flashinfer_mxfp4"
+    FLASHINFER_TRTLLM = "flashinfer_trtllm"
+
+    def is_auto(self):
+        return self == MoeRunnerBackend.AUTO
+
+    def is_marlin(self):
+        return self == MoeRunnerBackend.MARLIN
+
+class MoeA2ABackend(Enum):
+    NONE = "none"
+"""
+
+SGLANG_NVFP4_EXPERTS = """
+from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
+from sglang.srt.utils.common import get_device_capability
+
+class ModelOptNvFp4FusedMoEMethod:
+    def __init__(self, config):
+        backend = get_moe_runner_backend()
+        if get_device_capability() < (10, 0) and not (backend.is_auto() or backend.is_marlin()):
+            raise ValueError("NVFP4 experts need Blackwell, or marlin")
+
+    def create_moe_runner(self, layer, config):
+        backend = get_moe_runner_backend()
+        if backend.is_auto():
+            if get_device_capability() < (10, 0):
+                backend = MoeRunnerBackend.MARLIN
+            else:
+                backend = MoeRunnerBackend.FLASHINFER_TRTLLM
+        self.runner = MoeRunner(backend, config)
+"""
+
+SGLANG_MXFP4_EXPERTS = """
+from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
+
+class Mxfp4MoEMethod:
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def create_moe_runner(self, layer, config):
+        backend = get_moe_runner_backend()
+        self.runner = MoeRunner(MoeRunnerBackend.TRITON if backend.is_auto() else backend, config)
+"""
+
+SGLANG_GPT_OSS = """
+import importlib.util
+from sglang.srt.arg_groups.model_override_base import _register_for, resolving_view
+
+@_register_for("GptOssForCausalLM")
+def _gpt_oss_overrides(server_args, hf_config):
+    cfg = resolving_view(server_args)
+    overrides = {}
+    if cfg.moe_runner_backend == "auto":
+        if importlib.util.find_spec("triton_kernels") is not None:
+            overrides["moe_runner_backend"] = "triton_kernel"
+    return overrides
+"""
+
+SGLANG_HUMMING = """
+from sglang.srt.environ import envs
+
+def get_standard_humming_moe_gemm_type():
+    asked = envs.SGLANG_HUMMING_MOE_GEMM_TYPE.get().lower()
+    if asked == "grouped":
+        return HummingGemmType.GROUPED_CONTIGUOUS
+    return HummingGemmType.INDEXED
+"""
+
+SGLANG_OVERRIDES = """
+def _moe_runner_backend_quant_constraints(view):
+    return {}
+"""
+
+
+def sglang_experts() -> dict[str, str]:
+    """What an SGLang has of routed experts, as modules."""
+    srt = "sglang/srt"
+    return {
+        f"{srt}/arg_groups/overrides.py": SGLANG_OVERRIDES,
+        f"{srt}/arg_groups/model_overrides/gpt_oss.py": SGLANG_GPT_OSS,
+        f"{srt}/layers/moe/utils.py": SGLANG_MOE,
+        f"{srt}/layers/moe/moe_runner/humming.py": SGLANG_HUMMING,
+        f"{srt}/layers/quantization/mxfp4.py": SGLANG_MXFP4_EXPERTS,
+        f"{srt}/environ.py": 'class Envs:\n    SGLANG_HUMMING_MOE_GEMM_TYPE = EnvStr("")\n',
+    }
+
+
 def sglang(
-    root: Path, version: str = "0.5.23", *, plugins: bool = True, tuner: bool = False
+    root: Path,
+    version: str = "0.5.23",
+    *,
+    plugins: bool = True,
+    tuner: bool = False,
+    experts: bool = False,
 ) -> None:
-    """An SGLang with the option, and with or without plugins and FlashInfer's tuner."""
+    """An SGLang with the option, and with or without plugins, FlashInfer's tuner, and the option of
+    routed experts."""
     words = '["auto", "flashinfer_cudnn", "flashinfer_cutedsl", "flashinfer_cutlass", \
 "flashinfer_trtllm", "marlin"]'
     arguments = 'OPTION = "--fp4-gemm-backend"\n'
@@ -124,6 +227,11 @@ def sglang(
         "sglang/srt/layers/quantization/modelopt_quant.py": SGLANG_LAYERS,
         "sglang/srt/utils/common.py": SGLANG_COMMON,
     }
+    if experts:
+        words = ("auto", "marlin", "humming", "triton", "triton_kernel", "flashinfer_mxfp4")
+        files["sglang/srt/arg_groups/choices.py"] += f"MOE_RUNNER_BACKEND_CHOICES = {list(words)}\n"
+        files["sglang/srt/layers/quantization/modelopt_quant.py"] += SGLANG_NVFP4_EXPERTS
+        files |= sglang_experts()
     if plugins:
         files["sglang/srt/plugins/__init__.py"] = 'GROUP = "sglang.srt.plugins"\n'
     write(root, files)
@@ -197,8 +305,64 @@ def init_mxfp4_linear_kernel(activation_quant_key=None):
 """
 
 
-def vllm(root: Path, version: str = "0.33.0", *, tuner: bool = False) -> None:
-    """A vLLM whose linear backend may be named for each quantisation."""
+_ORACLE = """
+from enum import Enum
+import vllm.envs as envs
+from vllm.platforms import current_platform
+
+class Backend(Enum):
+    TRITON = "TRITON"
+    HUMMING = "HUMMING"
+    MARLIN = "MARLIN"
+
+def map_{format}_backend(word):
+    mapping = {{"triton": Backend.TRITON, "humming": Backend.HUMMING, "marlin": Backend.MARLIN}}
+    if backend := mapping.get(word):
+        return backend
+    raise ValueError(f"{{word}} is no backend of {format} experts")
+
+class Experts:
+    @staticmethod
+    def humming_gemm_type():
+        grouped = envs.VLLM_HUMMING_MOE_GEMM_TYPE == "grouped"
+        return GemmType.GROUPED_CONTIGUOUS if grouped else GemmType.INDEXED
+
+def {function}(config, *keys):
+    if config.moe_backend != "auto":
+        return map_{format}_backend(config.moe_backend), Experts
+    for backend in {order}:
+        if backend != Backend.TRITON or current_platform.has_device_capability(90):
+            return backend, Experts
+"""
+
+
+def vllm_experts() -> dict[str, str]:
+    """What a vLLM has of routed experts, as modules."""
+    fused = "vllm/model_executor/layers/fused_moe"
+    orders = {"nvfp4": "[Backend.HUMMING, Backend.MARLIN]", "mxfp4": "[Backend.TRITON]"}
+    oracles = {
+        f"{fused}/oracle/{fmt}.py": _ORACLE.format(
+            format=fmt, function=f"select_{fmt}_moe_backend", order=order
+        )
+        for fmt, order in orders.items()
+    }
+    activations = "".join(f"    {n} = {n!r}\n" for n in ("SILU", "SWIGLUOAI", "RELU2_NO_MUL"))
+    return {
+        **oracles,
+        f"{fused}/activation.py": (
+            f"from enum import Enum\n\nclass MoEActivation(Enum):\n{activations}"
+        ),
+        f"{fused}/config.py": (
+            "from enum import Enum\n\nclass RoutingMethodType(Enum):\n    Renormalize = 1\n"
+        ),
+    }
+
+
+def vllm(
+    root: Path, version: str = "0.33.0", *, tuner: bool = False, experts: bool = False
+) -> None:
+    """A vLLM whose linear backend may be named for each quantisation, and that of routed experts
+    with `experts`."""
     classes = "".join(map(_class, NVFP4))
     words = ",\n".join(
         f'    "{word}": {{{", ".join(map(kernel, names))}}}' for word, names in WORDS.items()
@@ -241,6 +405,16 @@ def init_nvfp4_linear_kernel(use_a16=False):
     if tuner:
         kernel_config += "    enable_flashinfer_autotune = None\n"
         arguments += 'TUNER = "--enable-flashinfer-autotune"\n'
+    variables = ""
+    if experts:
+        kernel_config = (
+            'MoEBackend = Literal["auto", "triton", "humming", "marlin", "cutlass"]\n\n'
+            + kernel_config
+        )
+        arguments += 'EXPERTS = "--moe-backend"\n'
+        name = "VLLM_HUMMING_MOE_GEMM_TYPE"
+        variables = f'    "{name}": lambda: os.environ.get("{name}", None),\n'
+        write(root, vllm_experts())
     write(
         root,
         {
@@ -259,7 +433,9 @@ def init_nvfp4_linear_kernel(use_a16=False):
             "vllm/envs.py": (
                 "import os\n\nenvironment_variables = {\n"
                 '    "VLLM_DISABLED_KERNELS": lambda: (\n'
-                '        os.environ.get("VLLM_DISABLED_KERNELS", "").split(",")\n    ),\n}\n'
+                '        os.environ.get("VLLM_DISABLED_KERNELS", "").split(",")\n    ),\n'
+                + variables
+                + "}\n"
             ),
         },
     )

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.choice.rank import FLOORS, NOISE, WORTH, by_bucket, choices
+from fp4tune.autotune.choice.rank import FLOORS, WORTH, by_bucket, choices
 from fp4tune.autotune.publication.publish import unnamed
+from fp4tune.cache.measured import NOISE
 from fp4tune.cache.rows import VERDICTS, BucketKey, Candidate
 
 FLOOR = "torch-dequant"

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from fp4tune import cli
 from fp4tune.autotune.choice import layouts, traffic
-from fp4tune.autotune.choice.rank import NOISE, choices
+from fp4tune.autotune.choice.rank import choices
 from fp4tune.autotune.publication import publish as publication
 from fp4tune.autotune.publication import published
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import publish, reader
+from fp4tune.cache.measured import NOISE
 from fp4tune.cache.rows import BucketKey, Candidate, Environment
 from fp4tune.probes.problem import Problem
 from fp4tune.report import documents

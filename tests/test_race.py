@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.autotune import clock_stability
-from fp4tune.autotune.choice.rank import NOISE
 from fp4tune.autotune.race import AT_ONCE, DOUBT, LEAST, PRECISE, QUICK, SETTLED, Race, run_races
 from fp4tune.autotune.stages.timing import fastest_tactic
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.autotune.verdict.statistics import mean_interval, median, t_quantile
+from fp4tune.cache.measured import NOISE
 
 NAMES = tuple("abcdef")
 seeds = st.integers(0, 2**32)

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...cache.measured import NOISE, Measured, fastest_of, measured
 from ...cache.rows import Candidate, Layer
 from ..verdict.buckets import MRange
 from ..verdict.profiles import PROFILES, Profile
-from .rank import NOISE, WORTH, Measured, measured
+from .rank import WORTH
 from .traffic import BUILTIN, Traffic, traffic_of
 
 NO_QUANTISER = "quantiser time not measured"
@@ -257,7 +258,7 @@ def _fit(
 def _taken(times: Mapping[str, Measured], stands: str | None) -> str | None:
     if not times:
         return None
-    fastest = min(times.values(), key=lambda t: (t.us, t.hi))
+    fastest = fastest_of(times)
     if stands is not None and stands in times:
         mine = times[stands]
         if fastest.us > mine.us * (1 - WORTH) or mine.level_with(fastest):

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import replace
 
+from ...cache.measured import NOISE, Measured, fastest_of, in_order, measured
 from ...cache.rows import BucketKey, Candidate, Choice
 
-NOISE = 0.01
-"""Candidates within 1 % of the fastest count as equal, and a fixed order decides. Two probes that
-measure each time to 0.5 % then choose candidates that differ by less than 2 %. So do candidates
-whose intervals overlap that of the fastest: what was not told apart is equal."""
 WORTH = 0.03
 """How much faster another must be to replace a choice that stands."""
 DENSE_FLOORS = ("torch-dequant", "torch-dequant-w4a4")
 FLOORS = (*DENSE_FLOORS, "torch-experts")
 """What is always there when nothing faster is safe."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A time in microseconds with its interval; without one its ends are the time itself."""
-
-    us: float
-    lo: float
-    hi: float
-
-    def level_with(self, fastest: Measured) -> bool:
-        """Whether this counts as fast as `fastest`, whose time is not larger: within the band, or
-        not told apart from it."""
-        return self.us <= fastest.us * (1 + NOISE) or self.lo <= fastest.hi
-
-
-def measured(us: float | None, lo: float | None, hi: float | None) -> Measured | None:
-    """A time as a row has it; None without one."""
-    if us is None:
-        return None
-    return Measured(us, us if lo is None else lo, us if hi is None else hi)
 
 
 def time_of(candidate: Candidate) -> Measured | None:
@@ -64,21 +39,8 @@ def ranked(
         if c.verdict == "safe" and (t := time.get(c.backend)) is not None
     }
     first = _kept_choice(times, default, stands)
-    order = [first] if first else []
     left = {name: t for name, t in times.items() if name != first}
-    while left:
-        fastest = _fastest_time(left)
-        usual = left.get(default or "")
-        # Nothing that looks slower than a safe default comes before it, told apart or not.
-        most = inf if usual is None else usual.us * (1 + NOISE)
-        level = [n for n, t in left.items() if t.level_with(fastest) and t.us <= most]
-        order.append(min(level, key=lambda name: (name != default, name)))
-        del left[order[-1]]
-    return order
-
-
-def _fastest_time(times: Mapping[str, Measured]) -> Measured:
-    return min(times.values(), key=lambda t: (t.us, t.hi))
+    return [*([first] if first else ()), *in_order(left, default)]
 
 
 def _kept_choice(
@@ -87,7 +49,7 @@ def _kept_choice(
     """`stands`, where it is to be kept."""
     if stands is None or stands not in times:
         return None
-    mine, fastest = times[stands], _fastest_time(times)
+    mine, fastest = times[stands], fastest_of(times)
     if fastest.us <= mine.us * (1 - WORTH) and not mine.level_with(fastest):
         return None
     usual = times.get(default or "", mine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...cache.experts import layer_words
 from ...cache.rows import Choice, Finding
 from ...witness.foresee import foresee
 from ...words import CHANCE, EVERY_M
@@ -19,7 +20,7 @@ def describe(finding: Finding) -> str:
     Raises KeyError, TypeError or ValueError for a finding that is stored in another way.
     """
     p, d = finding.problem, finding.detail
-    text = f"m={p['m']} n={p['n']} k={p['k']}"
+    text = f"m={p['m']} {layer_words(p)}"
     if "message" in d:
         return f"{text}: {d['message']}"
     if "worst" in d:

@@ -11,11 +11,13 @@ from typing import Any
 from ...cache import codec, state
 from ...cache import publish as publishing
 from ...cache.errors import Corrupt, Missing
+from ...cache.experts import META
 from ...cache.ledger import Ledger
 from ...cache.rows import VERDICTS, Audit, Candidate, Choice, Environment
 from ...engines import names
 from ..choice import layouts
 from ..choice.rank import choices
+from ..choice.single import experts_layers
 from ..choice.traffic import Traffic
 from ..plan import Report
 from ..verdict.profiles import PROFILES
@@ -64,6 +66,7 @@ def publish(
             meta["quantisers"] = timed
         compared = layouts.compare_all(placed, traffics, stands.layers, timed)
         rows = [each.row() for each in compared if each.layout]
+        meta |= _experts_meta(placed, traffics)
         now = published.Standing(
             stands.generation, meta, tuple(chosen), tuple(placed), tuple(known), tuple(rows)
         )
@@ -158,12 +161,21 @@ def republish(
     For those who hold ``join.lock``. Raises StateError.
     """
     chosen, placed = _ranked(candidates, stands.choices)
-    kept = {k: v for k, v in stands.meta.items() if k not in publishing.RESERVED}
+    kept = {k: v for k, v in stands.meta.items() if k not in (*publishing.RESERVED, META)}
+    kept |= _experts_meta(placed, layouts.traffics_of(kept))
     compared = layouts.compare_all(
         placed, layouts.traffics_of(kept), stands.layers, layouts.quantisers_of(kept)
     )
     rows = [each.row() for each in compared if each.layout]
     return publishing.publish(state_dir, chosen, placed, environments, kept, rows)
+
+
+def _experts_meta(
+    candidates: Sequence[Candidate], traffics: Mapping[str, Traffic]
+) -> dict[str, Any]:
+    """What is published of routed experts as a whole; nothing where there are none."""
+    found = experts_layers(candidates, traffics)
+    return {META: [each.json() for each in found]} if found else {}
 
 
 def _ranked(
@@ -176,11 +188,14 @@ def _ranked(
         arch, _, name = scope
         profile = PROFILES.get(name, PROFILES["strict"])
         mine = [c for c in stood if c.scope == scope]
-        new_choices, new_placed = choices(
-            group, profile.default(_sm(arch)), mine, partial(unnamed, name, _sm(arch))
-        )
-        chosen += new_choices
-        placed += new_placed
+        sm = _sm(arch)
+        by_default: dict[str | None, list[Candidate]] = {}
+        for candidate in group:
+            by_default.setdefault(profile.default_of(sm, candidate.bucket), []).append(candidate)
+        for default, some in by_default.items():
+            new = choices(some, default, mine, partial(unnamed, name, sm))
+            chosen += new[0]
+            placed += new[1]
     return chosen, placed
 
 

@@ -133,5 +133,5 @@ def unfinished(
         ranges = [[m.lo, m.hi] for m in layer.ranges if layer.bucket(m) in open_]
         if ranges:
             named = {key: getattr(p, key) for key in ("format", "activation", "out_dtype")}
-            left.append({**named, "n": p.n, "k": p.k, "m": ranges})
+            left.append({**named, "groups": p.groups, "n": p.n, "k": p.k, "m": ranges})
     return [c for c in candidates if c.bucket not in open_], left

@@ -7,16 +7,17 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from ...cache.measured import NOISE
+from ...engines import names
 from ...machine.health import health
 from ...probes.worker.supervisor import WorkerFailed
 from .. import census, steps
-from ..choice.rank import NOISE
 from ..clock_stability import Watch, undecided, unsteady
 from ..evidence.recorder import Recorder
 from ..layer import LARGE_M, Entrant, ProbedLayer, died
 from ..race import LEAST, Race, run_races
 from ..verdict.buckets import MRange, representatives
-from ..verdict.statistics import median
+from ..verdict.statistics import median, median_interval
 
 UNEVEN = 1.2
 """A kernel that takes so many times as long at some m of a bucket as at its largest is named."""
@@ -49,7 +50,7 @@ def _tune(
     layer: ProbedLayer, entrant: Entrant, record: Recorder, say: Callable[[str], None]
 ) -> None:
     """Pick each m range's fastest tactic among those that came out right."""
-    alive = {m: entrant.right_tactics(m) for m in entrant.tactics}
+    alive = {m: _runnable(layer, entrant, m) for m in entrant.tactics}
     pairs = [(m, t) for m, ts in alive.items() if len(ts) > 1 and m.hi > 0 for t in ts]
     races = {
         # The winner is measured again, so nobody needs an interval of his own here.
@@ -80,6 +81,15 @@ def _tune(
         entrant.winner = layer.agreement.settle(scope, entrant.winner, alive)
     with layer.step(entrant, steps.TACTICS, list(entrant.winner.items()), record):
         entrant.compared = True
+
+
+def _runnable(layer: ProbedLayer, entrant: Entrant, m: MRange) -> list[str]:
+    """The right tactics of a range; of routed experts those that the engine could come to run,
+    where choices are made for one and there are any."""
+    right = entrant.right_tactics(m)
+    if layer.engine is None:
+        return right
+    return [t for t in right if names.runs_tactic(entrant.name, t)] or right
 
 
 def _known_times(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> dict[MRange, float]:
@@ -191,15 +201,21 @@ def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: R
 def _by_law(
     layer: ProbedLayer, entrant: Entrant, pairs: Sequence[tuple[MRange, str]]
 ) -> dict[MRange, dict[str, Any]]:
-    """Of routed experts, the median time of each range under each routing law, in microseconds.
-    Raises WorkerFailed."""
+    """Of routed experts, the time of each range under each routing law by itself, in microseconds:
+    its median, with an interval. Raises WorkerFailed."""
     if layer.problem.groups == 1:
         return {}
     found = entrant.runner.ask("times_by_law")
     return {
-        m: {"laws": {law: round(us, 3) for law, us in mine.items()}}
+        m: {"laws": {law: _spread(samples) for law, samples in mine.items() if samples}}
         for (m, _), mine in zip(pairs, found, strict=True)
     }
+
+
+def _spread(samples: Sequence[float]) -> dict[str, float]:
+    low, high = median_interval(samples)
+    named = {"median_us": median(samples), "lo_us": low, "hi_us": high}
+    return {name: round(us, 3) for name, us in named.items()}
 
 
 def _uneven(by_m: Sequence[tuple[int, float]]) -> str | None:

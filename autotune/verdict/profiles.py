@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...words import Condition
+from ...cache.rows import BucketKey
+from ...words import Condition, experts_key
 
 ONE_STREAM = Condition(
     "one-stream-per-layer", "a layer's weight is never used on two streams at once"
@@ -29,6 +30,20 @@ LEFT_OUT = Condition(
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsDefault:
+    """What an engine takes for routed experts on these SMs: of a format, and of a gate where it is
+    one model's (``swiglu-oai`` is gpt-oss's, ``swiglu-10`` DeepSeek V4's); None: of any."""
+
+    sms: tuple[int, ...]
+    format: str
+    gate: str | None
+    backend: str
+
+    def fits(self, sm: int | None, format_: str, gate: str) -> bool:
+        return sm in self.sms and format_ == self.format and self.gate in (None, gate)
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """How an engine launches. A regime it never uses may fail, under a condition."""
 
@@ -39,6 +54,8 @@ class Profile:
     about: str
     defaults: tuple[tuple[tuple[int, ...], str], ...] = ()
     """What the engine takes by itself in W4A16 or W4A4, by SM, in the versions named below."""
+    experts: tuple[ExpertsDefault, ...] = ()
+    """What it takes by itself for routed experts, in the same versions; the first that fits."""
     traffic: str = "mixed"
     """The distribution of m that layouts are weighed by, unless another is given."""
     crossing: bool = False
@@ -48,6 +65,14 @@ class Profile:
     def default(self, sm: int | None) -> str | None:
         """The backend this engine would take on that SM without advice; None if unknown."""
         return next((backend for sms, backend in self.defaults if sm in sms), None)
+
+    def default_of(self, sm: int | None, bucket: BucketKey) -> str | None:
+        """The same for the layer that a bucket is of."""
+        key = experts_key(bucket.activation)
+        if key is None:
+            return self.default(sm)
+        fits = (each for each in self.experts if each.fits(sm, bucket.format, key.gate))
+        return next((each.backend for each in fits), None)
 
 
 _ENGINE = (
@@ -109,6 +134,10 @@ PROFILES = {
                 ((100, 103), "flashinfer-cute-dsl"),
                 ((110, 120, 121), "flashinfer-cutlass"),
             ),
+            (
+                ExpertsDefault((80, 86, 89, 90), "nvfp4", None, "marlin-experts"),
+                ExpertsDefault((90,), "mxfp4", "swiglu-10", "flashinfer-cutlass-experts"),
+            ),
             crossing=True,
         ),
         # vLLM 0.33, with humming-kernels installed
@@ -118,6 +147,10 @@ PROFILES = {
             _ONE_STREAM,
             "CUDA graphs, one stream a layer",
             (((90,), "humming"),),
+            (
+                ExpertsDefault((90,), "nvfp4", None, "humming-indexed"),
+                ExpertsDefault((90,), "mxfp4", "swiglu-10", "humming-indexed"),
+            ),
             crossing=True,
         ),
     )

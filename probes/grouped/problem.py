@@ -11,10 +11,10 @@ expert below 0 or not below `groups` is elsewhere and adds nothing.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ...words import ExpertsKey, experts_key
 from ..problem import FORMATS, Problem
 
 
@@ -44,8 +44,6 @@ GATES = {
     )
 }
 """``swiglu-oai`` is gpt-oss's, ``swiglu-10`` DeepSeek V4's, ``relu2`` Nemotron 3's."""
-
-_KEY = re.compile(r"bf16:top(\d+):([a-z0-9-]+)(?::x([0-9.e+-]+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +88,8 @@ class ExpertsProblem(Problem):
             raise ValueError(f"{self.m} tokens: a batch has none or more")
         if not 0 < self.scaling < 1024:
             raise ValueError(f"a routed scaling of {self.scaling:g} is not in (0, 1024)")
-        scaled = "" if self.scaling == 1 else f":x{self.scaling!r}"
-        key = f"bf16:top{self.top_k}:{self.gate}{scaled}"
-        object.__setattr__(self, "activation", key)
+        key = ExpertsKey(self.top_k, self.gate, self.scaling)
+        object.__setattr__(self, "activation", str(key))
 
     @property
     def act(self) -> Gate:
@@ -118,7 +115,7 @@ _FIELDS = tuple(f.name for f in fields(ExpertsProblem) if f.init)
 
 def is_grouped(fields: dict[str, Any]) -> bool:
     """Whether these are the fields of an `ExpertsProblem`, or of a row about one."""
-    return "top_k" in fields or _KEY.fullmatch(str(fields.get("activation"))) is not None
+    return "top_k" in fields or experts_key(fields.get("activation")) is not None
 
 
 def of_fields(fields: dict[str, Any]) -> ExpertsProblem:
@@ -127,11 +124,10 @@ def of_fields(fields: dict[str, Any]) -> ExpertsProblem:
     known = {name: fields[name] for name in _FIELDS if name in fields}
     if "top_k" in fields:
         return ExpertsProblem(**known)
-    found = _KEY.fullmatch(str(fields.get("activation")))
+    found = experts_key(fields.get("activation"))
     if found is None:
         raise ValueError(f"{fields.get('activation')!r} is no routed-experts layer")
-    top_k, gate, scaling = found.groups()
-    return ExpertsProblem(**known, top_k=int(top_k), gate=gate, scaling=float(scaling or 1.0))
+    return ExpertsProblem(**known, top_k=found.top_k, gate=found.gate, scaling=found.scaling)
 
 
 def parse_experts(text: str) -> tuple[int, int, int, int, str, float]:

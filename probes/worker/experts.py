@@ -463,13 +463,14 @@ class OpenExperts(OpenLayer):
         """What is being timed, in the order of `open_timing`'s items."""
         return [_Batches(each) for each in self._by_law]
 
-    def times_by_law(self) -> list[dict[str, float]]:
-        """The median so far under each law, over the m, of each item."""
+    def times_by_law(self) -> list[dict[str, list[float]]]:
+        """The samples so far under each law, each the mean over the m, of each item."""
         return [
             {
-                law: fmean(median(b.taken) for b in each if b.law == law)
+                law: [
+                    fmean(now) for now in zip(*(b.taken for b in each if b.law == law), strict=True)
+                ]
                 for law in TIMED_LAWS
-                if all(b.taken for b in each)
             }
             for each in self._by_law
         ]

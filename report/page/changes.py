@@ -15,7 +15,7 @@ from ...cache import state
 from ...cache.errors import StateError
 from ...cache.rows import Candidate, Choice
 from ..numbers import count, positive, when
-from ..wording import range_text
+from ..wording import range_text, size_text
 from .heatmap import DASH
 
 Scoped = tuple[str, str, str, Any]
@@ -159,7 +159,7 @@ def where(arch: str, gpu: str, profile: str, bucket: Any) -> str:
     """A bucket in words."""
     b = bucket
     m = range_text(b.m_lo, b.m_hi, DASH)
-    return f"m={m} n={b.n} k={b.k} {b.format} {b.activation}, {gpu}, {profile}"
+    return f"m={m} {size_text(b)} {b.format} {b.activation}, {gpu}, {profile}"
 
 
 def _times_apart(a: Candidate, b: Candidate) -> bool:

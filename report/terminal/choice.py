@@ -9,13 +9,14 @@ from ...autotune import checkpoint_check
 from ...autotune.choice import layouts
 from ...autotune.evidence.wording import shown
 from ...autotune.verdict.buckets import bucket_of
-from ..wording import WEIGHTS, range_text
+from ...cache.experts import layer_words
+from ..wording import range_text, weights_text
 
 
 def decision_lines(answer: Mapping[str, Any]) -> list[str]:
     """One problem's answer, and what it rests on."""
     p = answer["problem"]
-    problem = f"m={p['m']} n={p['n']} k={p['k']} {p['format']}"
+    problem = f"m={p['m']} {layer_words(p)} {p['format']}"
     if answer["status"] != "safe":
         return [f"{problem}: {answer['backend']} ({answer['status']}: {answer['reason']})"]
     line = f"{problem}: {answer['backend']}"
@@ -47,8 +48,7 @@ def choice_lines(answer: Mapping[str, Any], layer: bool) -> list[str]:
 def layer_lines(document: Mapping[str, Any]) -> list[str]:
     """A layer's layouts in words."""
     d = document
-    weights = WEIGHTS.get(d["activation"], d["activation"])
-    head = f"n={d['n']} k={d['k']} {d['format']} {weights}: "
+    head = f"{layer_words(d)} {d['format']} {weights_text(d['activation'])}: "
     if d["layout"]:
         head += f"weights are laid out as {d['layout']}, weighed by the traffic {d['traffic']}"
     else:

@@ -7,7 +7,8 @@ from typing import Any
 
 from ...autotune import checkpoint_check
 from ...autotune.verdict.buckets import MRange, representatives
-from ..wording import WEIGHTS
+from ...cache.experts import layer_words
+from ..wording import weights_text
 from .choice import layer_lines
 
 _MOST_FINDINGS = 3
@@ -17,12 +18,12 @@ _MOST_FINDINGS = 3
 def explained_lines(document: Mapping[str, Any]) -> list[str]:
     """The document in words, one paragraph a topic."""
     d, p, b = document, document["problem"], document["bucket"]
-    weights = WEIGHTS.get(p["activation"], p["activation"])
     at = [str(m) for m in representatives(MRange(b["m_lo"], b["m_hi"]))]
     timed = " and ".join(filter(None, (", ".join(at[:-1]), at[-1])))
     out = [
-        f"m={p['m']} n={p['n']} k={p['k']} {p['format']} {weights} {p['out_dtype']} on {d['gpu']} "
-        f"({d['arch']}), profile {d['profile']}, generation {d['generation']}",
+        f"m={p['m']} {layer_words(p)} {p['format']} {weights_text(p['activation'])} "
+        f"{p['out_dtype']} on {d['gpu']} ({d['arch']}), profile {d['profile']}, "
+        f"generation {d['generation']}",
         f"Its bucket is m={b['m_lo']} to {b['m_hi']}, timed at m={timed}.",
         "",
         d["why"],

@@ -14,11 +14,12 @@ from ...autotune.plan import Report
 from ...autotune.publication import published
 from ...autotune.stages import recall
 from ...cache import state
+from ...cache.experts import layer_words
 from ...cache.rows import Timing
 from ...engines import names
 from ..brief import engines_for
-from ..documents import damage, forgotten, ledger_problem, stored_findings
-from ..wording import WEIGHTS, range_text, scope_text
+from ..documents import damage, forgotten, ledger_problem, stored_findings, stored_timings
+from ..wording import range_text, scope_text, size_text, weights_text
 from .console import console, styled, table
 from .experts import law_lines, single_lines
 from .findings import print_finding, print_findings
@@ -59,12 +60,12 @@ def print_probe(report: Report) -> None:
 
 def _print_unsteady(out: Console, timings: Sequence[Timing]) -> None:
     """Times that say of themselves that they are not to be trusted: each note once, with whose."""
-    notes: dict[tuple[int, int, str], dict[str, None]] = {}
+    notes: dict[tuple[str, str], dict[str, None]] = {}
     for row in timings:
         if note := row.detail.get("note"):
-            notes.setdefault((row.bucket.n, row.bucket.k, str(note)), {})[row.backend] = None
-    for (n, k, note), backends in list(notes.items())[:_MOST_NOTES]:
-        out.print(f"Unsteady times, n={n} k={k} ({', '.join(backends)}): {note}")
+            notes.setdefault((size_text(row.bucket), str(note)), {})[row.backend] = None
+    for (size, note), backends in list(notes.items())[:_MOST_NOTES]:
+        out.print(f"Unsteady times, {size} ({', '.join(backends)}): {note}")
     if len(notes) > _MOST_NOTES:
         out.print(f"and {len(notes) - _MOST_NOTES} more; --json has them under timings")
 
@@ -73,10 +74,10 @@ def _print_left(out: Console, left: Sequence[Mapping[str, Any]]) -> None:
     """What the time budget did not reach."""
     for row in left:
         ranges = ", ".join(range_text(lo, hi) for lo, hi in row["m"])
-        weights = WEIGHTS.get(row["activation"], row["activation"])
+        weights = weights_text(row["activation"])
         out.print(
             f"The time budget ended before anything was proven in {row['format']} {weights} "
-            f"n={row['n']} k={row['k']} at m={ranges}; what stood there stands, and the next probe "
+            f"{layer_words(row)} at m={ranges}; what stood there stands, and the next probe "
             "goes on there"
         )
 
@@ -93,6 +94,8 @@ def print_stored(place: Path, stored: published.Standing, every_finding: bool) -
         print_choices(out, mine, candidates)
         print_backends(out, candidates)
         print_bounds(out, mine)
+        for line in single_lines(candidates, stored.meta):
+            out.print(line)
         for format_ in dict.fromkeys(c.bucket.format for c in mine):
             chosen = [c.backend for c in mine if c.bucket.format == format_ and c.status != "none"]
             for line in engines_for(chosen, format_, names.sm_of(scope[0]), scope[2]):
@@ -107,6 +110,8 @@ def print_stored(place: Path, stored: published.Standing, every_finding: bool) -
             print_finding(out, finding)
     else:
         print_findings(out, found)
+    for line in law_lines(stored_timings(place)):
+        out.print(line)
     print_reasons(out, "Cannot run here", stored.meta.get("unsupported", {}))
     made = table("Environments", ("backend", "fingerprint", "versions", "code digest"))
     for environment in stored.environments:

@@ -24,7 +24,7 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
     by_bucket: dict[BucketKey, dict[str, Candidate]] = {}
     for candidate in candidates:
         by_bucket.setdefault(candidate.bucket, {})[candidate.backend] = candidate
-    layers: dict[tuple[Any, ...], list[Choice]] = {}
+    layers: dict[tuple[str, int, int], list[Choice]] = {}
     for choice in choices:
         b = choice.bucket
         layers.setdefault((layer_text(b), b.n, b.k), []).append(choice)
@@ -33,10 +33,11 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
         # Names that do not fit beside each other are broken where they have dashes.
         wide = 30 + sum(len(name) + 3 for name in (names[0], *names) if names)
         headings = [_name_over_lines(name) if wide > out.width else styled(name) for name in names]
+        rows_of = "m" if rows[0].bucket.groups == 1 else "tokens"
         made = table(
             f"{title}  n={n} k={k}  (microseconds per launch)",
-            ("m", "choice", "launches", *headings),
-            ("m", "launches", *headings),
+            (rows_of, "choice", "launches", *headings),
+            (rows_of, "launches", *headings),
         )
         for row in rows:
             group = by_bucket.get(row.bucket, {})
