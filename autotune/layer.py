@@ -11,7 +11,7 @@ from typing import Any
 from ..cache.rows import BucketKey, Under, Where
 from ..machine.devices import Target
 from ..probes.problem import Problem
-from ..probes.regimes import REGIMES
+from ..probes.regimes import ASIDE, REGIMES
 from ..probes.seeds import derive
 from ..probes.worker.supervisor import WorkerFailed
 from ..words import NOT_TRIED
@@ -60,10 +60,17 @@ class Entrant:
     """Whether `winner` holds: its tactics need not be compared again."""
     reached: dict[tuple[str, MRange, str], int] = field(default_factory=dict)
     """By step, m range and tactic, where many launches were made: how many were aimed at."""
+    aside: Runner | None = None
+    """The worker that has the layer open for the regimes in `ASIDE`; None: they are run in the
+    one that runs all."""
 
     @property
     def name(self) -> str:
         return self.runner.name
+
+    def runner_of(self, regime: str) -> Runner:
+        """The worker that runs this regime."""
+        return self.aside if self.aside is not None and regime in ASIDE else self.runner
 
     def left(self, what: str, items: Iterable[steps.Item], launches: int = 0) -> list[steps.Item]:
         """Those of `items` in which this step is still to be made, with so many launches."""

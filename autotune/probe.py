@@ -124,7 +124,7 @@ class Probe:
         self.record = Recorder(ledger, run, plan.seed)
         self.history = History(plan, ledger, state_dir)
         # Workers die with the thread that started them, so these threads outlive them all.
-        self._pool = ThreadPoolExecutor(max_workers=3 + len(plan.backends))
+        self._pool = ThreadPoolExecutor(max_workers=3 + 2 * len(plan.backends))
         self._open = ExitStack()
         self._open.enter_context(self._pool)
         self._start = time.monotonic()

@@ -87,7 +87,7 @@ def try_again(
         first = next(where for where, r in zip(places, results, strict=True) if failed(r))
         record.failure(first, under, failure)
 
-    retest(entrant.runner, under.regime, results, lost)
+    retest(entrant.runner_of(under.regime), under.regime, results, lost)
 
 
 def failed(result: Result) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +56,7 @@ class Runner:
     _built: tuple[list[dict[str, Any]], int] | None = None
     _layer: dict[str, Any] | None = None
     _closed: bool = False
+    _second: Runner | None = None
 
     @property
     def name(self) -> str:
@@ -150,13 +152,34 @@ class Runner:
         self._layer["regimes"] = list(regimes)
         self.ask("open", **self._layer)
 
+    def second(self) -> Runner:
+        """Another worker of this backend, that compiles for the layers opened in it only; it is
+        closed with this one."""
+        if self._second is None:
+            self._second = Runner(
+                self.spec,
+                self.target,
+                self.patience,
+                self.python,
+                self.progress,
+                hello=self.hello,
+                _partial=True,
+            )
+        self._second._built = self._built
+        return self._second
+
     def close_layer(self) -> None:
         self._layer = None
+        if self._second is not None:
+            with suppress(WorkerFailed):
+                self._second.close_layer()
         if self._worker is not None and not self._fresh:
             self.ask("close")
 
     def close(self) -> None:
         self._closed = True
+        if self._second is not None:
+            self._second.close()
         if self._worker is not None:
             self._worker.close()
             self._worker = None

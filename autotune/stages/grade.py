@@ -34,7 +34,8 @@ def grade(
     """Open the layer in every entrant's worker and grade those that are not known; those that
     could open it.
 
-    With `pool`, entrants are graded at once: on a GPU most of that time is the host's.
+    With `pool`, entrants are graded at once: on a GPU most of that time is the host's. Each has a
+    second worker then, for the regimes in `ASIDE`.
     """
     spent = layer.clock.spent
 
@@ -57,9 +58,18 @@ def grade(
                 census.graded(layer, entrant, record)
         return True
 
+    def open_aside(entrant: Entrant) -> None:
+        if entrant.known or entrant.reference_line or not entrant.opens:
+            return
+        with spent("open aside", entrant.name):
+            _open_aside(layer, entrant)
+
     say("grading: exact, realistic and extreme data")
     with spent("grading"):
+        aside = [pool.submit(open_aside, entrant) for entrant in entrants] if pool else []
         graded = list(pool.map(learn, entrants) if pool else map(learn, entrants))
+        for each in aside:
+            each.result()  # what it would still load disturbs clocks
     return [entrant for entrant, ok in zip(entrants, graded, strict=True) if ok]
 
 
@@ -77,6 +87,16 @@ def _open_layer(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> bool:
                 record.failure(layer.where(entrant, m, tactic), SERIAL, failure)
         return False
     return True
+
+
+def _open_aside(layer: ProbedLayer, entrant: Entrant) -> None:
+    """Have a second worker of the backend open the layer; where it cannot, the first does all."""
+    runner = entrant.runner.second()
+    try:
+        runner.open(layer.problem.at(layer.problem.m + SPARE_ROWS), layer.seed, layer.memory)
+    except WorkerFailed:
+        return
+    entrant.aside = runner
 
 
 def _exact(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> None:

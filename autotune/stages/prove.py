@@ -138,7 +138,11 @@ def _prove_wave(
         return [t for n in chosen for t in _turns(layer, entrant, n, wave, wanted, record)]
 
     alone = [turn for entrant in mine for turn in turns(entrant, True)]
-    beside = [[*turns(entrant, False), _every_m(entrant, wave, wanted)] for entrant in mine]
+    beside = []
+    for entrant in mine:
+        both = [*turns(entrant, False), _every_m(entrant, wave, wanted)]
+        second = [t for t in both if entrant.runner_of(t.regime) is not entrant.runner]
+        beside += [second, [t for t in both if t not in second]]
     whole = [sum(turn.seconds for turn in turns) for turns in beside]
     after = max(whole) if pool else sum(whole)
 

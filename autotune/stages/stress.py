@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 
 from ...cache.rows import Where
-from ...probes.regimes import ALONE
+from ...probes.regimes import ALONE, ASIDE
 from .. import budget
 from ..budget import OVER, SLOWER
 from ..evidence.recorder import Recorder
@@ -30,8 +30,8 @@ def stress(
     limited, the fastest first, until two are right in each bucket.
 
     With `pool`, entrants go through most regimes at once: on a GPU most of that time is the host's,
-    and a hang of one is waited for while others go on. The regimes in `ALONE` have the device to
-    themselves.
+    and a hang of one is waited for while others go on, and the others of its own. The regimes in
+    `ALONE` have the device to themselves.
     """
     tried = [e for e in entrants if e.winner and not e.reference_line]
 
@@ -46,15 +46,25 @@ def stress(
                             _regimes(layer, entrant, [name], part[entrant.name], record, say)
                     continue
 
-                def together(entrant: Entrant, names: Sequence[str] = names) -> None:
-                    _regimes(layer, entrant, names, part[entrant.name], record, say)
+                def together(each: tuple[Entrant, Sequence[str]]) -> None:
+                    entrant, its = each
+                    _regimes(layer, entrant, its, part[entrant.name], record, say)
 
-                list(pool.map(together, mine) if pool else map(together, mine))
+                whole = [(entrant, its) for entrant in mine for its in _by_worker(entrant, names)]
+                list(pool.map(together, whole) if pool else map(together, whole))
 
     if layer.time is None and pool is None:
         run({entrant.name: None for entrant in tried})
     else:
         _from_the_fastest(layer, tried, run, wanted, record)
+
+
+def _by_worker(entrant: Entrant, names: Sequence[str]) -> list[list[str]]:
+    """The regimes that each worker of the backend runs; what waits longest is begun first."""
+    if entrant.aside is None:
+        return [list(names)]
+    second = [name for name in names if name in ASIDE]
+    return [second, [name for name in names if name not in ASIDE]]
 
 
 def _regimes(

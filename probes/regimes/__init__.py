@@ -35,6 +35,7 @@ from .plain.strided import strided
 
 __all__ = [
     "ALONE",
+    "ASIDE",
     "CALLS",
     "CERTAIN",
     "CHANCE",
@@ -114,6 +115,10 @@ COPIES = {
 ALONE = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain", "off-bucket", "huge"})
 """Those that depend on how launches fall in time, or read how much of the device's memory is in
 use: no other process of ours may use the device meanwhile."""
+
+ASIDE = frozenset({"scratch", "streams", "first-calls", "threads", "graph-streams"})
+"""Those that a shared lock can hang, or that wait for a process of their own: a second worker of
+the backend runs them beside the rest, so that a hang costs only itself."""
 
 COSTLY = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain"})
 """Those where a launch costs several, with delays on top: m ranges are run at their edges only,
