@@ -112,7 +112,10 @@ def new(problem: Problem, device: Device) -> list[TileConfig]:
         return []
     m = problem.m
     if m <= 16:
-        return tiles(problem, "tma", (16,), (64, 128), (4,), (3, 4, 6))
+        return [
+            *tiles(problem, "tma", (16,), (64, 128), (4,), (3, 4, 6)),
+            *small(problem, (8, 16) if m <= 8 else (16,)),
+        ]
     if m <= 64:
         return tiles(problem, "tma", (32, 64) if m > 32 else (32,), (64, 128, 256), (4, 8))
     if m <= 256:
@@ -130,6 +133,19 @@ def new(problem: Problem, device: Device) -> list[TileConfig]:
             TileConfig("tma", 128, 256, 1, 8, 4, group),
             TileConfig("tma", 128, 128, 1, 8, 4, group),
         ]
+    return found
+
+
+def small(problem: Problem, bms: tuple[int, ...]) -> list[TileConfig]:
+    """What may bring more of a weight onto its way at once: several k-tiles a step, deep queues, a
+    second warpgroup on the same activations."""
+    found = []
+    for bm, (bn, warps), deep in product(bms, ((64, 4), (128, 4), (128, 8), (256, 8)), (1, 2, 4)):
+        for stages, split in product((2, 3, 4, 8), (1, 2, 4, 8)):
+            each = TileConfig("gemm", bm, bn, split, warps, stages, deep=deep)
+            blocks = -(-problem.n // bn) * split
+            if 100 <= blocks <= 132 * 8 and problem.k // 128 // split >= 2 * deep:
+                found.append(each)
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp4tune.probes.backends.triton_w4a16 import _context
 from fp4tune.probes.backends.triton_w4a16._tactics import (
     TileConfig,
     candidates,
@@ -36,7 +39,8 @@ configs = st.builds(
     TileConfig,
     st.sampled_from(("gemm", "tma")),
     *(st.integers(1, 512) for _ in range(6)),
-)
+    st.just(1) | st.integers(1, 8),
+).filter(lambda config: config.kernel == "gemm" or config.deep == 1)
 problems = st.builds(
     Problem,
     st.just("nvfp4"),
@@ -153,6 +157,8 @@ for fmt, m, n, k, tactic in (
     ("nvfp4", 17, 130, 208, "gemm-bm16-bn128-sk2-w4-s4-g1"),
     ("mxfp4", 5, 37, 416, "gemm-bm16-bn64-sk4-w4-s4-g8"),
     ("nvfp4", 17, 130, 208, "tma-bm16-bn256-sk2-w4-s4-g8"),
+    ("nvfp4", 5, 37, 384, "gemm-bm8-bn64-sk1-w4-s3-g8-d2"),
+    ("mxfp4", 9, 70, 800, "gemm-bm16-bn64-sk2-w4-s3-g8-d2"),
 ):
     if tactic.startswith("tma") and "tma" not in sys.argv:
         continue
@@ -235,6 +241,7 @@ def machine_code(config: TileConfig, sm: int, mx: bool, bf16: bool):
     [
         (80, "gemm-bm64-bn64-sk1-w4-s3-g8", "mma.sync", "nvfp4", True),
         (90, "gemm-bm16-bn64-sk4-w4-s4-g8", "wgmma", "nvfp4", False),
+        (90, "gemm-bm8-bn64-sk1-w4-s3-g8-d2", "m64n8k16", "nvfp4", True),
         (90, "tma-bm128-bn128-sk1-w8-s3-g8", "cp.async.bulk.tensor", "mxfp4", True),
         (100, "tma-bm128-bn128-sk1-w8-s3-g8", "tcgen05.mma", "nvfp4", True),
         (120, "gemm-bm64-bn128-sk1-w4-s3-g8", "mma.sync", "nvfp4", True),
@@ -256,6 +263,7 @@ def test_kernels_compile_without_a_gpu_and_fit(
 @needs_triton
 @pytest.mark.parametrize(
     "name", ["gemm-bm16-bn64-sk4-w4-s4-g8", "gemm-bm32-bn128-sk1-w4-s4-g8",
+             "gemm-bm8-bn64-sk1-w4-s4-g8", "gemm-bm16-bn64-sk1-w4-s3-g8-d2",
              "tma-bm64-bn64-sk2-w4-s3-g8", "tma-bm128-bn128-sk1-w8-s3-g8"]
 )  # fmt: skip
 def test_no_wgmma_is_in_flight_while_its_registers_are_written_again(
@@ -424,3 +432,52 @@ def test_compiling_ahead_is_what_a_launch_uses(gpu) -> None:
             before = compiled_kernels()
             BACKEND.run(state, operands.a, out, config.name)
             assert compiled_kernels() == before, config
+
+
+# -- the context that tensor maps are encoded in
+
+DRIVER = """
+static _Thread_local void *current;
+static int retained;
+int cuCtxGetCurrent(void **context) { *context = current; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return index > 3 ? 101 : 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+  retained++; *context = (void *)(long)(device + 1); return 0; }
+int cuCtxSetCurrent(void *context) { current = context; return 0; }
+int times_retained(void) { return retained; }
+"""
+
+
+def test_a_thread_without_a_context_gets_the_devices_own_once(tmp_path, monkeypatch) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not compiler:
+        pytest.skip("needs a C compiler")
+    source, made = tmp_path / "driver.c", tmp_path / "driver.so"
+    source.write_text(DRIVER)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(made), str(source)], check=True)
+    monkeypatch.setattr(_context, "DRIVER", str(made))
+    driver = ctypes.CDLL(str(made))
+    found: list[int | None] = []
+
+    def work(calls: int) -> None:
+        for _ in range(calls):
+            _context.ensure_current(2)
+        context = ctypes.c_void_p()
+        driver.cuCtxGetCurrent(ctypes.byref(context))
+        found.append(context.value)
+
+    threads = [threading.Thread(target=work, args=(calls,)) for calls in (1, 3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert found == [3, 3] and driver.times_retained() == 2
+
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match="cuDeviceGet failed with CUDA error 101"):
+            _context.ensure_current(9)
+        found.append(None)
+
+    thread = threading.Thread(target=refused)
+    thread.start()
+    thread.join()
+    assert found[-1] is None

@@ -233,12 +233,14 @@ def gemm(
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
+    DEEP: tl.constexpr,
     MX: tl.constexpr,
     BF16: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One (BN of n, BM of m) tile over all of k: a 16-bit output tile; or, when SPLIT, over one of
-    equal pieces of k: an fp32 partial sum at out[split, m, n] for `reduce` to finish.
+    equal pieces of k: an fp32 partial sum at out[split, m, n] for `reduce` to finish. A step is of
+    DEEP k-tiles, one when TMA.
 
     a (m, k) 16-bit, rows stride_a apart (when TMA, a descriptor of it with blocks of (BM, 128));
     words int32 (tiles_k, n_pad, 16); scales int16 or uint8 (tiles_k, n_pad, 4); gscale float32
@@ -262,28 +264,38 @@ def gemm(
     # A tile taller than the padding may reach past the last row: it reads that row again.
     weight_row = tl.minimum(row, n_pad - 1) if BN > 128 else row
     start = (first.to(tl.int64) * n_pad + weight_row)[:, None]
-    word_at = words + start * 16 + tl.arange(0, 16)[None, :]
-    scale_at = scales + start * 4 + tl.arange(0, 4)[None, :]
+    part = tl.arange(0, DEEP)[None, :, None]
+    start = start[:, :, None] + part * n_pad
+    word_at = words + start * 16 + tl.arange(0, 16)[None, None, :]
+    scale_at = scales + start * 4 + tl.arange(0, 4)[None, None, :]
+    end = k if DEEP == 1 else tl.minimum(k, last * 128)
     if not TMA:
-        kk = first * 128 + tl.arange(0, 128)
+        kk = first * 128 + tl.arange(0, 128 * DEEP)
         act_at = a + col.to(tl.int64)[:, None] * stride_a + kk[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
-    for tile in tl.range(first, last):
+    for tile in tl.range(first, last, DEEP):
         if TMA:
             act = a.load([pid_m * BM, tile * 128])
         else:
-            act = tl.load(act_at, (col < m)[:, None] & (kk < k)[None, :], 0.0)
-            kk += 128
-            act_at += 128
-        word = tl.permute(tl.reshape(tl.load(word_at), (BN, 4, 4)), (0, 2, 1))
-        scale = tl.broadcast_to(tl.load(scale_at)[:, :, None], (BN, 4, 4))
+            act = tl.load(act_at, (col < m)[:, None] & (kk < end)[None, :], 0.0)
+            kk += 128 * DEEP
+            act_at += 128 * DEEP
+        if DEEP == 1:
+            word, scale = tl.load(word_at), tl.load(scale_at)
+        else:
+            # Past the last tile of this piece: codes of zero, under any scale that is a number.
+            word = tl.load(word_at, tile + part < last, 0)
+            scale = tl.load(scale_at, tile + part < last, 0)
+        word = tl.permute(tl.reshape(word, (BN, DEEP, 4, 4)), (0, 1, 3, 2))
+        scale = tl.broadcast_to(scale[:, :, :, None], (BN, DEEP, 4, 4))
+        word, scale = tl.reshape(word, (BN, DEEP * 4, 4)), tl.reshape(scale, (BN, DEEP * 4, 4))
         w = _dequantise(word, scale, MX, BF16, PTX).to(act.dtype)
         acc = tl.dot(w, tl.trans(act), acc)
         if PTX:
             # A use of the sum that is no dot: wgmma must be over before the next step begins.
             acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, True, 1)
-        word_at += n_pad * 16
-        scale_at += n_pad * 4
+        word_at += DEEP * n_pad * 16
+        scale_at += DEEP * n_pad * 4
 
     mask = (col < m)[:, None] & (row < n)[None, :]
     if SPLIT:

@@ -14,7 +14,8 @@ TILE_K = 128
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """One tactic: tiles are bm x bn; `split` cuts k; `group` columns of tiles share the L2.
+    """One tactic: tiles are bm x bn; `split` cuts k; `group` columns of tiles share the L2; `deep`
+    k-tiles are one step.
 
     `kernel` says how activations are read: ``gemm`` through pointers, ``tma`` by the copy engine.
     """
@@ -26,12 +27,13 @@ class TileConfig:
     warps: int = 4
     stages: int = 4
     group: int = 8
+    deep: int = 1
 
     @property
     def name(self) -> str:
         return (
             f"{self.kernel}-bm{self.bm}-bn{self.bn}-sk{self.split}-w{self.warps}-s{self.stages}"
-            f"-g{self.group}"
+            f"-g{self.group}{f'-d{self.deep}' if self.deep > 1 else ''}"
         )
 
     def shared(self) -> int:
@@ -40,12 +42,20 @@ class TileConfig:
         A stage holds 16-bit activations, 4-bit weights and scales. With mma.sync the pipeline has
         one stage fewer, and the dequantised weights pass through shared memory.
         """
-        stage = self.bm * 2 * TILE_K + self.bn * (TILE_K // 2 + 8)
-        passing = self.bn * 2 * TILE_K
+        stage = self.deep * (self.bm * 2 * TILE_K + self.bn * (TILE_K // 2 + 8))
+        passing = self.deep * self.bn * 2 * TILE_K
         return max(self.stages * stage, (self.stages - 1) * stage + passing) + 1024
 
 
-_FIELDS = {"bm": "bm", "bn": "bn", "sk": "split", "w": "warps", "s": "stages", "g": "group"}
+_FIELDS = {
+    "bm": "bm",
+    "bn": "bn",
+    "sk": "split",
+    "w": "warps",
+    "s": "stages",
+    "g": "group",
+    "d": "deep",
+}
 
 
 @lru_cache(maxsize=4096)
@@ -59,7 +69,8 @@ def parse(tactic: str) -> TileConfig:
             values[_FIELDS[key]] = int(part[len(key) :])
     if kernel in ("gemm", "tma") and {"bm", "bn"} <= values.keys():
         config = TileConfig(kernel, **values)
-        if config.name == tactic:
+        # The copy engine fetches one k-tile at a time.
+        if config.name == tactic and (kernel == "gemm" or config.deep == 1):
             return config
     raise ValueError(f"triton-w4a16 has no tactic {tactic!r}")
 
@@ -133,6 +144,16 @@ _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...
         ),
     ),
     (
+        256,
+        (
+            ("best", 128, 64, 4, 3, 2),
+            ("best", 128, 64, 4, 2, 2),
+            ("best", 256, 64, 4, 3, 1),
+            # Three tiles up to m = 192, where taller ones multiply as much as at 256.
+            ("best", 64, 128, 4, 3, 2),
+        ),
+    ),
+    (
         512,
         (
             ("best", 128, 64, 4, 3, 2),
@@ -149,6 +170,13 @@ _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...
     ),
 )
 
+# The same for a small m on SM90, with k-tiles a step: a wgmma is as narrow as 8 there, which halves
+# what is read of activations; and two k-tiles a step are waited for once. Untimed guesses.
+_NARROW: tuple[tuple[float, tuple[tuple[int, int, int, int, int, int], ...]], ...] = (
+    (8, ((8, 64, 4, 4, 2, 1), (8, 64, 4, 3, 2, 2))),
+    (16, ((16, 64, 4, 3, 2, 2),)),
+)
+
 
 def candidates(problem: Problem, device: Device) -> Iterator[TileConfig]:
     """Configurations worth timing for the problem, best guess first, each once.
@@ -157,12 +185,15 @@ def candidates(problem: Problem, device: Device) -> Iterator[TileConfig]:
     are taken away until a block fits its shared memory.
     """
     rows = next(rows for most, rows in _TABLE if problem.m <= most)
+    best = "tma" if (device.sm or 0) >= 90 and _has_descriptors() else "gemm"
+    wanted = [(best if kind == "best" else kind, *row, 1) for kind, *row in rows]
+    if device.sm == 90 and _has_descriptors():
+        narrow = next((rows for most, rows in _NARROW if problem.m <= most), ())
+        wanted += [("gemm", *row) for row in narrow]
     seen: set[TileConfig] = set()
-    for kernel, bm, bn, warps, stages, waves in rows:
-        if kernel == "best":
-            tma = (device.sm or 0) >= 90 and _has_descriptors()
-            kernel = "tma" if tma else "gemm"
-        config = TileConfig(kernel, bm, bn, splits(problem, device, bm, bn, waves), warps, stages)
+    for kernel, bm, bn, warps, stages, waves, deep in wanted:
+        split = splits(problem, device, bm, bn, waves)
+        config = TileConfig(kernel, bm, bn, split, warps, stages, deep=deep)
         while config.shared() > shared_limit(device):
             config = replace(config, stages=config.stages - 1)
         if config.stages > 1 and config not in seen:

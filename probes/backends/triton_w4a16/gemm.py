@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from ...problem import FORMATS, Device, Fp4Tensor, Problem
+from ._context import ensure_current
 from ._tactics import TILE_K, TileConfig, candidates, parse
 
 PAD_N = 128
@@ -195,6 +196,7 @@ def _constants(config: TileConfig, mx: bool, bf16: bool) -> dict[str, Any]:
         "GROUP": config.group,
         "SPLIT": config.split > 1,
         "TMA": config.kernel == "tma",
+        "DEEP": config.deep,
         "MX": mx,
         "BF16": bf16,
         "PTX": not interpreted(),
@@ -214,6 +216,8 @@ def _activation_argument(a: torch.Tensor, config: TileConfig) -> Any:
         return a
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if a.device.type == "cuda":
+        ensure_current(a.device.index)
     return TensorDescriptor(a, list(a.shape), list(a.stride()), [config.bm, TILE_K])
 
 
