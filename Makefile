@@ -32,11 +32,11 @@ probe: $(VENV)/.probe
 test: $(VENV)/.ready
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m "gpu and not slow" $(ARGS); fi
-	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What is slow by nature: kill loops, readers under load, disassembly of large libraries.
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # mypy and import-linter want the package's name, and a checkout may be called anything: so a link by
 # that name.

@@ -117,7 +117,11 @@ def emit(
             refuse_beside(ctx, ["experts"], "are the checkpoint's own where one is named")
         if target == "flashinfer":
             refuse_beside(ctx, ["experts"], "have no tactics that FlashInfer's files pin")
-        _check_watch(target, watch, on_fault)
+        if watch is None:
+            why = "is for what --watch finds: say --watch few or --watch every"
+            refuse_beside(ctx, ["on_fault"], why)
+        else:
+            _check_watch(target, watch, on_fault)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
         asked = replace(asked, experts=tuple(map(_one_layer, experts or ())))
         if checkpoint is not None:
@@ -150,12 +154,8 @@ def _one_layer(text: str) -> str:
     return str(option_text(asdict(problem)))
 
 
-def _check_watch(target: str, watch: str | None, on_fault: str) -> None:
+def _check_watch(target: str, watch: str, on_fault: str) -> None:
     """Raises Refused for words that are none, or that do nothing here."""
-    if watch is None:
-        if on_fault != QUARANTINE:
-            raise Refused("--on-fault is for what --watch finds: say --watch few or --watch every")
-        return
     if target not in ("sglang", "vllm", "env"):
         raise Refused(f"--watch is for sglang, vllm and env, not {target}")
     for option, word, words in (("watch", watch, SHARES), ("on-fault", on_fault, ON_FAULT)):

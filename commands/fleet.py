@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
-from ._console import Json, Keys, Sign, one_sentence, print_json, say, say_lines
+from ._console import (
+    Json,
+    Keys,
+    Sign,
+    one_sentence,
+    print_json,
+    refuse_beside,
+    say,
+    say_lines,
+)
 from ._help import Whole
 
 app = typer.Typer(
@@ -83,6 +92,7 @@ def report(
 
 @app.command()
 def advise(
+    ctx: typer.Context,
     store: Store,
     out: Annotated[str, typer.Option(help="The file to write, or an fsspec URL.")],
     sign: Sign = None,
@@ -97,6 +107,8 @@ def advise(
     with one_sentence():
         from ..fleet import advise as advising
 
+        if force:
+            refuse_beside(ctx, ["max_loss"], "is the limit that --force passes over")
         document = advising.advise(store, out, sign, max_loss, force, days)
         if as_json:
             print_json(document)
@@ -108,6 +120,7 @@ def advise(
 
 @app.command()
 def promote(
+    ctx: typer.Context,
     store: Store,
     canary: Annotated[float, typer.Option(help="Per cent of nodes that try it first.")] = 5.0,
     max_change: Annotated[
@@ -120,6 +133,8 @@ def promote(
     with one_sentence():
         from ..fleet import promote as promoting
 
+        if force:
+            refuse_beside(ctx, ["max_change"], "is the limit that --force passes over")
         state = promoting.promote(store, canary, max_change, force)
         _print_generation(state, as_json)
         raise typer.Exit(UNSAFE if state["stage"] == "rolled back" else SAFE)

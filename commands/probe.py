@@ -36,7 +36,7 @@ from ._console import (
 
 _LAYERS = ("preset", "model_config", "checkpoint", "shape")
 _ASKS = (
-    *_LAYERS, "gpu", "tp", "max_m", "formats", "activation", "out_dtype", "backend", "profile",
+    *_LAYERS, "experts", "gpu", "tp", "max_m", "formats", "activation", "out_dtype", "backend", "profile",
     "python", "prior", "engine", "traffic", "max_failure_rate",
 )  # fmt: skip
 """Options that ask for a probe of something; without any, a CPU shows what a probe does."""
@@ -285,10 +285,15 @@ def _refuse_idle(
     as_json: bool,
 ) -> None:
     """Refuse options that would do nothing beside the others."""
-    said = given(ctx, *_LAYERS)
-    if said == ["--shape"] and ctx.params["tp"] > 0:
-        why = "splits a model: --shape is a layer as it is on one rank already"
-        refuse_beside(ctx, ["tp"], why)
+    said = set(given(ctx, *_LAYERS, "experts"))
+    if said and said <= {"--shape", "--experts"} and ctx.params["tp"] > 0:
+        one = "--shape" if "--shape" in said else "--experts"
+        refuse_beside(
+            ctx, ["tp"], f"splits a model: {one} is a layer as it is on one rank already"
+        )
+    if said == {"--experts"}:
+        why = "is of dense layers, and --experts names none"
+        refuse_beside(ctx, ["activation", "out_dtype"], why)
     if engine is None:
         refuse_beside(
             ctx, ["engine_args"], "is what that engine is started with: name it, --engine"

@@ -37,7 +37,7 @@ def one_thread():
 
 def seen(name, format_="nvfp4"):
     """Where a mutant was found."""
-    problem = ExpertsProblem(format_, 72, 96, 128, groups=8, top_k=2, gate="swiglu", scaling=2.5)
+    problem = ExpertsProblem(format_, 48, 96, 128, groups=4, top_k=2, gate="swiglu", scaling=2.5)
     backend = registry.load_one(name)
     layer = OpenExperts(backend, Device("cpu"), problem, 3, 1 << 28, lambda text: None)
 

@@ -513,26 +513,32 @@ def test_a_shell_completes(typed, offered):
     assert offered in done.stdout.split(), done.stderr
 
 
-IDLE = {
-    "--tp": ["probe", "--shape", "256,256", "--tp", "2"],
-    "--engine-args": ["probe", "--gpu", "none", "--engine-args", "--x"],
-    "--max-seconds": ["probe", "--gpu", "none", "--max-seconds", "5"],
-    "--prior": ["probe", "--gpu", "none", "--backend", "torch-dequant", "--prior"],
-    "--verbose": ["probe", "--gpu", "none", "--json", "-v"],
-    "--python": ["show", "--python", "python3"],
-    "--findings": ["show", "--findings", "--json"],
-    "--out": ["emit", "sglang", "--out", "x"],
-    "--format": ["emit", "vllm", "--checkpoint", "x", "--format", "nvfp4"],
-    "--jobs": ["audit", "--coverage", "--jobs", "2"],
-    "--state": ["audit", "--coverage", "--state", "x"],
-    "--expires": ["facts", "--expires", "60"],
-    "--activation": ["quarantine", "add", "marlin", "--activation", "bf16"],
-}
+IDLE = [
+    ("--tp", ["probe", "--shape", "256,256", "--tp", "2"]),
+    ("--tp", ["probe", "--experts", "4,2,32,64", "--tp", "2"]),
+    ("--activation", ["probe", "--experts", "4,2,32,64", "--activation", "fp4"]),
+    ("--engine-args", ["probe", "--gpu", "none", "--engine-args", "--x"]),
+    ("--max-seconds", ["probe", "--gpu", "none", "--max-seconds", "5"]),
+    ("--prior", ["probe", "--gpu", "none", "--backend", "torch-dequant", "--prior"]),
+    ("--verbose", ["probe", "--gpu", "none", "--json", "-v"]),
+    ("--out-dtype", ["choose", "1", "--experts", "4,2,32,64", "--out-dtype", "fp16"]),
+    ("--python", ["show", "--python", "python3"]),
+    ("--findings", ["show", "--findings", "--json"]),
+    ("--out", ["emit", "sglang", "--out", "x"]),
+    ("--format", ["emit", "vllm", "--checkpoint", "x", "--format", "nvfp4"]),
+    ("--on-fault", ["emit", "vllm", "--on-fault", "quarantine"]),
+    ("--jobs", ["audit", "--coverage", "--jobs", "2"]),
+    ("--state", ["audit", "--coverage", "--state", "x"]),
+    ("--expires", ["facts", "--expires", "60"]),
+    ("--activation", ["quarantine", "add", "marlin", "--activation", "bf16"]),
+    ("--max-loss", ["fleet", "advise", "x", "--out", "y", "--force", "--max-loss", "0.5"]),
+    ("--max-change", ["fleet", "promote", "x", "--force", "--max-change", "0.5"]),
+]
 
 
-@pytest.mark.parametrize("option", IDLE)
-def test_an_option_that_would_do_nothing_is_refused_by_name(option, tmp_path):
-    done = call(*IDLE[option])
+@pytest.mark.parametrize(("option", "words"), IDLE)
+def test_an_option_that_would_do_nothing_is_refused_by_name(option, words):
+    done = call(*words)
     assert done.exit_code == 2 and done.stdout == "", done.output
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"fp4tune: {option} "), done.stderr
