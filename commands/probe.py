@@ -36,7 +36,8 @@ from ._console import (
 
 _LAYERS = ("preset", "model_config", "checkpoint", "shape")
 _ASKS = (
-    *_LAYERS, "experts", "gpu", "tp", "max_m", "formats", "activation", "out_dtype", "backend", "profile",
+    *_LAYERS, "experts", "gpu", "tp", "max_m", "formats", "activation", "out_dtype", "backend",
+    "profile",
     "python", "prior", "engine", "traffic", "max_failure_rate",
 )  # fmt: skip
 """Options that ask for a probe of something; without any, a CPU shows what a probe does."""
@@ -288,9 +289,7 @@ def _refuse_idle(
     said = set(given(ctx, *_LAYERS, "experts"))
     if said and said <= {"--shape", "--experts"} and ctx.params["tp"] > 0:
         one = "--shape" if "--shape" in said else "--experts"
-        refuse_beside(
-            ctx, ["tp"], f"splits a model: {one} is a layer as it is on one rank already"
-        )
+        refuse_beside(ctx, ["tp"], f"splits a model: {one} is a layer as it is on one rank already")
     if said == {"--experts"}:
         why = "is of dense layers, and --experts names none"
         refuse_beside(ctx, ["activation", "out_dtype"], why)

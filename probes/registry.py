@@ -89,9 +89,9 @@ BUILTIN: dict[str, str] = {
 EXPERTS: dict[str, str] = {
     "torch-experts": "grouped.floor:TorchExperts",
     "flashinfer-cutlass-experts": "backends.flashinfer.experts_cutlass:CutlassExperts",
-    "humming-indexed": "grouped.humming:backends",
-    "humming-grouped": "grouped.humming:backends",
-    "humming-masked": "grouped.humming:backends",
+    "humming-indexed": "backends.humming_experts:backends",
+    "humming-grouped": "backends.humming_experts:backends",
+    "humming-masked": "backends.humming_experts:backends",
     **{name: "backends.flashinfer.experts_layer:backends" for name in FLASHINFER_EXPERTS},
 }
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""

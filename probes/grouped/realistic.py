@@ -105,6 +105,7 @@ def _deviation(stack: Fp4Stack) -> float:
 
 def _router(shape: torch.Size, key: int, device: torch.device | str) -> torch.Tensor:
     """float32 (tokens, top_k): shares of 1, none of them small."""
-    bits = hash_elements(*shape, key, device) & 0xFFFF
+    tokens, top_k = shape
+    bits = hash_elements(tokens, top_k, key, device) & 0xFFFF
     share = 0.25 + bits.float() / 65536
     return share / share.sum(dim=1, keepdim=True).clamp(min=0.25)

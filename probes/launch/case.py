@@ -26,7 +26,7 @@ class BackendRaised(Exception):
 
 
 @contextmanager
-def blame(backend: Backend) -> Iterator[None]:
+def blame(backend: object) -> Iterator[None]:
     """Tell what a backend raises from what this program does.
 
     RuntimeError passes: it is what torch and CUDA raise, also later, for what a backend enqueued.
@@ -148,7 +148,7 @@ def rebind(backend: Backend, cases: Sequence[Case], call: Call, activation: Any)
     return Call(call.launch, activation, call.slot, enqueue)
 
 
-def prepared_activation(backend: Backend, a: torch.Tensor | Fp4Tensor) -> Any:
+def prepared_activation(backend: Backend, a: object) -> Any:
     """The activation as `backend` takes it."""
     prepare = getattr(backend, "prepare_activation", None)
     if prepare is None or not isinstance(a, Fp4Tensor):

@@ -20,9 +20,7 @@ from ..backends import Backend
 from ..check.sweep import Unchanged
 from ..check.tiles import tile_error
 from ..data import Operands
-from ..grouped.answers import RoutedAnswers
 from ..grouped.backend import AsDense, stages_of
-from ..grouped.cases import prepared_case, seen_as_dense
 from ..grouped.exact import draw_tokens, draw_weights, exact_problem, stages
 from ..grouped.families import ODD_ROUTING, TOP_K
 from ..grouped.problem import ExpertsProblem
@@ -34,6 +32,8 @@ from ..launch.case import Case, Launch, bind, blame, tensors
 from ..launch.item import Item
 from ..launch.outcome import Budget, NotApplicable, Outcome
 from ..launch.redraw import Redraw
+from ..launch.routed_answers import RoutedAnswers
+from ..launch.routed_cases import prepared_case, seen_as_dense
 from ..launch.summary import MOST_BAD, Result, launched
 from ..launch.timing import COLD, Sampler
 from ..problem import Device

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ...problem import Device, Problem
 
@@ -186,7 +187,9 @@ def candidates(problem: Problem, device: Device) -> Iterator[TileConfig]:
     """
     rows = next(rows for most, rows in _TABLE if problem.m <= most)
     best = "tma" if (device.sm or 0) >= 90 and _has_descriptors() else "gemm"
-    wanted = [(best if kind == "best" else kind, *row, 1) for kind, *row in rows]
+    wanted: list[tuple[Any, ...]] = [
+        (best if kind == "best" else kind, *row, 1) for kind, *row in rows
+    ]
     if device.sm == 90 and _has_descriptors():
         narrow = next((rows for most, rows in _NARROW if problem.m <= most), ())
         wanted += [("gemm", *row) for row in narrow]

@@ -22,9 +22,9 @@ import torch
 from ...backends import Backend
 from ...data import exact
 from ...grouped.backend import AsDense
-from ...grouped.cases import balanced_case
 from ...grouped.problem import ExpertsProblem, is_grouped, of_fields
 from ...launch.case import Case, case
+from ...launch.routed_cases import balanced_case
 from ...problem import Problem
 from ...registry import spec_of
 

@@ -19,10 +19,10 @@ from ...check.reference import Expectation
 from ...check.sweep import SlotReport, Unchanged
 from ...data import Operands
 from ...grouped.backend import AsDense
-from ...grouped.cases import uniform_case
 from ...grouped.problem import ExpertsProblem
 from ...launch.case import Case, Launch, bind, blame
 from ...launch.outcome import Budget, NotApplicable, Outcome, need_cuda
+from ...launch.routed_cases import uniform_case
 from ...problem import FORMATS, Fp4Tensor, Problem
 from ...registry import load_one
 from .own_process import NoAnswer, Question, ask, loaded_by, name_of, whole_problem

@@ -12,9 +12,9 @@ from ...backends import Backend
 from ...check.reference import Expectation, expect, faithful
 from ...data import exact
 from ...grouped.backend import AsDense
-from ...grouped.cases import balanced_case
 from ...launch.case import Case
 from ...launch.outcome import device_of
+from ...launch.routed_cases import balanced_case
 from ...problem import Device, Problem
 
 _SHAPES = ((16, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256))

@@ -88,7 +88,8 @@ def _cut(
         with blame(backend):
             made = run(case.state, *late, launch.tactic)
         if name == "permute":
-            return placed(*made, late[0], problem.groups)
+            rows, experts = made
+            return placed(rows, experts, late[0], problem.groups)
         found: torch.Tensor = made
         return found.reshape(wanted.shape)
 

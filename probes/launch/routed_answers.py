@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ..data.generator import mix
-from ..launch.case import Case
-from .problem import ExpertsProblem
-from .reference import token64
-from .tokens import Rests, TokenRows, answer
+from ..grouped.problem import ExpertsProblem
+from ..grouped.reference import token64
+from ..grouped.tokens import Rests, TokenRows, answer
+from .case import Case
 
 _SAMPLED_COLUMNS = 64
 """Of one token of each draw, so many elements of the answer are computed in float64 as well."""

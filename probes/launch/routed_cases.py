@@ -8,12 +8,12 @@ import torch
 
 from ..check.reference import Expectation
 from ..check.sweep import Unchanged
-from ..launch.case import Case, blame, tensors
+from ..grouped.backend import AsDense
+from ..grouped.exact import DrawnExperts, draw_tokens, draw_weights
+from ..grouped.problem import ExpertsProblem
+from ..grouped.tensors import ExpertWeights, Fp4Stack, Routed
 from ..problem import FORMATS, Problem
-from .backend import AsDense
-from .exact import DrawnExperts, draw_tokens, draw_weights
-from .problem import ExpertsProblem
-from .tensors import ExpertWeights, Fp4Stack, Routed
+from .case import Case, blame, tensors
 
 
 def seen_as_dense(problem: ExpertsProblem) -> Problem:
@@ -45,12 +45,11 @@ def uniform_case(backend: AsDense, problem: ExpertsProblem, device: torch.device
             torch.ones(problem.groups, device=device),
         )
 
-    biases: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
-    if problem.act.biased:
-        biases = tuple(
-            torch.zeros(problem.groups, rows, device=device) for rows in (problem.rows13, problem.k)
-        )
-    weights = ExpertWeights(stack(problem.rows13, problem.k), stack(problem.k, problem.n), *biases)
+    def bias(rows: int) -> torch.Tensor | None:
+        return torch.zeros(problem.groups, rows, device=device) if problem.act.biased else None
+
+    rows13, k = problem.rows13, problem.k
+    weights = ExpertWeights(stack(rows13, k), stack(k, problem.n), bias(rows13), bias(k))
     slots = torch.arange(problem.m * problem.top_k, dtype=torch.int32, device=device)
     ids = (slots % problem.groups).view(problem.m, problem.top_k)
     x = torch.ones(problem.m, problem.k, dtype=problem.dtype, device=device)

@@ -32,8 +32,19 @@ from typing import Any
 
 import torch
 
-from ..backends import DEFAULT_TACTIC
-from ..backends._humming import (
+from ..grouped.problem import ExpertsProblem, Gate
+from ..grouped.slots import (
+    activate_rows,
+    combine_rows,
+    gather_slots,
+    mask_rows,
+    sort_slots,
+    spread_rows,
+)
+from ..grouped.tensors import ExpertWeights, Fp4Stack
+from ..problem import FORMATS, Device
+from . import DEFAULT_TACTIC
+from ._humming import (
     DISTRIBUTION,
     PAD_K,
     PAD_N,
@@ -47,17 +58,6 @@ from ..backends._humming import (
     tuning_json,
     unusable,
 )
-from ..problem import FORMATS, Device
-from .problem import ExpertsProblem, Gate
-from .slots import (
-    activate_rows,
-    combine_rows,
-    gather_slots,
-    mask_rows,
-    sort_slots,
-    spread_rows,
-)
-from .tensors import ExpertWeights, Fp4Stack
 
 LOCKS_PER_SM = 8
 """int32 stream-K locks of an expert layer, as vLLM makes them."""
