@@ -122,7 +122,7 @@ def test_a_call_computes_the_layer(sm90, gate, n, k):
     weights = draw_weights(p, 3, "cpu", range(0, 6, 2), sparse_gates=False)
     state = backend.prepare(weights, p)
     for law in ("balanced", "elsewhere"):
-        drawn, right = draw_tokens(p, weights, range(0, 6, 2), law, 5)
+        drawn, right = draw_tokens(p, weights, range(0, 6, 2), (law,), 5)
         out = torch.full((p.m, p.k), torch.nan, dtype=torch.bfloat16)
         backend.run(state, drawn.a.x, drawn.a.ids, drawn.a.weights, out, "default")
         assert torch.equal(out, right.lo)
@@ -158,7 +158,7 @@ def test_a_pair_reaches_the_gemms(sm90, monkeypatch):
     p = problem()
     backend = experts_cutlass.CutlassExperts()
     weights = draw_weights(p, 3, "cpu", range(6), sparse_gates=False)
-    drawn, right = draw_tokens(p, weights, range(6), "balanced", 5)
+    drawn, right = draw_tokens(p, weights, range(6), ("balanced",), 5)
     state, out = backend.prepare(weights, p), torch.empty(p.m, p.k, dtype=torch.bfloat16)
     for tactic in ("gemm1=2,gemm2=31", "default"):
         backend.run(state, drawn.a.x, drawn.a.ids, drawn.a.weights, out, tactic)

@@ -142,7 +142,7 @@ def test_cutile_is_given_the_layer(cutile, linear, format_, gate, monkeypatch):
     monkeypatch.setattr(Layer, "rows_in_order", linear)
     p = problem(format_, gate, scaling=2.0 if linear else 1.0)
     weights = draw_weights(p, 3, "cpu", range(6), sparse_gates=False)
-    drawn, right = draw_tokens(p, weights, range(6), "balanced", 5)
+    drawn, right = draw_tokens(p, weights, range(6), ("balanced",), 5)
     state, out = cutile.prepare(weights, p), torch.full((p.m, p.k), torch.nan).bfloat16()
     cutile.run(state, drawn.a.x, drawn.a.ids, drawn.a.weights, out, "default")
     assert torch.equal(out, right.lo)

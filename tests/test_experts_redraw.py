@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fp4tune.probes import registry
-from fp4tune.probes.grouped import answers
 from fp4tune.probes.grouped.exact import stages
 from fp4tune.probes.grouped.problem import ExpertsProblem
 from fp4tune.probes.grouped.reference import token64
 from fp4tune.probes.grouped.routing import REGULAR
+from fp4tune.probes.launch import routed_answers as answers
 from fp4tune.probes.launch.item import Item, LaunchAim
 from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device
