@@ -18,13 +18,8 @@ from hypothesis import strategies as st
 from fp4tune.probes import registry
 from fp4tune.probes.backends import DEFAULT_TACTIC, build_kernels, tactics
 from fp4tune.probes.backends.torch.compiled import TorchCompile
-from fp4tune.probes.backends.torch.dequant import (
-    Decoder,
-    Resident,
-    scale_table,
-    torch_dequant,
-    torch_dequant_w4a4,
-)
+from fp4tune.probes.backends.torch.dequant import Resident, torch_dequant, torch_dequant_w4a4
+from fp4tune.probes.decoding import Decoder, scale_table
 from fp4tune.probes.problem import DTYPES, FORMATS, MXFP4, NVFP4, Device, Fp4Tensor, Problem
 
 CPU = Device("cpu")

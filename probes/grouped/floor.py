@@ -1,6 +1,6 @@
 """The floor: dequantise the chosen experts, and multiply, block by block.
 
-``torch-experts`` runs anywhere and decodes by tables of its own (`backends.torch.dequant`). The
+``torch-experts`` runs anywhere and decodes by tables of the floors' own (`decoding`). The
 slots (token, place in top-k) are sorted by expert and cut into blocks of one expert each; a block's
 expert is dequantised for it. Where the slots go is known to the device alone, so there are as many
 blocks as there can be, and those left over work on a row that nobody reads.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends.torch.dequant import Decoder
+from ..decoding import Decoder
 from ..problem import Device, Fp4Tensor
 from .problem import ExpertsProblem
 from .tensors import ExpertWeights, Fp4Stack

@@ -22,13 +22,13 @@ from types import FunctionType
 
 import torch
 
+from ...decoding import scale_table
 from ...problem import FORMATS, Device, Fp4Tensor, Problem
 from .dequant import (
     TACTIC_DTYPES,
     exact_tactics,
     first_if_default,
     not_dense,
-    scale_table,
     scaled_mm,
 )
 

@@ -1,8 +1,8 @@
 """The floor and the reference line: dequantise the FP4 operands with torch, then ``torch.mm``.
 
-``torch-dequant`` (W4A16) and ``torch-dequant-w4a4`` dequantise on every call. The decoding below
-is this module's own, so that a mistake in it cannot agree with the same mistake in the reference
-that judges it. ``torch-bf16-resident`` dequantises once, when the weight is prepared.
+``torch-dequant`` (W4A16) and ``torch-dequant-w4a4`` dequantise on every call. The decoding is the
+floors' own (`decoding`), so that a mistake in it cannot agree with the same mistake in the
+reference that judges it. ``torch-bf16-resident`` dequantises once, when the weight is prepared.
 
 What is rounded where. ``e2m1 * block scale`` needs at most 6 significand bits and is exact in
 bf16 and fp32 (MXFP4 codes times 2^126 or 2^127 can pass the largest fp32, and become infinite in
@@ -23,59 +23,11 @@ from typing import Any
 
 import torch
 
-from ...problem import DTYPES, Device, Format, Fp4Tensor, Problem
+from ...decoding import Decoder
+from ...problem import DTYPES, Device, Fp4Tensor, Problem
 from .. import DEFAULT_TACTIC, Backend
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
 TACTIC_DTYPES = {"fp32": torch.float32, **DTYPES}
-
-
-def e2m1_table() -> torch.Tensor:
-    """The value of each 4-bit code: float32 (16,); bit 3 is the sign, code 8 is -0."""
-    return torch.tensor(E2M1 + tuple(-v for v in E2M1))
-
-
-def scale_table(fmt: Format) -> torch.Tensor:
-    """The value of each scale byte: float32 (256,), NaN where the encoding says NaN."""
-    raw = torch.arange(256, dtype=torch.uint8)
-    if fmt.scale == "e4m3":
-        return raw.view(torch.float8_e4m3fn).float()
-    exponents = raw.to(torch.float64) - 127
-    return torch.where(raw == 255, torch.nan, torch.exp2(exponents)).float()
-
-
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """Look-up tables that turn packed FP4 into `dtype`, on one device.
-
-    pairs   one element for each byte, wide enough for its two values (low nibble first)
-    scales  (256,) in `dtype`
-    """
-
-    dtype: torch.dtype
-    pairs: torch.Tensor
-    scales: torch.Tensor
-
-    @classmethod
-    def of(cls, fmt: Format, dtype: torch.dtype, device: torch.device) -> Decoder:
-        values = e2m1_table()
-        byte = torch.arange(256)
-        both = torch.stack((values[byte & 15], values[byte >> 4]), dim=1).to(dtype)
-        wide = torch.int64 if dtype == torch.float32 else torch.int32
-        return cls(
-            dtype,
-            both.contiguous().view(wide).flatten().to(device),
-            scale_table(fmt).to(dtype).to(device),
-        )
-
-    def __call__(self, t: Fp4Tensor) -> torch.Tensor:
-        """``e2m1 * scale`` as (rows, k) in this dtype, without the global scale."""
-        rows, k = t.shape
-        # An index_select of one wide element a byte is several times faster than indexing pairs.
-        values = self.pairs.index_select(0, t.codes.reshape(-1).int()).view(self.dtype)
-        scales = self.scales.index_select(0, t.scales.reshape(-1).int())
-        return values.view(-1, t.format.block).mul_(scales.view(-1, 1)).view(rows, k)
 
 
 def has_fp32_output(kind: str) -> bool:
