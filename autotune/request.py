@@ -167,6 +167,11 @@ def backends_for(wanted: Sequence[str], problems: Sequence[Problem]) -> tuple[st
     return tuple(dict.fromkeys((*dense, *grouped)))
 
 
+def everyone() -> tuple[str, ...]:
+    """Every backend known here, and those of routed experts."""
+    return (*registry.names(), *registry.experts_names())
+
+
 def plugins() -> tuple[str, ...]:
     """Installed backends that are not ours: what they compute is theirs to say."""
     return tuple(name for name in registry.names() if name not in registry.BUILTIN)

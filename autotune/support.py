@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..cache import state
 from ..cache.ledger import Ledger
 from ..machine.devices import Target
+from ..probes.grouped.problem import ExpertsProblem, is_grouped
 from ..probes.problem import FORMATS, Problem
 from .stages.survey import survey
 
 TYPICAL = (16, 4096, 4096)
 """m, n and k: multiples of every tile and alignment in use, so that device and format decide."""
-
+TYPICAL_EXPERTS = (8, 2)
+"""How many of that size, and how many a token goes to."""
 
 CRASHES = ("crash", "hang", "poisoned")
 """How a worker is lost."""
@@ -60,15 +63,18 @@ def rows(
     python: str | None = None,
     last: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a backend: name, activation, layout, formats it runs here, and why not the rest.
+    """One row a backend: name, whether it computes routed experts, activation, layout, formats it
+    runs here, and why not the rest.
 
     `last` is what `outcomes` says.
     """
-    problems = [
+    groups, top_k = TYPICAL_EXPERTS
+    problems: list[Problem] = [
         Problem(format_, *TYPICAL, activation)
         for activation in ("bf16", "fp4")
         for format_ in FORMATS
     ]
+    problems += [ExpertsProblem(f, *TYPICAL, groups=groups, top_k=top_k) for f in FORMATS]
     answers = survey(target, backends, problems, python)
     found = []
     for spec in backends:
@@ -81,7 +87,8 @@ def rows(
         mine = {
             problem.format: reason
             for problem, reason in zip(problems, answer["reasons"], strict=True)
-            if problem.activation == answer["activation"]
+            if is_grouped(asdict(problem)) == answer["experts"]
+            and (answer["experts"] or problem.activation == answer["activation"])
         }
         able = [format_ for format_, reason in mine.items() if reason is None]
         reasons = {format_: reason for format_, reason in mine.items() if reason}
@@ -89,6 +96,7 @@ def rows(
             {
                 "name": answer["name"],
                 "status": "supported" if able else "unsupported",
+                "experts": answer["experts"],
                 "activation": answer["activation"],
                 "layout": answer["layout"],
                 "formats": able,

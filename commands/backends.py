@@ -43,9 +43,8 @@ def backends(
                 raise
             say(f"fp4tune: {error}", err=True)  # what can run here does not depend on it
             last = {}
-        rows = support.rows(
-            target, planning.backends(backend or ()), planning.interpreter(python), last
-        )
+        asked = planning.backends(backend) if backend else planning.everyone()
+        rows = support.rows(target, asked, planning.interpreter(python), last)
         if as_json:
             print_json({"device": target.name, "arch": target.device.arch, "backends": rows})
         else:

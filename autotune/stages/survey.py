@@ -145,7 +145,7 @@ def survey(
 
 
 def _is_ours(spec: str) -> bool:
-    return spec in registry.BUILTIN or spec.startswith("zoo-")
+    return spec in registry.BUILTIN or spec in registry.EXPERTS or spec.startswith("zoo-")
 
 
 def _ask_of_one_process(

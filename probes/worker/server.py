@@ -365,6 +365,7 @@ class Server:
 def _backend_facts(backend: Any) -> dict[str, Any]:
     return {
         "name": backend.name,
+        "experts": bool(getattr(backend, "experts", False)),
         "activation": backend.activation,
         "layout": backend.layout,
         "reference_line": bool(getattr(backend, "reference_line", False)),

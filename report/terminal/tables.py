@@ -150,7 +150,7 @@ def print_support(target: Target, rows: Iterable[Mapping[str, Any]]) -> None:
         made.add_row(
             row["name"],
             styled((row["status"], colour), aside),
-            WEIGHTS.get(row.get("activation", ""), ""),
+            WEIGHTS.get(row.get("activation", ""), "") + (" experts" if row.get("experts") else ""),
             row.get("layout", ""),
             " ".join(row.get("formats", ())),
             row["last"] or "",
