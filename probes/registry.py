@@ -93,6 +93,8 @@ EXPERTS: dict[str, str] = {
     "humming-grouped": "backends.humming_experts:backends",
     "humming-masked": "backends.humming_experts:backends",
     **{name: "backends.flashinfer.experts_layer:backends" for name in FLASHINFER_EXPERTS},
+    "marlin-experts": "backends.sglang_marlin.experts:MarlinExperts",
+    "vllm-marlin-experts": "backends.vllm.experts:VllmMarlinExperts",
 }
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 

@@ -361,6 +361,9 @@ def test_backends_says_what_runs_here():
     assert rows["torch-dequant"]["formats"] == ["nvfp4", "mxfp4"]
     assert rows["marlin"]["status"] == "unsupported" and rows["marlin"]["reason"]
     assert rows["torch-bf16-resident"]["reference_line"] is True
+    assert rows["torch-experts"]["status"] == "supported" and rows["torch-experts"]["experts"]
+    for name in ("marlin-experts", "vllm-marlin-experts"):
+        assert rows[name]["status"] == "unsupported" and "CUDA" in rows[name]["reason"]
 
 
 def test_doctor_as_json_is_a_list_of_lines(tmp_path):

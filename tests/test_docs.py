@@ -444,6 +444,7 @@ def test_every_backend_is_in_the_table_and_no_other():
     for row in table(text_of(DOCS / "backend-table.md"), "backend"):
         backend = registry.load_one(ticked(row[0])[0])
         assert row[1] == {"bf16": "W4A16", "fp4": "W4A4"}[backend.activation]
+    assert named(text_of(DOCS / "backend-table.md"), "routed experts") == list(registry.EXPERTS)
 
 
 def test_members_of_a_backend():

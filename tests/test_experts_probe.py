@@ -38,6 +38,7 @@ def probed(tmp_path_factory):
         "probe", "--gpu", "none", "--experts", EXPERTS, "--max-m", 2, "--level", "quick",
         "--seed", 1, "--state", state, "--json", "--backend", f"{own}:PlainExperts",
         "--backend", "torch-experts", "--backend", f"{wrong}:Wrong",
+        "--backend", "marlin-experts", "--backend", "vllm-marlin-experts",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     return state, json.loads(done.stdout)[0]
@@ -51,6 +52,12 @@ def test_right_backends_are_safe_and_the_mutant_is_not(probed):
     assert verdicts["example-experts"] == verdicts["torch-experts"] == {"safe"}
     assert "unsafe" in verdicts["wrong-experts"]
     assert {c["bucket"]["groups"] for c in document["choices"]} == {4}
+
+
+def test_a_backend_that_cannot_run_says_why(probed):
+    _, document = probed
+    for name in ("marlin-experts", "vllm-marlin-experts"):
+        assert "CUDA" in document["unsupported"][name]
 
 
 def test_times_are_by_law_and_one_backend_has_a_loss(probed):

@@ -167,12 +167,12 @@ def test_a_reason_names_what_does_not_fit(problem: Problem, device: Device, word
 
 
 def test_only_fp4_kernels_stay_in_the_table() -> None:
-    assert built.fp4_only(TABLE).split() == ["FP4_GET_IF(host::kFE2M1f)"]
+    assert built.cut_table(TABLE, "FP4").split() == ["FP4_GET_IF(host::kFE2M1f)"]
 
 
 def test_an_unknown_table_is_refused() -> None:
     with pytest.raises(ValueError, match="FP4_GET_IF"):
-        built.fp4_only("COMMON_GET_IF(host::kU4)\n")
+        built.cut_table("COMMON_GET_IF(host::kU4)\n", "FP4")
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,13 @@ def prepare_scales(raw: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> tor
 
 
 def prepare_global_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The fp32 scalar as one element of the 16-bit dtype, times what the exponents leave open.
+    """fp32 scalars, one or many, in the 16-bit dtype, times what the exponents leave open.
 
     The kernel moves an e2m1 code's exponent bits (bias 1) into the dtype's exponent field without
     correcting the bias, which is 127 in bf16 and 15 in fp16; the block scales already carry 2^7.
     """
     bias = 126 if dtype == torch.bfloat16 else 14
-    return (scale.to(dtype) * 2.0 ** (bias - 7)).reshape(1)
+    return (scale.to(dtype) * 2.0 ** (bias - 7)).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +163,10 @@ class Marlin:
         no_int = torch.empty(0, dtype=torch.int32, device=device)
         codes = torch.nn.functional.pad(weight.codes, (0, (padded_k - k) // 2, 0, padded_n - n))
         packed = torch.empty(padded_k // TILE, 2 * padded_n, dtype=torch.int32, device=device)
-        _, repack = _build.load("repack", sm)
+        repack = _build.load("repack", sm)["gptq_marlin_repack"]
         repack(codes.view(torch.int32).T.contiguous(), no_int, packed, padded_k, padded_n, 4)
         return MarlinWeight(
-            gemm=_build.load(f"gemm_{problem.out_dtype}", sm)[1],
+            gemm=_build.load(f"gemm_{problem.out_dtype}", sm)["gptq_marlin_gemm"],
             weight=packed,
             scales=prepare_scales(weight.scales, padded_n, padded_k, problem.dtype),
             global_scale=prepare_global_scale(weight.global_scale, problem.dtype),
