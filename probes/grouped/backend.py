@@ -19,6 +19,15 @@ STAGES = {
     "finalize": ("state", "y", "ids", "weights", "tactic"),
 }
 """Where a backend can be cut: the method's name, and its arguments."""
+_PASSED_ON = (
+    "tactics",
+    "build",
+    "files",
+    "distributions",
+    "kernel_of",
+    "reference_line",
+    "update",
+)
 
 
 class ExpertsBackend(Protocol):
@@ -26,7 +35,8 @@ class ExpertsBackend(Protocol):
 
     Optional members are those of a dense backend (`probes.backends.Backend`) that do not speak of
     a single weight: ``tactics``, ``build``, ``distributions``, ``files``, ``kernel_of``,
-    ``reference_line``. Besides, where it can be cut, each stage by itself, in new tensors:
+    ``reference_line``, ``update(state, weights, problem)``. Besides, where it can be cut, each
+    stage by itself, in new tensors:
 
     ``permute(state, ids, tactic) -> (rows, experts)``
         int32 each: which slot (token * top_k + place) each row of the sorted order is, and whose;
@@ -79,7 +89,7 @@ class AsDense:
         self.name, self.layout = own.name, own.layout
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("tactics", "build", "files", "distributions", "kernel_of", "reference_line"):
+        if name in _PASSED_ON:
             return getattr(self.own, name)
         raise AttributeError(name)
 
