@@ -95,6 +95,9 @@ EXPERTS: dict[str, str] = {
     **{name: "backends.flashinfer.experts_layer:backends" for name in FLASHINFER_EXPERTS},
     "marlin-experts": "backends.sglang_marlin.experts:MarlinExperts",
     "vllm-marlin-experts": "backends.vllm.experts:VllmMarlinExperts",
+    "vllm-ogs": "backends.triton_kernels:backends",
+    "vllm-ogs-unfused": "backends.triton_kernels:backends",
+    "triton-kernels": "backends.triton_kernels:backends",
 }
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 

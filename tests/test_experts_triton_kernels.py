@@ -1,0 +1,156 @@
+"""`triton_kernels`' experts: every code and scale where its kernel reads it, and refusals."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from fp4tune.probes import registry
+from fp4tune.probes.backends import _triton_kernels as package
+from fp4tune.probes.backends.triton_kernels import TritonKernels, VllmOgs, VllmOgsUnfused
+from fp4tune.probes.grouped import exact
+from fp4tune.probes.grouped.problem import ExpertsProblem
+from fp4tune.probes.grouped.tensors import matrix
+from fp4tune.probes.problem import Device
+
+H200 = Device("cuda", 90)
+BACKENDS = {made.name: made for made in (VllmOgs, VllmOgsUnfused, TritonKernels)}
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+MASK = 0b10000001110000001000000111000000
+
+
+def problem(**changes):
+    given = {"groups": 4, "top_k": 2, "gate": "swiglu-oai", **changes}
+    n, k = given.pop("n", 96), given.pop("k", 160)
+    return ExpertsProblem(given.pop("format", "mxfp4"), 8, n, k, **given)
+
+
+def usable(name):
+    backend = BACKENDS[name]()
+    if backend.unsupported(problem(), H200) is not None:
+        pytest.skip(f"needs what {name} calls")
+    there = sys.modules.get(package.PACKAGE)
+    own = package.packaged() if name == "triton-kernels" else package.vendored()
+    if there is not None and str(own) not in there.__path__:
+        pytest.skip("this process has the other triton_kernels")
+    return backend
+
+
+def read_values(data):
+    """Codes (rows, k), as the kernel untwists words of eight and takes threads' shares apart."""
+    rows = data.mT.contiguous()
+    words = rows.view(torch.int32).long() & 0xFFFFFFFF
+    last = (words << 1 & 0x80008000) | (words >> 3 & 0x01800180) | (words >> 7 & 0x00400040)
+    four = torch.stack([words & MASK, words << 3 & MASK, words << 6 & MASK, last], dim=-1)
+    halves = torch.stack((four & 0xFFFF, four >> 16 & 0xFFFF), dim=-1)
+    codes = (halves >> 15 << 3) | (halves >> 6 & 7)
+    wide = codes.flatten(1)
+    m, k = wide.shape
+    shares = wide.reshape(m // 4, 4, k // 256, 2, 4, 8, 2, 2)
+    return shares.permute(0, 6, 1, 3, 2, 5, 4, 7).reshape(4 * m, k // 4)
+
+
+def read_scales(data):
+    """Scale bytes (rows, blocks), as eight warps read them."""
+    rows = data.mT
+    m, k = rows.shape
+    shares = rows.reshape(m // 8, 8, k // 64, 2, 8, 2, 2)
+    return shares.permute(0, 3, 1, 6, 4, 2, 5).reshape(32 * m, k // 32)
+
+
+def read(values, scales, rows, k):
+    """The matrix (rows, k) that the kernel multiplies with."""
+    value = E2M1[read_values(values)[:rows, :k]]
+    scale = torch.exp2(read_scales(scales)[:rows, : k // 32].double() - 127)
+    return value.double() * scale.repeat_interleave(32, dim=1)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("gate", ["swiglu-oai", "swiglu"])
+@pytest.mark.parametrize(("n", "k"), [(96, 160), (64, 256), (160, 64)])
+def test_the_kernel_reads_each_experts_own_values(name, gate, n, k):
+    backend, p = usable(name), problem(gate=gate, n=n, k=k)
+    weights = exact.draw_weights(p, 3, "cpu", range(p.groups), sparse_gates=False)
+    state = backend.prepare(weights, p)
+    padded = package.padded_size(n)
+    for expert in range(p.groups):
+        right13 = matrix(weights.w13, expert, torch.float64).view(2, n, k)
+        found = read(
+            state.w13.storage.data[expert],
+            backend._scale(state.precision13).storage.data[expert],
+            2 * padded,
+            k,
+        )
+        turns = found.view(padded, 2, k).transpose(0, 1) if backend._fuses(p) else None
+        halves = found.view(2, padded, k) if turns is None else turns
+        assert torch.equal(halves[:, :n], right13) and not halves[:, n:].any()
+        found = read(
+            state.w2.storage.data[expert],
+            backend._scale(state.precision2).storage.data[expert],
+            k,
+            padded,
+        )
+        assert torch.equal(found[:, :n], matrix(weights.w2, expert, torch.float64))
+        assert not found[:, n:].any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_memory_behind_scales_is_nan_and_engines_pad_before_it(name):
+    backend, p = usable(name), problem(k=2880, n=64)
+    weights = exact.draw_weights(p, 3, "cpu", range(p.groups), sparse_gates=False)
+    for multiple, blocks in ((backend.scale_multiple, 92), (1, 90)):
+        made = type(backend)()
+        made.scale_multiple = multiple
+        scales = made._scale(made.prepare(weights, p).precision13)
+        data = scales.storage.data
+        assert scales.shape[1] == blocks and data.shape[1] == 32 * blocks
+        memory = torch.empty(0, dtype=torch.uint8).set_(data.untyped_storage())
+        assert (memory[data.numel() :] == 0xFF).all() and memory.numel() > data.numel()
+        # What a tile of 128 elements takes beyond the last block of k.
+        beyond = read_scales(data[0])[:128, 90:]
+        assert (beyond == backend.pad_scale).all() if blocks == 92 else beyond.numel() == 0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_experts_take_new_values_in_place(name):
+    backend, p = usable(name), problem()
+    old, new = (exact.draw_weights(p, seed, "cpu", range(4), False) for seed in (1, 2))
+    state, wanted = backend.prepare(old, p), backend.prepare(new, p)
+    before = [t.data_ptr() for t in backend._tensors(state)]
+    backend.update(state, new, p)
+    after = backend._tensors(state)
+    assert [t.data_ptr() for t in after] == before
+    assert all(torch.equal(a, b) for a, b in zip(after, backend._tensors(wanted), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "device", "said"),
+    [
+        ("vllm-ogs", {}, Device("cpu"), "CUDA"),
+        ("vllm-ogs", {}, Device("cuda", 100), "SM100"),
+        ("vllm-ogs", {"gate": "swiglu"}, H200, "swiglu-oai alone"),
+        ("vllm-ogs-unfused", {"format": "nvfp4"}, H200, "nvfp4"),
+        ("vllm-ogs-unfused", {"gate": "relu2"}, H200, "relu2"),
+        ("triton-kernels", {}, Device("cpu"), "CUDA"),
+        ("triton-kernels", {"format": "nvfp4"}, H200, "nvfp4"),
+    ],
+)
+def test_a_reason_names_what_does_not_fit(name, changes, device, said):
+    backend = registry.load_one(name)
+    reason = backend.unsupported(problem(**changes), device)
+    assert reason is not None and said in reason and "\n" not in reason
+
+
+def test_two_copies_in_one_process_are_told(tmp_path, monkeypatch):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    monkeypatch.delitem(sys.modules, package.PACKAGE, raising=False)
+    package._loaded.cache_clear()
+    package._loaded(tmp_path / "one")
+    with pytest.raises(RuntimeError, match="another triton_kernels"):
+        package._loaded(tmp_path / "other")
+    monkeypatch.delitem(sys.modules, package.PACKAGE)
+    package._loaded.cache_clear()
