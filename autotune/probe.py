@@ -21,7 +21,6 @@ from ..probes.problem import Problem
 from ..probes.regimes import REGIMES
 from ..probes.seeds import derive
 from ..probes.worker.supervisor import WorkerFailed
-from ..probes.zoo.controls import NAME as CONTROLS
 from . import chains
 from .agreement import Agreement
 from .budget import TimeBudget
@@ -42,7 +41,7 @@ from .stages import recall
 from .stages.audit import Auditor
 from .stages.build import Built, build, start
 from .stages.conclude import Grounds, concluded, unfinished
-from .stages.controls import control
+from .stages.controls import KINDS, control
 from .stages.grade import grade
 from .stages.prove import prove
 from .stages.quantise import Quantised, probe_quantisers, time_quantisers
@@ -51,7 +50,7 @@ from .stages.survey import Field, enrol, taking_part
 from .stages.timing import time_layer
 from .steps import BEGUN
 from .verdict.buckets import MRange, ranges
-from .verdict.rules import SAFE, Doubt, judge
+from .verdict.rules import SAFE, Doubts, judge
 
 _CPU_CACHE = 32 << 20
 """Last-level cache that weights are rotated through on a CPU, in bytes."""
@@ -98,7 +97,6 @@ def probe(
 
 
 Layers = list[tuple[ProbedLayer, list[Entrant]]]
-Doubts = Mapping[str, Doubt]
 
 
 class Probe:
@@ -165,7 +163,7 @@ class Probe:
         measured = any(not entrant.known for _, entrants in layers for entrant in entrants)
         if measured and controlled is None:
             controlled = self._control()
-        doubts = controlled.result() if controlled else {}
+        doubts = controlled.result() if controlled else Doubts()
         self.report.build_wall_seconds = round(time.monotonic() - self._start, 1)
         if measured and quantised.result().environments:
             self.progress("quantisers", "timing side by side")
@@ -192,14 +190,28 @@ class Probe:
         return taking
 
     def _control(self) -> Future[Doubts]:
-        """The controls of every regime that is run, in a worker of their own."""
+        """The controls of every regime that is run, in a worker of their own; those of dense layers
+        and of routed experts, as far as there are any."""
         plan = self.plan
         # A hang is looked for among backends; this one has none, and may have to compile.
         patience = replace(plan, hang_seconds=None).patience
-        runner = Runner(CONTROLS, plan.target, patience, plan.python, self.progress)
-        self._open.callback(runner.close)
+        groups = {problem.groups > 1 for problem in plan.problems}
+        runners = {}
+        for kind in (kind for kind, grouped in KINDS.items() if grouped in groups):
+            runners[kind] = Runner(kind.name, plan.target, patience, plan.python, self.progress)
+            self._open.callback(runners[kind].close)
         regimes = [name for name in REGIMES if name not in plan.level.without]
-        return self._pool.submit(control, runner, regimes, plan.seed, self.ledger, self.report.run)
+
+        def each() -> Doubts:
+            found = {
+                KINDS[kind]: control(
+                    runner, regimes, plan.seed, (self.ledger, self.report.run), kind
+                )
+                for kind, runner in runners.items()
+            }
+            return Doubts(found.get(False, {}), found.get(True, {}))
+
+        return self._pool.submit(each)
 
     def _ready(self, taking: Field) -> tuple[list[Runner], list[Runner]]:
         """Start every backend, and build those that cannot be told apart from others without.
@@ -345,7 +357,8 @@ class Probe:
         rules = replace(self.plan.rules, aims={})
 
         def right(where: Where) -> bool:
-            return judge(self.record.facts(where), rules, doubts=doubts).status == SAFE
+            mine = doubts.of(where.bucket.groups)
+            return judge(self.record.facts(where), rules, doubts=mine).status == SAFE
 
         return right
 
@@ -379,7 +392,7 @@ class Probe:
                 continue
             p, since = layer.problem, time.time()
             say = partial(self.progress, f"layer {number}/{len(layers)} {p.format} n={p.n} k={p.k}")
-            done = Done(since, doubts, known)
+            done = Done(since, doubts.of(layer.problem.groups), known)
             for entrant in (e for e in entrants if not e.known):
                 how = entered(self.plan, layer, entrant, self.record, done)
                 self.record.finished(entrant.name, bucket_key(p), BEGUN, how)

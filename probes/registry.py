@@ -421,6 +421,10 @@ def _load(name: str) -> Backend:
         from .zoo.controls import controls
 
         return controls()
+    if name == "controls-experts":
+        from .grouped.zoo.controls import ExpertsControls
+
+        return check(ExpertsControls(), name)
     plugins = _entry_points()
     if name in plugins:
         return _load_entry_point(plugins[name])

@@ -14,7 +14,7 @@ from ..evidence.recorder import Recorder
 from ..layer import Entrant, ProbedLayer
 from ..verdict.bounds import codes, kernel, pool
 from ..verdict.buckets import MRange
-from ..verdict.rules import SAFE, UNSAFE, Doubt, Judgement, Rules, judge
+from ..verdict.rules import SAFE, UNSAFE, Doubts, Judgement, Rules, judge
 
 Layers = Sequence[tuple[ProbedLayer, Sequence[Entrant]]]
 
@@ -31,7 +31,7 @@ class Grounds:
     target: Target
     rules: Rules
     confidence: float
-    doubts: Mapping[str, Doubt]
+    doubts: Doubts
     earlier: Mapping[Where, Sequence[Evidence]]
 
 
@@ -53,7 +53,7 @@ def concluded(
         shown = {regime: bound.json() for regime, bound in bounds.items() if regime != EVERY_M}
         if EVERY_M in bounds and (ms := _ms_run(facts)):  # here, not in another of its buckets
             shown[EVERY_M] = {**bounds[EVERY_M].json(), "ms": ms}
-        doubts = {} if entrant.known else grounds.doubts
+        doubts = {} if entrant.known else grounds.doubts.of(where.bucket.groups)
         before = [] if entrant.known else list(grounds.earlier.get(where, ()))
         judged = judge([*facts, *before], grounds.rules, bounds, doubts, entrant.reference_line)
         if before and judged.status == UNSAFE:

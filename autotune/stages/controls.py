@@ -8,13 +8,18 @@ is in doubt and so is every verdict that rests on it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...cache.ledger import Ledger
 from ...cache.rows import Evidence
+from ...probes.grouped.units import WIDTH
+from ...probes.grouped.zoo import controls as grouped
+from ...probes.grouped.zoo.controls import ExpertsControl
+from ...probes.problem import Problem
 from ...probes.seeds import derive
 from ...probes.worker.supervisor import WorkerFailed
-from ...probes.zoo.controls import CONTROLS, GOOD, MS, NAME, PROBLEM
+from ...probes.zoo.controls import CONTROLS, GOOD, MS, NAME, PROBLEM, Control
 from ...words import EXACT
 from ..environment import environment_of
 from ..keys import layer_key
@@ -29,37 +34,66 @@ _FAULTS = ("host leak", "device leak", "memory held", "side effect", "wrong")
 """Errors that are what a regime says of a backend, and not an exception that one raised."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """The controls of a kind of layers: the backend's name, the layer they run on, the m of every
+    chain, the bad ones by regime, and the width of its data in bits."""
+
+    name: str
+    problem: Problem
+    ms: tuple[int, ...]
+    bad: Mapping[str, Control | ExpertsControl]
+    width: int
+
+
+DENSE = Kind(NAME, PROBLEM, MS, CONTROLS, 24)
+ROUTED = Kind(grouped.NAME, grouped.PROBLEM, grouped.MS, grouped.CONTROLS, WIDTH)
+KINDS = {DENSE: False, ROUTED: True}
+"""By kind: whether it is of routed experts."""
+
+
 def control(
-    runner: Runner, regimes: Sequence[str], seed: int, ledger: Ledger, run_id: str
+    runner: Runner,
+    regimes: Sequence[str],
+    seed: int,
+    into: tuple[Ledger, str],
+    kind: Kind = DENSE,
 ) -> dict[str, Doubt]:
-    """Run the controls of these regimes in `runner`, and close it; the regimes in doubt."""
+    """Run the controls of these regimes in `runner`, and close it; the regimes in doubt. Evidence
+    goes `into` a ledger, as that of a run."""
+    ledger, run_id = into
     tell = runner.progress
-    tell("controls", "does each regime flag what is wrong, and only that?")
+    tell(kind.name, "does each regime flag what is wrong, and only that?")
     try:
-        start(runner, derive(seed, NAME))
+        start(runner, derive(seed, kind.name), kind)
         environment = environment_of(runner)
     except WorkerFailed as failure:
         doubt = Doubt(f"the controls did not start: {failure.kind} ({failure})")
-        return {name: doubt for name in regimes if name in CONTROLS}
+        return {name: doubt for name in regimes if name in kind.bad}
     ledger.add_environment(environment)
-    found = run(runner, regimes, ledger, run_id, environment.fingerprint)
+    found = run(runner, regimes, into, environment.fingerprint, kind)
     runner.close()
     for regime, doubt in found.items():
-        tell("controls", f"{regime} is in doubt: {doubt.reason}")
+        tell(kind.name, f"{regime} is in doubt: {doubt.reason}")
     return found
 
 
-def start(runner: Runner, seed: int) -> None:
+def start(runner: Runner, seed: int, kind: Kind = DENSE) -> None:
     """Bring the worker to where the controls can run. Raises WorkerFailed."""
     runner.start()
-    runner.build([PROBLEM.at(m) for m in MS], 1)
-    runner.open(PROBLEM, seed, _MEMORY)
+    runner.build([kind.problem.at(m) for m in kind.ms], 1)
+    runner.open(kind.problem, seed, _MEMORY)
 
 
 def run(
-    runner: Runner, regimes: Sequence[str], ledger: Ledger, run_id: str, fingerprint: str
+    runner: Runner,
+    regimes: Sequence[str],
+    into: tuple[Ledger, str],
+    fingerprint: str,
+    kind: Kind = DENSE,
 ) -> dict[str, Doubt]:
     """Every control of `regimes`, with what was seen as evidence; the regimes that are in doubt."""
+    ledger, run_id = into
     doubts: dict[str, Doubt] = {}
 
     def record(regime: str, tactic: str, part: Mapping[str, Any], expected: bool) -> str:
@@ -71,29 +105,29 @@ def run(
             Evidence(
                 run=run_id,
                 fingerprint=fingerprint,
-                backend=NAME,
+                backend=kind.name,
                 tactic=tactic,
-                bucket=layer_key(PROBLEM).bucket(min(MS), max(MS)),
+                bucket=layer_key(kind.problem).bucket(min(kind.ms), max(kind.ms)),
                 regime=regime,
                 data=EXACT,
                 status="failed" if seen else "not exercised" if part["not_exercised"] else "passed",
                 launches=part["launches"],
                 problems=part["problems"],
-                width=24,
+                width=kind.width,
                 seconds=part["seconds"],
                 detail=detail,
             )
         )
         return seen
 
-    for regime in (name for name in regimes if name in CONTROLS):
-        bad_control = CONTROLS[regime]
+    for regime in (name for name in regimes if name in kind.bad):
+        bad_control = kind.bad[regime]
         try:
-            if seen := record(regime, GOOD, _once(runner, regime, GOOD), False):
+            if seen := record(regime, GOOD, _once(runner, regime, GOOD, kind), False):
                 doubts[regime] = Doubt(f"a right kernel was flagged ({seen})", spoils=True)
                 continue
             for _ in range(TRIES):
-                bad = _once(runner, regime, bad_control.tactic)
+                bad = _once(runner, regime, bad_control.tactic, kind)
                 if _flagged(bad):
                     break
             if not record(regime, bad_control.tactic, bad, True):
@@ -107,8 +141,8 @@ def run(
     return doubts
 
 
-def _once(runner: Runner, regime: str, tactic: str) -> dict[str, Any]:
-    items = [{"ms": list(MS), "tactic": tactic, "width": 24}]
+def _once(runner: Runner, regime: str, tactic: str, kind: Kind) -> dict[str, Any]:
+    items = [{"ms": list(kind.ms), "tactic": tactic, "width": kind.width}]
     result = runner.ask("regime", runner.patience.regime, name=regime, items=items, budget=BUDGET)
     (part,) = result["items"]
     return {**part, **{k: result[k] for k in ("seconds", "not_exercised")}}

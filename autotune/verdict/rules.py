@@ -17,6 +17,7 @@ __all__ = [
     "UNSAFE",
     "UNSUPPORTED",
     "Doubt",
+    "Doubts",
     "Excuse",
     "Judgement",
     "Rules",
@@ -72,6 +73,19 @@ class Doubt:
 
     reason: str
     spoils: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Doubts:
+    """The doubts of a run by regime: of dense layers and of routed experts, whose controls are
+    others."""
+
+    dense: Mapping[str, Doubt] = field(default_factory=dict)
+    experts: Mapping[str, Doubt] = field(default_factory=dict)
+
+    def of(self, groups: int) -> Mapping[str, Doubt]:
+        """Those of a layer of so many groups."""
+        return self.dense if groups == 1 else self.experts
 
 
 @dataclass(frozen=True, slots=True)

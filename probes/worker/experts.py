@@ -18,7 +18,7 @@ import torch
 from ...words import NO_FORM
 from ..backends import Backend
 from ..check.sweep import Unchanged
-from ..check.tiles import tile_error
+from ..check.tiles import TILE_LIMIT, tile_error
 from ..data import Operands
 from ..grouped.backend import AsDense, stages_of
 from ..grouped.exact import draw_tokens, draw_weights, exact_problem, stages
@@ -38,7 +38,7 @@ from ..launch.summary import MOST_BAD, Result, launched
 from ..launch.timing import COLD, Sampler
 from ..problem import Device
 from ..seeds import derive
-from .session import MANY_WEIGHTS, SMALL_M, SPARE_ROWS, OpenLayer, Progress, _Field
+from .session import MANY_WEIGHTS, MEASURED, SMALL_M, SPARE_ROWS, OpenLayer, Progress, _Field
 
 WITHOUT = {
     "mlp-chain": "every call of routed experts is a chain of two GEMMs by itself, and its stages "
@@ -52,6 +52,9 @@ SETS = 2
 _COPIES = 2
 """Pools of each set where few sets have room."""
 TIMED_LAWS = ("balanced", "zipf")
+RUN_TO_RUN = "run to run"
+"""The kind of a grade: the same launch gives other bits."""
+_REPEATS = 6
 _CUT_TOKENS = 24
 """Tokens that stages are graded on."""
 _MOST_ROUTES = 8
@@ -362,7 +365,10 @@ class OpenExperts(OpenLayer):
         results = self._summaries("serial", len(items), outcomes, cases)
         for index, result in enumerate(results) if name in NAMES else ():
             if not result["bad"] and "error" not in result:
-                self._judge_tiles(result, [x for x in launches if x.item == index], cases)
+                mine = [x for x in launches if x.item == index]
+                self._judge_tiles(result, mine, cases)
+                if name == MEASURED:
+                    self._grade_repeats(result, mine, cases)
         changed = sum(o.changed_inputs for o in outcomes)
         for result in results if changed else ():
             result["changed_inputs"] = changed
@@ -380,6 +386,34 @@ class OpenExperts(OpenLayer):
                 result["bad"].append({**described, "law": law, "layer_seed": self.seed})
         result["bad_launches"] = len(result["bad"])
         result["bad"] = result["bad"][:MOST_BAD]
+
+    def _grade_repeats(
+        self, result: Result, launches: Sequence[Launch], cases: Sequence[Case]
+    ) -> None:
+        """Grade whether the launch of most tokens gives the same bits again and again. Sums in an
+        order that changes are no fault, as long as they are as near to each other as rounding.
+        """
+        launch = max(launches, key=lambda x: x.m, default=None)
+        if launch is None or not launch.m:
+            return
+        call = bind(self.backend, cases, launch)
+        outs = []
+        for _ in range(_REPEATS):
+            call.enqueue()
+            outs.append(call.slot.out.clone())
+        others = sum(not torch.equal(out, outs[0]) for out in outs)
+        if not others:
+            return
+        apart = max(float(tile_error(out, outs[0].float()).max()) for out in outs)
+        message = (
+            f"{others} of {_REPEATS - 1} launches of {launch.m} tokens gave other bits than the "
+            f"first, a tile of them {apart:.1e} away (up to {TILE_LIMIT:.1e} is rounding)"
+        )
+        graded = {**launched(launch, cases), "kind": RUN_TO_RUN, "message": message}
+        result.setdefault("graded", []).append({**graded, "layer_seed": self.seed})
+        if not apart <= TILE_LIMIT:
+            result["bad"].append({**graded, "kind": "wrong", "tile_error": apart})
+            result["bad_launches"] = result.get("bad_launches", 0) + 1
 
     def _tile_error(self, cases: Sequence[Case], launch: Launch) -> float:
         if not launch.m:

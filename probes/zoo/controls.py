@@ -136,6 +136,7 @@ NONE_NEEDED: dict[str, str] = {
     "own-quantiser": "values by the reference of the quantisers, under no condition",
     "returned": "`serial` by another member of the backend, which the controls do not have",
     "scratch": "canaries in a process of its own, where no memory came from them it says so",
+    "shared-expert": "no dense layer is run in it; routed experts have controls of their own",
     "huge": "`serial` on problems past 2^31, which are too large to run twice more",
 }
 """Regimes whose harness is another's, under conditions that they prove by themselves."""

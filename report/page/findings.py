@@ -14,7 +14,7 @@ _MOST = 60
 """Kinds of findings that are shown."""
 _NUMBERS = 12
 _LOOKED_AT = 64
-GRADES = ("host sync", "plan per m", "setting changed")
+GRADES = ("host sync", "plan per m", "run to run", "setting changed")
 """Kinds that are no fault: what to make of them is up to the engine."""
 
 

@@ -314,6 +314,12 @@ CONTROLS: dict[str, ExpertsControl] = {
 """By regime. Those that share a scratch collide by chance: the regime repeats them often enough."""
 
 
+INTERNAL = ("pdl-raw", "pdl-war", "pdl-waw")
+"""Regimes that prove themselves, by copies that wait and that do not."""
+NONE_NEEDED = ("neighbours", "returned", "scratch")
+"""Regimes of `probes.zoo.controls.NONE_NEEDED` that routed experts are run in."""
+
+
 class ExpertsControls:
     """The backend of all of them; the tactic says which."""
 

@@ -1,0 +1,54 @@
+"""Each regime of routed experts flags what is wrong, and passes what is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4tune.autotune.stages.controls import ROUTED, _flagged
+from fp4tune.probes import registry
+from fp4tune.probes.grouped.zoo.controls import CONTROLS, GOOD, INTERNAL, MS, NONE_NEEDED, PROBLEM
+from fp4tune.probes.launch.item import Item
+from fp4tune.probes.launch.outcome import Budget, NotApplicable
+from fp4tune.probes.problem import Device
+from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.worker.experts import WITHOUT, OpenExperts
+
+ON_GPU = {"graph", "side-stream", "regrow", "threads", "graph-streams"}
+BRIEF = Budget(3, 20, 0.02)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    backend = registry.load_one(ROUTED.name)
+    yield OpenExperts(backend, Device("cpu"), PROBLEM, 5, 1 << 28, lambda text: None)
+    torch.set_num_threads(before)
+
+
+def flagged(layer, regime, tactic):
+    result = layer.regime(regime, [Item(MS, tactic, 8)], BRIEF)
+    return _flagged(result["items"][0])
+
+
+def test_every_regime_of_experts_has_controls_or_says_why_not():
+    assert sorted([*CONTROLS, *INTERNAL, *NONE_NEEDED, *WITHOUT]) == sorted(REGIMES)
+
+
+@pytest.mark.parametrize("regime", [r for r in CONTROLS if r not in ON_GPU])
+def test_each_regime_flags_its_bad_control_and_passes_the_good_one(layer, regime):
+    assert not flagged(layer, regime, GOOD)
+    assert any(flagged(layer, regime, CONTROLS[regime].tactic) for _ in range(3))
+
+
+def test_what_experts_are_not_run_in_says_why(layer):
+    for regime, why in WITHOUT.items():
+        with pytest.raises(NotApplicable, match=why[:20]):
+            layer.regime(regime, [Item(MS, GOOD, 8)], BRIEF)
+
+
+def test_a_dense_layer_has_no_shared_expert():
+    dense = registry.load_one("torch-dequant")
+    with pytest.raises(NotApplicable, match="dense"):
+        REGIMES["shared-expert"](dense, [], [], BRIEF)
