@@ -299,13 +299,31 @@ INTERPRETED = """
 """
 
 
+INTERPRETED_EXPERTS = """
+    import torch
+    from fp4tune.probes.grouped.exact import draw_tokens, draw_weights
+    from fp4tune.probes.grouped.problem import ExpertsProblem
+    import triton_experts
+
+    for gate, law in (("swiglu", "balanced"), ("swiglu-oai", "elsewhere")):
+        problem = ExpertsProblem("nvfp4", 3, 32, 64, groups=4, top_k=2, gate=gate, scaling=2.0)
+        weights = draw_weights(problem, 1, "cpu", range(4), sparse_gates=False)
+        drawn, right = draw_tokens(problem, weights, range(4), (law,), 1)
+        a, backend = drawn.a, triton_experts.Experts()
+        state, out = backend.prepare(weights, problem), torch.full_like(a.x, torch.nan)
+        backend.run(state, a.x, a.ids, a.weights, out, "default")
+        assert torch.equal(out, right.lo), gate
+"""
+
+
 @pytest.mark.slow
-def test_the_triton_example_computes_right_in_the_interpreter():
-    """In fp16: the interpreter's bf16 products are not to be trusted."""
+@pytest.mark.parametrize("program", [INTERPRETED, INTERPRETED_EXPERTS])
+def test_a_triton_example_computes_right_in_the_interpreter(program):
+    """Products in fp16: the interpreter's of bf16 are not to be trusted."""
     pytest.importorskip("triton")
     path = os.pathsep.join([str(EXAMPLES), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERPRETED)],
+        [sys.executable, "-c", textwrap.dedent(program)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -336,6 +354,31 @@ def test_the_triton_example_compiles_for_the_sms_the_page_names(tmp_path, monkey
     for sm in re.findall(r"SM(\d+)", named_there[1]):
         made = compiler.compile(source, target=target("cuda", int(sm), 32))
         assert made.asm["cubin"], sm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_triton_example_of_experts_compiles_for_the_sms_the_page_names(
+    tmp_path, monkeypatch, biased
+):
+    compiler = pytest.importorskip("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("triton_experts")
+    names = example._rows.arg_names
+    constants = {"BIASED": biased, "COLUMNS": example.COLUMNS, "HALF": example.HALF_K}
+    types = {"x": "*bf16", "ids": "*i32", "codes": "*u8", "scales": "*u8", "out": "*bf16"}
+    types.update(global_scale="*fp32", bias="*fp32", **dict.fromkeys(constants, "constexpr"))
+    source = compiler.ASTSource(
+        example._rows,
+        {name: types.get(name, "i32") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+    )
+    named_there = re.search(r"It was compiled for (SM.+?);", text_of(DOCS / "backends.md"), re.S)
+    assert named_there
+    for sm in re.findall(r"(\d+)", named_there[1]):
+        assert compiler.compile(source, target=target("cuda", int(sm), 32)).asm["cubin"], sm
 
 
 @pytest.mark.gpu

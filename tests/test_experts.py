@@ -334,3 +334,13 @@ def test_a_stage_that_takes_something_else_is_told():
         registry.check(Odd(), "odd.py")
     with pytest.raises(registry.BadBackend, match="activate"):
         registry.check(Cut(), "cut.py")
+
+
+@pytest.mark.parametrize("gate", ["swiglu-oai", "relu2"])
+@pytest.mark.parametrize("format_", ["nvfp4", "mxfp4"])
+def test_experts_that_are_moved_give_the_answer_moved(format_, gate):
+    p = problem(format=format_, gate=gate, m=9)
+    drawn, right = made(p)
+    other = drawn.weight.moved(5, negated=True)
+    assert torch.equal(rows_out(p, other, drawn.a), -right.lo.roll(5, 1))
+    assert not torch.equal(other.w13.codes, drawn.weight.w13.codes)

@@ -13,6 +13,11 @@ SIGNS = 0x88
 """The sign bits of both e2m1 codes of a byte."""
 
 
+def _by_parts(t: torch.Tensor, shift: int, n: int) -> torch.Tensor:
+    """t (experts, parts of n, ...) with each part moved down by `shift`."""
+    return t.unflatten(1, (-1, n)).roll(shift, 2).flatten(1, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Fp4Stack:
     """One FP4 matrix an expert, in the plain layout; see `Fp4Tensor`.
@@ -32,6 +37,11 @@ class Fp4Stack:
         return Fp4Tensor(
             self.format, self.codes[index], self.scales[index], self.global_scale[index]
         )
+
+    def inner(self, shift: int, n: int) -> Fp4Stack:
+        """With the rows of gates moved down by `shift`, and those of ups; each has n rows."""
+        parts = (_by_parts(each, shift, n) for each in (self.codes, self.scales))
+        return Fp4Stack(self.format, *parts, self.global_scale)
 
     def clone(self) -> Fp4Stack:
         parts = (self.codes.clone(), self.scales.clone(), self.global_scale.clone())
@@ -72,14 +82,19 @@ class ExpertWeights:
 
     def moved(self, shift: int, negated: bool) -> ExpertWeights:
         """In memory of its own, with the rows of w2 moved down by `shift`, and negated or not: what
-        comes out has its columns moved, and the other sign."""
-        own = self.clone()
-        w2, b2 = own.w2, own.b2
-        codes, scales = (t.roll(shift, 1) for t in (w2.codes, w2.scales))
+        comes out has its columns moved, and the other sign. The intermediate columns are moved by
+        whole blocks, which shows in w13 and in nothing that comes out."""
+        own, block = self.clone(), self.format.block
+        n = 2 * own.w2.codes.shape[2]
+        inner = shift % (n // block) * block
+        w13, w2, b2 = own.w13.inner(inner, n), own.w2, own.b2
+        codes = w2.codes.roll((shift, inner // 2), (1, 2))
+        scales = w2.scales.roll((shift, inner // block), (1, 2))
+        b13 = None if own.b13 is None else _by_parts(own.b13, inner, n)
         b2 = None if b2 is None else b2.roll(shift, 1)
         if negated:
             codes, b2 = codes ^ SIGNS, None if b2 is None else -b2
-        return replace(own, w2=replace(w2, codes=codes, scales=scales), b2=b2)
+        return ExpertWeights(w13, replace(w2, codes=codes, scales=scales), b13, b2)
 
 
 @dataclass(frozen=True, slots=True)
