@@ -123,14 +123,26 @@ def _elements_at_once(p: Problem) -> int:
     return p.parameters // 4 if isinstance(p, ExpertsProblem) else p.n * p.k
 
 
+def split_of_experts(tp: int, ep: int) -> int:
+    """Over how many ranks the matrices of one expert are split, where the experts of a model that
+    is split over `tp` are spread over `ep`. Raises ValueError, one sentence."""
+    if ep < 1:
+        raise ValueError(f"--ep {ep}: experts are spread over one rank at least")
+    if tp % ep and ep % tp:
+        raise ValueError(f"--ep {ep} does not go with --tp {tp}: one must divide the other")
+    return max(1, tp // ep)
+
+
 def experts(
     given: Sequence[str],
     formats: Sequence[str],
     named: Sequence[CheckpointLayers],
     tokens: int,
+    ep: int = 1,
 ) -> tuple[ExpertsProblem, ...]:
     """The layers of routed experts that were typed in, E,TOP_K,INTERMEDIATE,HIDDEN each, in the
-    formats asked for (empty: NVFP4), and those of the models that were named.
+    formats asked for (empty: NVFP4), and those of the models that were named, spread over `ep`
+    ranks.
 
     Raises ValueError, one sentence.
     """
@@ -153,7 +165,7 @@ def experts(
                 )
             )
     for model in named:
-        own = grouped_layers(model, edge_of(tokens))
+        own = grouped_layers(model, edge_of(tokens), ep)
         found += [p for p in own if not formats or p.format in formats]
     return tuple(dict.fromkeys(found))
 

@@ -167,11 +167,11 @@ def _of_checkpoint(checkpoint: str, asked: _Asked) -> _Asked:
     """With the format of a checkpoint's FP4 layers, their activation where it is 16-bit, and its
     routed experts. Raises Refused where nothing in it is FP4."""
     from ..cache.experts import option_text
-    from ..probes.grouped.shapes import grouped_layers
+    from ..probes.grouped.shapes import main_layers
     from ..probes.models.layers import read_layers
 
     found = read_layers(checkpoint)
-    routed = grouped_layers(found, 1)
+    routed = main_layers(found, 1)
     if not found.probed and not routed:
         raise Refused(found.nothing())
     formats = Counter(row.format for row in found.probed for _ in range(row.count))

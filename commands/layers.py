@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -24,6 +25,8 @@ def layers(
 ) -> None:
     """List the layers of a checkpoint: which are FP4, in which shapes, and which are probed."""
     with one_sentence():
+        from ..cache.experts import option_text
+        from ..probes.grouped.shapes import grouped_layers, left_out
         from ..probes.models import fusion
         from ..probes.models import layers as reading
         from ..report.terminal import layers as lines
@@ -31,10 +34,16 @@ def layers(
         if engine is not None and engine not in fusion.ENGINES:
             raise Refused(f"there is no engine {engine!r}; there are {', '.join(fusion.ENGINES)}")
         found = reading.read_layers(checkpoint, tp, engine)
+        routed = grouped_layers(found, 1)
         if as_json:
-            print_json(found.json())
+            whole = [{"format": p.format, "layer": option_text(asdict(p))} for p in routed]
+            print_json({**found.json(), "experts": whole, "left_out": left_out(found)})
         else:
             say_lines(lines.layer_table(found))
+            if routed:
+                options = "; ".join(f"{option_text(asdict(p))} ({p.format})" for p in routed)
+                say_lines([f"as --experts has them: {options}"])
+            say_lines(left_out(found))
         if not found.any_fp4:
             raise Refused(found.nothing())
         raise typer.Exit(NOT_ASSESSED if found.stops else SAFE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,9 +37,8 @@ from ._console import (
 
 _LAYERS = ("preset", "model_config", "checkpoint", "shape")
 _ASKS = (
-    *_LAYERS, "experts", "gpu", "tp", "max_m", "formats", "activation", "out_dtype", "backend",
-    "profile",
-    "python", "prior", "engine", "traffic", "max_failure_rate",
+    *_LAYERS, "experts", "gpu", "tp", "ep", "max_m", "formats", "activation", "out_dtype",
+    "backend", "profile", "python", "prior", "engine", "traffic", "max_failure_rate",
 )  # fmt: skip
 """Options that ask for a probe of something; without any, a CPU shows what a probe does."""
 
@@ -66,6 +66,9 @@ def probe(
         ),
     ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks the model is split over.")] = 1,
+    ep: Annotated[
+        int, typer.Option(help="Ranks that a model's routed experts are spread over.")
+    ] = 1,
     max_m: Annotated[
         int | None, typer.Option(help="Largest m; default 4096 on a GPU, 32 on a CPU.")
     ] = None,
@@ -144,6 +147,7 @@ def probe(
         from ..cache.state import directory
         from ..fleet import adopt
         from ..probes import quantisers
+        from ..probes.grouped.shapes import left_out
         from ..probes.models import shapes
         from ..probes.models.fusion import ENGINES
         from ..probes.problem import Problem
@@ -162,17 +166,25 @@ def probe(
         chosen_seed = planning.seed(seed)
         rate = planning.failure_rate(max_failure_rate, confidence)
         planning.budget(max_seconds, max_launches)
-        held = None
+        held = routed_model = None
         if checkpoint is not None:
             rules = chosen_profile.name if chosen_profile.name in ENGINES else None
             held = shapes.checkpoint_layers(checkpoint, tp, rules)
             for sentence in layer_lines.about(held):
                 say(f"fp4tune: {sentence}", err=True)
+            split = planning.split_of_experts(tp, ep)
+            routed_model = (
+                held if split == tp else shapes.checkpoint_layers(checkpoint, split, rules)
+            )
         plans = []
         for target in targets:
             most = planning.max_m(max_m, target)
             named_models = planning.models(preset or (), model_config, tp, held)
-            routed = planning.experts(experts or (), formats or (), named_models, most)
+            whole = planning.split_of_experts(tp, ep)
+            with_experts = planning.models(preset or (), model_config, whole, routed_model)
+            routed = planning.experts(experts or (), formats or (), with_experts, most, ep)
+            for sentence in (each for model in with_experts for each in left_out(model, ep)):
+                say(f"fp4tune: {sentence}", err=True)
             dense: tuple[Problem, ...] = ()
             if shape or named_models or not routed:
                 layers = planning.layers(
@@ -293,6 +305,8 @@ def _refuse_idle(
     if said == {"--experts"}:
         why = "is of dense layers, and --experts names none"
         refuse_beside(ctx, ["activation", "out_dtype"], why)
+    if not given(ctx, "preset", "model_config", "checkpoint"):
+        refuse_beside(ctx, ["ep"], "spreads a model's routed experts, and none is named")
     if engine is None:
         refuse_beside(
             ctx, ["engine_args"], "is what that engine is started with: name it, --engine"
@@ -323,6 +337,7 @@ def _next_command(
     """What to do next, as a command to copy."""
     from ..autotune import demonstration
     from ..cache import state as places
+    from ..cache.experts import option_text
     from ..engines import installed, names
 
     me, recorded = program(), demonstration.recorded() if shown else None
@@ -338,6 +353,8 @@ def _next_command(
     if bad is not None:
         b = bad.bucket
         kind = "" if b.format == "nvfp4" else f" --format {b.format}"
+        if experts := option_text(asdict(b)):
+            return f"{me} explain {b.m_hi} --experts {experts}{kind}{at}"
         kind += "" if b.activation == "bf16" else f" --activation {b.activation}"
         return f"{me} explain {b.m_hi} {b.n} {b.k}{kind}{at}"
     if profile in names.ENGINES:

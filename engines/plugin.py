@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 
 from ..cache import gpulock, state
 from ..cache import reader as reading
+from ..cache.errors import Missing
 from ..cache.gpulock import Share
-from . import applied, here, holding, installed, pinning, select
+from ..errors import Refused
+from . import applied, here, holding, installed, pinning, select, serving
 from .notice import guarded, say_once
 from .select import Selection
+from .serving import ServedModel
 
 __all__ = ["APPLIED", "CACHE", "advice", "guarded", "pinned_tactics", "run", "say_once"]
 
@@ -20,6 +23,8 @@ CACHE = pinning.CACHE
 APPLIED = "FP4TUNE_APPLIED"
 """Set for an engine's child processes: ``1`` where the option was left at auto, ``0`` where the
 user said what to run, and the number of the process that only said what it would."""
+APPLIED_EXPERTS = "FP4TUNE_APPLIED_EXPERTS"
+"""The same of routed experts."""
 _TOLD = "told by "
 
 
@@ -48,6 +53,9 @@ def describe(found: Selection, did: str) -> str:
         f"fp4tune: {did} {found.word} ({found.backend}: safe in {len(found.buckets)} buckets on "
         f"{found.gpu}, generation {found.generation}"
     )
+    single = found.experts.of(found.backend) if found.experts else None
+    if single is not None:
+        text += f"; {single.loss_percent:.1f} % slower than the fastest of each bucket"
     if found.held is not None and found.held.by in (holding.PLUGIN, holding.BY_RULE):
         text += f"; {found.held}"
     if found.default and found.default != found.backend:
@@ -57,12 +65,57 @@ def describe(found: Selection, did: str) -> str:
     return text + ")"
 
 
+def experts_advice(engine: str, model: ServedModel) -> Selection | None:
+    """The selection to apply to a model's routed experts, or None: where it has none in FP4 without
+    a word, else after saying in one line why there is nothing to."""
+    try:
+        found = serving.experts_selection(engine, model)
+    except (Missing, ValueError, Refused) as error:
+        say_once(f"fp4tune leaves the experts of {model.name} to {engine}: {error}")
+        return None
+    if found is not None and found.backend is None:
+        why = "; ".join(f"{name}: {why}" for name, why in sorted(found.rejected.items()))
+        say_once(f"fp4tune: nothing that {engine} can name is proven for its experts ({why})")
+        return None
+    return found
+
+
 def left_alone(engine: str, option: str, value: object, asked: Sequence[str] = ()) -> None:
     """Say that the user's own option stands, and what speaks against what was `asked` so (as
     arguments); and tell the engine's other processes."""
     os.environ[APPLIED] = "0"
+    _say_left(engine, option, value, _against(engine, asked))
+
+
+def contradicted(engine: str, found: Selection) -> bool:
+    """Whether the user's environment says otherwise than a selection does: then that stands, and it
+    is said."""
+    for variable, value in found.setting.env.items():
+        if os.environ.get(variable, value) != value:
+            os.environ[APPLIED_EXPERTS] = "0"
+            _say_left(engine, variable, os.environ[variable], None)
+            return True
+    return False
+
+
+def experts_left_alone(
+    engine: str, model: ServedModel, option: str, value: object, asked: Sequence[str]
+) -> None:
+    """The same of a model's routed experts."""
+    os.environ[APPLIED_EXPERTS] = "0"
+    against = None
+    try:
+        found = serving.experts_selection(engine, model)
+        document = applied.assess(found, asked) if found is not None else None
+        if document is not None and not document["safe"] and document["runs"]:
+            against = str(document["why"])
+    except Exception:
+        against = None  # nothing is known of them
+    _say_left(engine, option, value, against)
+
+
+def _say_left(engine: str, option: str, value: object, against: str | None) -> None:
     text = f"fp4tune: {engine} keeps {option}={value}, which was asked for"
-    against = _against(engine, asked)
     if against:
         text += f" and is not proven here: {against}"
     say_once(text, logging.WARNING if against else logging.INFO)

@@ -29,6 +29,7 @@ _MAPS = {"nvfp4": "map_nvfp4_backend", "mxfp4": "map_mxfp4_backend"}
 _ACTIVATIONS = {
     "swiglu": ("SILU", None),
     "swiglu-oai": ("SWIGLUOAI", None),
+    "swiglu-oai-unbiased": ("SWIGLUOAI_UNINTERLEAVE", 7.0),
     "swiglu-10": ("SILU", 10.0),
     "relu2": ("RELU2_NO_MUL", None),
 }

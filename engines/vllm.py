@@ -2,7 +2,8 @@
 
 It runs in every process of the engine. At level ``process`` and ``call`` it wraps
 ``EngineArgs.create_engine_config``, so that the configuration that all processes get names the
-choice where the linear backend was left at auto; at ``call`` FlashInfer's `mm_fp4` is wrapped too.
+choice where the linear backend was left at auto, and where that of the experts was and the model's
+are those that were probed; at ``call`` FlashInfer's `mm_fp4` is wrapped too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from typing import Any
 from . import plugin
 from .asked import Configured
 from .read_vllm import BACKEND, CONFIG, DISABLED, LINEAR
+from .read_vllm_experts import FIELD as EXPERTS_FIELD
+from .read_vllm_experts import OPTION as EXPERTS_OPTION
+from .serving import ServedModel
 
 _MARK = "_fp4tune_wrapped"
 
@@ -40,6 +44,7 @@ def _configuring(original: Any) -> Any:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         _fill_in_vllm(self)
+        _fill_in_vllm_experts(self)
         return original(self, *args, **kwargs)
 
     setattr(create_engine_config, _MARK, True)
@@ -98,6 +103,40 @@ def _apply(args: Any, setting: Configured) -> None:
         return  # the kernels that it turns off besides are a belt to these braces
     for name, value in setting.env.items():
         os.environ[name] = value
+
+
+@plugin.guarded
+def _fill_in_vllm_experts(args: Any) -> None:
+    model = _served_by_vllm(args)
+    if model is None or not hasattr(args, EXPERTS_FIELD):
+        return
+    said = (getattr(args, EXPERTS_FIELD), getattr(args.kernel_config, EXPERTS_FIELD, None))
+    value = next((v for v in said if v and v != "auto"), None)
+    if value is not None:
+        if os.environ.get(plugin.APPLIED_EXPERTS) != "1":
+            asked = (EXPERTS_OPTION, str(value))
+            plugin.experts_left_alone("vllm", model, EXPERTS_OPTION, value, asked)
+        return
+    found = plugin.experts_advice("vllm", model)
+    if found is None or plugin.contradicted("vllm", found):
+        return
+    options = found.setting.options()
+    mine = copy.copy(args.kernel_config)
+    setattr(mine, EXPERTS_FIELD, options[EXPERTS_OPTION])
+    if "--no-enable-flashinfer-autotune" in options:
+        mine.enable_flashinfer_autotune = False
+    args.kernel_config = mine
+    os.environ.update(found.setting.env)
+    os.environ[plugin.APPLIED_EXPERTS] = "1"
+    plugin.say_once(plugin.describe(found, "vLLM runs routed experts with"))
+
+
+def _served_by_vllm(args: Any) -> ServedModel | None:
+    name = getattr(args, "model", None)
+    if not name:
+        return None
+    tp = int(getattr(args, "tensor_parallel_size", 1) or 1)
+    return ServedModel(str(name), tp, bool(getattr(args, "enable_expert_parallel", False)))
 
 
 def _refusal(word: str) -> str | None:

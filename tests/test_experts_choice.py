@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fp4tune import cli
+from fp4tune.autotune import request as planning
 from fp4tune.autotune.choice.single import experts_layer, experts_layers
 from fp4tune.autotune.choice.traffic import Traffic
 from fp4tune.autotune.publication import publish as publishing
@@ -28,8 +29,22 @@ from fp4tune.cache.experts import (
 )
 from fp4tune.cache.measured import NOISE
 from fp4tune.cache.rows import BucketKey, Candidate, Environment
-from fp4tune.engines import applied, emit, here, installed, interpreter, names, select
+from fp4tune.engines import (
+    applied,
+    emit,
+    here,
+    installed,
+    interpreter,
+    names,
+    plugin,
+    select,
+    serving,
+    sglang,
+    vllm,
+)
 from fp4tune.errors import Refused
+from fp4tune.probes.grouped import shapes as grouped
+from fp4tune.probes.models import shapes
 from fp4tune.words import ExpertsKey, experts_key
 
 TRAFFIC = Traffic("t", ((1, 0.5), (2, 0.5)))
@@ -380,3 +395,164 @@ def test_what_mends_a_layer_of_experts_is_a_command_that_names_it(tmp_path):
     fill(tmp_path, {"marlin-experts": 1.0}, profile="strict", bad=("marlin-experts",))
     text = fp4tune("facts", "--state", tmp_path).output
     assert "fp4tune explain 1 --experts 8,2,64,128" in text
+
+
+# -- plugins: an option for all experts is filled in for those that were probed alone
+
+MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "hidden_act": "silu",
+    "quantization_config": {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "group_size": 16,
+        "ignore": ["lm_head", "*.mlp.gate", "*self_attn*"],
+    },
+}
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch, engines):
+    """(a model's folder, what was said) in a process of an engine, with a store that has its
+    experts."""
+    fill(tmp_path / "state", profile="sglang")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MOE))
+    said: list[str] = []
+    monkeypatch.setenv("FP4TUNE_STATE", str(tmp_path / "state"))
+    for name in (plugin.APPLIED_EXPERTS, "FP4TUNE_GENERATION", "SGLANG_HUMMING_MOE_GEMM_TYPE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(plugin, "say_once", lambda text, *more: said.append(text))
+    monkeypatch.setattr(installed, "home", lambda engine, *a, **k: home(engine, engines))
+    monkeypatch.setattr(serving.select, "open_for", lambda engine, **k: reader.open(
+        tmp_path / "state", arch="sm90", gpu=GPU, profile="sglang"))  # fmt: skip
+    serving.experts_selection.cache_clear()
+    yield folder, said
+    serving.experts_selection.cache_clear()
+
+
+class Arguments:
+    """What an engine was asked for."""
+
+    def __init__(self, **given):
+        self.__dict__.update(given)
+
+
+def test_sglang_is_given_the_backend_of_its_models_experts(served):
+    folder, said = served
+    args = Arguments(moe_runner_backend="auto", model_path=str(folder), tp_size=1)
+    sglang._fill_in_sglang_experts(args)
+    assert args.moe_runner_backend == "marlin"
+    assert "SGLang runs --moe-runner-backend marlin (marlin-experts: safe in 3" in said[-1]
+    assert "% slower than the fastest of each bucket" in said[-1]
+
+
+def test_vllm_is_given_it_in_its_kernel_configuration(served):
+    folder, said = served
+    shared = Arguments(moe_backend="auto")
+    args = Arguments(
+        moe_backend="auto", kernel_config=shared, model=str(folder), tensor_parallel_size=1
+    )
+    vllm._fill_in_vllm_experts(args)
+    assert (args.kernel_config.moe_backend, shared.moe_backend) == ("marlin", "auto")
+    assert "vLLM runs routed experts with marlin" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        ({"tp_size": 2}, "no routed experts 8,2,32,128 were probed here"),
+        ({"ep_size": 8}, "experts spread over ranks are not looked up"),
+        ({"model_path": "/there/is/none"}, "/there/is/none"),
+    ],
+)
+def test_experts_that_were_not_probed_are_left_to_the_engine(served, more, why):
+    folder, said = served
+    args = Arguments(**{"moe_runner_backend": "auto", "model_path": str(folder), **more})
+    sglang._fill_in_sglang_experts(args)
+    assert args.moe_runner_backend == "auto" and why in said[-1]
+
+
+def test_a_model_without_fp4_experts_is_none_of_ours(served):
+    folder, said = served
+    (folder / "config.json").write_text(json.dumps({**MOE, "quantization_config": {}}))
+    args = Arguments(moe_runner_backend="auto", model_path=str(folder))
+    sglang._fill_in_sglang_experts(args)
+    assert args.moe_runner_backend == "auto" and not said
+
+
+def test_what_the_user_asks_for_stands_and_is_judged(served):
+    folder, said = served
+    args = Arguments(moe_runner_backend="triton", model_path=str(folder))
+    sglang._fill_in_sglang_experts(args)
+    assert args.moe_runner_backend == "triton"
+    assert "keeps --moe-runner-backend=triton, which was asked for" in said[-1]
+    bare = Arguments(model_path=str(folder))
+    sglang._fill_in_sglang_experts(bare)
+    assert len(said) == 1  # this SGLang has no such option
+
+
+# -- models
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "preset, sizes",
+    [
+        ("gpt-oss-20b", (32, 4, "swiglu-oai", "mxfp4")),
+        ("gpt-oss-120b", (128, 4, "swiglu-oai", "mxfp4")),
+        ("deepseek-v3", (256, 8, "swiglu", "nvfp4")),
+        ("deepseek-v4-flash", (256, 6, "swiglu-10", "nvfp4")),
+        ("deepseek-v4-pro", (384, 6, "swiglu-10", "nvfp4")),
+        ("qwen3-235b-a22b", (128, 8, "swiglu", "nvfp4")),
+        ("glm-5", (256, 8, "swiglu", "nvfp4")),
+        ("kimi-k2.5", (384, 8, "swiglu", "nvfp4")),
+        ("minimax-m2.5", (256, 8, "swiglu", "nvfp4")),
+        ("minimax-m3", (128, 4, "swiglu-oai-unbiased", "nvfp4")),
+        ("nemotron-3-nano-30b-a3b", (128, 6, "relu2", "nvfp4")),
+    ],
+)
+def test_presets_have_their_experts_at_every_split(preset, sizes, tp):
+    model = shapes.preset_layers(preset, tp)
+    found = grouped.main_layers(model, 1)
+    if preset.startswith("nemotron") and tp == 8:
+        # 1856 / 8 is no multiple of a block: that is said.
+        assert found == () and "232" in grouped.left_out(model)[0]
+        return
+    (layer,) = found
+    assert (layer.groups, layer.top_k, layer.gate, layer.format) == sizes
+
+
+def test_experts_that_are_spread_over_ranks_are_fewer_and_whole():
+    whole = planning.split_of_experts(8, 8)
+    model = shapes.preset_layers("deepseek-v3", whole)
+    (layer,) = planning.experts((), (), [model], 1, 8)
+    assert (layer.groups, layer.top_k, layer.n) == (32, 8, 2048)
+    (few,) = planning.experts((), (), [model], 1, 64)
+    assert (few.groups, few.top_k) == (4, 4)
+    assert planning.split_of_experts(8, 2) == 4
+    for tp, ep in ((8, 3), (1, 0)):
+        with pytest.raises(ValueError, match=f"--ep {ep}"):
+            planning.split_of_experts(tp, ep)
+
+
+def test_an_activation_that_is_not_known_gives_no_layer_and_is_told(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**MOE, "hidden_act": "gelu_pytorch_tanh"}))
+    document = json.loads(fp4tune("layers", tmp_path, "--json").stdout)
+    assert document["experts"] == [] and "gelu_pytorch_tanh" in document["left_out"][0]
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    document = json.loads(fp4tune("layers", tmp_path, "--json").stdout)
+    assert document["experts"] == [{"format": "nvfp4", "layer": "8,2,64,128"}]

@@ -39,11 +39,13 @@ GATES = {
     for gate in (
         Gate("swiglu"),
         Gate("swiglu-oai", alpha=1.702, offset=1.0, limit=7.0, biased=True),
+        Gate("swiglu-oai-unbiased", alpha=1.702, offset=1.0, limit=7.0),
         Gate("swiglu-10", limit=10.0),
         Gate("relu2", gated=False),
     )
 }
-"""``swiglu-oai`` is gpt-oss's, ``swiglu-10`` DeepSeek V4's, ``relu2`` Nemotron 3's."""
+"""``swiglu-oai`` is gpt-oss's, ``swiglu-oai-unbiased`` MiniMax-M3's, ``swiglu-10`` DeepSeek V4's,
+``relu2`` Nemotron 3's."""
 
 
 @dataclass(frozen=True, slots=True)

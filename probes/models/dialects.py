@@ -11,6 +11,12 @@ UNGATED = ("relu2", "relu_squared", "squared_relu", "xielu")
 """Activations of MLPs that have one up-projection and no gate."""
 
 
+OAI = "swigluoai"
+"""What configurations call the activation of gpt-oss, which MiniMax-M3 has, too."""
+GPT_OSS = "swigluoai with biases"
+"""The same where the experts add biases, as gpt-oss's do; no configuration has this word."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How a family calls its modules. `experts` are gate, up, down of one expert; `fused` experts

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .agreement import contradictions, first_expert, said_format, two_configs
 from .config import ModelConfig, read_config
-from .dialects import is_gated
+from .dialects import GPT_OSS, OAI, is_gated
 from .families import expected_modules
 from .fusion import FusedLayer, FusedModel, FusionFacts, Heads, fuse
 from .headers import FileHeader, read_header
@@ -251,10 +251,15 @@ def _of_routed_experts(config: ModelConfig | None) -> tuple[float, tuple[str, fl
         number = isinstance(found, (int, float)) and not isinstance(found, bool)
         return float(found) if number else None  # type: ignore[arg-type]
 
-    word = "" if config is None else str(config.values.get("hidden_act", ""))
+    named = ("hidden_act", "hidden_activation")
+    said = (config.values.get(name) for name in named if config is not None)
+    word = str(next((each for each in said if each), ""))
     if config is not None and config.family == "gpt_oss":
-        word = "swigluoai"  # its configuration says silu
-    return real("routed_scaling_factor") or 1.0, (word, real("swiglu_limit"))
+        word = GPT_OSS  # its configuration says silu
+    limit = real("swiglu_limit")
+    if limit is None and word in (GPT_OSS, OAI):
+        limit = 7.0  # what models of that activation have where theirs says nothing
+    return real("routed_scaling_factor") or 1.0, (word, limit)
 
 
 def _stops(model: FusedModel, tp: int) -> str | None:

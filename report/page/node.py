@@ -14,13 +14,13 @@ from typing import Any
 from ...autotune.publication import published
 from ...autotune.publication.published import Standing
 from ...cache import facts, quarantine
-from ...cache.rows import Finding, Run
+from ...cache.rows import Finding, Run, Timing
 from ...engines import names
 from ...words import STATUS_WORDS, UNREADABLE
 from .. import brief, documents
 from ..numbers import count, when
 from ..wording import scope_text
-from . import bounds, changes, environments, findings, heatmap, render, times
+from . import bounds, changes, environments, experts, findings, heatmap, render, times
 from .render import PageSection
 
 _MOST_BROKE = 5
@@ -38,6 +38,8 @@ class NodeRows:
     unread: Sequence[str] = ()
     findings: Sequence[Finding] = ()
     runs: Sequence[Run] = ()
+    timings: Sequence[Timing] = ()
+    """Of routed experts, by routing law."""
     quarantines: Sequence[quarantine.Quarantine] = ()
     ledger: bool = True
     problem: str | None = None
@@ -57,7 +59,10 @@ def document(place: Path) -> str:
     entries, _ = quarantine.read(quarantine.store(place))
     problem = documents.ledger_problem(place)
     told = facts.gather(place)
-    return draw(NodeRows(now, old, unread, found, runs, entries, bool(runs), problem, told))
+    timings = documents.stored_timings(place)
+    return draw(
+        NodeRows(now, old, unread, found, runs, timings, entries, bool(runs), problem, told)
+    )
 
 
 def draw(rows: NodeRows) -> str:
@@ -67,10 +72,12 @@ def draw(rows: NodeRows) -> str:
     for c in now.choices:
         scopes.setdefault(c.scope, [])
     maps, timed, verdicts, sure = [], [], [], []
+    routed: list[experts.ModelView] = []
     for scope, candidates in scopes.items():
         mine = [c for c in now.choices if c.scope == scope]
         known = heatmap.names(mine, candidates)
         maps.append(heatmap.scope_maps(scope, mine, candidates, known))
+        routed += experts.section(mine, candidates, rows.timings, now.meta, known)
         timed.append(times.scope_times(scope, mine, candidates, known))
         verdicts.append(times.scope_verdicts(scope, candidates, known))
         sure.append(bounds.scope_bounds(scope_text(*scope), mine, known))
@@ -90,6 +97,7 @@ def draw(rows: NodeRows) -> str:
         [
             PageSection("quarantine", "Quarantine", rows.quarantines),
             PageSection("choices", "Choices", maps),
+            PageSection("experts", "Routed experts", routed),
             PageSection("changes", "What changed", changes.section(rows.old, now, rows.unread)),
             PageSection("times", "Times", timed),
             PageSection("verdicts", "Verdicts", (verdicts, left_out) if verdicts else None),
@@ -167,7 +175,7 @@ def _device_names(now: Standing) -> str:
 
 def _node_glance(rows: NodeRows) -> list[tuple[str, object]]:
     choices, candidates = rows.now.choices, rows.now.candidates
-    layers = {(c.arch, c.gpu, c.profile, c.bucket.n, c.bucket.k) for c in choices}
+    layers = {(c.arch, c.gpu, c.profile, c.bucket.groups, c.bucket.n, c.bucket.k) for c in choices}
     statuses = Counter(c.status for c in choices)
     said = [("safe", "proven"), ("floor", "the floor"), ("none", "none safe")]
     unsafe = {c.backend for c in candidates if c.verdict == "unsafe"}
