@@ -62,10 +62,6 @@ Added = Evidence | Finding | Timing | Verdict | Build | Audit | Probed | Finishe
 
 TAKEN_BACK = ("evidence", "finding", "timing", "verdict", "build", "probed", "step")
 """Tables whose rows can be taken back."""
-SINCE = {"audit": 3, "probed": 4, "step": 6}
-"""The schema that brought a table: a ledger that is only read may be older."""
-TAKES_BACK = 7
-"""The schema that brought ``forgotten``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +261,8 @@ class Ledger:
 
     def damage(self) -> LedgerDamage:
         """Every row looked at. Raises a StateError where the file cannot be read."""
-        return LedgerDamage(*self._tables.damage())
+        runs, others = self._tables.damage()
+        return LedgerDamage(runs, [*others, *opening.lost_logs(self.path)])
 
     # -- reading
 
@@ -332,7 +329,7 @@ class Ledger:
 
     def forgotten(self) -> list[Forgotten]:
         """Everything that was taken back, and why, in that order."""
-        if self._tables.version < TAKES_BACK:
+        if not self._tables.has("forgotten"):
             return []
         return [codec.decode(Forgotten, row) for row in self._tables.select("forgotten")]
 
@@ -403,7 +400,7 @@ class Ledger:
         self, kind: type[Row], filters: Mapping[str, Any], newest: int | None = None
     ) -> list[Row]:
         table = TABLES[kind]
-        if self._tables.version < SINCE.get(table, 0):
+        if not self._tables.has(table):
             return []
         where, values = _where(**filters)
         order = "id" if newest is None else f"id DESC LIMIT {int(newest)}"

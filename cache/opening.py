@@ -2,6 +2,11 @@
 
 It is its owner's alone to read, too: who can read an SQLite database can hold its locks (shared
 ones, on the file and on its WAL index), and so keep every writer from it.
+
+Those locks are of the kind that a process loses with the first descriptor of the file that it
+closes, whoever in it opened that (fcntl(2)). Without them the next process that closes the ledger
+takes itself for the last and removes the log, and what the first goes on to write is lost with it.
+So a ledger that this process has open is not looked at again but by SQLite.
 """
 
 from __future__ import annotations
@@ -9,13 +14,40 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import threading
 import time
+from weakref import WeakKeyDictionary
 
-from . import schema, sqlitefile, state
-from .errors import ReadOnly, Unusable
+from . import schema, sqlitefile, state, writeahead
+from .errors import Corrupt, ReadOnly, Unusable
 
 TIMEOUT = 60.0
 """Seconds a writer waits for another before `Busy`."""
+
+
+class LedgerConnection(sqlite3.Connection):
+    """A connection to a ledger, known to this process as long as it is open."""
+
+    def close(self) -> None:
+        super().close()
+        with _opening:
+            _open.pop(self, None)
+
+
+_open: WeakKeyDictionary[LedgerConnection, tuple[int, int]] = WeakKeyDictionary()
+"""The device and inode of each ledger that this process has open."""
+_opening = threading.RLock()
+"""Held while a ledger is looked at, until its connection is known, and while one is forgotten."""
+
+
+def _after_fork() -> None:
+    # A child has none of its parent's locks, and a thread that held ours does not exist in it.
+    global _opening
+    _opening = threading.RLock()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def to_write(path: str) -> sqlite3.Connection:
@@ -24,6 +56,18 @@ def to_write(path: str) -> sqlite3.Connection:
     Raises a StateError, having changed nothing, for a file that is not to be touched; sqlite3's
     and the operating system's own errors pass through.
     """
+    with _opening:
+        return _to_write(path)
+
+
+def to_read(path: str) -> sqlite3.Connection:
+    """A connection that cannot write, also on a disk that cannot be written. Raises as `to_write`
+    does."""
+    with _opening:
+        return _to_read(path)
+
+
+def _to_write(path: str) -> sqlite3.Connection:
     place = os.path.dirname(path)
     os.makedirs(place, exist_ok=True)
     if not os.access(place, os.W_OK | os.X_OK):
@@ -47,8 +91,7 @@ def to_write(path: str) -> sqlite3.Connection:
     return conn
 
 
-def to_read(path: str) -> sqlite3.Connection:
-    """A connection that cannot write, also on a disk that cannot be written."""
+def _to_read(path: str) -> sqlite3.Connection:
     _inspect(path)
     if os.access(os.path.dirname(path), os.W_OK | os.X_OK):
         # An ordinary connection is the one that sees other writers and cleans up after itself.
@@ -62,8 +105,48 @@ def to_read(path: str) -> sqlite3.Connection:
 
 
 def _inspect(path: str) -> None:
+    identity = _identity(path)
+    if identity is not None and identity in _open.values():
+        return  # it was looked at when it was opened
     sqlitefile.inspect(path, schema.APPLICATION_ID, schema.VERSION, "ledger")
+    _set_lost_log_aside(path)
     sqlitefile.verify(path, schema.VERSION, "ledger")
+
+
+_LOST = "-wal.damaged-"
+"""Between the ledger's name and the time, in the names of logs that were set aside."""
+
+
+def lost_logs(path: str) -> list[str]:
+    """A sentence for each log of the ledger at `path` that was found damaged."""
+    folder, name = os.path.split(path)
+    try:
+        names = sorted(each for each in os.listdir(folder) if each.startswith(name + _LOST))
+    except OSError:
+        return []
+    return [
+        f"what was written last before {each.removeprefix(name + _LOST)} is lost, for the log was "
+        f"damaged; remove {each} to have it said no more"
+        for each in names
+    ]
+
+
+def _set_lost_log_aside(path: str) -> None:
+    """Give a log that has lost what was in it another name besides, before SQLite takes up what is
+    left of it and removes it: so that it is not lost without a word. Raises Corrupt where that
+    cannot be, and OSError."""
+    if not writeahead.has_lost(path):
+        return
+    aside = path + _LOST + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    try:
+        os.link(f"{path}-wal", aside)
+    except FileExistsError:
+        return  # by another process, just now
+    except FileNotFoundError:
+        os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        why = "what was written last to the ledger is lost, for its log is damaged"
+        raise Corrupt(path, f"{why}; open it where it can be written") from error
 
 
 def _create(path: str) -> None:
@@ -104,13 +187,26 @@ def _remove_with_logs(path: str) -> None:
 
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
-    return sqlite3.connect(
+    conn = sqlite3.connect(
         sqlitefile.uri(path, mode),
         uri=True,
         timeout=TIMEOUT,
         isolation_level=None,
         check_same_thread=False,
+        factory=LedgerConnection,
     )
+    identity = _identity(path)
+    if identity is not None:
+        _open[conn] = identity
+    return conn
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _use_wal(conn: sqlite3.Connection, path: str) -> None:

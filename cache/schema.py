@@ -118,6 +118,10 @@ SEALED = (
 """Tables of earlier schemas whose rows got a seal; those that came later were made with it."""
 OF_RUNS = ("evidence", "finding", "timing", "verdict", "build", "probed", "step")
 """Tables whose rows belong to a run, and are counted in its ``contents``."""
+OF_ENVIRONMENTS = ("evidence", "finding", "timing", "verdict", "step")
+"""Tables whose rows name an environment."""
+NUMBERED = (*OF_RUNS, "audit", "forgotten")
+"""Tables whose rows SQLite numbers, each after the last there ever was; none is removed."""
 OF_NONE = {
     "environment": "fingerprint",
     "audit": "id",
@@ -125,6 +129,8 @@ OF_NONE = {
     "forgotten": "id",
 }
 """Sealed tables whose rows belong to no run, and what they are in order by."""
+SINCE = {"audit": 3, "probed": 4, "step": 6, "forgotten": 7}
+"""The schema that brought a table: a ledger that is only read may be older."""
 
 
 def _add_seals(db: Database) -> None:

@@ -45,6 +45,10 @@ class SealedTables:
                     conn.execute("REINDEX")
                     self._through = ""
 
+    def has(self, table: str) -> bool:
+        """Whether the ledger, which may be of an earlier schema, has that table."""
+        return self.version >= schema.SINCE.get(table, 0)
+
     def _indexes_are_whole(self) -> bool:
         """Whether every index leads to every row, which opening does not look at."""
         return bool(self.conn.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
@@ -178,7 +182,7 @@ class SealedTables:
             return "what it was is not as it was stored"
         seals: list[str] = []
         bad: Counter[str] = Counter()
-        for table in schema.OF_RUNS:
+        for table in filter(self.has, schema.OF_RUNS):
             for row in self._of(table, run):
                 mark = row.get(seal.SEAL)
                 if self._intact(table, row):
@@ -207,16 +211,43 @@ class SealedTables:
         with self.transaction(writes=False):
             self._runs.clear()
             ids = {row["id"] for row in self.query("SELECT id FROM run NOT INDEXED")}
-            for table in (*schema.OF_RUNS, _CONTENTS):
+            for table in filter(self.has, (*schema.OF_RUNS, _CONTENTS)):
                 found = self.query(f"SELECT DISTINCT run FROM {table} NOT INDEXED")
                 ids |= {row["run"] for row in found}
-            runs = {run: why for run in sorted(ids) if (why := self.damaged(run))}
-            said = []
+            runs = {run: why for run in sorted(map(str, ids)) if (why := self.damaged(run))}
+            said = self._gone()
             for table, order in schema.OF_NONE.items():
+                if not self.has(table):
+                    continue
                 rows = self.query(f"SELECT * FROM {table}")
                 if bad := len(rows) - len(self.select(table, order=order)):
                     said.append(f"{bad} rows of {table} are not as they were stored")
         return runs, said
+
+    def _gone(self) -> list[str]:
+        """What is gone with all that counted it: of tables that number their rows, by the last
+        number given; and environments that rows speak of."""
+        last = {row["name"]: row["seq"] for row in self.query("SELECT * FROM sqlite_sequence")}
+        said = []
+        for table in filter(self.has, schema.NUMBERED):
+            (row,) = self.query(f"SELECT count(*) AS there FROM {table} NOT INDEXED")
+            gone = last.get(table, 0) - row["there"] if type(last.get(table, 0)) is int else -1
+            if gone > 0:
+                said.append(f"{gone} rows of {table} are gone")
+            elif gone:
+                said.append(f"how many rows of {table} there were is not as it was stored")
+        known = "SELECT fingerprint FROM environment NOT INDEXED"
+        lost = {
+            row["fingerprint"]
+            for table in filter(self.has, schema.OF_ENVIRONMENTS)
+            for row in self.query(
+                f"SELECT DISTINCT fingerprint FROM {table} NOT INDEXED "
+                f"WHERE fingerprint NOT IN ({known})"
+            )
+        }
+        if lost:
+            said.append(f"{len(lost)} rows of environment are gone")
+        return said
 
     @property
     def met(self) -> int:

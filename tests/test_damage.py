@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import sqlite3
+import subprocess
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -13,7 +16,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, start
+from stores import BUCKET, ENVIRONMENT, WHAT, evidence, put, spawn, start
 from test_known import PRINT, SHAPES, Store, earlier_failures, make_plan
 
 from commands import call
@@ -21,7 +24,7 @@ from fp4tune.autotune.history import History
 from fp4tune.autotune.keys import bucket_key
 from fp4tune.autotune.plan import Report
 from fp4tune.autotune.publication.publish import publish as publish_reports
-from fp4tune.cache import codec, publish, schema, seal, state
+from fp4tune.cache import codec, publish, schema, seal, state, writeahead
 from fp4tune.cache.errors import Corrupt, StateError, Undecodable
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import (
@@ -162,6 +165,111 @@ def test_a_row_that_is_gone_and_one_that_is_doubled_are_missed(filled, tmp_path)
             (run,) = runs
             assert ledger.damaged(run) and run in ledger.damage().sentences[0]
             assert not any(ledger.damaged(r.id) for r in ledger.runs() if r.id != run)
+
+
+OF_ONE_RUN = (*schema.OF_RUNS, "contents")
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        *(f"SELECT id FROM run ORDER BY started {order} LIMIT 1" for order in ("", "DESC")),
+        "SELECT id FROM run",
+    ],
+)
+def test_a_run_that_is_gone_with_all_it_had_is_missed(filled, tmp_path, which):
+    path = tmp_path / state.LEDGER
+    shutil.copy(filled[0], path)
+    with closing(sqlite3.connect(path)) as conn, conn:
+        runs = [row[0] for row in conn.execute(which)]
+        for run in runs:
+            for table in OF_ONE_RUN:
+                conn.execute(f"DELETE FROM {table} WHERE run = ?", [run])
+            conn.execute("DELETE FROM run WHERE id = ?", [run])
+    _, said = everything(tmp_path, readonly=True)
+    assert f"{len(runs) * 8} rows of finding are gone" in said
+
+
+@pytest.mark.parametrize("table", ["audit", "forgotten", "environment"])
+def test_rows_of_no_run_that_are_gone_are_missed(filled, tmp_path, table):
+    path = tmp_path / state.LEDGER
+    shutil.copy(filled[0], path)
+    with closing(sqlite3.connect(path)) as conn, conn:
+        conn.execute(f"DELETE FROM {table}")
+    assert f"1 rows of {table} are gone" in everything(tmp_path, readonly=True)[1]
+
+
+# -- the log of a process that was killed
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A ledger whose writer was killed, with all it wrote in the log; and what was stored."""
+    place = tmp_path_factory.mktemp("killed")
+    if (child := os.fork()) == 0:
+        with Ledger.open(place / "as it was"):
+            fill(place / "as it was", runs=2, each=4)
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    shutil.copytree(place / "as it was", place / "read")
+    stored, said = everything(place / "read", readonly=True)
+    assert not said and len(stored) > 20
+    return place / "as it was", stored
+
+
+@pytest.mark.parametrize("index", ["its index", "no index"])
+@pytest.mark.parametrize("harm", ["a bit", "cut off", "gone"])
+@pytest.mark.parametrize("readonly", [True, False])
+def test_a_log_that_is_damaged_is_not_shortened_without_a_word(
+    killed, tmp_path, harm, index, readonly
+):
+    whole, stored = killed
+    if harm != "a bit" and index == "no index":
+        pytest.skip("nothing says how long it was")
+    rng = random.Random(harm)
+    for turn in range(4):
+        place = tmp_path / str(turn)
+        shutil.copytree(whole, place)
+        log = place / f"{state.LEDGER}-wal"
+        data = bytearray(log.read_bytes())
+        if harm == "a bit":
+            bit = rng.randrange(8 * (len(data) - 2 * 4120))  # one in the last may be a torn write
+            data[bit // 8] ^= 1 << bit % 8
+        log.write_bytes(data[: rng.randrange(len(data))] if harm == "cut off" else data)
+        if harm == "gone":
+            log.unlink()
+        if index == "no index":
+            (place / f"{state.LEDGER}-shm").unlink()
+        found, said = everything(place, readonly)
+        assert any("the log was damaged" in each for each in said) or found == stored
+        again, still = everything(place, readonly=True)
+        assert again == found and still == said, "it is said until it is taken note of"
+        for path in place.glob("*.damaged-*"):
+            path.unlink()
+        assert not any("the log" in each for each in everything(place, readonly=True)[1])
+
+
+def test_a_log_that_lives_or_is_whole_is_left_alone(killed, tmp_path):
+    whole, _ = killed
+    shutil.copytree(whole, tmp_path / "killed")
+    log = str(tmp_path / "killed" / state.LEDGER)
+    assert not writeahead.has_lost(log)
+    code = """
+        import sys
+        from fp4tune.cache.ledger import Ledger
+        from stores import evidence, start
+        with Ledger.open(sys.argv[1]) as ledger:
+            ledger.add_evidence(evidence(start(ledger)))
+            print("there", flush=True)
+            sys.stdin.read()
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with spawn(code, tmp_path / "alive", **pipes) as other:
+        assert other.stdout.readline() == b"there\n"
+        path = tmp_path / "alive" / state.LEDGER
+        (tmp_path / "alive" / f"{state.LEDGER}-wal").stat()
+        assert writeahead._lives(f"{path}-shm") and not writeahead.has_lost(str(path))
+        other.communicate(b"")
 
 
 def test_an_index_that_misses_a_row_hides_nothing(filled, tmp_path):

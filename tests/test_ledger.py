@@ -277,6 +277,29 @@ def test_a_log_whose_ledger_was_deleted_is_not_replayed_into_a_new_one(tmp_path)
         assert ledger.runs() == [] and ledger.evidence() == []
 
 
+def test_a_second_look_by_a_process_takes_no_locks_from_its_first(tmp_path):
+    """Closing any descriptor of a file drops the process's locks on it; then the next process that
+    closes the ledger would remove the log that this one goes on to write."""
+    elsewhere = """
+        import sys
+        from fp4tune.cache.ledger import Ledger
+        Ledger.open(sys.argv[1], readonly=True).close()
+    """
+    with Ledger.open(tmp_path) as ledger:
+        run = start(ledger)
+        for readonly in (False, True):
+            Ledger.open(tmp_path, readonly=readonly).close()
+            assert spawn(elsewhere, tmp_path).wait(60) == 0
+            ledger.add_evidence(evidence(run))
+            assert Path(f"{ledger.path}-wal").exists()
+        # As after a crash: what is kept is what lies under the ledger's names.
+        for path in tmp_path.glob("ledger.db*"):
+            (tmp_path / "copy").mkdir(exist_ok=True)
+            (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    with Ledger.open(tmp_path / "copy") as copy:
+        assert len(copy.evidence()) == 2
+
+
 def test_an_older_sqlite_utils_is_named(tmp_path, monkeypatch):
     import sqlite_utils
 
