@@ -8,15 +8,18 @@ are of one user, they do not press out another's. Standard library only.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from collections import deque
+from itertools import islice
 
 from . import quarantine, state
 from .errors import Busy, ReadOnly, StateError, translate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from .quarantine import Quarantine
@@ -29,6 +32,11 @@ MODE = 0o1777
 _STALE = 3600.0
 """Seconds after which an unfinished report in a state's own drop box is removed."""
 _BATCH = 256
+_LISTED = 2048
+"""Files that are listed, and of those that are read, at a time."""
+_MOST = 1 << 18
+_FEW = 16
+"""Files that one pass goes through, and those of each user that it goes through beyond that."""
 _WAIT = 10.0
 
 
@@ -153,7 +161,7 @@ class Collector:
         every = boxes(self.state_dir)
         for box in every:
             try:
-                going = _Pass(box)
+                going = _Pass(box, quarantine.store(self.state_dir))
             except OSError:
                 continue
             while not going.ended and time.monotonic() < deadline:
@@ -175,7 +183,7 @@ class Collector:
                 return None
             # Time stamps are coarse: one of just now may hide what comes a moment later.
             self._seen[box] = stamp if time.time() - about.st_mtime > 1.0 else None
-            self._passes[box] = _Pass(box)
+            self._passes[box] = _Pass(box, quarantine.store(self.state_dir))
         except OSError:
             return None
         return self._passes[box]
@@ -187,43 +195,99 @@ class Collector:
 
 
 class _Pass:
-    """Once through one drop box."""
+    """Once through one drop box: who has left what, then the files of each user in turn, so that
+    however many one leaves, another's is soon reached.
 
-    def __init__(self, box: str) -> None:
-        self.box = box
+    The box is gone through as it was opened, whatever is put in its place meanwhile. Raises OSError
+    where it is no folder of its own: a link of a stranger's, or the store itself.
+    """
+
+    def __init__(self, box: str, store: str) -> None:
         self.ended = False
-        self._entries = os.scandir(box)
+        self._listed = False
+        self._count = 0
+        self._names: dict[int, deque[str]] = {}
+        self._folder = -1
+        self._folder = _opened_box(box, store)
+        self._place = f"/proc/self/fd/{self._folder}"
+        self._entries = os.scandir(self._place)
 
     def close(self) -> None:
-        self._entries.close()
+        if self._folder >= 0:
+            self._entries.close()
+            os.close(self._folder)
+            self._folder = -1
+
+    __del__ = close
 
     def batch(self, ours: bool) -> list[tuple[int, Quarantine, str]]:
         """The reports among the next files: user, report, path. In a box of our own what is no
         report is removed; elsewhere it is left."""
+        if not self._listed:
+            self._list(ours)
+            return []
         found: list[tuple[int, Quarantine, str]] = []
-        for _ in range(_BATCH):
+        for path in islice(self._next_paths(), _BATCH):
             try:
-                entry = next(self._entries)
-            except (StopIteration, OSError):
-                self.ended = True
-                break
-            try:
-                if entry.name.startswith("."):
-                    if ours and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE:
-                        quarantine.forget(entry.path)
-                    continue
-                if entry.stat(follow_symlinks=False).st_nlink > 1:
-                    continue  # a link to another's, or to one of long ago
-                user, report_ = quarantine.read_one(entry.path)
-                found.append((user, report_, entry.path))
+                user, report_ = quarantine.read_one(path)
+                if os.lstat(path).st_nlink > 1:
+                    user = quarantine.OTHERS  # it need not be who wrote it that has put it here
+                found.append((user, report_, path))
             except FileNotFoundError:
                 continue
             except ValueError:
                 if ours:
-                    _discard(entry.path)
+                    _discard(path)
             except OSError:
                 continue  # not to be read by this user: of nobody's use
+        self.ended = not self._names
         return found
+
+    def _list(self, ours: bool) -> None:
+        """Note the owners of the next files, as many of each as one pass goes through."""
+        for _ in range(_LISTED):
+            try:
+                entry = next(self._entries)
+            except (StopIteration, OSError):
+                self._listed = True
+                self.ended = not self._names
+                break
+            try:
+                about = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            if entry.name.startswith("."):
+                if ours and time.time() - about.st_mtime > _STALE:
+                    quarantine.forget(entry.path)
+                continue
+            names = self._names.setdefault(about.st_uid, deque())
+            if self._count < _MOST or len(names) < _FEW:
+                names.append(entry.name)
+                self._count += 1
+
+    def _next_paths(self) -> Iterator[str]:
+        """One file of each user, then the next of each, and so on."""
+        while self._names:
+            for user, names in list(self._names.items()):
+                path = os.path.join(self._place, names.popleft())
+                if not names:
+                    del self._names[user]
+                yield path
+
+
+def _opened_box(box: str, store: str) -> int:
+    """A descriptor of the folder `box`. Raises OSError."""
+    about = os.lstat(box)
+    follows = about.st_uid in state.trusted(os.path.dirname(store))
+    how = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follows else os.O_NOFOLLOW)
+    folder = os.open(box, how)
+    try:
+        if os.path.exists(store) and os.path.samestat(os.fstat(folder), os.stat(store)):
+            raise OSError(errno.EINVAL, "the store of quarantines is no drop box")
+        return folder
+    except BaseException:
+        os.close(folder)
+        raise
 
 
 def _discard(path: str) -> None:
@@ -268,7 +332,7 @@ def _user(entry: Quarantine) -> int | None:
     """Whose report an entry of the store is; None where it is no report that was taken up."""
     first, _, rest = entry.id.partition(".")
     if first == "others" and rest:
-        return -1
+        return quarantine.OTHERS
     return int(first[1:]) if rest and first[:1] == "u" and first[1:].isdecimal() else None
 
 

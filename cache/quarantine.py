@@ -35,6 +35,8 @@ MOST = 4096
 OF_ONE_USER = 64
 """Reports of one other user; of more than that, whole backends are taken away."""
 _NAMES = 1 << 16
+OTHERS = -1
+"""Stands for all users together that are not told apart."""
 _USERS = 32
 _SAID = 100
 _TEXT = 500
@@ -230,7 +232,7 @@ class ReportTally:
 
     def add(self, user: int, entry: Quarantine) -> None:
         if user not in self._of and len(self._of) >= _USERS:
-            user = -1  # all the others together
+            user = OTHERS
         mine = self._of.setdefault(user, {})
         _put(mine, _widened(user, entry) if user in self._wide else _owned(user, entry))
         if user not in self._wide and len(mine) > OF_ONE_USER:

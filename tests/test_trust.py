@@ -217,12 +217,78 @@ def test_where_it_cannot_be_known_everything_is_taken_away(place, harm, monkeypa
 def test_links_to_others_files_are_no_reports(place):
     box = place / dropbox.FOLDER
     entry = ban("cutlass", place)
-    os.link(f"{quarantine.store(place)}/{entry.id}.json", box / f"{entry.id}.json")
-    (box / "link.json").symlink_to(f"{quarantine.store(place)}/{entry.id}.json")
+    (box / f"{entry.id}.json").symlink_to(f"{quarantine.store(place)}/{entry.id}.json")
     os.mkfifo(box / "pipe.json")
     (box / "folder.json").mkdir()
     collect(place)
     assert len(os.listdir(quarantine.store(place))) == 1
+
+
+def test_a_second_name_hides_no_report_and_puts_none_into_anothers_mouth(place):
+    """A kernel without protected_hardlinks lets anyone link another's file."""
+    box = place / dropbox.FOLDER
+    as_user(lambda: drop(box, entry_for("cutlass")), OTHER)
+    (report,) = box.iterdir()
+    os.link(report, place / "kept by a stranger")
+    collect(place)
+    assert chosen(place) == "marlin"
+    (found,) = quarantine.read(quarantine.store(place))[0]
+    assert found.id.startswith("others.")
+
+
+@pytest.mark.parametrize("to", ["the store", "a pipe", "itself", "everything"])
+def test_what_a_stranger_puts_in_the_place_of_a_drop_box_is_none(
+    place,
+    shared_place,  # noqa: F811
+    monkeypatch,
+    to,
+):
+    (shared_place / "open").mkdir()
+    (shared_place / "open").chmod(0o1777)
+    box = shared_place / "open" / "box"
+    monkeypatch.setenv(dropbox.VARIABLE, str(box))
+    kept = quarantine.store(place)
+    ban("cutlass", place)
+    before = os.listdir(kept)
+    as_user(
+        lambda: (
+            os.mkfifo(box)
+            if to == "a pipe"
+            else box.symlink_to({"the store": kept, "itself": box, "everything": "/"}[to])
+        )
+    )
+    collect(place)
+    assert os.listdir(kept) == before and chosen(place) == "marlin"
+    box.unlink()
+    monkeypatch.setenv(dropbox.VARIABLE, kept)
+    collect(place)
+    assert os.listdir(kept) == before, "nor is the store, though its owner names it"
+
+
+def test_a_drop_box_is_gone_through_as_it_was_opened(place, shared_place):  # noqa: F811
+    """Who owns it may put something else in its place meanwhile."""
+    entry = ban("cutlass", place)
+    box = shared_place / "box"
+    box.mkdir()
+    going = dropbox._Pass(str(box), quarantine.store(place))
+    drop(box, entry.json())
+    box.rename(shared_place / "away")
+    box.symlink_to(quarantine.store(place))
+    assert going.batch(True) == [] and len(going.batch(True)) == 1
+    dropbox._take_up(str(place), [], frozenset())
+    going.close()
+    assert os.listdir(quarantine.store(place)) == [f"{entry.id}.json"]
+
+
+def test_every_users_first_report_is_reached_before_the_second_of_one(place):
+    box = place / dropbox.FOLDER
+    as_user(lambda: [(box / f"{n}.json").touch() for n in range(3000)])
+    as_user(lambda: drop(box, entry_for("cutlass")), OTHER)
+    going = dropbox._Pass(str(box), quarantine.store(place))
+    while not (found := going.batch(False)) and not going.ended:
+        pass
+    assert [user for user, _, _ in found] == [OTHER]
+    going.close()
 
 
 def test_a_folder_of_the_users_is_left_as_it_is_where_it_is_named_as_a_drop_box(
