@@ -6,7 +6,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from stores import gone
 
+from fp4tune.machine import processes
 from fp4tune.probes import bundle, registry
 from fp4tune.probes.bundle.siblings import beside
 from fp4tune.probes.bundle.trial import trial
@@ -158,6 +160,22 @@ def test_a_script_that_hangs_is_right_for_a_hang_alone(tmp_path, monkeypatch):
     bundle._must_run(tmp_path, "hang", None)
     with pytest.raises(ValueError, match="signal"):
         bundle._must_run(tmp_path, "wrong", None)
+
+
+def test_what_a_script_prints_is_bounded_and_what_it_starts_ends_with_it(tmp_path):
+    (tmp_path / "reproduce.py").write_text(
+        "import os, subprocess\n"
+        "print(subprocess.Popen(['sleep', '600']).pid, flush=True)\n"
+        "os.write(2, b'x' * (1 << 22) + b'\\nlast')\n"
+    )
+    before = set(processes.processes())
+    assert trial(tmp_path) == (0, "last")
+    left = [
+        pid
+        for pid in set(processes.processes()) - before
+        if b"sleep\x00600" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert gone(left)
 
 
 def test_too_much_for_a_bundle_is_one_sentence(tmp_path, monkeypatch):

@@ -19,9 +19,9 @@ from scripted import scripted
 from stores import gone, spawn
 
 from fp4tune.autotune.stages.survey import survey
-from fp4tune.machine import devices, processes
+from fp4tune.machine import devices, last_words, processes
 from fp4tune.probes.problem import Problem
-from fp4tune.probes.worker import keeper, nursery
+from fp4tune.probes.worker import nursery
 from fp4tune.probes.worker.supervisor import Worker, WorkerFailed
 
 PROBLEM = Problem("nvfp4", 2, 64, 64)
@@ -139,11 +139,14 @@ def memory(pid: int) -> int:
 
 
 def test_a_ring_keeps_the_end_and_no_more():
-    ring = keeper.Ring()
+    ring = last_words.Ring()
     for number in range(200_000):
         ring.add(b"%d " % number)
-        assert len(ring._kept) <= 2 * keeper.LOG_BYTES + 8
-    assert ring.tail(100).endswith("199998 199999 ") and len(ring.tail(1 << 30)) <= keeper.LOG_BYTES
+        assert len(ring._kept) <= 2 * last_words.KEPT_BYTES + 8
+    assert (
+        ring.tail(100).endswith("199998 199999 ")
+        and len(ring.tail(1 << 30)) <= last_words.KEPT_BYTES
+    )
 
 
 # -- what it starts

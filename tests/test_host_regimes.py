@@ -246,6 +246,32 @@ def test_a_process_that_dies_or_hangs_gives_no_answer():
     assert raised.value.kind == "hang"
 
 
+ENDS = {
+    "prints without end": ("while True: os.write(1, b'y' * 65536)", "hang"),
+    "leaves a pipe": ("os.mkfifo(sys.argv[-1])", "crash"),
+    "leaves a device": ("os.symlink('/dev/zero', sys.argv[-1])", "crash"),
+    "leaves a terabyte": ("os.truncate(open(sys.argv[-1], 'w').name, 1 << 40)", "crash"),
+    "leaves garbage": ("open(sys.argv[-1], 'w').write('{')", "crash"),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_whatever_a_child_leaves_is_an_answer_or_none(tmp_path, monkeypatch, what):
+    body, kind = ENDS[what]
+    program = f"import os, sys\n{body}\n"
+    monkeypatch.setattr(own_process, "_PROGRAM", program)
+    monkeypatch.setattr(own_process.tempfile, "tempdir", str(tmp_path))
+    sizes = []
+
+    def beat() -> None:
+        sizes.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()))
+
+    with pytest.raises(NoAnswer) as caught:
+        own_process.ask(QUESTION, beat, 1.0)
+    assert caught.value.kind == kind
+    assert kind == "crash" or max(sizes) < 1 << 16, "what it printed is on no disk"
+
+
 # -- memory
 
 

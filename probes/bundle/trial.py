@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+from ...machine.last_words import LastWords
 from ...machine.processes import dying_with_parent
 
 SECONDS = 600.0
 """A script that runs for longer hangs."""
+_LOOK = 0.1
 RAN = (0, 1)
 """Exit codes of a script that made its launches."""
 
@@ -44,24 +48,25 @@ def trial(folder: Path, python: str | None = None, seconds: float = SECONDS) -> 
     that holds nothing. A script that does not end in `seconds` is ended: minus SIGALRM.
     """
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FP4TUNE_"))}
-    words = [python or sys.executable, "-I", "-c", _CLEAN, str(folder / "reproduce.py")]
-    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as said:
+    command = [python or sys.executable, "-I", "-c", _CLEAN, str(folder / "reproduce.py")]
+    with tempfile.TemporaryDirectory() as empty, LastWords() as words:
         process = subprocess.Popen(
-            [*words, "--times", "1"],
+            [*command, "--times", "1"],
             env=bare,
             cwd=empty,
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=words.fd,
+            stderr=words.fd,
             start_new_session=True,
             preexec_fn=dying_with_parent(),
         )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        words.begun()
+        deadline = time.monotonic() + seconds
+        while (code := process.poll()) is None and time.monotonic() < deadline:
+            words.listen(_LOOK)
+        if code is None:
             code = -signal.SIGALRM
-        said.seek(0)
-        lines = said.read()[-4000:].decode(errors="replace").strip().splitlines()
-    return code, lines[-1][:300] if lines else "it said nothing"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has left behind
+        process.wait()
+        return code, words.line()[:300]

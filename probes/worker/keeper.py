@@ -25,29 +25,13 @@ import socket
 from typing import Any, NoReturn
 
 from ...machine import processes
+from ...machine.last_words import Ring
 
 KILL_SECONDS = 10.0
 """How long killed processes may take to be gone."""
-LOG_BYTES = 1 << 16
-"""The end of what a worker and its backend printed that is kept, however much that was."""
 _SAID = 8000
 """Bytes of a log that are sent."""
 _PIECE = 1 << 16
-
-
-class Ring:
-    """The last `LOG_BYTES` of a stream."""
-
-    def __init__(self) -> None:
-        self._kept = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self._kept += data
-        if len(self._kept) > 2 * LOG_BYTES:
-            del self._kept[:-LOG_BYTES]
-
-    def tail(self, size: int) -> str:
-        return bytes(self._kept[-min(size, LOG_BYTES) :]).decode(errors="replace")
 
 
 class Keeper:

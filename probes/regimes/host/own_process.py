@@ -1,7 +1,8 @@
 """A process of its own for one question: the backend is loaded there anew, and nothing was called.
 
 The child is this interpreter with this environment; it gets the question as JSON, loads the backend
-by the name that it was loaded by here, and leaves its answer in a file. What it prints is not read.
+by the name that it was loaded by here, and leaves its answer in a file. Of what it prints the end
+is kept, for one that dies.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ....machine import files
+from ....machine.last_words import LastWords
 from ...backends import Backend
 from ...data import exact
 from ...grouped.backend import AsDense
@@ -104,13 +106,14 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
     with tempfile.TemporaryDirectory(prefix="fp4tune-own-process-") as folder:
         asked, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(asdict(question)))
-        with Path(folder, "log").open("wb") as log:
+        with LastWords() as words:
             child = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, str(_BOOTSTRAP), str(asked), str(answer)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=words.fd,
+                stderr=words.fd,
             )
+            words.begun()
             try:
                 end = time.monotonic() + seconds
                 while child.poll() is None:
@@ -119,14 +122,17 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
                             "hang", f"silent for {seconds:.0f} s in a process of its own"
                         )
                     beat()
-                    with suppress(subprocess.TimeoutExpired):
-                        child.wait(0.25)
+                    words.listen(0.25)
             finally:
                 child.kill()
                 child.wait()
-        if not answer.is_file():
-            words = Path(folder, "log").read_text(errors="replace").strip().splitlines()
-            last = words[-1][:200] if words else "it said nothing"
-            raise NoAnswer("crash", f"its own process ended with {child.returncode}: {last}")
-        found: dict[str, Any] = json.loads(answer.read_text())
+            last = words.line()[:200]
+        try:
+            found: dict[str, Any] = json.loads(files.text(answer))
+        except FileNotFoundError:
+            raise NoAnswer(
+                "crash", f"its own process ended with {child.returncode}: {last}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise NoAnswer("crash", f"its own process left no answer: {error}") from None
         return found
