@@ -42,7 +42,14 @@ HANG_SECONDS = {"cpu": 4.0, "cuda": 10.0}
 """Silence that counts as a hang among mutants that end their process; others get the usual time.
 A GPU's kernels may have to be compiled meanwhile."""
 LEVEL = replace(LEVELS["standard"], ragged=2, least=3, most=20, seconds=0.1, samples=3, launches=0)
-"""Level ``standard`` in its regimes, and less of each: the mutants are caught at once or never."""
+"""Level ``standard`` in its regimes, and less of each: most mutants are caught at once or never."""
+BY_LEVEL = {
+    "quick": LEVEL,
+    "standard": replace(LEVEL, launches=LEVELS["standard"].launches, on_cpu=60.0),
+    "soak": replace(LEVELS["soak"], seconds=10.0, launches=0),
+}
+"""What a mutant is probed at, by the least level that catches it: from ``standard`` on a fault is
+looked for at length."""
 
 Watching = Callable[[Plan], AbstractContextManager[Progress]]
 
@@ -101,7 +108,7 @@ def plan(target: Target, mutants: Sequence[Mutant]) -> Plan:
         target=target,
         backends=tuple(mutant.name for mutant in mutants),
         problems=(Problem("nvfp4", m, N, K, first.activation),),
-        level=LEVEL if first.level != "soak" else replace(LEVELS["soak"], seconds=10.0, launches=0),
+        level=BY_LEVEL[first.level],
         profile=PROFILES["strict"],
         seed=SEED,
         hang_seconds=HANG_SECONDS[target.device.kind] if first.ends else None,
@@ -113,7 +120,7 @@ def _groups(mutants: Sequence[Mutant]) -> Iterator[list[Mutant]]:
     """Mutants that one probe can run together, few at a time."""
     kinds: dict[tuple[Any, ...], list[Mutant]] = {}
     for mutant in mutants:
-        kind = (mutant.ends, mutant.many, mutant.activation, mutant.level == "soak")
+        kind = (mutant.ends, mutant.many, mutant.activation, mutant.level)
         kinds.setdefault(kind, []).append(mutant)
     for mine in kinds.values():
         for start in range(0, len(mine), AT_ONCE):

@@ -24,7 +24,7 @@ from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes.plain import every_m
 from fp4tune.probes.registry import load_one
 from fp4tune.probes.worker.replay import recall
-from fp4tune.probes.worker.session import CHAIN, OpenLayer
+from fp4tune.probes.worker.session import CHAIN, OpenLayer, field_rows
 
 CPU = torch.device("cpu")
 BUDGET = Budget(1, 1, 0.0)
@@ -331,3 +331,28 @@ def test_the_sentence_says_which_m_were_run(run, said):
     bounds = {"graph": chance, "every-m": {**chance, "ms": run}}
     text = shown(bounds, 9, 16)
     assert (said and said in text) or (not run and "from 9" not in text)
+
+
+# -- many weights of a large m
+
+
+@given(st.integers(1, 70_000), st.integers(2, 16))
+def test_every_weight_serves_the_smallest_m_and_one_in_four_each(rows, count):
+    pools = field_rows(rows, count)
+    assert len(pools) == count and pools[0] == rows and max(pools) == rows
+    assert min(pools) >= min(rows, 512)
+    assert sum(pools) <= 576 * count + 0.47 * rows * (count + 3)
+
+
+def test_launches_are_of_weights_with_room():
+    problem = Problem("nvfp4", 1200, 64, 128, "bf16", "bf16")
+    backend = load_one("torch-dequant")
+    layer = OpenLayer(backend, Device("cpu"), problem, 3, 1 << 30, lambda text: None)
+    items = [Item((300, 1100), FailsLater().tactic)]
+    cases = layer._field(24, False, False).cases
+    launches = layer.launches(items, cases, "room", per_item=8)
+    assert all(x.offset + x.m <= cases[x.case].problem.m for x in launches)
+    assert {x.case for x in launches if x.m == 300} == {0, 1}
+    assert {x.case for x in launches if x.m == 1100} == {0}
+    found = layer.regime("streams", items, BUDGET, LaunchAim(40, 4, 10.0))
+    assert not found["items"][0]["bad"] and found["items"][0]["launches"]

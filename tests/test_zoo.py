@@ -18,7 +18,7 @@ from fp4tune.cache.rows import BucketKey, Candidate, Finding
 from fp4tune.machine import devices
 from fp4tune.probes import registry, zoo
 from fp4tune.probes.data import FAMILIES, families
-from fp4tune.probes.launch.item import Item
+from fp4tune.probes.launch.item import Item, LaunchAim
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.worker.session import OpenLayer
@@ -155,6 +155,29 @@ def test_what_is_right_is_never_flagged(mutant):
     for name in REGIMES:
         tried.regime(name)
     assert tried.kinds == {} and tried.launches > 50
+
+
+@pytest.mark.parametrize(
+    "mutant", [m for m in ALIVE if m.level == "standard"], ids=lambda mutant: mutant.name
+)
+def test_what_is_wrong_once_in_thousands_is_seen_at_length_only(mutant, one_thread):
+    tried = Tried(mutant)
+    items = [replace(item, ms=(2,)) for item in tried.items]
+    tried.regime("serial")
+    assert not tried.kinds
+    aim = LaunchAim(launches=3000, problems=30, seconds=30.0)
+    (result,) = tried.layer.regime("serial", items, Budget(1, 1, 0.0), aim)["items"]
+    assert result["problems"] >= 8
+    assert bool(result["bad"]) != mutant.passes
+    if result["bad"]:
+        assert result["bad_launches"] < result["launches"] / 500
+
+
+def test_each_is_looked_for_at_its_level():
+    length = {name: level.launches for name, level in selftest.BY_LEVEL.items()}
+    assert length["quick"] == 0 < length["standard"]
+    for mutant in zoo.mutants("cuda"):
+        assert mutant.level in selftest.BY_LEVEL
 
 
 # -- the command

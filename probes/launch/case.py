@@ -137,6 +137,11 @@ def bind(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
     return Call(launch, activation, place, enqueue)
 
 
+def with_room(cases: Sequence[Case], m: int) -> list[int]:
+    """Which of the cases have pools of `m` rows at least."""
+    return [index for index, each in enumerate(cases) if each.problem.m >= m]
+
+
 def rebind(backend: Backend, cases: Sequence[Case], call: Call, activation: Any) -> Call:
     """The same launch into the same slot, reading another activation."""
     state = cases[call.launch.case].state

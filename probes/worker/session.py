@@ -20,7 +20,7 @@ from ..backends import Backend
 from ..check.accumulation import accumulation
 from ..check.reference import alpha_of, expect, faithful, spread, tile_error, tile_limit
 from ..data import WIDTHS, draw, exact, steady
-from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case
+from ..launch.case import BackendRaised, Case, Launch, batches, bind, blame, case, with_room
 from ..launch.item import Item, LaunchAim
 from ..launch.redraw import ProductAnswers, Redraw
 from ..launch.summary import MOST_BAD, Result, launched, summarise
@@ -86,16 +86,17 @@ class OpenLayer:
         where there are no such rows. One field is kept at a time."""
         if (width, small, few) not in self._fields:
             self._fields.clear()
-            rows = min(self.problem.m, SMALL_M + SPARE_ROWS) if small else self.problem.m
-            problem = self.problem.at(rows)
-            each = _bytes_of_case(problem)
             most = WEIGHTS if self.device.kind == "cpu" else MANY_WEIGHTS
-            most = most if small and not few else max(WEIGHTS, most // 4)
+            most = max(WEIGHTS, most // 4) if few else most
+            rows = min(self.problem.m, SMALL_M + SPARE_ROWS) if small else self.problem.m
+            pools = [rows] * most if small or few else field_rows(rows, most)
+            each = sum(_bytes_of_case(self.problem.at(pool)) for pool in pools) / most
             count = max(WEIGHTS, min(most, int(self.memory / 2 / each)))
             drawn = []
-            for index in range(count):
+            for index, pool in enumerate(pools[:count]):
                 seed = derive(self.seed, self.problem, "field", width, small, index)
                 self.progress(f"drawing field {index + 1} of {count}")
+                problem = self.problem.at(pool)
                 try:
                     operands = steady(problem, width, seed, self.device.torch)
                 except ValueError:
@@ -151,12 +152,13 @@ class OpenLayer:
         """
         rng = random.Random(derive(self.seed, self.problem, "windows", tag))
         found = []
-        rows = cases[0].problem.m
         for index, item in enumerate(items):
             windows = max(1, -(-per_item // len(item.ms)))
             for m in item.ms:
-                each = -(-windows // len(cases))
-                for chosen in rng.sample(range(len(cases)), min(windows, len(cases))):
+                able = with_room(cases, m)
+                each = -(-windows // len(able))
+                for chosen in rng.sample(able, min(windows, len(able))):
+                    rows = cases[chosen].problem.m
                     first = rng.randint(0, rows - m)
                     for offset in window_offsets(rows, m, each, first):
                         found.append(Launch(chosen, offset, m, item.tactic, index))
@@ -498,6 +500,16 @@ class _Field:
 
     cases: list[Case]
     redraw: Redraw | None
+
+
+def field_rows(rows: int, count: int) -> list[int]:
+    """Rows of the pools of so many weights that launches of up to `rows` rows are spread over.
+
+    Answers cost as much as the rows they are of, so only one weight in four serves every m; each
+    serves the smallest.
+    """
+    least = min(rows, 2 * SMALL_M + SPARE_ROWS)
+    return [max(least, rows >> index % 4) for index in range(count)]
 
 
 def _bytes_of_case(problem: Problem) -> int:

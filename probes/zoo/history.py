@@ -89,3 +89,37 @@ class CountsItsCalls(Right):
     def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
         self.calls = (self.calls + 1) & 0x7FFF
         super().run(state, a, out, tactic)
+
+
+class RareOnTheDevice(Right):
+    """Counts launches of more than one row on the device, and at every `every`th writes one element
+    wrong; where `resets`, what the host calls begins at 0 again, so that only replays come so far.
+    """
+
+    def __init__(self, name: str, every: int, resets: bool = False) -> None:
+        super().__init__(name)
+        self.every = every
+        self.resets = resets
+        self.count: torch.Tensor | None = None
+
+    def run(self, state: Any, a: torch.Tensor, out: torch.Tensor, tactic: str) -> None:
+        super().run(state, a, out, tactic)
+        if out.shape[0] < 2:
+            return
+        if self.count is None:
+            self.count = torch.zeros(1, dtype=torch.int64, device=out.device)
+        if self.resets and not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.count.zero_()
+        self.count += 1
+        last = out[-1, -1:]
+        last.copy_(torch.where(self._fails(self.count), -last - 1, last))
+
+    def _fails(self, count: torch.Tensor) -> torch.Tensor:
+        return count % self.every == 0
+
+
+class CountsOnTheDevice(RareOnTheDevice):
+    """Counts its launches on the device, for a log, and none is wrong."""
+
+    def _fails(self, count: torch.Tensor) -> torch.Tensor:
+        return count < 0

@@ -29,7 +29,10 @@ _ROWS = "a row changes others"
 _QUANTISED = "a quantiser of its own"
 _OTHER = "another weight's answer"
 _COUNTED = "depends on how many calls there were"
+_ALPHA = "a dynamic global scale taken for a static one"
+_RARE = "a launch in thousands"
 _EFFECT = "side effect on the process"
+_AT_LENGTH = ("serial", "graph", "churn", "streams", "graph-streams", "threads", "mlp-chain")
 _WEIGHTS, _HISTORY, _EFFECTS = ("weights",), ("history",), ("effects",)
 SLOTS = (8, 60, 1024)
 WRAPS = 15
@@ -226,6 +229,30 @@ HOST = (
         ("weight-bits",),
     ),
     Mutant(
+        "zoo-alpha-of-the-weight",
+        _ALPHA,
+        "the activation's global scale that came first is kept with the weight",
+        quantiser.AlphaOfTheWeight,
+        _WEIGHTS,
+        activation="fp4",
+    ),
+    Mutant(
+        "zoo-alpha-of-the-plan",
+        _ALPHA,
+        "a plan for each weight and m keeps the activation's global scale that came first",
+        quantiser.AlphaOfThePlan,
+        _WEIGHTS,
+        activation="fp4",
+    ),
+    Mutant(
+        "zoo-alpha-of-the-pair",
+        "none: a scale kept with what it is of",
+        "the product of two global scales is kept for each activation",
+        quantiser.AlphaOfThePair,
+        passes=True,
+        activation="fp4",
+    ),
+    Mutant(
         "zoo-first-global-scale",
         _QUANTISED,
         "the quantiser keeps the first global scale",
@@ -312,6 +339,40 @@ HOST = (
         history.AnswersLateAfterAPause,
         _HISTORY,
         level="soak",
+    ),
+    Mutant(
+        "zoo-wrong-once-in-a-thousand",
+        _RARE,
+        "every 997th launch of more than one row has one wrong element",
+        partial(history.RareOnTheDevice, every=997),
+        _AT_LENGTH,
+        level="standard",
+    ),
+    Mutant(
+        "zoo-wrong-once-in-ten-thousand",
+        _RARE,
+        "every 9,973rd launch of more than one row has one wrong element",
+        partial(history.RareOnTheDevice, every=9973),
+        _AT_LENGTH,
+        devices=GPU,
+        level="standard",
+    ),
+    Mutant(
+        "zoo-replays-counted",
+        _RARE,
+        "the 5,003rd replay of a graph without a call between has one wrong element",
+        partial(history.RareOnTheDevice, every=5003, resets=True),
+        ("graph", "mlp-chain", "graph-streams"),
+        devices=GPU,
+        level="standard",
+    ),
+    Mutant(
+        "zoo-launches-counted",
+        "none: a counter on the device",
+        "launches are counted on the device, for a log",
+        partial(history.CountsOnTheDevice, every=997),
+        passes=True,
+        level="standard",
     ),
     Mutant(
         "zoo-seeds-torch",

@@ -111,3 +111,42 @@ class ScalesOfTheRowAbove(OwnQuantiser):
         scales = right.scales.clone()
         scales[2:] = right.scales[1:-1]
         return replace(right, scales=scales)
+
+
+class AlphaOfTheWeight(OwnQuantiser):
+    """Takes the activation's global scale that came first for one that belongs to the weight."""
+
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
+        return *super().prepare(weight, problem), []
+
+    def run(self, state: Any, a: Any, out: torch.Tensor, tactic: str) -> None:
+        *own, kept = state
+        if not kept:
+            kept.append(a.global_scale.clone())
+        super().run(own, replace(a, global_scale=kept[0]), out, tactic)
+
+
+class AlphaOfThePlan(AlphaOfTheWeight):
+    """Has a plan for each weight and m, with the activation's global scale that came first."""
+
+    def prepare(self, weight: Fp4Tensor, problem: Problem) -> Any:
+        *own, _ = super().prepare(weight, problem)
+        return *own, {}
+
+    def run(self, state: Any, a: Any, out: torch.Tensor, tactic: str) -> None:
+        *own, plans = state
+        scale = plans.setdefault(out.shape[0], a.global_scale.clone())
+        OwnQuantiser.run(self, own, replace(a, global_scale=scale), out, tactic)
+
+
+class AlphaOfThePair(OwnQuantiser):
+    """Right in everything: keeps the product of the two global scales for each activation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def run(self, state: Any, a: Any, out: torch.Tensor, tactic: str) -> None:
+        # The tensor is kept, so that no other has its address.
+        scale = self.kept.setdefault(id(a.global_scale), a.global_scale)
+        super().run(state, replace(a, global_scale=scale), out, tactic)

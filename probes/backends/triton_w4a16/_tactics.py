@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 from ...problem import Device, Problem
 
@@ -171,11 +170,11 @@ _TABLE: tuple[tuple[float, tuple[tuple[str, int, int, int, int, int], ...]], ...
     ),
 )
 
-# The same for a small m on SM90, with k-tiles a step: a wgmma is as narrow as 8 there, which halves
-# what is read of activations; and two k-tiles a step are waited for once. Untimed guesses.
-_NARROW: tuple[tuple[float, tuple[tuple[int, int, int, int, int, int], ...]], ...] = (
-    (8, ((8, 64, 4, 4, 2, 1), (8, 64, 4, 3, 2, 2))),
-    (16, ((16, 64, 4, 3, 2, 2),)),
+# For a small m on SM90 besides, with waves: a wgmma is as narrow as 8 there, which halves what is
+# read of activations; and two k-tiles a step are waited for once. Untimed guesses.
+_NARROW: tuple[tuple[float, tuple[tuple[TileConfig, int], ...]], ...] = (
+    (8, ((TileConfig("gemm", 8, 64), 2), (TileConfig("gemm", 8, 64, stages=3, deep=2), 2))),
+    (16, ((TileConfig("gemm", 16, 64, stages=3, deep=2), 2),)),
 )
 
 
@@ -187,16 +186,16 @@ def candidates(problem: Problem, device: Device) -> Iterator[TileConfig]:
     """
     rows = next(rows for most, rows in _TABLE if problem.m <= most)
     best = "tma" if (device.sm or 0) >= 90 and _has_descriptors() else "gemm"
-    wanted: list[tuple[Any, ...]] = [
-        (best if kind == "best" else kind, *row, 1) for kind, *row in rows
+    wanted = [
+        (TileConfig(best if kind == "best" else kind, bm, bn, 1, warps, stages), waves)
+        for kind, bm, bn, warps, stages, waves in rows
     ]
     if device.sm == 90 and _has_descriptors():
-        narrow = next((rows for most, rows in _NARROW if problem.m <= most), ())
-        wanted += [("gemm", *row) for row in narrow]
+        wanted += next((rows for most, rows in _NARROW if problem.m <= most), ())
     seen: set[TileConfig] = set()
-    for kernel, bm, bn, warps, stages, waves, deep in wanted:
-        split = splits(problem, device, bm, bn, waves)
-        config = TileConfig(kernel, bm, bn, split, warps, stages, deep=deep)
+    for config, waves in wanted:
+        split = splits(problem, device, config.bm, config.bn, waves)
+        config = replace(config, split=split)
         while config.shared() > shared_limit(device):
             config = replace(config, stages=config.stages - 1)
         if config.stages > 1 and config not in seen:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...launch.case import Call, Case, Launch, bind
+from ...launch.case import Call, Case, Launch, bind, with_room
 from ...launch.outcome import (
     CYCLES,
     Budget,
@@ -136,10 +136,12 @@ def rounds_of(
     rounds = [Together(tuple(chains), one_m=False)]
     by_m = list({(x.tactic, x.m): x for x in launches if x.m}.values())
     for launch in by_m[:: -(-len(by_m) // MOST_M) or 1]:
-        for weights in sorted({1, min(2, len(cases))}):
+        able = with_room(cases, launch.m)
+        place = able.index(launch.case)
+        for weights in sorted({1, min(2, len(able))}):
             lanes = []
             for lane in range(LANES):
-                chosen = replace(launch, case=(launch.case + lane % weights) % len(cases))
+                chosen = replace(launch, case=able[(place + lane % weights) % len(able)])
                 lanes.append((bind(backend, cases, _moved(cases, chosen, lane)),) * IN_A_ROW)
             rounds.append(Together(tuple(lanes), one_m=True))
     return rounds

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...check.sweep import Checker, Slot
+from ...check.sweep import Checker, Slot, slot
 from ...data.generator import hash_rows, mix
 from ...grouped.tensors import SIGNS, ExpertWeights
 from ...launch.case import Call, Case, Launch, bind, blame, prepared_activation, tensors
@@ -48,6 +48,8 @@ _LOADS = 4
 HELD = 10
 """Times a weight's own bytes that a backend may hold for it: fp32 takes 7.1, fp64 14."""
 _SLACK = 64 << 10
+_FACTORS = (4.0, 0.25, 2.0, 0.5, 1.0)
+"""Of a dynamic global scale: what another batch may bring."""
 _ONCE = 2
 """Weights that are prepared before memory is looked at: what is held once for all is there then."""
 
@@ -88,7 +90,8 @@ def smallest_of_each(launches: Sequence[Launch]) -> list[Launch]:
 def _in_turn(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
-    """A, B, A on one activation, whose answers with both are known, and on one's own each."""
+    """A, B, A on one activation, whose answers with both are known, and on one's own each; of an
+    activation in FP4 on the same codes under another global scale, too."""
     calls: list[Call] = []
     for launch in launches:
         budget.beat()
@@ -96,6 +99,8 @@ def _in_turn(
         own = bind(backend, cases, launch)
         calls += [own, other.call(backend, launch, own.activation)]
         calls += [bind(backend, cases, launch)]
+        if isinstance(cases[launch.case].operands.a, Fp4Tensor):
+            calls += [_rescaled(backend, cases[launch.case], launch), bind(backend, cases, launch)]
         if len(cases) > 1:
             swapped = replace(launch, case=(launch.case + 1) % len(cases))
             calls += [bind(backend, cases, swapped), bind(backend, cases, launch)]
@@ -144,6 +149,23 @@ def _prepared(backend: Backend, case: Case, index: int) -> _Prepared:
 def _sharing(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Prepared:
     """Another weight of the launch's shape, whose answer to the launch's activation is known."""
     return _prepared(backend, cases[launch.case], 1)
+
+
+def _rescaled(backend: Backend, case: Case, launch: Launch) -> Call:
+    """The launch on an activation of other global scale, a power of two away, whose answer is
+    that many times as large; of the same scale where no such answer is exact."""
+    rows = case.rows(launch.offset, launch.m)
+    assert isinstance(rows, Fp4Tensor)
+    window = case.expectation.window(launch.offset, launch.offset + launch.m)
+    factor = next(f for f in _FACTORS if _is_exact(window.lo, f) and _is_exact(window.hi, f))
+    scaled = replace(rows, global_scale=rows.global_scale * factor)
+    place = slot(window.lo * factor, window.hi * factor)
+    return bound(backend, case.state, launch, prepared_activation(backend, scaled), place)
+
+
+def _is_exact(values: torch.Tensor, factor: float) -> bool:
+    scaled = values * factor
+    return bool((scaled.isfinite() & (scaled / factor == values)).all())
 
 
 def _crowd(
