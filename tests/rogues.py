@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -165,6 +166,56 @@ class HoldsTheGil(Good):
     def run(self, state, a, out, tactic):
         if a.shape[0] == BAD_M:
             re.match("(a+)+$", "a" * 64 + "b")
+        super().run(state, a, out, tactic)
+
+
+# -- wrong where ranks add up what they have
+
+
+class FinishesLater(Good):
+    """Writes the last row of its former output once more, when it is called the next time."""
+
+    former = ()
+
+    def run(self, state, a, out, tactic):
+        for place, row in self.former:
+            place.copy_(row)
+        super().run(state, a, out, tactic)
+        self.former = [(out[-1], out[-1].clone())] if out.shape[0] else ()
+
+
+class WritesInAThread(Good):
+    """Returns before a thread of its own has written the output."""
+
+    def run(self, state, a, out, tactic):
+        def later():
+            time.sleep(0.05)
+            super(WritesInAThread, self).run(state, a, out, tactic)
+
+        threading.Thread(target=later).start()
+
+
+class LooksBack(Good):
+    """Right: keeps its former output, and only reads it."""
+
+    former = None
+
+    def run(self, state, a, out, tactic):
+        if self.former is not None:
+            self.former.sum()
+        super().run(state, a, out, tactic)
+        self.former = out
+
+
+class LeavesTheOther(Good):
+    """Ends its process at the third call."""
+
+    calls = 0
+
+    def run(self, state, a, out, tactic):
+        self.calls += 1
+        if self.calls == 3:
+            os._exit(7)
         super().run(state, a, out, tactic)
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..concurrent import collective
 from . import first_calls, scratch
 from .own_process import Question
 
 TASKS: dict[str, Callable[[Question], dict[str, Any]]] = {
     "first-calls": first_calls.answer,
     "scratch": scratch.answer,
+    "collective": collective.answer,
 }
 
 
