@@ -30,6 +30,7 @@ from .environment import environment_of
 from .evidence import earlier_failures
 from .evidence.kept import with_what_is_kept
 from .evidence.recorder import Recorder
+from .evidence.wording import known_sentence
 from .history import History, Recalled, tactics_of
 from .keys import bucket_key
 from .layer import Entrant, ProbedLayer
@@ -336,7 +337,7 @@ class Probe:
             known = recalled[layer.problem]
             recall.into(self.record, known, entrants)
             self.report.known.append(recall.origin(layer, entrants, known, self.ledger))
-        if said := recall.sentence(self.report.known):
+        if said := known_sentence(self.report.known):
             self.progress("layers", said)
 
     def _budgeted(self, layers: Layers) -> Layers:

@@ -27,8 +27,8 @@ from fp4tune.machine.device import Device
 from fp4tune.probes import registry
 from fp4tune.probes.backends import build_kernels, tactics
 from fp4tune.probes.data.families import draw, families
-from fp4tune.probes.formats import dequantise
-from fp4tune.probes.problem import DTYPES, Problem
+from fp4tune.probes.formats import DTYPES, dequantise
+from fp4tune.probes.problem import Problem
 from fp4tune.witness.rows import WatchedCall
 from fp4tune.witness.sources import HostCopy
 from fp4tune.witness.watcher import Unreadable, WatchSubject, Witness, WitnessOptions

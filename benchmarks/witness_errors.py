@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from _machine import machine, write
 
-from fp4tune.probes.formats import dequantise, quantise
-from fp4tune.probes.problem import DTYPES, NVFP4
+from fp4tune.probes.formats import DTYPES, dequantise, quantise
+from fp4tune.probes.problem import NVFP4
 from fp4tune.witness import limits, rows, vectors
 
 M = 64

@@ -14,6 +14,8 @@ import torch
 
 from .problem import Format, Fp4Tensor
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""torch's dtypes of 16-bit activations and outputs."""
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 GSF_NUMERATOR = E2M1_MAX * E4M3_MAX

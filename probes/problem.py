@@ -1,16 +1,18 @@
 """The words everything else is written in: formats, problems, FP4 tensors and devices.
 
 A *problem* is ``out(m, n) = alpha * A(m, k) @ B(n, k).T`` with an FP4 weight ``B``. Values here are
-plain data; drawing operands is `data`, numbers are `formats`, and running is `backends`. `Device`
-is the ground's, and named here for backends."""
+plain data, and need no torch; drawing operands is `data`, numbers are `formats`, and running is
+`backends`. `Device` is the ground's, and named here for backends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..machine.device import Device as Device
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ NVFP4 = Format("nvfp4", 16, "e4m3", True)
 MXFP4 = Format("mxfp4", 32, "e8m0", False)
 FORMATS = {f.name: f for f in (NVFP4, MXFP4)}
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OUT_DTYPES = ("bf16", "fp16")
 ACTIVATIONS = ("bf16", "fp4")
 
 
@@ -56,7 +58,7 @@ class Problem:
             raise ValueError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of bf16, fp4")
-        if self.out_dtype not in DTYPES:
+        if self.out_dtype not in OUT_DTYPES:
             raise ValueError(f"output dtype {self.out_dtype!r} is not one of bf16, fp16")
         if self.groups < 1:
             raise ValueError(f"groups must be at least 1, not {self.groups}")
@@ -71,7 +73,9 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """The output's torch dtype, and the activation's in W4A16."""
-        return DTYPES[self.out_dtype]
+        import torch  # takes seconds, and who reads what is stored needs none
+
+        return torch.bfloat16 if self.out_dtype == "bf16" else torch.float16
 
     def at(self, m: int) -> Problem:
         """The same problem with another m."""

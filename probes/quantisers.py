@@ -27,10 +27,10 @@ from .check.sweep import bytes_of
 from .data.activations import ACTIVATIONS as DATA
 from .data.blocks import normal_matrix
 from .data.generator import stream_key
-from .formats import GSF_NUMERATOR, decode_scale, encode_e2m1, quantise, unpack
+from .formats import DTYPES, GSF_NUMERATOR, decode_scale, encode_e2m1, quantise, unpack
 from .launch.timing import Sampler
 from .layouts import padded, unswizzle_8x4, unswizzle_128x4
-from .problem import DTYPES, FORMATS, Device, Format
+from .problem import FORMATS, Device, Format
 from .regimes.memory.allocator import FreeMemory
 from .seeds import derive
 

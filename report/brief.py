@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..autotune.choice.rank import FLOORS, time_of
-from ..autotune.evidence.wording import assurance
-from ..autotune.plan import Report
-from ..autotune.stages import recall
+from ..autotune.evidence.wording import assurance, known_sentence
 from ..cache import facts_text
 from ..cache.decision import Decision
 from ..cache.rows import BucketKey, Candidate, Choice, Finding
 from ..engines import names
 from .numbers import ratio
 from .wording import range_text, size_text, weights_text
+
+if TYPE_CHECKING:
+    from ..autotune.plan import Report
 
 LINES = 10
 _DOES = {
@@ -233,7 +234,7 @@ def _budget_lines(report: Report) -> list[str]:
 
 
 def _kept_line(report: Report, status: Mapping[str, Any]) -> str:
-    known = recall.sentence(report.known)
+    known = known_sentence(report.known)
     more = f"; {known}" if known else ""
     return (
         f"kept in {status['state']} as generation {report.generation}, run {report.run}: "

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..autotune import checkpoint_check
 from ..autotune.choice import layouts
 from ..autotune.choice.single import experts_layers
 from ..autotune.evidence.wording import witnessed
-from ..autotune.plan import Report
 from ..autotune.publication import published
 from ..autotune.verdict.profiles import PROFILES
 from ..autotune.verdict.statistics import failure_bound
@@ -24,6 +23,9 @@ from ..cache.rows import Candidate, Finding, Forgotten, Run, Timing, Where
 from ..engines import names
 from ..probes.problem import Problem
 from ..words import experts_key
+
+if TYPE_CHECKING:
+    from ..autotune.plan import Report
 
 
 def place_of(state_dir: Path | None) -> Path:

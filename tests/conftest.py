@@ -26,16 +26,24 @@ settings.load_profile("fp4tune")
 FIRST = (
     "test_probe.py",
     "test_zoo.py",
-    "test_docs.py",
-    "test_backends.py",
-    "test_audit_ledger.py",
-    "test_triton_w4a16.py",
+    "test_experts_zoo.py",
     "test_reproduce.py",
     "test_daemon.py",
+    "test_docs.py",
+    "test_audit_ledger.py",
+    "test_forget.py",
+    "test_schemas.py",
+    "test_checkpoint_layers.py",
+    "test_triton_w4a16.py",
     "test_known.py",
+    "test_first_hour.py",
+    "test_backends.py",
+    "test_experts_probe.py",
     "test_budget.py",
+    "test_tutorial.py",
 )
-"""The longest files: begun first, so that the last ones are short."""
+"""The longest files, by the processors' time that they take: begun first, so that the last ones are
+short. It needs xdist's ``--no-loadscope-reorder``, as the Makefile has it."""
 
 
 # What a level's time on a CPU reaches is shown in test_budget; elsewhere it would be waited for.
@@ -86,6 +94,16 @@ def own_state(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "_own", ())
     monkeypatch.setattr(reader, "_readers", [])
     return tmp_path / "state"
+
+
+@pytest.fixture(scope="module")
+def brief_quick():
+    """``--level quick`` as `levels.brief` has it, for commands that run in this process."""
+    import levels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(levels.LEVELS, "quick", levels.brief())
+        yield
 
 
 Make = Callable[[Path], object]

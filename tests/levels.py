@@ -23,3 +23,9 @@ HOST = (
 def launches_only(without: tuple[str, ...] = ()) -> Level:
     """``quick`` with every regime of how launches are made, but for those in `without`."""
     return replace(LEVELS["quick"], without=(*without, *HOST))
+
+
+def brief() -> Level:
+    """What ``quick`` does, without the regimes of the host: for tests in which verdicts are made,
+    and not doubted."""
+    return launches_only(LEVELS["quick"].without)

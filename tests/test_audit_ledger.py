@@ -15,7 +15,6 @@ from test_probe import make_plan
 from typer.testing import CliRunner
 
 from fp4tune.autotune.evidence import audits
-from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
 from fp4tune.autotune.stages import audit as auditing
@@ -69,7 +68,7 @@ def backend(tmp_path, libraries):
 
 
 def quick(specs: list[str], max_m: int):
-    return replace(make_plan([*specs, "torch-dequant"], max_m), level=LEVELS["quick"])
+    return make_plan([*specs, "torch-dequant"], max_m)
 
 
 def probed(spec: str, place: Path):

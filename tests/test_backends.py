@@ -20,7 +20,8 @@ from fp4tune.probes.backends import DEFAULT_TACTIC, build_kernels, tactics
 from fp4tune.probes.backends.torch.compiled import TorchCompile
 from fp4tune.probes.backends.torch.dequant import Resident, torch_dequant, torch_dequant_w4a4
 from fp4tune.probes.decoding import Decoder, scale_table
-from fp4tune.probes.problem import DTYPES, FORMATS, MXFP4, NVFP4, Device, Fp4Tensor, Problem
+from fp4tune.probes.formats import DTYPES
+from fp4tune.probes.problem import FORMATS, MXFP4, NVFP4, Device, Fp4Tensor, Problem
 
 CPU = Device("cpu")
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]

@@ -62,7 +62,7 @@ def test_layers_keep_their_own_format_beside_others(tmp_path):
     assert not any(activation == "fp4" for n, _, activation in made if n != 128)
 
 
-def test_a_checkpoint_is_probed_on_a_cpu(tmp_path):
+def test_a_checkpoint_is_probed_on_a_cpu(tmp_path, brief_quick):
     tensors = nvfp4("model.layers.0.mlp.down_proj", 64, 128, static=False)
     tensors |= nvfp4("model.layers.0.mlp.mystery", 64, 128)
     place = write(tmp_path / "c", tensors, {**LLAMA, "hidden_size": 64, "intermediate_size": 128})

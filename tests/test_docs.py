@@ -99,7 +99,7 @@ def run_cli(*args: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def probed(tmp_path_factory) -> tuple[Path, dict]:
+def probed(tmp_path_factory, brief_quick) -> tuple[Path, dict]:
     """The examples, really probed on the CPU: (state directory, the report's document)."""
     place = tmp_path_factory.mktemp("state")
     specs = ("plain.py:Plain", "plain.py:PlainW4A4", "broken.py:Tail", "broken.py:Scratch")

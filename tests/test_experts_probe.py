@@ -26,7 +26,7 @@ def fp4tune(*args):
 
 
 @pytest.fixture(scope="module")
-def probed(tmp_path_factory):
+def probed(tmp_path_factory, brief_quick):
     """(state directory, document) of a probe of a small layer."""
     from fp4tune.probes.bundle.closure import PACKAGE
 

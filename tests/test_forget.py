@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import replace
 
 import pytest
-from levels import launches_only
+from levels import brief
 from test_known import BACKEND, PRINT, SHAPES, Store, earlier_failures, make_plan, run
 
 from commands import call
@@ -106,7 +106,7 @@ def probed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         specs = [f"{file}:It" for file in files.values()]
-        plan = make_plan(SHAPES, specs, level=launches_only())
+        plan = make_plan(SHAPES, specs, level=brief())
         yield place / "state", plan, run(plan, place / "state")
 
 

@@ -31,7 +31,7 @@ from fp4tune.probes.launch.variants import variant
 from fp4tune.probes.problem import MXFP4, NVFP4, Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.regimes.host import own_process, scratch
-from fp4tune.probes.regimes.host import weights as crowd
+from fp4tune.probes.regimes.host import weights as crowding
 from fp4tune.probes.regimes.host.own_process import NoAnswer, Question
 from fp4tune.probes.regimes.memory.addresses import ALIGNMENTS, aligned, allowed, output_at
 from fp4tune.probes.regimes.plain.own_quantiser import judge
@@ -45,12 +45,6 @@ CPU = torch.device("cpu")
 PROBLEM = Problem("nvfp4", 24, 96, 128)
 W4A4 = Problem("nvfp4", 24, 96, 128, "fp4")
 SHORT = Budget(1, 2, 0.01)
-
-
-@pytest.fixture(autouse=True)
-def a_crowd_has_time(monkeypatch):
-    """How large the crowd gets is said; here it is to get as large as any."""
-    monkeypatch.setattr(crowd, "_SMALL_SECONDS", 60.0)
 
 
 def run(regime: str, backend: Any, ms=(0, 1, 2, 7), problem: Problem = PROBLEM, budget=SHORT):
@@ -77,6 +71,12 @@ def test_a_variants_answer_is_its_weights_own(index, offset):
     checker = Checker([place])
     checker.sweep()
     assert checker.reports()[0].clean
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A crowd has its time however busy this machine is."""
+    monkeypatch.setattr(crowding, "_SMALL_SECONDS", 60.0)
 
 
 def test_the_crowd_is_larger_than_any_table():

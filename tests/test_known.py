@@ -18,11 +18,13 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import brief
 
 from fp4tune.autotune.agreement import Agreement
 from fp4tune.autotune.budget import SLOWER
 from fp4tune.autotune.evidence import earlier_failures as failures
 from fp4tune.autotune.evidence.recorder import Recorder, Tally
+from fp4tune.autotune.evidence.wording import known_sentence
 from fp4tune.autotune.history import History, covers
 from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.levels import LEVELS
@@ -30,7 +32,6 @@ from fp4tune.autotune.plan import Plan, Report
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.probed import Done, probed
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.stages import recall
 from fp4tune.autotune.verdict.buckets import ranges
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import quarantine
@@ -366,7 +367,7 @@ def probes(tmp_path_factory):
         file.write_text(textwrap.dedent(BACKEND.format(name=name, wrong=name == "wrong")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        plan = make_plan(SHAPES, [f"{file}:It" for file in files.values()])
+        plan = make_plan(SHAPES, [f"{file}:It" for file in files.values()], level=brief())
         reports = [run(plan, place / "state"), run(replace(plan, seed=6), place / "state")]
         files["wrong"].write_text(files["wrong"].read_text() + "\n# another build\n")
         reports.append(run(replace(plan, seed=7), place / "state"))
@@ -385,9 +386,9 @@ def test_the_second_probe_measures_nothing_and_says_the_same(probes):
     assert told(two) == told(one) and two.generation == one.generation
     assert [row["times"] for row in two.known] == [one.run, one.run]
     assert {b["run"] for row in two.known for b in row["known"]} == {one.run}
-    said = recall.sentence(two.known)
+    said = known_sentence(two.known)
     assert said.startswith(f"2 of 2 layers known from run {one.run} (2") and "measured 0" in said
-    assert not recall.sentence(one.known)
+    assert not known_sentence(one.known)
 
 
 def test_findings_and_times_survive(probes):
@@ -409,7 +410,7 @@ def test_a_backend_that_changed_is_measured_again_and_all_are_timed_beside_it(pr
     assert [row["measured"] for row in third.known] == [["wrong"], ["wrong"]]
     prints = [{c.fingerprint for c in r.candidates if c.backend == "wrong"} for r in (one, third)]
     assert prints[0] != prints[1]
-    said = recall.sentence(third.known)
+    said = known_sentence(third.known)
     assert said.startswith("0 of 2 layers known") and "timed only" in said
 
 

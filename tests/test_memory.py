@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import launches_only
+from levels import brief
 from scripted import scripted
 from test_known import SHAPES, make_plan, run
 
@@ -94,7 +94,7 @@ def test_a_backend_without_memory_is_neither_safe_nor_at_fault(tmp_path, monkeyp
         hungry(tmp_path, "at-times", run=f"a.shape[0] > 2 and {TAKES}"),
         hungry(tmp_path, "in-numpy", run="bytearray(1 << 60)"),
     ]
-    plan = make_plan(SHAPES[:1], specs, level=launches_only())
+    plan = make_plan(SHAPES[:1], specs, level=brief())
     plan = replace(plan, problems=tuple(p.at(4) for p in plan.problems))
     report = run(plan, tmp_path / "state")
     assert not report.findings

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import rogues
-from levels import launches_only
+from levels import brief
 from stores import gone, spawn
 
 from fp4tune.autotune import request as planning
@@ -68,7 +68,7 @@ def make_plan(backends, max_m: int, **other) -> Plan:
         target=devices.cpu(),
         backends=planning.backends(backends),
         problems=planning.problems(layers, ["nvfp4"], ["bf16"], "bf16", max_m),
-        level=launches_only(),
+        level=brief(),
         profile=PROFILES["strict"],
         seed=5,
         argv=("probe",),

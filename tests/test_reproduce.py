@@ -11,12 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from levels import launches_only
+from levels import brief
 from typer.testing import CliRunner
 
 from fp4tune import cli
 from fp4tune.autotune import reproduce as again
-from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.verdict.profiles import PROFILES
@@ -44,7 +43,7 @@ def found(tmp_path_factory) -> tuple[Path, list[Finding]]:
             target=devices.cpu(),
             backends=(SWAPPED, SHARED, DIES, MODIFIES, RARE),
             problems=(Problem("nvfp4", 2, N, K),),
-            level=launches_only(LEVELS["quick"].without),
+            level=brief(),
             profile=PROFILES["strict"],
             seed=20,
             hang_seconds=60.0,

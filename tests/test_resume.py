@@ -17,7 +17,7 @@ from contextlib import closing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import launches_only
+from levels import brief, launches_only
 from test_known import BACKEND, SHAPES, make_plan, run
 
 from fp4tune.autotune import steps
@@ -137,18 +137,18 @@ def test_what_was_launched_at_length_is_not_launched_again(files, tmp_path, monk
 
 def test_another_question_does_not_go_on(files, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plan = make_plan(SHAPES[:1], files[:1], level=launches_only())
+    plan = make_plan(SHAPES[:1], files[:1], level=brief())
     assert not stopped_at(plan, tmp_path, 3)
     with Ledger.open(tmp_path) as ledger:
         assert ledger.steps()
-    other = make_plan(SHAPES[:1], files[:1], level=launches_only(), seed=6, seed_given=True)
+    other = make_plan(SHAPES[:1], files[:1], level=brief(), seed=6, seed_given=True)
     assert not stopped_at(other, tmp_path, 3)
     assert max(finished(tmp_path).values()) == 2
 
 
 def test_a_failure_before_the_kill_counts_though_nothing_else_does(files, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plan = make_plan(SHAPES[:1], files[1:], level=launches_only())
+    plan = make_plan(SHAPES[:1], files[1:], level=brief())
     assert not stopped_at(plan, tmp_path, 2)
     other = make_plan(SHAPES[:1], files[1:], seed=6, seed_given=True)
     with Ledger.open(tmp_path) as ledger:

@@ -60,7 +60,7 @@ def test_a_document_that_is_not_what_is_said_is_found_out():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, brief_quick):
     """A small real probe on the CPU."""
     place = tmp_path_factory.mktemp("state")
     done = call(

@@ -38,7 +38,7 @@ COMMANDS = [line for line in fenced("console") if line.startswith("fp4tune ")]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, brief_quick):
     """A checkpoint, engines beside us, and stores as of an H200 by profile."""
     root = tmp_path_factory.mktemp("tutorial")
     tensors = nvfp4("model.layers.0.mlp.down_proj", 64, 512, static=False)

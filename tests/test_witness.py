@@ -10,9 +10,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fp4tune.probes.formats import dequantise, quantise
+from fp4tune.probes.formats import DTYPES, dequantise, quantise
 from fp4tune.probes.layouts import swizzle
-from fp4tune.probes.problem import DTYPES, FORMATS, Fp4Tensor
+from fp4tune.probes.problem import FORMATS, Fp4Tensor
 from fp4tune.witness import limits, rows, vectors
 from fp4tune.witness.groups import WIDEST, groups_of
 

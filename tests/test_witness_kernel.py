@@ -15,9 +15,9 @@ TWIN = """
 import json, random, sys
 import torch
 from dataclasses import replace
-from fp4tune.probes.formats import dequantise, quantise
+from fp4tune.probes.formats import DTYPES, dequantise, quantise
 from fp4tune.probes.layouts import swizzle
-from fp4tune.probes.problem import DTYPES, FORMATS
+from fp4tune.probes.problem import FORMATS
 from fp4tune.witness import here, launch, limits, rows, vectors
 
 torch.set_num_threads(1)

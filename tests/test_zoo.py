@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from levels import brief
 from typer.testing import CliRunner
 
 from fp4tune import cli, errors
@@ -185,12 +186,18 @@ def test_each_is_looked_for_at_its_level():
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> dict:
-    """The document of one self-test, and what it left in the user's state."""
+    """The document of one self-test, and what it left in the user's state; of fewer regimes than a
+    user's, which the tests above have for each mutant."""
     place = tmp_path_factory.mktemp("selftest")
+    fewer = brief().without
+    strict = selftest.PROFILES["strict"]
+    asked = tuple(name for name in strict.required if name not in fewer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("FP4TUNE_STATE", str(place / "state"))
         patch.setenv("TMPDIR", str(place))
+        patch.setattr(selftest, "LEVEL", replace(selftest.LEVEL, without=fewer))
+        patch.setitem(selftest.PROFILES, "strict", replace(strict, required=asked))
         done = command("--json", *(word for name in SHOWN for word in ("--mutant", name)))
     assert done.exit_code in (errors.SAFE, errors.UNSAFE, errors.NOT_ASSESSED), done.exception
     (document,) = json.loads(done.stdout)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import printable
-from ..probes.problem import DTYPES, Fp4Tensor, Problem
+from ..probes.formats import DTYPES
+from ..probes.problem import Fp4Tensor, Problem
 from . import operator, process
 from .forms import weight_of
 from .sources import Weight, WeightSource

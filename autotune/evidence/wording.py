@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,3 +107,42 @@ def assurance(choices: Sequence[Choice]) -> str:
     weakest = choices[max(known, key=lambda number: known[number])]
     b = weakest.bucket
     return f"least sure of the choices, {weakest.backend}: {shown(weakest.bounds, b.m_lo, b.m_hi)}"
+
+
+def known_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much of a probe was known, in a line; empty where nothing was."""
+    said = [text for text in (_layers_known(rows), _steps_taken_up(rows)) if text]
+    return "; ".join(said)
+
+
+def _layers_known(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not any(row["known"] for row in rows):
+        return ""
+    whole = [row for row in rows if not row["measured"] and row["times"] is not None]
+    sources = {known["run"]: known["at"] for row in rows for known in row["known"]}
+    days = {run: time.strftime("%Y-%m-%d", time.gmtime(at or 0)) for run, at in sources.items()}
+    named = [f"{run} ({day})" for run, day in days.items()]
+    origin = f"run {named[0]}" if len(named) == 1 else f"runs {', '.join(named[:3])}"
+    if len(named) > 3:
+        origin += f" and {len(named) - 3} more"
+    text = f"{len(whole)} of {len(rows)} layers known from {origin}, "
+    text += f"measured {len(rows) - len(whole)}"
+    partly = sum(len(row["known"]) for row in rows if row not in whole)
+    if partly:
+        text += f" (where {partly} backends were known and timed only)"
+    return text
+
+
+def _steps_taken_up(rows: Sequence[Mapping[str, Any]]) -> str:
+    parts = [part for row in rows for part in row["resumed"]]
+    if not parts:
+        return ""
+    runs = list(dict.fromkeys(run for part in parts for run in part["runs"]))
+    origin = f"run {runs[0]}" if len(runs) == 1 else f"{len(runs)} runs"
+    count = sum(part["steps"] for part in parts)
+    return f"went on after {count} steps that {origin} had finished of {_many(rows)}"
+
+
+def _many(rows: Sequence[Mapping[str, Any]]) -> str:
+    count = sum(bool(row["resumed"]) for row in rows)
+    return "a layer" if count == 1 else f"{count} layers"

@@ -7,8 +7,6 @@ from functools import lru_cache
 from math import ceil, comb, expm1, inf, log1p, sqrt
 from statistics import fmean, median, stdev
 
-from scipy.special import betaincinv, stdtrit
-
 __all__ = [
     "DEFAULT_CONFIDENCE",
     "confident",
@@ -69,6 +67,8 @@ def mean_interval(values: Sequence[float], confidence: float) -> tuple[float, fl
 @lru_cache(maxsize=4096)
 def t_quantile(probability: float, freedom: int) -> float:
     """The t that Student's distribution of `freedom` degrees stays below with `probability`."""
+    from scipy.special import stdtrit  # a second, which who only reads what is stored does not pay
+
     return float(stdtrit(freedom, probability))
 
 
@@ -87,6 +87,8 @@ def upper(failures: int, trials: int, confidence: float = DEFAULT_CONFIDENCE) ->
         return 1.0
     if failures == 0:
         return -expm1(log1p(-confidence) / trials)
+    from scipy.special import betaincinv  # a second, too
+
     return float(betaincinv(failures + 1, trials - failures, confidence))
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from ..problem import DTYPES, FORMATS, NVFP4, Device, Fp4Tensor, Problem
+from ..formats import DTYPES
+from ..problem import FORMATS, NVFP4, Device, Fp4Tensor, Problem
 from . import DEFAULT_TACTIC, _call_sources
 from ._humming import (
     DISTRIBUTION,

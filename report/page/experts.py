@@ -1,4 +1,4 @@
-"""Routed experts: one backend for a model, and the times of each bucket of tokens by routing law."""
+"""Routed experts: one backend for a model, and times by bucket of tokens and by routing law."""
 
 from __future__ import annotations
 

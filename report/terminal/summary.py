@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ...autotune.evidence import audits
-from ...autotune.plan import Report
+from ...autotune.evidence.wording import known_sentence
 from ...autotune.publication import published
-from ...autotune.stages import recall
 from ...cache import state
 from ...cache.experts import layer_words
 from ...cache.rows import Timing
@@ -24,6 +23,9 @@ from .console import console, styled, table
 from .experts import law_lines, single_lines
 from .findings import print_finding, print_findings
 from .tables import print_backends, print_bounds, print_choices, print_reasons
+
+if TYPE_CHECKING:
+    from ...autotune.plan import Report
 
 _MOST_NOTES = 6
 
@@ -46,7 +48,7 @@ def print_probe(report: Report) -> None:
     _print_left(out, report.left)
     print_reasons(out, "Did not load or build", report.broken)
     print_reasons(out, "Cannot run here", report.unsupported)
-    if said := [*report.set_aside, *filter(None, [recall.sentence(report.known)])]:
+    if said := [*report.set_aside, *filter(None, [known_sentence(report.known)])]:
         out.print()
     for sentence in said:
         out.print(sentence)

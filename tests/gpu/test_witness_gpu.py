@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from fp4tune.probes.formats import dequantise, quantise
+from fp4tune.probes.formats import DTYPES, dequantise, quantise
 from fp4tune.probes.layouts import swizzle
-from fp4tune.probes.problem import DTYPES, NVFP4, Problem
+from fp4tune.probes.problem import NVFP4, Problem
 from fp4tune.witness import here, launch, limits, rows, vectors
 from fp4tune.witness.confirm import FAULT
 from fp4tune.witness.sources import host_copy

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from ...decoding import Decoder
-from ...problem import DTYPES, Device, Fp4Tensor, Problem
+from ...formats import DTYPES
+from ...problem import Device, Fp4Tensor, Problem
 from .. import DEFAULT_TACTIC, Backend
 
 TACTIC_DTYPES = {"fp32": torch.float32, **DTYPES}

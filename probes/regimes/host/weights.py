@@ -30,7 +30,7 @@ from ...launch.outcome import (
     wait,
 )
 from ...launch.variants import Variant, same_place, variant
-from ...problem import Problem
+from ...problem import Fp4Tensor, Problem
 from ..leaks import live_bytes
 from .small import small_problem
 
