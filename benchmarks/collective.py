@@ -24,7 +24,7 @@ from _machine import machine
 from fp4tune.autotune.verdict.buckets import ranges
 from fp4tune.probes.backends import build_kernels, tactics
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.regimes.concurrent.collective import run_ranks
+from fp4tune.probes.regimes.host.collective import run_ranks
 from fp4tune.probes.regimes.host.own_process import Question
 from fp4tune.probes.registry import load_one
 

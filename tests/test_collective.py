@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp4tune.probes.problem import Problem
-from fp4tune.probes.regimes.concurrent.collective import ALONE, run_ranks
+from fp4tune.probes.regimes.host.collective import ALONE, run_ranks
 from fp4tune.probes.regimes.host.own_process import Question
 
 ROGUES = Path(__file__).parent / "rogues.py"

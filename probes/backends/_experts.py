@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,8 +72,7 @@ def marlin_block(tokens: int, top_k: int, groups: int) -> int:
 
 
 @functools.cache
-def _kernel() -> Callable[..., Any]:
+def _kernel() -> Any:
     from ._experts_triton import localise
 
-    launcher: Any = localise
-    return launcher
+    return localise

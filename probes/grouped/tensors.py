@@ -40,8 +40,8 @@ class Fp4Stack:
 
     def inner(self, shift: int, n: int) -> Fp4Stack:
         """With the rows of gates moved down by `shift`, and those of ups; each has n rows."""
-        parts = (_by_parts(each, shift, n) for each in (self.codes, self.scales))
-        return Fp4Stack(self.format, *parts, self.global_scale)
+        codes, scales = (_by_parts(each, shift, n) for each in (self.codes, self.scales))
+        return Fp4Stack(self.format, codes, scales, self.global_scale)
 
     def clone(self) -> Fp4Stack:
         parts = (self.codes.clone(), self.scales.clone(), self.global_scale.clone())

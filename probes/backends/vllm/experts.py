@@ -300,8 +300,8 @@ def _nvfp4(
         return stack.codes, stack.scales.view(torch.float8_e4m3fn), stack.global_scale
 
     given = (*of(weights.w13), *of(weights.w2))
-    made = parts.nvfp4(layer, *given, is_act_and_mul=problem.act.gated)
-    return VllmMatrices(*made[:3], None), VllmMatrices(*made[3:], None)
+    w13, s13, g13, w2, s2, g2 = parts.nvfp4(layer, *given, is_act_and_mul=problem.act.gated)
+    return VllmMatrices(w13, s13, g13, None), VllmMatrices(w2, s2, g2, None)
 
 
 def _mxfp4(

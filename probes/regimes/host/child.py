@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..concurrent import collective
-from . import first_calls, scratch
+from . import collective, first_calls, scratch
 from .own_process import Question
 
 TASKS: dict[str, Callable[[Question], dict[str, Any]]] = {

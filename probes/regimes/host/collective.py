@@ -36,7 +36,7 @@ from ...launch.case import blame, case, prepared_activation
 from ...launch.outcome import capture, wait
 from ...registry import load_one
 from ...seeds import derive
-from ..host.own_process import SECONDS, NoAnswer, Question, ask
+from .own_process import SECONDS, NoAnswer, Question, ask
 
 RANKS = 2
 ALONE = "a collective needs two GPUs of one host, and this probe has one"
