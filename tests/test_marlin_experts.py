@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from emulator import marlin as emulated
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from fp4tune.probes import registry
 from fp4tune.probes.backends._experts import MARLIN_BLOCKS, localised, marlin_block
-from fp4tune.probes.backends.sglang_marlin import _build, experts
+from fp4tune.probes.backends.sglang_marlin import _build, _triton_files, experts
 from fp4tune.probes.backends.sglang_marlin._experts_layout import (
     padded_sizes,
     permute_bias,
@@ -54,7 +56,8 @@ def kernels(monkeypatch):
         gate, up = h13[:, :n].float().clamp(max=limit), h13[:, n:].float().clamp(-limit, limit)
         out.copy_(gate * torch.sigmoid(alpha * gate) * (up + beta))
 
-    monkeypatch.setattr(experts, "_oai", lambda: {"split": split})
+    small = {"oai": split, "align": emulated.align_small}
+    monkeypatch.setattr(experts, "triton_functions", lambda problem, sm: small)
     return made
 
 
@@ -137,11 +140,14 @@ batches = st.tuples(
 ).filter(lambda s: s[2] <= s[1])
 
 
-def layer(p, tactic="default"):
+def layer(p):
     """What alignment needs of a layer."""
     no = torch.empty(0)
     stack = experts.MarlinStack(no, no, no, no)
-    calls = {"routing": emulated.Experts().load("routing", 90)}
+    calls = {
+        "routing": emulated.Experts().load("routing", 90),
+        "triton": {"align": emulated.align_small},
+    }
     return experts.MarlinLayer(p, stack, stack, calls, 90, emulated.SMS, p.n, p.k, no, no)
 
 
@@ -277,6 +283,30 @@ def test_one_formats_kernels_stay_in_the_table_of_experts():
         assert _build.cut_table(table, kernels).split() == [f"{kernels}_GET_IF(host::kFE2M1f)"]
     with pytest.raises(ValueError, match="2 times"):
         _build.cut_table(table + "NVFP4_GET_IF(host::kFE2M1f)\n", "NVFP4")
+
+
+def test_a_file_of_sglangs_is_loaded_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "sglang"
+    for folder in (_build.MARLIN, "include"):
+        (package / "kernels" / "jit" / folder).mkdir(parents=True)
+    for source in (_build.GEMM_SOURCE, _build.REPACK_SOURCE):
+        (package / "kernels" / "jit" / _build.MARLIN / source).touch()
+    place = package / "kernels" / "ops" / "moe" / "moe_align_small_numel.py"
+    place.parent.mkdir(parents=True)
+    place.write_text(
+        "from sglang.kernels.jit.utils import is_arch_support_pdl\n"
+        "def moe_align_small_numel(): return is_arch_support_pdl()\n"
+    )
+    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for sm in (80, 90):
+        assert _triton_files.function(_triton_files.SMALL, sm)() is (sm == 90)
+    assert not [name for name in sys.modules if name.partition(".")[0] == "sglang"]
+    many, few = problem(groups=64), problem(groups=63)
+    assert set(experts.triton_functions(many, 90)) == {"align"}
+    assert not experts.triton_functions(few, 90)
+    with pytest.raises(RuntimeError, match="minimax_m3_swiglu"):
+        _triton_files.function(_triton_files.OAI, 90)
 
 
 def test_a_unit_exports_the_specialisation_that_sglang_calls():

@@ -97,7 +97,7 @@ sizes = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 8192))
 def test_no_tile_is_offered_that_vllm_would_refuse(size, format_, sm):
     n, k, m = size
     p = problem(format=format_, n=64 * n, k=128 * k, m=m)
-    padded_n, padded_k = experts._sizes(p)
+    padded_n, padded_k = experts._vllm_sizes(p)
     for tactic in experts.VllmMarlinExperts().tactics(p, Device("cuda", sm)):
         how = experts.VllmTactic.of(tactic, experts.marlin_block(m, p.top_k, p.groups))
         if how.thread_k == -1:

@@ -44,7 +44,7 @@ def up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def padded(x: torch.Tensor, shards: int, rows: int, columns: int) -> torch.Tensor:
+def padded_shards(x: torch.Tensor, shards: int, rows: int, columns: int) -> torch.Tensor:
     """(experts, shards * r, c) with zeros up to (experts, shards * rows, columns)."""
     experts, before, c = x.shape
     parts = x.reshape(experts, shards, before // shards, c)

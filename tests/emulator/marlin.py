@@ -256,6 +256,16 @@ def align(
     count[0] = at
 
 
+def align_small(
+    ids: torch.Tensor, buckets: int, block: int, slots: torch.Tensor, experts: torch.Tensor,
+    count: torch.Tensor, *, write_inactive_prefix_count: bool,
+) -> None:  # fmt: skip
+    """``moe_align_small_numel``: as `align`, but behind what is used nothing is written."""
+    _need(ids.numel() <= 64 and count.numel() == 1 + write_inactive_prefix_count, "few slots")
+    align(ids, buckets, block, slots, experts, count, torch.empty(buckets + 1), True)
+    slots[int(count[0]) :] = GARBAGE
+
+
 def align_one(
     ids: torch.Tensor, slots: torch.Tensor, experts: torch.Tensor, count: torch.Tensor, block: int
 ) -> None:

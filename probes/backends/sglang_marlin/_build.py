@@ -42,7 +42,7 @@ EXPERTS_SOURCE = "moe_wna16_marlin.cuh"
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class KernelUnit:
     """What is built at once: functions of some of SGLang's files, exported under names.
 
     sources    the files, below SGLang's kernels
@@ -64,29 +64,31 @@ def experts_unit(gemm: int, kernels: str, parallel: bool, biased: bool) -> str:
     return f"{kernels}_experts{gemm}{'_ep' if parallel else ''}{'_bias' if biased else ''}"
 
 
-def _experts(gemm: int, kernels: str, parallel: bool, biased: bool) -> Unit:
+def _experts_kernels(gemm: int, kernels: str, parallel: bool, biased: bool) -> KernelUnit:
     # Expert parallelism, biases, sorted blocks, inactive rows set to zero, a count of those.
     chosen = (parallel, biased, not parallel, gemm == 2, not parallel)
     arguments = ", ".join(["bf16_t", *(str(each).lower() for each in chosen)])
     name = "moe_wna16_marlin_gemm"
-    return Unit((EXPERTS / EXPERTS_SOURCE,), {name: f"{name}<{arguments}>"}, kernels.upper())
+    return KernelUnit((EXPERTS / EXPERTS_SOURCE,), {name: f"{name}<{arguments}>"}, kernels.upper())
 
 
 _GEMM = (MARLIN / GEMM_SOURCE,)
 _ROUTING = (CSRC / "moe" / "moe_align_kernel.cu", CSRC / "moe" / "align_single_token.cuh")
 _ACTIVATION = CSRC / "elementwise" / "activation.cuh"
 UNITS = {
-    "gemm_bf16": Unit(_GEMM, {"gptq_marlin_gemm": "gptq_marlin_gemm<bf16_t>"}, "FP4"),
-    "gemm_fp16": Unit(_GEMM, {"gptq_marlin_gemm": "gptq_marlin_gemm<fp16_t>"}, "FP4"),
-    "repack": Unit((MARLIN / REPACK_SOURCE,), {"gptq_marlin_repack": "gptq_marlin_repack"}),
+    "gemm_bf16": KernelUnit(_GEMM, {"gptq_marlin_gemm": "gptq_marlin_gemm<bf16_t>"}, "FP4"),
+    "gemm_fp16": KernelUnit(_GEMM, {"gptq_marlin_gemm": "gptq_marlin_gemm<fp16_t>"}, "FP4"),
+    "repack": KernelUnit((MARLIN / REPACK_SOURCE,), {"gptq_marlin_repack": "gptq_marlin_repack"}),
     **{
-        experts_unit(gemm, kernels, parallel, biased): _experts(gemm, kernels, parallel, biased)
+        experts_unit(gemm, kernels, parallel, biased): _experts_kernels(
+            gemm, kernels, parallel, biased
+        )
         for gemm in (1, 2)
         for kernels in ("nvfp4", "mxfp4")
         for parallel in (False, True)
         for biased in (False, True)
     },
-    "routing": Unit(
+    "routing": KernelUnit(
         (*_ROUTING, _ACTIVATION),
         {
             "align": "MoeAlignBlockSizeKernel<int32_t, true>::run",
@@ -95,7 +97,7 @@ UNITS = {
             "silu_limited": "ActivationKernel<bf16_t, PDL>::run_activation_with_rounding",
         },
     ),
-    "around": Unit(
+    "around": KernelUnit(
         (_ACTIVATION, CSRC / "moe" / "topk_sum.cuh"),
         {
             "silu": "ActivationKernel<bf16_t, PDL>::run_activation",
@@ -273,7 +275,7 @@ def product(unit: str, sm: int) -> Path:
 
 
 def _compile_unit(
-    unit: Unit, code: str, root: Path, compiler: Path, flags: list[str], path: Path
+    unit: KernelUnit, code: str, root: Path, compiler: Path, flags: list[str], path: Path
 ) -> None:
     from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path, find_libtvm_ffi
 

@@ -10,7 +10,7 @@ import torch
 
 from ...grouped.problem import ExpertsProblem
 from ...grouped.tensors import Fp4Stack
-from .._experts import padded, up
+from .._experts import padded_shards, up
 from .marlin import TILE, permute_scales, prepare_global_scale
 from .marlin import prepare_scales as nvfp4_scales
 
@@ -69,8 +69,8 @@ def prepare_stack(
     none = torch.empty(0, dtype=torch.int32, device=device)
     packed = torch.empty(experts, k // TILE, 2 * n, dtype=torch.int32, device=device)
     scales = torch.empty(experts, k // fmt.block, n, dtype=torch.uint8, device=device)
-    codes = padded(stack.codes, shards, rows, k // 2)
-    raw = padded(stack.scales, shards, rows, k // fmt.block)
+    codes = padded_shards(stack.codes, shards, rows, k // 2)
+    raw = padded_shards(stack.scales, shards, rows, k // fmt.block)
     for e in range(experts):
         repack(codes[e].view(torch.int32).T.contiguous(), none, packed[e], k, n, 4)
         if fmt.has_global:
@@ -81,7 +81,9 @@ def prepare_stack(
     empty = torch.empty(0, dtype=dtype, device=device)
     biased = empty
     if bias is not None:
-        biased = permute_bias(padded(bias.unsqueeze(2), shards, rows, 1).squeeze(2).to(dtype))
+        biased = permute_bias(
+            padded_shards(bias.unsqueeze(2), shards, rows, 1).squeeze(2).to(dtype)
+        )
     return MarlinStack(
         packed,
         scales.view(held),

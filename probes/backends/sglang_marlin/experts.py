@@ -18,14 +18,12 @@ NVFP4 experts on SM80 to SM90), and mends nothing. Written from its sources and 
 Differences from SGLang: experts outside [0, groups) become -1 in one launch in front, where its
 dispatcher has done that; the same launch multiplies the router's weights by the routed scaling, as
 SGLang's own MXFP4 router does, and both formats sum by the kernel that MXFP4 has (NVFP4 there sums
-by sgl_kernel's compiled one, which multiplies by the scaling); up to 64 slots of 64 and more
-experts are aligned by the CUDA kernels of larger batches, and not by one in Triton; the empty
-tensors for features FP4 lacks are made once.
+by sgl_kernel's compiled one, which multiplies by the scaling); the empty tensors for features FP4
+lacks are made once.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +35,7 @@ from ...grouped.problem import ExpertsProblem
 from ...grouped.tensors import ExpertWeights
 from ...problem import Device
 from .._experts import MARLIN_BLOCKS, localised, marlin_block, up, widened
-from . import _build
+from . import _build, _triton_files
 from ._experts_layout import MarlinStack, padded_sizes, prepare_stack
 from .marlin import E2M1_TYPE_ID, MAX_THREAD_N
 
@@ -45,8 +43,8 @@ LOCKS = 4
 """Of each SM."""
 _SMALL_TOP_K = 32
 """Most slots that the kernel for one token aligns."""
-_OAI = Path("..", "ops", "activation", "minimax_m3_swiglu.py")
-"""Beside the JIT kernels: gpt-oss's activation, in Triton."""
+_FEW_SLOTS, _FEW_BUCKETS = 64, 64
+"""Most slots that SGLang aligns in Triton, and most buckets that it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +135,11 @@ def align(state: MarlinLayer, ids: torch.Tensor, how: MarlinTactic) -> Aligned:
     room = slots * how.block if slots < buckets else slots + buckets * (how.block - 1)
     room = up(room, 4)
     found = Aligned(empty(room), empty(-(-room // how.block)), empty(1 if how.parallel else 2))
+    small = state.calls["triton"].get("align")
+    if small is not None and slots <= _FEW_SLOTS and buckets > _FEW_BUCKETS:
+        counted = not how.parallel
+        small(ids, buckets, how.block, *found.tensors, write_inactive_prefix_count=counted)
+        return found
     run = routing["align_ep" if how.parallel else "align"]
     run(ids, buckets, how.block, *found.tensors, empty(buckets + 1), True)
     return found
@@ -189,7 +192,7 @@ class MarlinExperts:
                 f" one of 64, and these are {k} and {n}"
             )
         reason = _build.missing(_units((problem,)))
-        if reason is None and act.offset and not _oai_file().is_file():
+        if reason is None and act.offset and _triton_files.triton_file(_triton_files.OAI) is None:
             return "the installed SGLang does not have gpt-oss's activation where 0.5.23 has it"
         return reason
 
@@ -219,8 +222,7 @@ class MarlinExperts:
         sm, sms = gpu(device)
         n, k = padded_sizes(problem, sm)
         calls = {unit: _build.load(unit, sm) for unit in _units((problem,))}
-        if problem.act.offset:
-            calls["oai"] = _oai()
+        calls["triton"] = triton_functions(problem, sm)
         repack, shards = calls["repack"]["gptq_marlin_repack"], 2 if problem.act.gated else 1
         return MarlinLayer(
             problem,
@@ -239,7 +241,7 @@ class MarlinExperts:
         """New weights in the memory of those that were prepared."""
         fresh = self.prepare(weights, problem)
         for old, new in ((state.w13, fresh.w13), (state.w2, fresh.w2)):
-            for into, given in zip(_parts(old), _parts(new), strict=True):
+            for into, given in zip(_stack_tensors(old), _stack_tensors(new), strict=True):
                 into.copy_(given)
 
     def run(
@@ -256,16 +258,16 @@ class MarlinExperts:
             return
         scaling = state.problem.scaling
         local, scaled = localised(ids, weights, state.problem.groups, -1, scaling)
-        batch = _sorted(state, local, scaled, tactic)
+        batch = _sglang_batch(state, local, scaled, tactic)
         slots = tokens * top_k
         # gemm1's result is dead when gemm2 writes.
         both = x.new_empty(slots * max(state.w13.n, state.k))
         h13 = both[: slots * state.w13.n].view(slots, state.w13.n)
-        _gemm(state, 1, widened(x, state.k), h13, batch)
+        _experts_gemm(state, 1, widened(x, state.k), h13, batch)
         h = x.new_empty(slots, state.n)
-        _activate(state, h13, h)
+        _sglang_activate(state, h13, h)
         y = both[: slots * state.k].view(slots, state.k)
-        _gemm(state, 2, h, y, batch)
+        _experts_gemm(state, 2, h, y, batch)
         whole = state.k == state.problem.k
         total = out if whole else x.new_empty(tokens, state.k)
         state.calls["around"]["sum"](y.view(tokens, top_k, state.k), total)
@@ -287,7 +289,7 @@ class MarlinExperts:
     ) -> torch.Tensor:
         local, _ = localised(ids, None, state.problem.groups, -1)
         h13 = x.new_empty(ids.numel(), state.w13.n)
-        _gemm(state, 1, widened(x, state.k), h13, _sorted(state, local, None, tactic))
+        _experts_gemm(state, 1, widened(x, state.k), h13, _sglang_batch(state, local, None, tactic))
         shards = state.w13.n // state.n
         parts = h13.view(*ids.shape, shards, state.n)[..., : state.problem.n]
         return parts.reshape(*ids.shape, state.problem.rows13)
@@ -296,7 +298,7 @@ class MarlinExperts:
         shards, n = state.w13.n // state.n, state.problem.n
         wide = widened(h13.reshape(-1, shards, n), state.n).view(-1, state.w13.n)
         h = h13.new_empty(wide.shape[0], state.n)
-        _activate(state, wide, h)
+        _sglang_activate(state, wide, h)
         return h[:, :n].reshape(*h13.shape[:-1], n)
 
     def gemm2(
@@ -305,7 +307,7 @@ class MarlinExperts:
         local, _ = localised(ids, None, state.problem.groups, -1)
         y = h.new_empty(ids.numel(), state.k)
         rows = widened(h.reshape(-1, h.shape[-1]), state.n)
-        _gemm(state, 2, rows, y, _sorted(state, local, None, tactic))
+        _experts_gemm(state, 2, rows, y, _sglang_batch(state, local, None, tactic))
         return y[:, : state.problem.k].reshape(*ids.shape, state.problem.k)
 
     def finalize(
@@ -329,6 +331,16 @@ def gpu(device: torch.device) -> tuple[int, int]:
     return 10 * facts.major + facts.minor, facts.multi_processor_count
 
 
+def triton_functions(problem: ExpertsProblem, sm: int) -> dict[str, Any]:
+    """What SGLang has in Triton for such a layer: ``oai``, and ``align`` where it is installed."""
+    found: dict[str, Any] = {}
+    if problem.act.offset:
+        found["oai"] = _triton_files.function(_triton_files.OAI, sm)
+    if problem.groups + 1 > _FEW_BUCKETS and _triton_files.triton_file(_triton_files.SMALL):
+        found["align"] = _triton_files.function(_triton_files.SMALL, sm)
+    return found
+
+
 def _units(problems: Sequence[ExpertsProblem]) -> list[str]:
     """What is built for these problems."""
     gemms = {
@@ -340,14 +352,14 @@ def _units(problems: Sequence[ExpertsProblem]) -> list[str]:
     return [*gemms, "routing", "around", "repack"]
 
 
-def _parts(stack: MarlinStack) -> list[torch.Tensor]:
+def _stack_tensors(stack: MarlinStack) -> list[torch.Tensor]:
     return [part.view(torch.uint8) for part in (stack.codes, stack.scales)] + [
         stack.global_scale,
         stack.bias,
     ]
 
 
-def _sorted(
+def _sglang_batch(
     state: MarlinLayer, ids: torch.Tensor, weights: torch.Tensor | None, tactic: str
 ) -> MarlinBatch:
     tokens, top_k = ids.shape
@@ -356,7 +368,7 @@ def _sorted(
     return MarlinBatch(how, align(state, ids, how), weights, locks, top_k)
 
 
-def _gemm(
+def _experts_gemm(
     state: MarlinLayer, gemm: int, a: torch.Tensor, c: torch.Tensor, batch: MarlinBatch
 ) -> None:
     """gemm1 of tokens, or gemm2 of slots, into c (slots, n)."""
@@ -406,29 +418,14 @@ def _gemm(
     )
 
 
-def _activate(state: MarlinLayer, h13: torch.Tensor, h: torch.Tensor) -> None:
+def _sglang_activate(state: MarlinLayer, h13: torch.Tensor, h: torch.Tensor) -> None:
     """What SGLang has between the GEMMs, of (slots, rows of w13) into (slots, n)."""
     act = state.problem.act
     if not act.gated:
         torch.square(torch.nn.functional.relu(h13), out=h)
     elif act.offset:
-        state.calls["oai"]["split"](h13, act.alpha, act.offset, act.limit, out=h)
+        state.calls["triton"]["oai"](h13, act.alpha, act.offset, act.limit, out=h)
     elif act.limit is not None:
         state.calls["routing"]["silu_limited"](h13, h, "silu", act.limit)
     else:
         state.calls["around"]["silu"](h13, h, "silu")
-
-
-def _oai_file() -> Path:
-    root = _build.kernel_root()
-    assert root is not None
-    return (root / _OAI).resolve()
-
-
-def _oai() -> dict[str, Any]:
-    """SGLang's activation of gpt-oss, from its file: importing that needs Triton only."""
-    found = importlib.util.spec_from_file_location("fp4tune_sglang_swiglu", _oai_file())
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return {"split": module.swiglu_oai_split}

@@ -35,7 +35,7 @@ import torch
 from ...grouped.problem import ExpertsProblem
 from ...grouped.tensors import ExpertWeights, Fp4Stack
 from ...problem import Device
-from .._experts import MARLIN_BLOCKS, localised, marlin_block, padded, up, widened
+from .._experts import MARLIN_BLOCKS, localised, marlin_block, padded_shards, up, widened
 from .cutlass import compiled_modules
 
 _LAYERS = "vllm.model_executor.layers"
@@ -157,14 +157,14 @@ class VllmMarlinExperts:
             return f"{self.name} needs a hidden size of a multiple of 64, and it is {problem.k}"
         if importlib.util.find_spec("vllm") is None:
             return "vLLM is not installed"
-        return _missing()
+        return _missing_experts()
 
     def tactics(self, problem: ExpertsProblem, device: Device) -> Sequence[str]:
         """Every block but the one that is the default; and with that one, every tile that divides
         both weights, with as many on an SM as fit."""
         block = marlin_block(problem.m, problem.top_k, problem.groups)
         shards, group = 2 if problem.act.gated else 1, 16 if problem.format == "nvfp4" else 32
-        n, k = _sizes(problem)
+        n, k = _vllm_sizes(problem)
         shared = _SHARED.get(device.sm or 0, _LEAST_SHARED)
         found = ["default", *(f"block={size}" for size in MARLIN_BLOCKS if size != block)]
         for tile in SMALL_TILES if block <= 16 else LARGE_TILES:
@@ -184,11 +184,11 @@ class VllmMarlinExperts:
 
     def prepare(self, weights: ExpertWeights, problem: ExpertsProblem) -> VllmExperts:
         device, parts = weights.codes.device, _vllm_experts()
-        n, k = _sizes(problem)
+        n, k = _vllm_sizes(problem)
         if weights.format.has_global:
-            w13, w2 = _nvfp4(weights, problem, parts)
+            w13, w2 = _vllm_nvfp4(weights, problem, parts)
         else:
-            w13, w2 = _mxfp4(weights, (n, k), parts)
+            w13, w2 = _vllm_mxfp4(weights, (n, k), parts)
         local = [*range(problem.groups), -1]
         expert_map = torch.tensor(local, dtype=torch.int32, device=device)
         return VllmExperts(problem, w13, w2, n, k, _sms(device), expert_map)
@@ -197,7 +197,7 @@ class VllmMarlinExperts:
         """New weights in the memory of those that were prepared."""
         fresh = self.prepare(weights, problem)
         for old, new in ((state.w13, fresh.w13), (state.w2, fresh.w2)):
-            for into, given in zip(_tensors(old), _tensors(new), strict=True):
+            for into, given in zip(_vllm_tensors(old), _vllm_tensors(new), strict=True):
                 into.copy_(given)
 
     def run(
@@ -214,16 +214,16 @@ class VllmMarlinExperts:
             return
         groups = state.problem.groups
         local, scaled = localised(ids, weights, groups, groups, state.problem.scaling)
-        batch = _sorted(state, local, scaled, tactic)
+        batch = _vllm_batch(state, local, scaled, tactic)
         slots = tokens * top_k
         # gemm1's result is dead when gemm2 writes.
         both = x.new_empty(slots * max(state.w13.n, state.k))
         h13 = both[: slots * state.w13.n].view(slots, state.w13.n)
-        _gemm(state, 1, widened(x, state.k), h13, batch)
+        _vllm_experts_gemm(state, 1, widened(x, state.k), h13, batch)
         h = x.new_empty(slots, state.n)
-        _activate(state, h13, h)
+        _vllm_activate(state, h13, h)
         y = both[: slots * state.k].view(slots, state.k)
-        _gemm(state, 2, h, y, batch)
+        _vllm_experts_gemm(state, 2, h, y, batch)
         whole = state.k == state.problem.k
         total = out if whole else x.new_empty(tokens, state.k)
         each = y.view(tokens, top_k, state.k)
@@ -234,7 +234,7 @@ class VllmMarlinExperts:
     def permute(
         self, state: VllmExperts, ids: torch.Tensor, tactic: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = _sorted(state, _local(state, ids), None, tactic)
+        batch = _vllm_batch(state, _vllm_ids(state, ids), None, tactic)
         used = int(batch.count[0])
         size = batch.how.block
         return batch.slots[:used], batch.experts[: used // size].repeat_interleave(size)
@@ -243,8 +243,8 @@ class VllmMarlinExperts:
         self, state: VllmExperts, x: torch.Tensor, ids: torch.Tensor, tactic: str
     ) -> torch.Tensor:
         h13 = x.new_empty(ids.numel(), state.w13.n)
-        batch = _sorted(state, _local(state, ids), None, tactic)
-        _gemm(state, 1, widened(x, state.k), h13, batch)
+        batch = _vllm_batch(state, _vllm_ids(state, ids), None, tactic)
+        _vllm_experts_gemm(state, 1, widened(x, state.k), h13, batch)
         shards = state.w13.n // state.n
         parts = h13.view(*ids.shape, shards, state.n)[..., : state.problem.n]
         return parts.reshape(*ids.shape, state.problem.rows13)
@@ -253,7 +253,7 @@ class VllmMarlinExperts:
         shards, n = state.w13.n // state.n, state.problem.n
         wide = widened(h13.reshape(-1, shards, n), state.n).view(-1, state.w13.n)
         h = h13.new_empty(wide.shape[0], state.n)
-        _activate(state, wide, h)
+        _vllm_activate(state, wide, h)
         return h[:, :n].reshape(*h13.shape[:-1], n)
 
     def gemm2(
@@ -261,7 +261,9 @@ class VllmMarlinExperts:
     ) -> torch.Tensor:
         y = h.new_empty(ids.numel(), state.k)
         rows = widened(h.reshape(-1, h.shape[-1]), state.n)
-        _gemm(state, 2, rows, y, _sorted(state, _local(state, ids), None, tactic))
+        _vllm_experts_gemm(
+            state, 2, rows, y, _vllm_batch(state, _vllm_ids(state, ids), None, tactic)
+        )
         return y[:, : state.problem.k].reshape(*ids.shape, state.problem.k)
 
     def finalize(
@@ -274,11 +276,11 @@ class VllmMarlinExperts:
     ) -> torch.Tensor:
         each = (y.float() * (weights * state.problem.scaling).unsqueeze(2)).to(y.dtype)
         total = y.new_empty(y.shape[0], y.shape[2])
-        _vllm_experts().ops.moe_sum(each, total, _local(state, ids), state.expert_map)
+        _vllm_experts().ops.moe_sum(each, total, _vllm_ids(state, ids), state.expert_map)
         return total
 
 
-def _sizes(problem: ExpertsProblem) -> tuple[int, int]:
+def _vllm_sizes(problem: ExpertsProblem) -> tuple[int, int]:
     """The (intermediate, hidden) that vLLM computes with."""
     n, k = problem.n, problem.k
     if problem.format == "nvfp4":
@@ -286,7 +288,7 @@ def _sizes(problem: ExpertsProblem) -> tuple[int, int]:
     return up(n, 128), up(k, 256)
 
 
-def _nvfp4(
+def _vllm_nvfp4(
     weights: ExpertWeights, problem: ExpertsProblem, parts: Any
 ) -> tuple[VllmMatrices, VllmMatrices]:
     layer = SimpleNamespace(
@@ -300,11 +302,12 @@ def _nvfp4(
         return stack.codes, stack.scales.view(torch.float8_e4m3fn), stack.global_scale
 
     given = (*of(weights.w13), *of(weights.w2))
-    w13, s13, g13, w2, s2, g2 = parts.nvfp4(layer, *given, is_act_and_mul=problem.act.gated)
-    return VllmMatrices(w13, s13, g13, None), VllmMatrices(w2, s2, g2, None)
+    made = parts.nvfp4(layer, *given, is_act_and_mul=problem.act.gated)
+    first = VllmMatrices(made[0], made[1], made[2], None)
+    return first, VllmMatrices(made[3], made[4], made[5], None)
 
 
-def _mxfp4(
+def _vllm_mxfp4(
     weights: ExpertWeights, sizes: tuple[int, int], parts: Any
 ) -> tuple[VllmMatrices, VllmMatrices]:
     (n, k), block = sizes, weights.format.block
@@ -312,24 +315,24 @@ def _mxfp4(
     w13, w2, b13, b2 = weights.w13, weights.w2, weights.b13, weights.b2
     made = parts.mxfp4(
         layer,
-        padded(w13.codes, 2, n, k // 2),
-        padded(w2.codes, 1, k, n // 2),
-        padded(w13.scales, 2, n, k // block),
-        padded(w2.scales, 1, k, n // block),
-        None if b13 is None else padded(b13.unsqueeze(2), 2, n, 1).squeeze(2),
-        None if b2 is None else padded(b2.unsqueeze(2), 1, k, 1).squeeze(2),
+        padded_shards(w13.codes, 2, n, k // 2),
+        padded_shards(w2.codes, 1, k, n // 2),
+        padded_shards(w13.scales, 2, n, k // block),
+        padded_shards(w2.scales, 1, k, n // block),
+        None if b13 is None else padded_shards(b13.unsqueeze(2), 2, n, 1).squeeze(2),
+        None if b2 is None else padded_shards(b2.unsqueeze(2), 1, k, 1).squeeze(2),
     )
     first = VllmMatrices(made[0], made[2], None, made[4])
     return first, VllmMatrices(made[1], made[3], None, made[5])
 
 
-def _tensors(matrices: VllmMatrices) -> list[torch.Tensor]:
+def _vllm_tensors(matrices: VllmMatrices) -> list[torch.Tensor]:
     parts = (matrices.codes, matrices.scales.view(torch.uint8))
     more = (matrices.global_scale, matrices.bias)
     return [*parts, *(each for each in more if each is not None)]
 
 
-def _local(state: VllmExperts, ids: torch.Tensor) -> torch.Tensor:
+def _vllm_ids(state: VllmExperts, ids: torch.Tensor) -> torch.Tensor:
     return localised(ids, None, state.problem.groups, state.problem.groups)[0]
 
 
@@ -355,7 +358,7 @@ def _stream_locks(device: torch.device, sms: int) -> torch.Tensor:
     return _locks[key]
 
 
-def _sorted(
+def _vllm_batch(
     state: VllmExperts, ids: torch.Tensor, weights: torch.Tensor | None, tactic: str
 ) -> VllmBatch:
     """As vLLM's moe_align_block_size has it for a rank of several."""
@@ -374,7 +377,7 @@ def _sorted(
     return VllmBatch(how, *found, weights, locks, top_k)
 
 
-def _gemm(
+def _vllm_experts_gemm(
     state: VllmExperts, gemm: int, a: torch.Tensor, c: torch.Tensor, batch: VllmBatch
 ) -> None:
     """gemm1 of tokens, or gemm2 of slots, into c (slots, n)."""
@@ -410,7 +413,7 @@ def _gemm(
     )
 
 
-def _activate(state: VllmExperts, h13: torch.Tensor, h: torch.Tensor) -> None:
+def _vllm_activate(state: VllmExperts, h13: torch.Tensor, h: torch.Tensor) -> None:
     """What vLLM has between the GEMMs, of (slots, rows of w13) into (slots, n)."""
     act, parts = state.problem.act, _vllm_experts()
     config = parts.config(clamp_limit=act.limit, alpha=act.alpha, beta=act.offset)
@@ -436,7 +439,7 @@ def _vllm_experts() -> SimpleNamespace:
     )
 
 
-def _missing() -> str | None:
+def _missing_experts() -> str | None:
     """What this vLLM lacks, in one sentence."""
     try:
         parameters = inspect.signature(_vllm_experts().ops.moe_wna16_marlin_gemm).parameters
