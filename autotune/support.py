@@ -20,6 +20,8 @@ TYPICAL = (16, 4096, 4096)
 """m, n and k: multiples of every tile and alignment in use, so that device and format decide."""
 TYPICAL_EXPERTS = (8, 2)
 """How many of that size, and how many a token goes to."""
+TYPICAL_GATES = ("swiglu", "swiglu-oai")
+"""What is between their GEMMs: a backend takes a format if it does with one of these."""
 
 CRASHES = ("crash", "hang", "poisoned")
 """How a worker is lost."""
@@ -74,7 +76,11 @@ def rows(
         for activation in ("bf16", "fp4")
         for format_ in FORMATS
     ]
-    problems += [ExpertsProblem(f, *TYPICAL, groups=groups, top_k=top_k) for f in FORMATS]
+    problems += [
+        ExpertsProblem(format_, *TYPICAL, groups=groups, top_k=top_k, gate=gate)
+        for gate in TYPICAL_GATES
+        for format_ in FORMATS
+    ]
     answers = survey(target, backends, problems, python)
     found = []
     for spec in backends:
@@ -84,12 +90,13 @@ def rows(
                 {"name": spec, "status": "broken", "reason": answer["error"], "last": None}
             )
             continue
-        mine = {
-            problem.format: reason
-            for problem, reason in zip(problems, answer["reasons"], strict=True)
-            if is_grouped(asdict(problem)) == answer["experts"]
-            and (answer["experts"] or problem.activation == answer["activation"])
-        }
+        mine: dict[str, str | None] = {}
+        for problem, reason in zip(problems, answer["reasons"], strict=True):
+            asked = is_grouped(asdict(problem)) == answer["experts"] and (
+                answer["experts"] or problem.activation == answer["activation"]
+            )
+            if asked and mine.get(problem.format, "") is not None:
+                mine[problem.format] = reason
         able = [format_ for format_, reason in mine.items() if reason is None]
         reasons = {format_: reason for format_, reason in mine.items() if reason}
         found.append(

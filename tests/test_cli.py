@@ -362,7 +362,7 @@ def test_backends_says_what_runs_here():
     assert rows["marlin"]["status"] == "unsupported" and rows["marlin"]["reason"]
     assert rows["torch-bf16-resident"]["reference_line"] is True
     assert rows["torch-experts"]["status"] == "supported" and rows["torch-experts"]["experts"]
-    for name in ("marlin-experts", "vllm-marlin-experts"):
+    for name in ("marlin-experts", "vllm-marlin-experts", "humming-masked", "vllm-ogs"):
         assert rows[name]["status"] == "unsupported" and "CUDA" in rows[name]["reason"]
 
 

@@ -72,7 +72,6 @@ class _TritonKernels:
     """What both interfaces share; every stage by itself, but the finalizing that is in gemm2."""
 
     experts = True
-    layout = "hopper-mx"
     fused = False
     """Whether the activation is in gemm1."""
     scale_multiple = 4
@@ -198,6 +197,7 @@ class VllmOgsUnfused(_TritonKernels):
     """vLLM's `matmul_ogs` with an activation between."""
 
     name = "vllm-ogs-unfused"
+    layout = "hopper-mx"
     distributions = ("vllm", "triton")
 
     def unsupported(self, problem: ExpertsProblem, device: Device) -> str | None:
@@ -279,6 +279,7 @@ class VllmOgs(VllmOgsUnfused):
     """vLLM's `matmul_ogs`, gemm1 and the activation in one."""
 
     name = "vllm-ogs"
+    layout = "hopper-mx-interleaved"
     fused = True
     gemm1 = activate = None  # type: ignore[assignment]
 
@@ -292,6 +293,7 @@ class TritonKernels(_TritonKernels):
     """The installed package's `matmul`; finalized outside, in the order of slots."""
 
     name = "triton-kernels"
+    layout = "hopper-mx-ragged"
     distributions = ("tokenspeed-triton-kernels", "triton")
     fused = True
     pad_scale = 127
