@@ -36,7 +36,7 @@ def sm90(request, monkeypatch):
     module = emulator.Sm90(request.param)
     enums = SimpleNamespace(ActivationType=emulator.KINDS)
     monkeypatch.setattr(experts_cutlass, "_moe", lambda: module)
-    monkeypatch.setattr(experts_cutlass, "_load", lambda: None)
+    monkeypatch.setattr(experts_cutlass, "_take_library", lambda: None)
     monkeypatch.setattr(experts_cutlass, "_takes_tactics", lambda: request.param >= "0.7")
     monkeypatch.setitem(sys.modules, "flashinfer.tllm_enums", enums)
     return module
@@ -233,7 +233,7 @@ def test_only_kernels_that_a_library_holds_are_offered(tmp_path, monkeypatch):
 
 
 def test_a_library_that_was_brought_is_found(flashinfer, tmp_path, monkeypatch):
-    monkeypatch.setattr(experts_build, "_place", lambda name: tmp_path / "none")
+    monkeypatch.setattr(experts_build, "_built_place", lambda name: tmp_path / "none")
     monkeypatch.setattr(experts_build, "_ahead_folders", lambda env: ())
     monkeypatch.setenv(experts_build.FOLDER, str(tmp_path))
     assert experts_build.library() is None

@@ -25,7 +25,7 @@ def problem(format_="nvfp4", gate="swiglu", n=128, k=256, scaling=1.0):
 @pytest.mark.parametrize("name", experts_layer.LAYERS)
 @pytest.mark.parametrize("sm", SMS)
 def test_each_sm_has_a_reason_or_none(name, sm, monkeypatch):
-    monkeypatch.setattr(experts_layer, "_missing", lambda name: None)
+    monkeypatch.setattr(experts_layer, "_missing_package", lambda name: None)
     spec, backend = experts_layer.LAYERS[name], registry.load_one(name)
     for format_ in ("nvfp4", "mxfp4"):
         reason = backend.unsupported(problem(format_), Device("cuda", sm))
@@ -42,7 +42,7 @@ def test_each_sm_has_a_reason_or_none(name, sm, monkeypatch):
 
 @pytest.mark.parametrize("name", [n for n, s in experts_layer.LAYERS.items() if not s.refused])
 def test_sizes_and_activations_have_reasons(name, monkeypatch):
-    monkeypatch.setattr(experts_layer, "_missing", lambda name: None)
+    monkeypatch.setattr(experts_layer, "_missing_package", lambda name: None)
     spec, backend = experts_layer.LAYERS[name], registry.load_one(name)
     format_, device = next(iter(spec.configs)), Device("cuda", spec.sms[-1])
     for gate in GATES:
@@ -58,7 +58,7 @@ def test_no_flashinfer_or_an_old_one_is_a_reason(monkeypatch):
     backend = registry.load_one("flashinfer-cutile-experts")
     for said in ("FlashInfer is not installed", "FlashInfer 0.6.12 has no MoELayer"):
         found = experts_layer.Unavailable(said)
-        monkeypatch.setattr(experts_layer, "_module", lambda found=found: found)
+        monkeypatch.setattr(experts_layer, "_unified_module", lambda found=found: found)
         assert backend.unsupported(problem(), Device("cuda", 90)) == said
 
 
@@ -123,7 +123,7 @@ class Layer:
 def cutile(flashinfer, monkeypatch):
     names = {n: getattr(flashinfer, n) for n in dir(flashinfer) if not n.startswith("__")}
     monkeypatch.setattr(
-        experts_layer, "_module", lambda: SimpleNamespace(**{**names, "MoELayer": Layer})
+        experts_layer, "_unified_module", lambda: SimpleNamespace(**{**names, "MoELayer": Layer})
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

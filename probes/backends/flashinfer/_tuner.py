@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Chosen(Exception):
+class InterruptedCall(Exception):
     """Carries a runner and its inputs out of an interrupted call."""
 
     def __init__(self, runner: Any, inputs: list[Any]) -> None:
@@ -31,7 +31,7 @@ def tuner() -> Any:
     return importlib.import_module("flashinfer.autotuner").AutoTuner.get()
 
 
-def interrupted(function: Callable[..., Any], call: Mapping[str, Any]) -> Chosen | None:
+def interrupted(function: Callable[..., Any], call: Mapping[str, Any]) -> InterruptedCall | None:
     """The runner that ``function(**call)`` would launch first, and its inputs; None where none is
     tuned.
 
@@ -44,13 +44,13 @@ def interrupted(function: Callable[..., Any], call: Mapping[str, Any]) -> Chosen
     def interrupt(op: str, runners: Any, config: Any, inputs: Any, **rest: Any) -> Any:
         if threading.get_ident() != me:
             return original(op, runners, config, inputs, **rest)
-        raise Chosen(runners[0], inputs)
+        raise InterruptedCall(runners[0], inputs)
 
     with _interrupting:
         found.choose_one = interrupt
         try:
             function(**call)
-        except Chosen as chosen:
+        except InterruptedCall as chosen:
             return chosen
         finally:
             found.choose_one = original

@@ -17,8 +17,9 @@ puts it, beside FlashInfer's other modules. Ahead of time, without a GPU::
     python -m fp4tune.probes.backends.flashinfer.experts_build FOLDER
 
 writes ``FOLDER/<version>/fused_moe_90.so``, and beside it which kernels that holds. It needs nvcc
-and the headers of cuBLAS and cuRAND; ``MAX_JOBS`` says how many units are compiled at once, and
-``--units N`` leaves out all units of kernels but the first N. One is what a plain call runs.
+and the headers of cuBLAS and cuRAND, of the toolkit or of torch's wheels. ``MAX_JOBS`` says how
+many units are compiled at once, and ``--units N`` leaves out all units of kernels but the first N:
+one is what a plain call runs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -38,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import settings
+from ._support import version
 
 FOLDER = "FP4TUNE_FLASHINFER_EXPERTS"
 """The variable that names a folder of libraries that were built elsewhere."""
@@ -171,12 +174,7 @@ def one_runner(source: str) -> str:
     return _RUNNER.sub(lambda r: r[0] if _OURS.search(r[0]) else "", source)
 
 
-def version() -> str:
-    """The installed FlashInfer's version."""
-    return str(importlib.import_module("flashinfer").__version__)
-
-
-def _whole() -> Any:
+def _whole_module() -> Any:
     """FlashInfer's specification of the whole module."""
     return importlib.import_module("flashinfer.jit.fused_moe").gen_cutlass_fused_moe_sm90_module()
 
@@ -188,7 +186,7 @@ def brought() -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def _place(name: str) -> Path:
+def _built_place(name: str) -> Path:
     env = importlib.import_module("flashinfer.jit.env")
     return Path(env.FLASHINFER_JIT_DIR, name, f"{name}.so")
 
@@ -197,7 +195,7 @@ def library() -> Path | None:
     """The library to load; None where none is built. See the module's docstring."""
     env = importlib.import_module("flashinfer.jit.env")
     ahead = [Path(d, MODULE, f"{MODULE}.so") for d in _ahead_folders(env)]
-    places = [brought(), *ahead, _place(MODULE), _place(PARTIAL)]
+    places = [brought(), *ahead, _built_place(MODULE), _built_place(PARTIAL)]
     return next((p for p in places if p is not None and p.is_file()), None)
 
 
@@ -213,7 +211,16 @@ def missing() -> str | None:
     return None
 
 
-def _write(path: Path, text: str) -> Path:
+def wheels_headers() -> list[str]:
+    """Flags for CUDA's headers as torch's wheels bring them, to be looked into last: an image with
+    nvcc need not have those of cuBLAS and cuRAND."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else None
+    found = [d for place in places or () for d in sorted(Path(place).glob("*/include"))]
+    return [flag for d in found if (d / "cublasLt.h").is_file() for flag in ("-isystem", str(d))]
+
+
+def _write_source(path: Path, text: str) -> Path:
     """Write a source where it is not so already: what is newer is compiled again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text() != text:
@@ -233,22 +240,23 @@ def heuristic() -> str:
 def specification(most: int | None = None) -> Any:
     """FlashInfer's own build of the module, with fewer sources and bound lazily; of the units of
     kernels the first `most`, or all."""
-    whole, env = _whole(), importlib.import_module("flashinfer.jit.env")
+    whole, env = _whole_module(), importlib.import_module("flashinfer.jit.env")
     own = {p.name: Path(p) for p in whole.sources if ".generated." not in p.name}
     folder = Path(env.FLASHINFER_GEN_SRC_DIR, PARTIAL)
     every = [Path(p) for p in whole.sources if ".generated." in p.name]
     units = generated_units(every, own[HEURISTIC].read_text())[:most]
-    sources = [_write(folder / f"fp4_{i:02}.generated.cu", u) for i, u in enumerate(units)]
-    sources.append(_write(folder / RUNNERS, one_runner(own[RUNNERS].read_text())))
+    sources = [_write_source(folder / f"fp4_{i:02}.generated.cu", u) for i, u in enumerate(units)]
+    sources.append(_write_source(folder / RUNNERS, one_runner(own[RUNNERS].read_text())))
     sources += [path for name, path in own.items() if name in BY_HAND]
-    flags = [*(whole.extra_cuda_cflags or []), "--compress-mode=size"]
+    flags = [*dict.fromkeys([*(whole.extra_cuda_cflags or []), "--compress-mode=size"])]
     # NVRTC is for FP8 experts alone, and a library of its own that need not be there.
     ldflags = [f for f in whole.extra_ldflags or [] if f != "-lnvrtc"] + ["-Wl,-z,lazy"]
     return dataclasses.replace(
         whole,
         name=PARTIAL,
         sources=sources,
-        extra_cuda_cflags=list(dict.fromkeys(flags)),
+        extra_cflags=[*(whole.extra_cflags or []), *wheels_headers()],
+        extra_cuda_cflags=[*flags, *wheels_headers()],
         extra_ldflags=ldflags,
         # The runners' unit stands beside its headers, and its copy does not.
         extra_include_dirs=[*(whole.extra_include_dirs or []), own[RUNNERS].parent],
@@ -259,12 +267,12 @@ def build(workers: int) -> Path:
     """Compile the part that is needed, unless a library is there. Raises RuntimeError with the
     compiler's words."""
     found = library()
-    if found is not None and found != _place(PARTIAL):
+    if found is not None and found != _built_place(PARTIAL):
         return found
     os.environ["MAX_JOBS"] = str(workers)  # what FlashInfer passes to ninja
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     specification().build(False)
-    return _place(PARTIAL)
+    return _built_place(PARTIAL)
 
 
 def unresolved(path: Path) -> list[str]:
@@ -300,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place.parent.mkdir(parents=True, exist_ok=True)
     asked = specification(given.units)
     asked.build(True)
-    subprocess.run(["strip", "-o", str(place), str(_place(PARTIAL))], check=True)
+    subprocess.run(["strip", "-o", str(place), str(_built_place(PARTIAL))], check=True)
     texts = (Path(p).read_text() for p in asked.sources if ".generated." in Path(p).name)
     made = sorted((k.tile, k.cluster) for text in texts for k in kernels(text))
     about = {"flashinfer": version(), "kernels": made, "unresolved": unresolved(place)}

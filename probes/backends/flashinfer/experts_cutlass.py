@@ -40,7 +40,7 @@ from ...problem import FORMATS, Device
 from .. import DEFAULT_TACTIC
 from . import experts_build
 from ._support import Unavailable, version
-from ._tuner import Chosen, interrupted, pinned
+from ._tuner import InterruptedCall, interrupted, pinned
 
 STEP = 128
 """What hidden and intermediate sizes are padded to."""
@@ -183,7 +183,7 @@ class CutlassExperts:
     def build(self, problems: Sequence[ExpertsProblem], device: Device, workers: int) -> None:
         """Compile the kernels where no library is there, and load it."""
         experts_build.build(workers)
-        _load()
+        _take_library()
 
     def files(self) -> list[Path]:
         """The library that holds the kernels, once there is one."""
@@ -202,7 +202,7 @@ class CutlassExperts:
 
     def prepare(self, weights: ExpertWeights, problem: ExpertsProblem) -> CutlassExpertWeights:
         module, act = fused_moe(), problem.act
-        _load()
+        _take_library()
         hidden, inner = _up(problem.k), _up(problem.n)
         parts = 2 if act.gated else 1
 
@@ -248,7 +248,7 @@ class CutlassExperts:
         made = out.new_empty(x.shape[0], state.hidden) if missing else out
         scaling = state.problem.scaling
         router = weights if scaling == 1 else weights * scaling
-        call = _call(state, given, ids, router, made)
+        call = _experts_call(state, given, ids, router, made)
         numbers = parse(tactic)
         if numbers is None:
             where: Any = nullcontext()
@@ -261,9 +261,9 @@ class CutlassExperts:
         if missing:
             out.copy_(made[:, : x.shape[1]])
 
-    def _seen(self, problem: ExpertsProblem, device: Device) -> Chosen | None:
+    def _seen(self, problem: ExpertsProblem, device: Device) -> InterruptedCall | None:
         """The runner of the problem's GEMMs, on two experts of zeros."""
-        _load()
+        _take_library()
         p = problem
         hidden, inner, parts = _up(p.k), _up(p.n), 2 if p.act.gated else 1
         block = FORMATS[p.format].block
@@ -284,11 +284,11 @@ class CutlassExperts:
         x = zeros(_SMALLEST, hidden, dtype=p.dtype)
         ids = zeros(_SMALLEST, 1, dtype=torch.int32)
         router = zeros(_SMALLEST, 1, dtype=torch.float32)
-        call = _call(state, x, ids, router, torch.empty_like(x))
+        call = _experts_call(state, x, ids, router, torch.empty_like(x))
         return interrupted(fused_moe().cutlass_fused_moe, call)
 
 
-def _call(
+def _experts_call(
     state: CutlassExpertWeights,
     x: torch.Tensor,
     ids: torch.Tensor,
@@ -332,7 +332,7 @@ def pairs(first: Sequence[int], second: Sequence[int]) -> list[str]:
     return [f"gemm1={first[i % len(first)]},gemm2={second[i % len(second)]}" for i in range(count)]
 
 
-def _valid(seen: Chosen, stage: int) -> list[int]:
+def _valid(seen: InterruptedCall, stage: int) -> list[int]:
     """FlashInfer's numbers of the kernels that fit one of the GEMMs, and are there."""
     seen.runner.gemm_idx_for_tuning = stage
     shapes = [tuple(i.shape) if isinstance(i, torch.Tensor) else () for i in seen.inputs]
@@ -346,7 +346,7 @@ def _valid(seen: Chosen, stage: int) -> list[int]:
     return [t for t in valid if every[t % len(every)] in here]
 
 
-def _load() -> None:
+def _take_library() -> None:
     """Have FlashInfer take the library that `experts_build.library` finds.
 
     FlashInfer would build the whole module; it is handed the library once, and keeps it.

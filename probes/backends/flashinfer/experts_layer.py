@@ -135,7 +135,7 @@ LAYERS: dict[str, LayerKernels] = {
 
 
 @functools.cache
-def _module() -> Any:
+def _unified_module() -> Any:
     """`flashinfer.fused_moe` with its `MoELayer`, or the `Unavailable` that says why not."""
     if importlib.util.find_spec("flashinfer") is None:
         return Unavailable("FlashInfer is not installed")
@@ -150,7 +150,7 @@ def _module() -> Any:
 
 def unified() -> Any:
     """FlashInfer's module. Raises Unavailable, one sentence."""
-    found = _module()
+    found = _unified_module()
     if isinstance(found, Unavailable):
         raise Unavailable(*found.args)
     return found
@@ -173,10 +173,10 @@ def unsupported(name: str, problem: ExpertsProblem, sm: int) -> str | None:
     for what, size in (("intermediate", problem.n), ("hidden", problem.k)):
         if size % step:
             return f"{name} needs the {what} size to be a multiple of {step}, and it is {size}"
-    return _missing(name)
+    return _missing_package(name)
 
 
-def _missing(name: str) -> str | None:
+def _missing_package(name: str) -> str | None:
     """A package that the candidate needs and this environment lacks, or FlashInfer itself."""
     spec = LAYERS[name]
     try:
@@ -242,7 +242,7 @@ class LayerExperts:
             whole = [_values(stack, problem) for stack in (w13, w2)]
             view = config.prepare_weights(*whole, quant=quantisation(module, fmt), **sizes)
         else:
-            parts = [part for stack in (w13, w2) for part in _parts(stack)]
+            parts = [part for stack in (w13, w2) for part in _stored_parts(stack)]
             if self._spec.view[fmt] == "b12x_w4a16":  # it reads the sizes off the weights
                 sizes = {"activation": sizes["activation"]}
             view = config.prepare_weights(*parts, **sizes)
@@ -328,7 +328,7 @@ def _laid(stack: Fp4Stack, gated: bool) -> Fp4Stack:
     )
 
 
-def _parts(stack: Fp4Stack) -> list[torch.Tensor]:
+def _stored_parts(stack: Fp4Stack) -> list[torch.Tensor]:
     """Codes, scales and, where the format has one, the global scale of each expert."""
     if not stack.format.has_global:
         return [stack.codes, stack.scales]
