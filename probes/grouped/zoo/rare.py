@@ -92,6 +92,7 @@ class NumberWraps(TorchExperts):
     """Numbers its calls in 10 bits, and takes number 0 for a batch without tokens."""
 
     name = "zoo-experts-counter"
+    mask = (1 << 10) - 1
 
     def __init__(self) -> None:
         self.calls = count(1)
@@ -105,7 +106,7 @@ class NumberWraps(TorchExperts):
         out: torch.Tensor,
         tactic: str,
     ) -> None:
-        if next(self.calls) & 0x3FF:
+        if next(self.calls) & self.mask:
             super().run(state, x, ids, weights, out, tactic)
 
 
