@@ -17,8 +17,28 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ODD = ("duplicates", "elsewhere", "padding-ids", "nan-router")
-REGIMES = ("graph", "side-stream", "rewrite", "off-bucket", "churn", "streams", "graph-streams")
+REGIMES = (
+    "graph",
+    "side-stream",
+    "pdl-raw",
+    "pdl-war",
+    "pdl-waw",
+    "rewrite",
+    "padding",
+    "off-bucket",
+    "weights",
+    "effects",
+    "callers",
+    "churn",
+    "regrow",
+    "streams",
+    "shared-expert",
+    "first-calls",
+    "graph-streams",
+)
+AT_LENGTH = ("graph", "churn", "shared-expert")
+"""Regimes in which what brief ones did not show is looked for with `LAUNCHES` of each item."""
+LAUNCHES = 30_000
 
 
 def probe(out: Path, seconds: float, model: str, tokens: int) -> dict[str, object]:
@@ -49,30 +69,31 @@ def mutants(until: float) -> list[dict[str, object]]:
 
     from fp4tune.probes import registry
     from fp4tune.probes.grouped import zoo
+    from fp4tune.probes.grouped.families import grouped_families
     from fp4tune.probes.grouped.problem import ExpertsProblem
-    from fp4tune.probes.launch.item import Item
+    from fp4tune.probes.launch.item import Item, LaunchAim
     from fp4tune.probes.launch.outcome import Budget
     from fp4tune.probes.problem import Device
     from fp4tune.probes.worker.experts import OpenExperts
 
     major, minor = torch.cuda.get_device_capability()
     device = Device("cuda", 10 * major + minor)
-    items = [Item((1, 3, 16), "default", 8), Item((40, 128), "default", 8)]
+    items = [Item(ms, "default", 8) for ms in ((1, 3, 16), (37, 40, 128), (256,))]
     found: list[dict[str, object]] = []
-    names = [(n, True) for n in ("torch-experts", *zoo.names(right=True))]
-    for name, right in [*names, *((n, False) for n in zoo.names(right=False))]:
+    names = [(n, True) for n in ("torch-experts", *zoo.names(right=True, gpu=True))]
+    for name, right in [*names, *((n, False) for n in zoo.names(right=False, gpu=True))]:
         if time.monotonic() > until:
             found.append({"name": name, "right": right, "skipped": "no time left"})
             continue
         begun, launches = time.monotonic(), 0
         flagged: dict[str, object] = {}
         for format_ in ("nvfp4", "mxfp4"):
-            problem = ExpertsProblem(format_, 192, 480, 768, groups=16, top_k=4, scaling=2.5)
+            problem = ExpertsProblem(format_, 320, 480, 768, groups=16, top_k=4, scaling=2.5)
             layer = OpenExperts(registry.load_one(name), device, problem, 3, 1 << 30, print_not)
 
             try:
                 launches += look(flagged, f"{format_} serial", layer.grade(items))
-                for law in ODD:
+                for law in (family.name for family in grouped_families(layer.asked)):
                     launches += look(flagged, f"{format_} {law}", layer.family(law, items))
                 if right or not flagged:
                     for regime in REGIMES:
@@ -80,6 +101,10 @@ def mutants(until: float) -> list[dict[str, object]]:
                         if result["not_exercised"]:
                             flagged[f"{format_} {regime} not exercised"] = result["not_exercised"]
                         launches += look(flagged, f"{format_} {regime}", result["items"])
+                for regime in AT_LENGTH if right or not flagged else ():
+                    aim = LaunchAim(LAUNCHES, LAUNCHES // 100, 5.0)
+                    result = layer.regime(regime, items, Budget(1, 1, 0.0), aim)
+                    launches += look(flagged, f"{format_} {regime} at length", result["items"])
             except Exception as error:
                 flagged[f"{format_} raised"] = {
                     "message": repr(error)[:300],
