@@ -17,7 +17,8 @@ from ..probes.models import shapes
 from ..probes.models.rows import CheckpointLayers
 from ..probes.models.shapes import AskedLayer
 from ..probes.problem import ACTIVATIONS, Problem
-from .choice.rank import DENSE_FLOORS
+from .choice.rank import DENSE_FLOORS, FLOORS
+from .keys import bucket_key
 from .verdict.buckets import edge_of
 from .verdict.profiles import PROFILES
 
@@ -256,14 +257,22 @@ def interpreter(python: str | None) -> str | None:
     return found
 
 
-def prior(found: Sequence[str], profile: str, sm: int | None) -> tuple[str, ...]:
+def prior(
+    found: Sequence[str], profile: str, sm: int | None, problems: Sequence[Problem] = ()
+) -> tuple[str, ...]:
     """The backends to verify in place of all: those `found`, which the fleet chose, the engine's
-    default, so that no choice is slower than that, and the floors. Empty, which is all, where the
-    fleet's choices do not cover the layers.
+    defaults for these problems, so that no choice is slower than those, and the floors. Empty,
+    which is all, where the fleet's choices do not cover the layers.
     """
-    known = [name for name in found if name in registry.names()]
+    there = {*registry.names(), *registry.experts_names()}
+    known = [name for name in found if name in there]
     if len(known) < len(found) or not known:
         return ()
-    usual = PROFILES[profile].default(sm) if profile in PROFILES else None
-    default = [usual] if usual in registry.names() else []
-    return tuple(dict.fromkeys((*known, *default, *DENSE_FLOORS)))
+    usual: list[str | None] = []
+    if profile in PROFILES:
+        mine = PROFILES[profile]
+        usual = [mine.default(sm), *(mine.default_of(sm, bucket_key(p)) for p in problems)]
+    grouped = any(p.groups > 1 for p in problems)
+    floors = FLOORS if grouped else DENSE_FLOORS
+    defaults = [name for name in usual if name in there]
+    return tuple(dict.fromkeys((*known, *(d for d in defaults if d), *floors)))

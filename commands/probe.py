@@ -201,9 +201,9 @@ def probe(
                 fleets = adopt.prior_backends(
                     state_dir,
                     (target.device.arch, target.name, chosen_profile.name),
-                    [(p.format, p.activation, p.out_dtype, p.n, p.k) for p in problems],
+                    [(p.format, p.activation, p.out_dtype, p.groups, p.n, p.k) for p in problems],
                 )
-                wanted = planning.prior(fleets, chosen_profile.name, target.device.sm)
+                wanted = planning.prior(fleets, chosen_profile.name, target.device.sm, problems)
             plans.append(
                 Plan(
                     target=target,

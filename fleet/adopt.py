@@ -184,26 +184,30 @@ def _put_prior(generation: FleetGeneration | None, node: str, where: Path) -> in
     return len(generation.choices)
 
 
+_LAYER = ("format", "activation", "out_dtype", "groups", "n", "k")
+
+
 def prior_backends(
     state_dir: Path,
     scope: tuple[str, str, str],
-    layers: Sequence[tuple[str, str, str, int, int]],
+    layers: Sequence[tuple[str, str, str, int, int, int]],
 ) -> tuple[str, ...]:
-    """The backends that the fleet chose for these layers, (format, activation, out_dtype, n, k),
-    under (arch, GPU model, profile). None where the fleet has nothing for one of them: then only a
-    whole probe will do.
+    """The backends that the fleet chose for these layers, (format, activation, out_dtype, groups,
+    n, k), under (arch, GPU model, profile). None where the fleet has nothing for one of them: then
+    only a whole probe will do.
     """
     try:
         choices = json.loads(files.whole(state_dir / PRIOR, _MOST_PRIOR))["choices"]
         found: dict[tuple[Any, ...], set[str]] = {}
         for c in choices:
             if (c["arch"], c["gpu"], c["profile"]) == scope:
-                layer = c["format"], c["activation"], c["out_dtype"], c["n"], c["k"]
+                layer = tuple(c[name] if name != "groups" else c.get(name, 1) for name in _LAYER)
                 found.setdefault(layer, set()).add(c["backend"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ()
     activations = {layer[1] for layer in found}
-    wanted = [layer for layer in layers if layer[1] in activations]
+    # Dense layers in an activation that the fleet does not use are none that it left open.
+    wanted = [layer for layer in layers if layer[1] in activations or layer[3] > 1]
     if not wanted or any(layer not in found for layer in wanted):
         return ()
     return tuple(sorted(set().union(*(found[layer] for layer in wanted))))

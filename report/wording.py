@@ -55,7 +55,9 @@ def layer_text(bucket: BucketKey) -> str:
     """As in ``nvfp4 W4A16 bf16``, or ``mxfp4 experts (swiglu-oai) bf16, 32 of which 4 a token``."""
     text = f"{bucket.format} {weights_text(bucket.activation)} {bucket.out_dtype}"
     key = experts_key(bucket.activation)
-    return text if key is None else f"{text}, {bucket.groups} of which {key.top_k} a token"
+    if key is not None:
+        return f"{text}, {bucket.groups} of which {key.top_k} a token"
+    return text if bucket.groups == 1 else f"{text}, {bucket.groups} experts"
 
 
 def size_text(layer: BucketKey | LayerKey) -> str:

@@ -107,3 +107,31 @@ def test_dense_backends_are_not_asked_about_experts_alone():
     routed = request.experts([EXPERTS], (), (), 4)
     assert "torch-dequant" not in request.backends_for((), routed)
     assert "torch-experts" in request.backends_for((), routed)
+
+
+def test_the_page_shows_experts_by_tokens_and_routing_laws(probed):
+    state, _ = probed
+    page = state / "page.html"
+    done = fp4tune("report", "--html", page, "--state", state)
+    assert done.exit_code == 0, done.output
+    _, _, section = page.read_text().partition('<section id="experts"')
+    section = section.partition("</section>")[0]
+    for said in ("Routed experts", "4 experts, 2 a token, 32x64", "balanced", "zipf", "tokens"):
+        assert said in section, said
+    assert "An engine takes one backend for all of them" in section
+
+
+def test_experts_travel_in_a_bundle_to_a_fleet(probed, tmp_path):
+    pytest.importorskip("duckdb")
+    pytest.importorskip("pyarrow")
+    state, _ = probed
+    bundle, store = tmp_path / "node.bundle", tmp_path / "fleet"
+    done = fp4tune("export", "--out", bundle, "--state", state)
+    assert done.exit_code == 0, done.output
+    done = fp4tune("fleet", "merge", bundle, "--into", store, "--json")
+    assert done.exit_code == 0, done.output
+    from fp4tune.fleet.warehouse import Warehouse
+
+    with Warehouse(str(store)) as warehouse:
+        rows = warehouse.rows("SELECT DISTINCT activation, groups, n, k FROM choice")
+    assert [tuple(row.values()) for row in rows] == [("bf16:top2:swiglu", 4, 32, 64)]

@@ -354,10 +354,10 @@ def test_a_prior_is_verified_never_believed(proven, tmp_path):
     adopt.adopt(str(file), where)
     assert (where / adopt.PRIOR).exists()
     assert not (where / state.CHOICES).exists()  # nothing an engine would read
-    layers = [("nvfp4", "bf16", "bf16", 4096, 4096)]
+    layers = [("nvfp4", "bf16", "bf16", 1, 4096, 4096)]
     scope = ("sm90", "H200", "strict")
     assert adopt.prior_backends(where, scope, layers) == ("plain",)
-    assert adopt.prior_backends(where, scope, [*layers, ("nvfp4", "bf16", "bf16", 64, 64)]) == ()
+    assert adopt.prior_backends(where, scope, [*layers, ("nvfp4", "bf16", "bf16", 1, 64, 64)]) == ()
     assert adopt.prior_backends(where, ("sm90", "H100", "strict"), layers) == ()
 
 
@@ -365,10 +365,27 @@ def test_probe_with_a_prior_runs_the_fleet_s_choice_and_the_floors(tmp_path):
     choice = {"arch": "cpu", "gpu": "here", "profile": "strict", "backend": "torch-compile"}
     choice |= {"format": "nvfp4", "activation": "bf16", "out_dtype": "bf16", "n": 64, "k": 64}
     (tmp_path / adopt.PRIOR).write_text(json.dumps({"choices": [choice]}))
-    layers = [("nvfp4", a, "bf16", 64, 64) for a in ("bf16", "fp4")]
+    layers = [("nvfp4", a, "bf16", 1, 64, 64) for a in ("bf16", "fp4")]
     ask = (tmp_path, ("cpu", "here", "strict"), layers)
     found = planning.prior(adopt.prior_backends(*ask), "strict", None)
     assert found == ("torch-compile", "torch-dequant", "torch-dequant-w4a4")
     (tmp_path / adopt.PRIOR).write_text('{"choices": [{"backend": "evil"}]}')
     assert planning.prior(adopt.prior_backends(*ask), "strict", None) == ()
     assert planning.prior(("evil",), "strict", None) == ()
+
+
+def test_experts_that_the_fleet_did_not_choose_for_need_a_whole_probe(tmp_path):
+    (problem,) = planning.experts(["8,2,32,64"], (), (), 4)
+    key = (problem.format, problem.activation, problem.out_dtype, problem.groups, 32, 64)
+    dense = {"format": "nvfp4", "activation": "bf16", "out_dtype": "bf16", "n": 64, "k": 64}
+    scope = {"arch": "sm90", "gpu": "H200", "profile": "sglang"}
+    choices = [{**scope, **dense, "groups": 1, "backend": "marlin"}]
+    (tmp_path / adopt.PRIOR).write_text(json.dumps({"choices": choices}))
+    ask = (tmp_path, tuple(scope.values()), [("nvfp4", "bf16", "bf16", 1, 64, 64), key])
+    assert adopt.prior_backends(*ask) == ()
+    named = ("format", "activation", "out_dtype", "groups", "n", "k")
+    row = {**scope, **dict(zip(named, key, strict=True)), "backend": "torch-experts"}
+    (tmp_path / adopt.PRIOR).write_text(json.dumps({"choices": [*choices, row]}))
+    found = adopt.prior_backends(*ask)
+    assert found == ("marlin", "torch-experts")
+    assert "torch-experts" in planning.prior(found, "sglang", 90, [problem])

@@ -38,14 +38,14 @@ class NodeRows:
     unread: Sequence[str] = ()
     findings: Sequence[Finding] = ()
     runs: Sequence[Run] = ()
-    timings: Sequence[Timing] = ()
-    """Of routed experts, by routing law."""
     quarantines: Sequence[quarantine.Quarantine] = ()
     ledger: bool = True
     problem: str | None = None
     """Why the ledger cannot be read, where it is there."""
     status: Mapping[str, Any] | None = None
     """What `facts` says of the state that all this is from."""
+    timings: Sequence[Timing] = ()
+    """Of routed experts, by routing law."""
 
 
 def document(place: Path) -> str:
@@ -60,9 +60,8 @@ def document(place: Path) -> str:
     problem = documents.ledger_problem(place)
     told = facts.gather(place)
     timings = documents.stored_timings(place)
-    return draw(
-        NodeRows(now, old, unread, found, runs, timings, entries, bool(runs), problem, told)
-    )
+    ledger = bool(runs)
+    return draw(NodeRows(now, old, unread, found, runs, entries, ledger, problem, told, timings))
 
 
 def draw(rows: NodeRows) -> str:
