@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from .commands.reproduce import reproduce
 from .commands.selftest import selftest
 from .commands.show import show
 from .errors import NOT_ASSESSED
+from .machine import processes
 
 app = typer.Typer(
     name="fp4tune",
@@ -85,8 +87,21 @@ def _root(
     """Exit codes: 0 a safe choice exists; 1 unsafe, or no safe choice; 2 could not assess."""
 
 
+_ENDING = 10.0
+"""Seconds that processes which are killed at the end may take to be gone."""
+
+
+def contain() -> None:
+    """Have this process, which is the command's own, end with all that was ever started below it: a
+    backend may kill the processes that keep it, and what it leaves then comes here."""
+    processes.adopt_orphans()
+    # Registered first, so that it is done last.
+    atexit.register(processes.end_tree, lambda pid, status: None, _ENDING)
+
+
 def main() -> None:
     """Entry point of the ``fp4tune`` command."""
+    contain()
     _streams.forgive()
     try:
         app(prog_name="fp4tune")

@@ -58,9 +58,12 @@ def adopt(
         for entry, advisory_id in entries:
             known.quarantines[entry.id] = advisory_id
             known.lifted.pop(advisory_id, None)
-            _quarantine(entry, where)
         known.serials[advice.key or ""] = [advice.serial, advice.digest]
+        # First, so that a quarantine that is there is known for the fleet's when it is lifted; the
+        # same file may be taken again where not all of them could be written.
         taken.save(known, where)
+        for entry, _ in entries:
+            _quarantine(entry, where)
         priors = _put_prior(advice.generation, mine, where)
     generation = advice.generation
     return {

@@ -18,6 +18,7 @@ from commands import call
 pytest.importorskip("fsspec")
 pytest.importorskip("cryptography")
 
+from fp4tune.cache import quarantine  # noqa: E402
 from fp4tune.cache.errors import Corrupt  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import adopt, advisories, signing, taken  # noqa: E402
@@ -170,6 +171,27 @@ def test_a_quarantine_that_vanished_was_not_lifted(node, tmp_path):
     (found,) = node.rglob(f"{identity}.json")
     found.unlink()
     assert len(adopt.adopt(str(path), node)["quarantined"]) == 1
+
+
+def test_one_that_was_stopped_half_way_is_taken_whole_and_its_lift_holds(
+    node, tmp_path, monkeypatch
+):
+    path = put(tmp_path, document(advisories=[advisory(), advisory("slow")]))
+    real = adopt._quarantine
+    with monkeypatch.context() as patched:
+
+        def dies(entry, where):
+            real(entry, where)
+            raise KeyboardInterrupt
+
+        patched.setattr(adopt, "_quarantine", dies)
+        with pytest.raises(KeyboardInterrupt):
+            adopt.adopt(str(path), node)
+    (first,) = quarantine.read(quarantine.store(node))[0]
+    assert len(adopt.adopt(str(path), node)["quarantined"]) == 1
+    assert call("quarantine", "lift", first.id, "--state", node).exit_code == 0
+    adopt.adopt(str(put(tmp_path, document(1001, advisories=[advisory(first.backend)]))), node)
+    assert first.backend not in {q.backend for q in quarantine.read(quarantine.store(node))[0]}
 
 
 def test_a_memory_that_is_damaged_is_not_taken_for_none(node, tmp_path):

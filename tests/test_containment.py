@@ -253,6 +253,47 @@ def test_who_kills_its_keeper_ends_too_with_what_it_started(worker):
         assert gone(seen)
 
 
+def test_who_kills_all_that_keep_it_ends_with_the_command(tmp_path):
+    backend = tmp_path / "it.py"
+    backend.write_text(
+        textwrap.dedent("""
+        import os, time
+        from fp4tune.probes.zoo.floor import Right
+        def parent(pid):
+            return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+        class It(Right):
+            def __init__(self):
+                super().__init__("it")
+                if os.fork() == 0:
+                    os.setsid()
+                    if os.fork() == 0:
+                        while parent(os.getpid()) == os.getsid(0):
+                            time.sleep(0.01)
+                        keeper = parent(os.getpid())
+                        server = parent(keeper)
+                        for pid in (server, keeper):
+                            os.kill(pid, 9)
+                        open(__file__ + ".escaped", "w").write(str(os.getpid()))
+                        os.execve("/bin/sleep", ["sleep", "600"], {})
+                    os._exit(0)
+                time.sleep(600)
+        """)
+    )
+    code = """
+        import sys
+        from fp4tune import cli
+        from fp4tune.probes.worker.supervisor import Worker, WorkerFailed
+        cli.contain()
+        try:
+            Worker().ask("hello", 120.0, backend=sys.argv[1], kind="cpu", sm=None)
+        except WorkerFailed as error:
+            print(error.kind)
+    """
+    with spawn(code, f"{backend}:It", stdout=subprocess.PIPE) as command:
+        assert command.communicate(timeout=200)[0] == b"crash\n"
+    assert gone([int(Path(f"{backend}.escaped").read_text())])
+
+
 def keeper_of(made: Worker) -> int:
     assert made.pid and made._kept._keeper
     return made._kept._keeper

@@ -593,3 +593,27 @@ def test_every_example_file_and_page_is_reachable():
 def test_the_changelog_has_this_version():
     newest = re.search(r"^## \[(.+?)\] - (\d{4}-\d\d-\d\d)$", text_of(ROOT / "CHANGELOG.md"), re.M)
     assert newest and newest[1] == __version__
+
+
+def test_every_row_of_who_can_do_what_names_tests_that_are_there():
+    text = (ROOT / "docs" / "security.md").read_text()
+    known = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    tables = re.findall(r"^\| who \| can .*\n((?:\|.*\n)+)", text, re.M)
+    lines = [line for table in tables for line in table.splitlines()[1:]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(tables) > 4 and {len(row) for row in rows} == {4}
+    for party in ("root", "daemon's user", "engine's user", "local user", "pod", "peer", "holder"):
+        assert any(party in who for who, *_ in rows), party
+    for who, _, cannot, shown in rows:
+        names = re.findall(r"`([\w.]+)`", shown)
+        links = re.findall(r"\]\(([^)]+)\)", shown)
+        assert names or links or not cannot.strip() or who.startswith(("root", "whoever may")), who
+        for name in names:
+            is_file = name.endswith(".py") and (ROOT / "tests" / name).is_file()
+            assert is_file or any(name in each for each in known), f"{who}: {name}"
+        for link in links:
+            assert link.startswith("#") or (ROOT / "docs" / link).exists(), link
