@@ -284,7 +284,7 @@ def probe(
         statuses = {choice.status for report in reports for choice in report.choices}
         if not statuses:
             raise Refused("no backend could run any of these problems here; nothing is published")
-        if failed:
+        if failed or (backend and any(report.broken for report in reports)):
             raise typer.Exit(NOT_ASSESSED)
         if engine is not None:
             raise typer.Exit(_engine.exit_code(verdicts))

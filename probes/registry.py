@@ -102,6 +102,10 @@ EXPERTS: dict[str, str] = {
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 
 _ALLOWED = "up to 128 letters, digits, dots, dashes, underscores and plus signs"
+_OURS = "this is the name of a backend of fp4tune's own"
+_MUTANT = "zoo-"
+_ROLES = ("controls",)
+"""Names that stand for more than a backend in what is stored."""
 _HOST = torch.device("cpu")
 _TEXT_MEMBERS = ("name", "activation", "layout")
 _OF_EXPERTS = {
@@ -132,16 +136,22 @@ class Broken:
     reason: str
 
 
+def is_ours(name: str) -> bool:
+    """Whether a name is, or may be, that of something of ours: no plugin may have it."""
+    return name in BUILTIN or name in EXPERTS or name in _ROLES or name.startswith(_MUTANT)
+
+
 def _entry_points() -> dict[str, metadata.EntryPoint]:
     found = metadata.entry_points(group=GROUP)
-    return {e.name: e for e in found if e.name not in BUILTIN and NAME.fullmatch(e.name)}
+    return {e.name: e for e in found if not is_ours(e.name) and NAME.fullmatch(e.name)}
 
 
 def misnamed() -> list[Broken]:
-    """Installed plugins that are left out because their name is none."""
+    """Installed plugins that are left out because their name is none, or one of ours."""
     found = metadata.entry_points(group=GROUP)
-    bad = (ascii(e.name)[:100] for e in found if not NAME.fullmatch(e.name))
-    return [Broken(name, f"a backend's name is {_ALLOWED}") for name in bad]
+    left = [Broken(e.name, _OURS) for e in found if is_ours(e.name)]
+    unfit = (ascii(e.name)[:100] for e in found if not NAME.fullmatch(e.name))
+    return [*left, *(Broken(name, f"a backend's name is {_ALLOWED}") for name in unfit)]
 
 
 def names() -> list[str]:
@@ -344,6 +354,8 @@ def load_file(spec: str) -> Backend:
     made = list(_unfolded(getattr(module, attribute), spec))
     if len(made) != 1:
         raise BadBackend(f"{spec} is {len(made)} backends, and one was asked for")
+    if is_ours(made[0].name):
+        raise BadBackend(f"{spec} is called {made[0].name}: {_OURS}")
     return made[0]
 
 

@@ -326,6 +326,18 @@ class OddActivation(Mine):
 
 instance = Mine()
 several = [Mine(), Mine()]
+
+class Ours(Mine):
+    name = "marlin"
+
+class Mutant(Mine):
+    name = "zoo-mine"
+
+class Controls(Mine):
+    name = "controls"
+
+class Experts(Mine):
+    name = "torch-experts"
 def failing(): raise RuntimeError("no luck")
 """
 
@@ -353,6 +365,10 @@ def test_a_file_gives_a_class_or_an_instance(file):
         ("failing", "no luck"),
         ("absent", "has no 'absent'"),
         ("several", "2 backends"),
+        ("Ours", "is called marlin: this is the name of a backend of fp4tune's own"),
+        ("Mutant", "is called zoo-mine"),
+        ("Controls", "is called controls"),
+        ("Experts", "is called torch-experts"),
         ("", "FILE.py:NAME"),
     ],
 )
@@ -410,6 +426,7 @@ def test_plugins_are_found_and_a_broken_one_breaks_nothing_else(tmp_path, monkey
     reasons = {b.name: b.reason for b in broken}
     assert "run()" in reasons["no-run"]
     assert "module_that_is_gone" in reasons["gone"]
+    assert "fp4tune's own" in reasons["torch-dequant"]
     assert registry.load(["mine"])["mine"].name == "mine"
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import pytest
 import rogues
 from levels import brief
 from stores import gone, spawn
+from typer.testing import CliRunner
 
+from fp4tune import cli
 from fp4tune.autotune import request as planning
 from fp4tune.autotune.plan import Plan, Report
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.stages.survey import survey
+from fp4tune.autotune.stages.survey import enrol, survey
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
@@ -332,6 +335,29 @@ def test_backends_that_end_the_process_while_they_load_are_told_apart(tmp_path, 
     assert good["reasons"] == [None] and good["name"] == "good"
     assert "SystemExit" in exited["error"]
     assert "SIGSEGV" in crashed["error"]
+
+
+def test_two_backends_of_one_name_are_not_taken_for_one(monkeypatch):
+    wanted = [spec("Good"), spec("Other")]
+    plan = replace(make_plan([wanted[0]], 1), backends=tuple(wanted))
+    layer = {"name": "good", "activation": "bf16", "layout": "plain", "reference_line": False}
+
+    def survey(target, backends, problems, python, hang_seconds):
+        return {name: {**layer, "reasons": [None] * len(problems)} for name in backends}
+
+    monkeypatch.setattr("fp4tune.autotune.stages.survey.survey", survey)
+    found = enrol(plan, lambda who, text: None)
+    assert [runner.spec for runner in found.runners] == wanted[:1]
+    assert list(found.broken) == wanted[1:] and "and so is" in found.broken[wanted[1]]
+
+
+@pytest.mark.slow
+def test_a_backend_asked_for_that_does_not_load_is_no_success(tmp_path):
+    call = ["probe", "--gpu", "none", "--shape", "64,128", "--max-m", "1", "--level", "quick"]
+    call += ["--activation", "bf16", "--backend", spec("Good"), "--backend", spec("NoSuchThing")]
+    done = CliRunner().invoke(cli.app, [*call, "--state", str(tmp_path)])
+    assert done.exit_code == 2, done.output
+    assert "did not load" in done.output and "SAFE" in done.output
 
 
 # -- another interpreter, and the end of the probe itself

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fp4tune.autotune.evidence.wording import shown
-from fp4tune.autotune.stages.prove import LESS, Turn, _lacking, share_of
+from fp4tune.autotune.stages.prove import LESS, LongRun, _lacking, share_of
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.probes.backends import tactics
 from fp4tune.probes.check.reference import alpha_of, expect
@@ -256,8 +256,8 @@ def test_the_first_that_is_right_gets_all_and_the_second_some(order, wrong, also
 # -- how long it may take
 
 
-def turn(seconds: float, ranges: int = 1) -> Turn:
-    return Turn(None, "serial", (TWO,) * ranges, LaunchAim(30_000, 300, seconds))  # type: ignore[arg-type]
+def turn(seconds: float, ranges: int = 1) -> LongRun:
+    return LongRun(None, "serial", (TWO,) * ranges, LaunchAim(30_000, 300, seconds))  # type: ignore[arg-type]
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=8), st.floats(0.1, 500.0))

@@ -99,7 +99,7 @@ def _lacking(orders: Mapping[MRange, Sequence[str]], done: Depths, also: Collect
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class LongRun:
     """One ask of a worker: a regime, or every m, of one backend in some ranges.
 
     `aim` has the seconds that each of them may take.
@@ -115,7 +115,7 @@ class Turn:
         return self.aim.seconds * len(self.only)
 
 
-def share_of(turn: Turn, later: float, left: float) -> float:
+def share_of(turn: LongRun, later: float, left: float) -> float:
     """Seconds that each range of a turn gets, where what comes `later` may take so many and there
     are so many `left`: what it may take, or its part of what is left."""
     return min(1.0, left / (turn.seconds + later)) * turn.aim.seconds
@@ -133,7 +133,7 @@ def _prove_wave(
     mine = [by_name[name] for name in dict.fromkeys(name for name, _ in wave)]
     names = [n for n in layer.regimes if n in wanted.regimes and n in CHANCE | CERTAIN]
 
-    def turns(entrant: Entrant, alone: bool) -> list[Turn]:
+    def turns(entrant: Entrant, alone: bool) -> list[LongRun]:
         chosen = [name for name in names if (name in ALONE) == alone]
         return [t for n in chosen for t in _turns(layer, entrant, n, wave, wanted, record)]
 
@@ -146,7 +146,7 @@ def _prove_wave(
     whole = [sum(turn.seconds for turn in turns) for turns in beside]
     after = max(whole) if pool else sum(whole)
 
-    def run(turns: Sequence[Turn], after: float = 0.0) -> None:
+    def run(turns: Sequence[LongRun], after: float = 0.0) -> None:
         later = sum(turn.seconds for turn in turns) + after
         for turn in turns:
             later -= turn.seconds
@@ -165,7 +165,9 @@ def _prove_wave(
             run([turn for turns in beside for turn in turns])
 
 
-def _run_turn(layer: ProbedLayer, turn: Turn, record: Recorder, say: Callable[[str], None]) -> None:
+def _run_turn(
+    layer: ProbedLayer, turn: LongRun, record: Recorder, say: Callable[[str], None]
+) -> None:
     entrant, name = turn.entrant, turn.regime
     if name in entrant.dead:
         return
@@ -181,7 +183,7 @@ def _run_turn(layer: ProbedLayer, turn: Turn, record: Recorder, say: Callable[[s
 
 def _turns(
     layer: ProbedLayer, entrant: Entrant, name: str, wave: Depths, wanted: Wanted, record: Recorder
-) -> list[Turn]:
+) -> list[LongRun]:
     """What is asked of a backend in one regime."""
     found = []
     for less, ms in _by_depth(wave, entrant.name).items():
@@ -189,15 +191,17 @@ def _turns(
         passed = [m for m in ms if passed_briefly(layer, entrant, name, m, record)]
         for only, shares in _by_speed(layer, entrant, passed):
             mine = replace(aim, seconds=shares * aim.seconds)
-            found.append(Turn(entrant, name, tuple(only), mine))
+            found.append(LongRun(entrant, name, tuple(only), mine))
     return found
 
 
-def _every_m(entrant: Entrant, wave: Depths, wanted: Wanted) -> Turn:
+def _every_m(entrant: Entrant, wave: Depths, wanted: Wanted) -> LongRun:
     """Every m of the ranges in which a backend is to be launched."""
     only = tuple(m for name, m in wave if name == entrant.name)
     needed = sum((m.hi - m.lo + 1) * (HOST_S + 1e-6 * entrant.median_us.get(m, 0.0)) for m in only)
-    return Turn(entrant, EVERY_M, only, replace(wanted.aim, seconds=PATIENCE * needed / len(only)))
+    return LongRun(
+        entrant, EVERY_M, only, replace(wanted.aim, seconds=PATIENCE * needed / len(only))
+    )
 
 
 def _by_depth(wave: Depths, name: str) -> dict[int, list[MRange]]:

@@ -55,10 +55,15 @@ def enrol(plan: Plan, progress: Progress) -> Field:
     every = (*plan.problems, *others)
     found = survey(plan.target, plan.backends, every, plan.python, plan.hang_seconds)
     entered = Field(able={problem: [] for problem in plan.problems})
+    called: dict[str, str] = {}
     for spec in plan.backends:
         answer = found[spec]
         if "error" in answer:
             entered.broken[spec] = answer["error"]
+            continue
+        if (other := called.setdefault(answer["name"], spec)) != spec:
+            why = f"it is called {answer['name']}, and so is {other}: what is found is kept by name"
+            entered.broken[spec] = why
             continue
         reasons = answer["reasons"][len(plan.problems) :]
         answer["reasons"] = answer["reasons"][: len(plan.problems)]

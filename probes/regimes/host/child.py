@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import collective, first_calls, scratch
-from .own_process import Question
+from .own_process import Question, begun_file
 
 TASKS: dict[str, Callable[[Question], dict[str, Any]]] = {
     "first-calls": first_calls.answer,
@@ -21,6 +21,7 @@ TASKS: dict[str, Callable[[Question], dict[str, Any]]] = {
 def main(asked: str, answer: str) -> None:
     """Read the question, and leave the answer; neither threads nor exit handlers hold it up."""
     question = Question.of(Path(asked).read_text())
+    begun_file(Path(answer)).touch()
     found = TASKS[question.task](question)
     part = Path(answer + ".part")
     part.write_text(json.dumps(found))

@@ -38,7 +38,9 @@ from fp4tune.probes.regimes.host.child import main
 main(sys.argv[2], sys.argv[3])
 """
 SECONDS = 120.0
-"""For a child to load torch and the backend, and to answer."""
+"""For a child to load the backend, and to answer."""
+STARTS = 600.0
+"""For a child to load Python and torch: on a busy machine that says nothing of a backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ class Question:
 
 
 class NoAnswer(Exception):
-    """A child that gave no answer. `kind` is ``hang`` or ``crash``."""
+    """A child that gave no answer. `kind` is ``hang`` or ``crash``; ``internal`` where it did not
+    come so far as to load the backend."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -104,8 +107,14 @@ def name_of(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
+def begun_file(answer: Path) -> Path:
+    """What a child leaves beside its answer once it has torch."""
+    return answer.with_suffix(".begun")
+
+
 def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) -> dict[str, Any]:
-    """The child's answer. Raises NoAnswer where it died, or took longer than `seconds`."""
+    """The child's answer. Raises NoAnswer where it died, or took longer than `seconds` from when it
+    had torch."""
     with tempfile.TemporaryDirectory(prefix="fp4tune-own-process-") as folder:
         asked, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(asdict(question)))
@@ -118,8 +127,15 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
             )
             words.begun()
             try:
-                end = time.monotonic() + seconds
+                begun = begun_file(answer)
+                end = time.monotonic() + STARTS
+                started = False
                 while child.poll() is None:
+                    if not started and begun.exists():
+                        started, end = True, time.monotonic() + seconds
+                    if time.monotonic() > end and not started:
+                        why = f"a process of its own had not begun after {STARTS:.0f} s"
+                        raise NoAnswer("internal", why)
                     if time.monotonic() > end:
                         raise NoAnswer(
                             "hang", f"silent for {seconds:.0f} s in a process of its own"
