@@ -171,6 +171,7 @@ def engine(tmp_path, monkeypatch, own_state):
     before, finders = set(sys.modules), list(sys.meta_path)
     for name in [n for n in sys.modules if n.partition(".")[0] in ("vllm", "sglang", "flashinfer")]:
         monkeypatch.delitem(sys.modules, name)
+    process.end()  # one that another test has left looks at few calls
     monkeypatch.setenv("FP4TUNE_LEVEL", "watch")
     monkeypatch.setenv("FP4TUNE_WATCH", "every")
     monkeypatch.setenv("FP4TUNE_WATCH_COPIES", "1")
