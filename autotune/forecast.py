@@ -20,7 +20,10 @@ _UNKNOWN = {
     ("cpu", "soak"): (20.0, 600.0),
 }
 """Seconds of loading and building, and of a layer, where nothing is known of such a device: what an
-H200 took with six backends, and a CPU with two cores."""
+H200 took at ``quick`` and ``standard`` with six backends, and a CPU with two cores; at ``soak``,
+which no run has timed, a guess."""
+_BACKENDS = 6
+"""A GPU's seconds are those of so many; with fewer they are fewer."""
 _LAST = 40
 """Layers of earlier probes that are looked at."""
 
@@ -46,6 +49,9 @@ def forecast(plan: Plan, ledger: Ledger) -> Forecast:
     """What is known before a probe begins. Layers that were probed before count for nothing."""
     kind, level = plan.target.device.kind, plan.level.name
     build, layer = _UNKNOWN.get((kind, level), _UNKNOWN[kind, "standard"])
+    if kind == "cuda":
+        share = min(1.0, len(plan.backends) / _BACKENDS)
+        build, layer = share * build, share * layer
     runs = {
         run.id: run
         for run in ledger.runs()

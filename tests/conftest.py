@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import folders
 import pytest
 import torch
 from hypothesis import settings
+from typer.testing import CliRunner
 
+from fp4tune import cli
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.cache import reader, state
 from fp4tune.witness import vectors
@@ -103,6 +106,24 @@ def brief_quick():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(levels.LEVELS, "quick", levels.brief())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def held_documents():
+    """What any command prints as JSON in this process is held against its schema."""
+    import schemas
+
+    called = CliRunner.invoke
+
+    def invoke(self, app, args=None, *more, **others):
+        done = called(self, app, args, *more, **others)
+        if app is cli.app and args and "--json" in args and done.stdout:
+            schemas.hold(schemas.command_of(args), json.loads(done.stdout))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CliRunner, "invoke", invoke)
         yield
 
 

@@ -428,7 +428,7 @@ def test_a_roofline_is_that_of_the_weights_for_few_rows():
 # -- width, pipes, help, mistakes
 
 
-@pytest.mark.parametrize("columns", [80, 100, 132])
+@pytest.mark.parametrize("columns", [40, 80, 132])
 def test_tables_are_as_wide_as_is_said_and_end_where_their_text_does(columns, tmp_path):
     place = tmp_path / "s"
     choices, candidates = stores.rows_for("a")
@@ -441,7 +441,8 @@ def test_tables_are_as_wide_as_is_said_and_end_where_their_text_does(columns, tm
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines
     assert [line for line in lines if line != line.rstrip()] == []
-    assert max(map(len, lines)) <= columns
+    assert max(map(len, lines)) <= max(columns, 80)
+    assert any(line.split()[:2] == ["17-64", "marlin"] for line in lines)
     assert "…" not in done.stdout
 
 
@@ -509,19 +510,22 @@ def test_choices_are_listed(words, said):
     assert said in call(*words).output
 
 
+COMPLETES = {
+    "bash": lambda words: {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)},
+    "zsh": lambda words: {"_TYPER_COMPLETE_ARGS": words},
+}
+
+
+@pytest.mark.parametrize("shell", COMPLETES)
 @pytest.mark.parametrize("typed, offered", [("emi", "emit"), ("probe --level ", "standard")])
-def test_a_shell_completes(typed, offered):
-    words = f"fp4tune {typed}"
+def test_a_shell_completes(typed, offered, shell):
+    asked = COMPLETES[shell](f"fp4tune {typed}")
     done = subprocess.run(
         [sys.executable, "-c", "from fp4tune.cli import main; main()"],
-        env=environment(
-            _FP4TUNE_COMPLETE="complete_bash",
-            COMP_WORDS=words,
-            COMP_CWORD=str(len(words.split(" ")) - 1),
-        ),
+        env=environment(_FP4TUNE_COMPLETE=f"complete_{shell}", **asked),
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert offered in done.stdout.split(), done.stderr
+    assert offered in re.findall(r"[\w-]+", done.stdout), done.stderr
 
 
 IDLE = [
@@ -699,6 +703,16 @@ def test_a_forecast_is_what_earlier_layers_of_that_model_took(tmp_path):
         # Both were probed; only the second row's words are those of another version.
         assert found.layers == 0
         assert forecast(replace(plan, again=True), ledger).layers == 2
+
+
+def test_where_nothing_is_known_fewer_backends_are_said_to_take_less(tmp_path):
+    with Ledger.open(tmp_path) as ledger:
+        found = [
+            forecast(replace(plan_of(shapes=2), target=TARGET, backends=tuple(names)), ledger)
+            for names in ("ab", "abcdef", "abcdefghi")
+        ]
+    assert not any(each.known for each in found) and {each.layers for each in found} == {2}
+    assert 0 < found[0].seconds < found[1].seconds == found[2].seconds
 
 
 def plan_of(shapes: int) -> Plan:

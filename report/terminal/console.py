@@ -70,13 +70,18 @@ class TidyConsole(InertConsole):
         """Nothing: who no longer reads is no reason to end, least of all as if unsafe."""
 
 
-def console(stderr: bool = False) -> InertConsole:
-    """Where tables go: as wide as COLUMNS says or the terminal is; without either, lines are as
-    long as they need to be."""
-    out = TidyConsole(stderr=stderr)
+_NARROWEST = 80
+"""Below it numbers would be cut to pieces and columns left out: a terminal that is narrower breaks
+the lines of a table, and nothing is lost."""
+
+
+def console() -> InertConsole:
+    """Where tables go: as wide as COLUMNS says or the terminal is, from 80 on; without either,
+    lines are as long as they need to be."""
+    out = TidyConsole()
     if out.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
-        return out
-    return TidyConsole(width=200, stderr=stderr)
+        return out if out.width >= _NARROWEST else TidyConsole(width=_NARROWEST)
+    return TidyConsole(width=200)
 
 
 _WHOLE = ("choice", "backend")
