@@ -425,7 +425,7 @@ class Vllm:
         self, kind: Any, out: torch.Tensor, given: torch.Tensor, activation_config: dict[str, Any]
     ) -> None:
         if kind is self.kinds.RELU2_NO_MUL:
-            out.copy_(given.clamp(min=0).square())
+            out.copy_(given.clamp_(min=0).square())  # in place, as vLLM's
             return
         n, limit = out.shape[1], activation_config["clamp_limit"]
         gate, up = given[:, :n].float(), given[:, n:].float()

@@ -252,6 +252,7 @@ class VllmMarlinExperts:
     def activate(self, state: VllmExperts, h13: torch.Tensor, tactic: str) -> torch.Tensor:
         shards, n = state.w13.n // state.n, state.problem.n
         wide = widened(h13.reshape(-1, shards, n), state.n).view(-1, state.w13.n)
+        wide = wide if state.problem.act.gated else wide.clone()  # vLLM's squares in place
         h = h13.new_empty(wide.shape[0], state.n)
         _vllm_activate(state, wide, h)
         return h[:, :n].reshape(*h13.shape[:-1], n)
