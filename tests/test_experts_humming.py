@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from fp4tune.probes import registry
 from fp4tune.probes.backends import TACTIC
 from fp4tune.probes.backends import _humming as shared
-from fp4tune.probes.grouped import exact, humming
-from fp4tune.probes.grouped.humming import HummingExperts, Rule, candidate, expression
+from fp4tune.probes.backends import humming_experts as humming
+from fp4tune.probes.backends.humming_experts import HummingExperts, Rule, candidate, expression
+from fp4tune.probes.grouped import exact
 from fp4tune.probes.grouped.problem import GATES, ExpertsProblem
 from fp4tune.probes.grouped.reference import activate
 from fp4tune.probes.problem import Device
