@@ -15,7 +15,7 @@ from fp4tune.probes.backends import TACTIC
 from fp4tune.probes.backends import _humming as shared
 from fp4tune.probes.backends import humming_experts as humming
 from fp4tune.probes.backends.humming_experts import HummingExperts, Rule, candidate, expression
-from fp4tune.probes.grouped import exact
+from fp4tune.probes.grouped import exact, routing
 from fp4tune.probes.grouped.problem import GATES, ExpertsProblem
 from fp4tune.probes.grouped.reference import activate
 from fp4tune.probes.problem import Device
@@ -66,6 +66,19 @@ def test_what_names_no_rows_is_refused(name):
     with pytest.raises(ValueError, match="no tactic of humming-indexed"):
         registry.load_one("humming-indexed").own._rule(name, 3)
     assert registry.load_one("humming-indexed").own._rule("default", 3)[0] == 3
+
+
+def test_masked_rows_are_permuted_to_each_expert_once():
+    from types import SimpleNamespace
+
+    p, backend = problem(groups=6), registry.load_one("humming-masked").own
+    ids = routing.route("balanced", 24, range(6), 2, 3).ids
+    ids[3] = -1
+    rows, experts = backend.permute(SimpleNamespace(problem=p), ids, "default")
+    here = (ids >= 0).flatten()
+    used = rows < ids.numel()
+    assert sorted(rows[used].tolist()) == here.nonzero().flatten().tolist()
+    assert torch.equal(ids.flatten()[rows[used].long()], experts[used])
 
 
 @needs_humming

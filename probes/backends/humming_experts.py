@@ -270,13 +270,20 @@ class HummingExperts:
     def permute(
         self, state: HummingPrepared, ids: torch.Tensor, tactic: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        groups, slots = state.problem.groups, ids.numel()
+        if self.gemm_type == "grouped_masked":
+            places, most, _ = self._grouped(state, ids)
+            rows = ids.new_full((most + 1,), slots)
+            rows[places.flatten().long()] = torch.arange(slots, dtype=ids.dtype, device=ids.device)
+            experts = torch.arange(groups, dtype=ids.dtype, device=ids.device)
+            return rows[:-1], experts.repeat_interleave(ids.shape[0])
         block = 1
         if self.gemm_type == "indexed":
             block = block_of(self._choose(state, ids, tactic).of13)
-        made = sort_slots(ids, state.problem.groups, block)
+        made = sort_slots(ids, groups, block)
         used = torch.arange(len(made.rows), device=ids.device) < made.total
-        rows = torch.where(used, made.rows, ids.numel())
-        return rows, made.experts.repeat_interleave(block).clamp(0, state.problem.groups - 1)
+        rows = torch.where(used, made.rows, slots)
+        return rows, made.experts.repeat_interleave(block).clamp(0, groups - 1)
 
     def gemm1(
         self, state: HummingPrepared, x: torch.Tensor, ids: torch.Tensor, tactic: str
@@ -454,9 +461,11 @@ class HummingExperts:
 def _spread(config: Any, x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
     """(rows, k): each token's row at its places."""
     move = library().may_process_input
-    if move is None or rows < places.numel():
+    # humming's own scatter leaves out places that are not below the number of slots, and masked
+    # rows have such.
+    if move is None or rows != places.numel():
         return spread_rows(x, places, rows)
-    out = x.new_empty(rows, x.shape[1])
+    out, x = x.new_empty(rows, x.shape[1]), x.contiguous()
     done, _, _ = move(config, inputs=x, outputs=out, layout="scatter", scatter_idx=places)
     assert isinstance(done, torch.Tensor)
     return done

@@ -219,7 +219,7 @@ def combine_rows(
     kernels.combine[_grid(*out.shape)](
         y,
         places,
-        weights,
+        weights.contiguous(),
         out,
         out.shape[1],
         scaling,
