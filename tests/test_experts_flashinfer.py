@@ -207,6 +207,18 @@ def test_a_partial_build_has_what_tactics_select(flashinfer, tmp_path, monkeypat
     assert names > experts_build.BY_HAND and "-lnvrtc" not in asked.extra_ldflags
 
 
+def test_the_drivers_library_is_named_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    flags = experts_build.driver_to_link(tmp_path / "made")
+    (tmp_path / "a.cc").write_text("extern int cuInit(unsigned); int f() { return cuInit(0); }")
+    made = tmp_path / "a.so"
+    subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "a.cc", *flags, "-o", made], check=True)
+    assert b"libcuda.so.1" in made.read_bytes()
+    (tmp_path / "lib64" / "stubs").mkdir(parents=True)
+    (tmp_path / "lib64" / "stubs" / "libcuda.so").touch()
+    assert experts_build.driver_to_link(tmp_path / "made") == []
+
+
 def test_sources_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="lists no tiles"):
         experts_build.numbered("int main() {}")

@@ -220,6 +220,21 @@ def wheels_headers() -> list[str]:
     return [flag for d in found if (d / "cublasLt.h").is_file() for flag in ("-isystem", str(d))]
 
 
+def driver_to_link(folder: Path) -> list[str]:
+    """Flags that name the driver's library where there is none to link with, as in an image without
+    a GPU and without CUDA's stubs: an empty one that is called so."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    stubs = [Path(home, "lib64", *more, "libcuda.so") for more in ((), ("stubs",))]
+    if any(path.exists() for path in stubs):
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [os.environ.get("CXX", "c++"), "-shared", "-x", "c++", os.devnull, "-o"]
+    command += [str(folder / "libcuda.so"), "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(command, check=True)
+    # Nothing of it is used, and the library is to ask for it all the same.
+    return [f"-L{folder}", "-Wl,--no-as-needed", "-lcuda"]
+
+
 def _write_source(path: Path, text: str) -> Path:
     """Write a source where it is not so already: what is newer is compiled again."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +265,8 @@ def specification(most: int | None = None) -> Any:
     sources += [path for name, path in own.items() if name in BY_HAND]
     flags = [*dict.fromkeys([*(whole.extra_cuda_cflags or []), "--compress-mode=size"])]
     # NVRTC is for FP8 experts alone, and a library of its own that need not be there.
-    ldflags = [f for f in whole.extra_ldflags or [] if f != "-lnvrtc"] + ["-Wl,-z,lazy"]
+    ldflags = [f for f in whole.extra_ldflags or [] if f != "-lnvrtc"]
+    ldflags += [*driver_to_link(folder / "stubs"), "-Wl,-z,lazy"]
     return dataclasses.replace(
         whole,
         name=PARTIAL,

@@ -37,6 +37,8 @@ FP4_TOKENS = "quantises its tokens to FP4, and routed experts are probed on bf16
 ANEW = "takes bf16 weights and quantises them anew, so that it is given no checkpoint's codes"
 SEVERAL = "is one kernel over the GPUs of a group of ranks, and one GPU is probed"
 
+TILEIRAS = "nvidia-cuda-tileiras nvidia-cuda-nvcc nvidia-nvvm"
+"""It takes the assembler of its own version: with CUDA 13.0's it compiles nothing."""
 PLAIN = ("swiglu",)
 CLAMPED = ("swiglu", "swiglu-10")
 
@@ -189,7 +191,7 @@ def _missing_package(name: str) -> str | None:
     if spec.needs == "cute-dsl" and importlib.util.find_spec("cutlass") is None:
         return f"{name} needs the nvidia-cutlass-dsl package, which is not installed"
     if spec.needs == "cutile" and not _cutile():
-        return f"{name} needs cuda-tile 1.4 or newer and its compiler, nvidia-cuda-tileiras"
+        return f"{name} needs cuda-tile 1.4 or newer and its compiler (pip install {TILEIRAS})"
     return None
 
 
