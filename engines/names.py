@@ -142,6 +142,8 @@ class ExpertsNames:
 
 
 _BOTH = ("nvfp4", "mxfp4")
+INSTALLED_SUFFIX = ":installed"
+"""After vLLM's words for triton_kernels: not the copy that it brings, but what is installed."""
 GROUPED_SUFFIX = ":grouped"
 """After humming's word: its grouped GEMMs and not the indexed ones."""
 EXPERTS: dict[str, ExpertsNames] = {
@@ -168,6 +170,10 @@ EXPERTS: dict[str, ExpertsNames] = {
         sms={"sglang": (90,), "vllm": (90,)},
         tuner=True,
     ),
+    # vLLM runs the copy that it brings, unless triton_kernels is installed beside it.
+    "vllm-ogs": ExpertsNames(vllm={"mxfp4": "triton"}),
+    "vllm-ogs-unfused": ExpertsNames(vllm={"mxfp4": "triton_unfused"}),
+    "triton-kernels": ExpertsNames(sglang={"mxfp4": "triton_kernel"}),
 }
 """Backends of routed experts. One without an entry is shown and never chosen for an engine."""
 

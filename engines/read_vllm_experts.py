@@ -12,7 +12,7 @@ from typing import Any
 
 from .asked import Configured, LayerKind, NotTaken, Unclear
 from .evaluate import Evaluator
-from .names import GROUPED_SUFFIX
+from .names import GROUPED_SUFFIX, INSTALLED_SUFFIX
 from .source import SourceTree
 from .values import CannotTell, ClassOf, EngineRefuses, External, Given, Member
 
@@ -125,7 +125,10 @@ class VllmExperts:
         if not isinstance(backend, Member):
             raise CannotTell("it selects no backend that is known here")
         word = self._word(evaluator, kind, backend)
-        return word + self._humming_type(evaluator, found[1]) if word == "humming" else word
+        if word == "humming":
+            return word + self._humming_type(evaluator, found[1])
+        installed = word.startswith("triton") and self._tree.python.has_module("triton_kernels")
+        return word + INSTALLED_SUFFIX if installed else word
 
     def _humming_type(self, evaluator: Evaluator, experts: Any) -> str:
         """What stands behind humming's word: nothing where its GEMMs are indexed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import engine_trees
 import pytest
@@ -16,6 +17,7 @@ from fp4tune.autotune.choice.single import experts_layer, experts_layers
 from fp4tune.autotune.choice.traffic import Traffic
 from fp4tune.autotune.publication import publish as publishing
 from fp4tune.autotune.publication import published
+from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
 from fp4tune.cache.errors import Missing
 from fp4tune.cache.experts import (
@@ -42,7 +44,9 @@ from fp4tune.engines import (
     sglang,
     vllm,
 )
+from fp4tune.engines.asked import Configured, LayerKind
 from fp4tune.errors import Refused
+from fp4tune.probes import registry
 from fp4tune.probes.grouped import shapes as grouped
 from fp4tune.probes.models import shapes
 from fp4tune.words import ExpertsKey, experts_key
@@ -229,6 +233,7 @@ def test_the_choice_of_a_bucket_follows_the_engines_default_for_experts(tmp_path
 
 
 def test_every_name_of_experts_is_a_word_of_an_engine():
+    assert set(names.EXPERTS) <= set(registry.experts_names())
     for name, entry in names.EXPERTS.items():
         assert entry.sglang or entry.vllm, name
         assert set(entry.sglang) | set(entry.vllm) <= {"nvfp4", "mxfp4"}
@@ -288,6 +293,40 @@ def test_a_tactic_that_no_engine_comes_to_run_is_not_emitted(tmp_path, engines):
     found = selected(tmp_path, "sglang", engines)
     assert found.backend is None
     assert "block=64 was proven" in found.rejected["marlin-experts"]
+
+
+def test_what_vllm_finds_beside_itself_is_not_what_it_brings(tmp_path, engines):
+    fill(tmp_path, {"vllm-ogs": 5.0}, "swiglu-oai", "mxfp4", "vllm")
+    opened = select.open_for("vllm", tmp_path, profile="vllm")
+    found = select.select_experts(opened, "vllm", home=home("vllm", engines))
+    assert (found.word, found.default) == ("triton", "vllm-ogs")
+    beside = tmp_path / "beside"
+    engine_trees.write(beside, {"triton_kernels/matmul.py": ""})
+    found = select.select_experts(opened, "vllm", home=home("vllm", engines, beside))
+    assert found.backend is None and "triton:installed" in found.rejected["vllm-ogs"]
+
+
+FOLDERS = os.environ.get("FP4TUNE_ENGINES", "")
+"""Where wheels of engines are unpacked, each in a folder ``NAME-VERSION``, with what they find
+beside them in ``beside``, and a triton_kernels for SGLang in ``triton``."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOLDERS, reason="FP4TUNE_ENGINES names no folder of unpacked engines")
+@pytest.mark.parametrize("release", ["sglang-0.5.23", "vllm-0.33.0"])
+def test_the_defaults_of_profiles_are_those_of_the_real_engines(release):
+    engine = release.partition("-")[0]
+    beside = [] if engine == "vllm" else [f"{FOLDERS}/triton"]
+    source = home(engine, f"{FOLDERS}/{release}", f"{FOLDERS}/beside", *beside).source
+    for each in PROFILES[engine].experts:
+        for sm in each.sms:
+            for gate in [each.gate] if each.gate else ["swiglu", "relu2"]:
+                activation = "fp4" if sm >= 100 else "bf16"
+                kind = LayerKind(sm, each.format, activation, gate)
+                word = source.runs(kind, Configured())
+                named = names.backend_of(engine, word, each.format, sm, experts=True)
+                # Two builds of one source may share a word: the engine's own comes first.
+                assert named in (each.backend, f"vllm-{each.backend}"), (sm, each)
 
 
 def test_an_engine_without_the_option_is_unknown_and_never_safe(tmp_path, tmp_path_factory):

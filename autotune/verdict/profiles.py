@@ -136,6 +136,7 @@ PROFILES = {
             ),
             (
                 ExpertsDefault((80, 86, 89, 90), "nvfp4", None, "marlin-experts"),
+                ExpertsDefault((90,), "mxfp4", "swiglu-oai", "triton-kernels"),
                 ExpertsDefault((90,), "mxfp4", "swiglu-10", "flashinfer-cutlass-experts"),
             ),
             crossing=True,
@@ -149,6 +150,7 @@ PROFILES = {
             (((90,), "humming"),),
             (
                 ExpertsDefault((90,), "nvfp4", None, "humming-indexed"),
+                ExpertsDefault((90,), "mxfp4", "swiglu-oai", "vllm-ogs"),
                 ExpertsDefault((90,), "mxfp4", "swiglu-10", "humming-indexed"),
             ),
             crossing=True,
