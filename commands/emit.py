@@ -167,23 +167,23 @@ def _of_checkpoint(checkpoint: str, asked: _Asked) -> _Asked:
     """With the format of a checkpoint's FP4 layers, their activation where it is 16-bit, and its
     routed experts. Raises Refused where nothing in it is FP4."""
     from ..cache.experts import option_text
-    from ..probes.grouped.shapes import main_layers
+    from ..probes.models.experts import main_experts
     from ..probes.models.layers import read_layers
 
     found = read_layers(checkpoint)
-    routed = main_layers(found, 1)
+    routed = main_experts(found)
     if not found.probed and not routed:
         raise Refused(found.nothing())
     formats = Counter(row.format for row in found.probed for _ in range(row.count))
     if not found.probed:
-        formats.update(problem.format for problem in routed)
+        formats.update(each.format for each in routed)
     weight_only = {row.activation for row in found.probed} == {"bf16"}
     return replace(
         asked,
         format=formats.most_common(1)[0][0],
         activation=asked.activation or ("bf16" if weight_only else None),
         linear=bool(found.probed),
-        experts=tuple(str(option_text(asdict(problem))) for problem in routed) or None,
+        experts=tuple(str(option_text(each.row)) for each in routed) or None,
     )
 
 

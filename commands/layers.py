@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -26,22 +25,22 @@ def layers(
     """List the layers of a checkpoint: which are FP4, in which shapes, and which are probed."""
     with one_sentence():
         from ..cache.experts import option_text
-        from ..probes.grouped.shapes import grouped_layers, left_out
         from ..probes.models import fusion
         from ..probes.models import layers as reading
+        from ..probes.models.experts import experts_on_rank, left_out
         from ..report.terminal import layers as lines
 
         if engine is not None and engine not in fusion.ENGINES:
             raise Refused(f"there is no engine {engine!r}; there are {', '.join(fusion.ENGINES)}")
         found = reading.read_layers(checkpoint, tp, engine)
-        routed = grouped_layers(found, 1)
+        routed = experts_on_rank(found)
         if as_json:
-            whole = [{"format": p.format, "layer": option_text(asdict(p))} for p in routed]
+            whole = [{"format": p.format, "layer": option_text(p.row)} for p in routed]
             print_json({**found.json(), "experts": whole, "left_out": left_out(found)})
         else:
             say_lines(lines.layer_table(found))
             if routed:
-                options = "; ".join(f"{option_text(asdict(p))} ({p.format})" for p in routed)
+                options = "; ".join(f"{option_text(p.row)} ({p.format})" for p in routed)
                 say_lines([f"as --experts has them: {options}"])
             say_lines(left_out(found))
         if not found.any_fp4:

@@ -147,8 +147,8 @@ def probe(
         from ..cache.state import directory
         from ..fleet import adopt
         from ..probes import quantisers
-        from ..probes.grouped.shapes import left_out
         from ..probes.models import shapes
+        from ..probes.models.experts import left_out
         from ..probes.models.fusion import ENGINES
         from ..probes.problem import Problem
         from ..report.terminal import layers as layer_lines

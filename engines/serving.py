@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ..cache import reader as reading
 from ..cache.experts import option_text
@@ -42,10 +42,10 @@ def experts_selection(engine: str, model: ServedModel) -> Selection | None:
 def served_experts(engine: str, model: ServedModel) -> tuple[str, ...]:
     """The model's FP4 experts on one rank, as ``--experts`` has them. Raises ValueError, and
     Refused where they are split in a way that was not probed."""
-    from ..probes.grouped.shapes import main_layers
+    from ..probes.models.experts import main_experts
     from ..probes.models.layers import read_layers
 
-    found = main_layers(read_layers(model.name, model.tp, engine), 1)
+    found = main_experts(read_layers(model.name, model.tp, engine))
     if found and model.expert_parallel:
         raise Refused("experts spread over ranks are not looked up")
-    return tuple(str(option_text(asdict(problem))) for problem in found)
+    return tuple(str(option_text(each.row)) for each in found)

@@ -47,8 +47,7 @@ from fp4tune.engines import (
 from fp4tune.engines.asked import Configured, LayerKind
 from fp4tune.errors import Refused
 from fp4tune.probes import registry
-from fp4tune.probes.grouped import shapes as grouped
-from fp4tune.probes.models import shapes
+from fp4tune.probes.models import experts, shapes
 from fp4tune.words import ExpertsKey, experts_key
 
 TRAFFIC = Traffic("t", ((1, 0.5), (2, 0.5)))
@@ -566,10 +565,10 @@ def test_what_the_user_asks_for_stands_and_is_judged(served):
 )
 def test_presets_have_their_experts_at_every_split(preset, sizes, tp):
     model = shapes.preset_layers(preset, tp)
-    found = grouped.main_layers(model, 1)
+    found = experts.main_experts(model)
     if preset.startswith("nemotron") and tp == 8:
         # 1856 / 8 is no multiple of a block: that is said.
-        assert found == () and "232" in grouped.left_out(model)[0]
+        assert found == () and "232" in experts.left_out(model)[0]
         return
     (layer,) = found
     assert (layer.groups, layer.top_k, layer.gate, layer.format) == sizes
