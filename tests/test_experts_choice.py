@@ -30,7 +30,7 @@ from fp4tune.cache.experts import (
     single_backends,
 )
 from fp4tune.cache.measured import NOISE
-from fp4tune.cache.rows import BucketKey, Candidate, Environment
+from fp4tune.cache.rows import BucketKey, Candidate, Environment, Timing
 from fp4tune.engines import (
     applied,
     emit,
@@ -48,6 +48,7 @@ from fp4tune.engines.asked import Configured, LayerKind
 from fp4tune.errors import Refused
 from fp4tune.probes import registry
 from fp4tune.probes.models import experts, shapes
+from fp4tune.report.wording import law_times
 from fp4tune.words import ExpertsKey, experts_key
 
 TRAFFIC = Traffic("t", ((1, 0.5), (2, 0.5)))
@@ -594,3 +595,18 @@ def test_an_activation_that_is_not_known_gives_no_layer_and_is_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MOE))
     document = json.loads(fp4tune("layers", tmp_path, "--json").stdout)
     assert document["experts"] == [{"format": "nvfp4", "layer": "8,2,64,128"}]
+
+
+def test_times_by_law_of_the_first_probes_of_experts_are_read():
+    def timing(laws):
+        bucket = candidate("a", 1, 1.0).bucket
+        return Timing(
+            "run", "f" * 64, "a", "default", bucket, 1.0, 1.0, 1.0, 6, None, {"laws": laws}
+        )
+
+    spread = {"median_us": 4.0, "lo_us": 3.0, "hi_us": 5.0}
+    found = law_times(timing({"balanced": 3.5, "zipf": spread, "odd": "fast", "none": {}}))
+    assert {law: (t.lo, t.us, t.hi) for law, t in found.items()} == {
+        "balanced": (3.5, 3.5, 3.5), "zipf": (3.0, 4.0, 5.0)
+    }  # fmt: skip
+    assert law_times(timing(None)) == {}
