@@ -40,14 +40,14 @@ _opening = threading.RLock()
 """Held while a ledger is looked at, until its connection is known, and while one is forgotten."""
 
 
-def _after_fork() -> None:
+def _forget_connections() -> None:
     # A child has none of its parent's locks, and a thread that held ours does not exist in it.
     global _opening
     _opening = threading.RLock()
     _open.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_forget_connections)
 
 
 def to_write(path: str) -> sqlite3.Connection:

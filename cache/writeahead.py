@@ -54,12 +54,12 @@ def has_lost(path: str) -> bool:
     if before is None:
         lost = bool(log) and _is_broken(log)
     else:
-        lost = before.frames > 0 and not _holds(log, before)
+        lost = before.frames > 0 and not _has_all_frames(log, before)
     # Somebody may have opened the database meanwhile, and have begun the log anew.
     return lost and not _lives(f"{path}-shm") and _index(f"{path}-shm") == before
 
 
-def _holds(log: bytes, index: WalIndex) -> bool:
+def _has_all_frames(log: bytes, index: WalIndex) -> bool:
     if log[16:24] != index.salts:
         return False
     found = [whole for whole, _ in islice(_frames(log), index.frames)]

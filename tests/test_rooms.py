@@ -125,6 +125,7 @@ OWN = "its own file, or what it has just made"
 KERNEL = "the kernel's, which is no one's to replace"
 OPENS_ITSELF = {
     "autotune/evidence/method.py": OWN,
+    "cache/dropbox.py": "a folder",
     "cache/facts_text.py": OWN,
     "cache/opening.py": OWN,
     "cache/publish.py": "its own file, or a choices.db that it has just loaded",
@@ -150,7 +151,6 @@ OPENS_ITSELF = {
     "probes/census/shim.py": OWN,
     "probes/launch/process.py": KERNEL,
     "probes/regimes/host/child.py": OWN,
-    "probes/regimes/host/own_process.py": OWN,
     "probes/regimes/leaks.py": KERNEL,
     "probes/worker/fork_server.py": OWN,
     "probes/worker/nursery.py": OWN,
