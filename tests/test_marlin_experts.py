@@ -22,7 +22,7 @@ from fp4tune.probes.grouped import exact, routing
 from fp4tune.probes.grouped.problem import GATES, ExpertsProblem
 from fp4tune.probes.grouped.tensors import matrix
 from fp4tune.probes.launch.item import Item
-from fp4tune.probes.problem import Device
+from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.worker.experts import OpenExperts
 
 CPU, H200 = Device("cpu"), Device("cuda", 90)
@@ -242,17 +242,19 @@ def test_tactics_are_what_was_asked_for(kernels):
 
 
 def test_updating_gives_new_weights_to_the_same_memory(kernels):
+    """Through what launchers see, whose problem is a dense one."""
     p = problem(format="mxfp4", gate="swiglu-oai")
-    backend = experts.MarlinExperts()
+    backend = registry.load_one("marlin-experts")
+    backend.problem = p
     first = exact.draw_weights(p, 3, "cpu", range(6), False)
     second = exact.draw_weights(p, 4, "cpu", range(6), False)
     state = backend.prepare(first, p)
     where = state.w13.codes.data_ptr(), state.w2.bias.data_ptr()
-    backend.update(state, second, p)
+    backend.update(state, second, Problem("mxfp4", p.m, p.k, p.k))
     assert where == (state.w13.codes.data_ptr(), state.w2.bias.data_ptr())
     drawn, right = exact.draw_tokens(p, second, range(6), "zipf", 5)
     out = torch.empty(p.m, p.k, dtype=torch.bfloat16)
-    backend.run(state, drawn.a.x, drawn.a.ids, drawn.a.weights, out, "default")
+    backend.run(state, drawn.a, out, "default")
     assert torch.equal(out, right.lo)
 
 

@@ -89,9 +89,17 @@ class AsDense:
         self.name, self.layout = own.name, own.layout
 
     def __getattr__(self, name: str) -> Any:
-        if name in _PASSED_ON:
-            return getattr(self.own, name)
-        raise AttributeError(name)
+        if name not in _PASSED_ON:
+            raise AttributeError(name)
+        found = getattr(self.own, name)
+        if name != "update":
+            return found
+        return lambda state, weight, problem: found(state, weight, self._asked(problem))
+
+    def _asked(self, problem: Any) -> ExpertsProblem:
+        asked = problem if isinstance(problem, ExpertsProblem) else self.problem
+        assert asked is not None
+        return asked
 
     def unsupported(self, problem: Any, device: Device) -> str | None:
         if not isinstance(problem, ExpertsProblem):
@@ -99,9 +107,7 @@ class AsDense:
         return self.own.unsupported(problem, device)
 
     def prepare(self, weight: Any, problem: Any) -> Any:
-        asked = problem if isinstance(problem, ExpertsProblem) else self.problem
-        assert asked is not None
-        return self.own.prepare(weight, asked)
+        return self.own.prepare(weight, self._asked(problem))
 
     def run(self, state: Any, a: Routed, out: torch.Tensor, tactic: str) -> None:
         self.own.run(state, a.x, a.ids, a.weights, out, tactic)
