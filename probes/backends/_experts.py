@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,19 @@ def marlin_block(tokens: int, top_k: int, groups: int) -> int:
     leaves more than a tenth of free."""
     each = tokens * top_k / groups
     return next((size for size in MARLIN_BLOCKS if each / size < _SPARSE), MARLIN_BLOCKS[-1])
+
+
+def listed(
+    aligned: Sequence[torch.Tensor], block: int, slots: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An alignment as the stage `permute` gives it: each row's slot, `slots` where there is none,
+    and whose it is. Enqueues only.
+
+    aligned  int32: sorted slots, the expert of each block, and how many rows are used
+    """
+    rows, experts, count = aligned
+    used = torch.arange(len(rows), device=rows.device) < count[0]
+    return torch.where(used, rows, slots), experts.repeat_interleave(block)[: len(rows)]
 
 
 @functools.cache

@@ -34,7 +34,7 @@ import torch
 from ...grouped.problem import ExpertsProblem
 from ...grouped.tensors import ExpertWeights
 from ...problem import Device
-from .._experts import MARLIN_BLOCKS, localised, marlin_block, up, widened
+from .._experts import MARLIN_BLOCKS, listed, localised, marlin_block, up, widened
 from . import _build, _triton_files
 from ._experts_layout import MarlinStack, padded_sizes, prepare_stack
 from .marlin import E2M1_TYPE_ID, MAX_THREAD_N
@@ -280,9 +280,7 @@ class MarlinExperts:
         local, _ = localised(ids, None, state.problem.groups, -1)
         how = state.how(tactic, ids.shape[0])
         aligned = align(state, local, how)
-        used = int(aligned.count[0])
-        experts = aligned.experts[: used // how.block].repeat_interleave(how.block)
-        return aligned.slots[:used], experts
+        return listed(aligned.tensors, how.block, ids.numel())
 
     def gemm1(
         self, state: MarlinLayer, x: torch.Tensor, ids: torch.Tensor, tactic: str

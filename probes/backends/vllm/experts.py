@@ -35,7 +35,7 @@ import torch
 from ...grouped.problem import ExpertsProblem
 from ...grouped.tensors import ExpertWeights, Fp4Stack
 from ...problem import Device
-from .._experts import MARLIN_BLOCKS, localised, marlin_block, padded_shards, up, widened
+from .._experts import MARLIN_BLOCKS, listed, localised, marlin_block, padded_shards, up, widened
 from .cutlass import compiled_modules
 
 _LAYERS = "vllm.model_executor.layers"
@@ -235,9 +235,8 @@ class VllmMarlinExperts:
         self, state: VllmExperts, ids: torch.Tensor, tactic: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch = _vllm_batch(state, _vllm_ids(state, ids), None, tactic)
-        used = int(batch.count[0])
-        size = batch.how.block
-        return batch.slots[:used], batch.experts[: used // size].repeat_interleave(size)
+        found = batch.slots, batch.experts, batch.count
+        return listed(found, batch.how.block, ids.numel())
 
     def gemm1(
         self, state: VllmExperts, x: torch.Tensor, ids: torch.Tensor, tactic: str
