@@ -223,7 +223,7 @@ def test_tactics_are_what_was_asked_for(kernels):
     ]  # fmt: skip
     assert "reduce=atomic" in backend.tactics(problem(format="mxfp4"), H200)
     weights = exact.draw_weights(p, 3, "cpu", range(4), False)
-    drawn, right = exact.draw_tokens(p, weights, range(4), "balanced", 5)
+    drawn, right = exact.draw_tokens(p, weights, range(4), ("balanced",), 5)
     state = backend.prepare(weights, p)
     for tactic in TACTICS:
         kernels.calls.clear()
@@ -252,7 +252,7 @@ def test_updating_gives_new_weights_to_the_same_memory(kernels):
     where = state.w13.codes.data_ptr(), state.w2.bias.data_ptr()
     backend.update(state, second, Problem("mxfp4", p.m, p.k, p.k))
     assert where == (state.w13.codes.data_ptr(), state.w2.bias.data_ptr())
-    drawn, right = exact.draw_tokens(p, second, range(6), "zipf", 5)
+    drawn, right = exact.draw_tokens(p, second, range(6), ("zipf",), 5)
     out = torch.empty(p.m, p.k, dtype=torch.bfloat16)
     backend.run(state, drawn.a, out, "default")
     assert torch.equal(out, right.lo)

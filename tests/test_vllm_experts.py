@@ -70,7 +70,7 @@ def test_what_is_pinned_reaches_both_gemms(vllm):
     tiles = [t for t in tactics if t.startswith("tile=")]
     assert "tile=128,128,blocks=1" in tiles and "tile=128,64,blocks=4" in tiles
     weights = exact.draw_weights(p, 3, "cpu", range(4), False)
-    drawn, right = exact.draw_tokens(p, weights, range(4), "balanced", 5)
+    drawn, right = exact.draw_tokens(p, weights, range(4), ("balanced",), 5)
     state = backend.prepare(weights, p)
     for tactic in tactics:
         vllm.calls.clear()
@@ -119,7 +119,7 @@ def test_updating_vllms_experts_keeps_their_memory(vllm):
     state = backend.prepare(first, p)
     where = state.w13.codes.data_ptr()
     backend.update(state, second, p)
-    drawn, right = exact.draw_tokens(p, second, range(6), "zipf", 5)
+    drawn, right = exact.draw_tokens(p, second, range(6), ("zipf",), 5)
     out = torch.empty(p.m, p.k, dtype=torch.bfloat16)
     backend.run(state, drawn.a.x, drawn.a.ids, drawn.a.weights, out, "default")
     assert torch.equal(out, right.lo) and where == state.w13.codes.data_ptr()
