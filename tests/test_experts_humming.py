@@ -14,7 +14,12 @@ from fp4tune.probes import registry
 from fp4tune.probes.backends import TACTIC
 from fp4tune.probes.backends import _humming as shared
 from fp4tune.probes.backends import humming_experts as humming
-from fp4tune.probes.backends.humming_experts import HummingExperts, Rule, candidate, expression
+from fp4tune.probes.backends.humming_experts import (
+    HummingExperts,
+    HummingRule,
+    candidate,
+    expression,
+)
 from fp4tune.probes.grouped import exact, routing
 from fp4tune.probes.grouped.problem import GATES, ExpertsProblem
 from fp4tune.probes.grouped.reference import activate
@@ -57,7 +62,7 @@ def test_a_tactic_names_the_rows_that_the_rule_is_asked_about(rows, sm):
     assert TACTIC.fullmatch(name)
     assert registry.load_one("humming-grouped").own._rule(name, 3) == (
         found,
-        Rule("grouped_contiguous", invariant=True),
+        HummingRule("grouped_contiguous", invariant=True),
     )
 
 
@@ -102,7 +107,7 @@ def test_both_rules_have_schedules_for_both_matrices(gpu, name):
 @needs_humming
 @pytest.mark.parametrize("gemm_type", ["indexed", "grouped_contiguous"])
 def test_a_candidate_has_the_schedule_of_its_interval(gpu, gemm_type):
-    rule = Rule(gemm_type, invariant=True)
+    rule = HummingRule(gemm_type, invariant=True)
     stack, _ = humming.stacks(problem(), 0)
     every = shared.heuristics(stack.config, rule.options, 0)
     for low, high, tuning in every:

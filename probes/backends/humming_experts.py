@@ -111,7 +111,7 @@ def stacks(problem: ExpertsProblem, index: int) -> tuple[HummingStack, HummingSt
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class HummingRule:
     """What humming's rule is asked with besides a layer and rows."""
 
     gemm_type: str
@@ -132,7 +132,7 @@ class Rule:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def schedule_for(stack: HummingStack, rule: Rule, rows: int) -> str:
+def schedule_for(stack: HummingStack, rule: HummingRule, rows: int) -> str:
     """The name of the schedule that the rule has for so many rows."""
     return encode(heuristics(stack.config, rule.options, stack.index, rows))
 
@@ -160,7 +160,7 @@ class HummingPrepared:
 class Chosen:
     """The schedules of one call."""
 
-    rule: Rule
+    rule: HummingRule
     of13: str
     of2: str
 
@@ -195,7 +195,7 @@ class HummingExperts:
         Raises whatever humming raises; RuntimeError names the compiler's log.
         """
         index = device.index
-        wanted: dict[tuple[HummingStack, Rule, str], None] = {}
+        wanted: dict[tuple[HummingStack, HummingRule, str], None] = {}
         for problem in problems:
             for tactic in self.tactics(problem, device):
                 rows, rule = self._rule(tactic, 0)
@@ -442,14 +442,14 @@ class HummingExperts:
         )
         return out
 
-    def _rule(self, tactic: str, rows: int) -> tuple[int, Rule]:
+    def _rule(self, tactic: str, rows: int) -> tuple[int, HummingRule]:
         """The rows that a tactic names, or those given, and its rule. Raises ValueError."""
         if tactic == DEFAULT_TACTIC:
-            return rows, Rule(self.gemm_type, invariant=False)
+            return rows, HummingRule(self.gemm_type, invariant=False)
         named = _TACTIC.fullmatch(tactic)
         if named is None:
             raise ValueError(f"{tactic!r} is no tactic of {self.name}")
-        return int(named[1]), Rule(self.gemm_type, invariant=named[2] is not None)
+        return int(named[1]), HummingRule(self.gemm_type, invariant=named[2] is not None)
 
     def _choose(self, state: HummingPrepared, ids: torch.Tensor, tactic: str) -> Chosen:
         rows, rule = self._rule(tactic, candidate(ids.numel(), state.sm))
