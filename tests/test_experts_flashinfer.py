@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import subprocess
@@ -217,6 +218,29 @@ def test_the_drivers_library_is_named_where_there_is_none(tmp_path, monkeypatch)
     (tmp_path / "lib64" / "stubs").mkdir(parents=True)
     (tmp_path / "lib64" / "stubs" / "libcuda.so").touch()
     assert experts_build.driver_to_link(tmp_path / "made") == []
+
+
+def test_what_is_left_out_has_a_stand_in_until_it_is_built(tmp_path):
+    """A table of virtual functions names one that there is not: without it nothing would load."""
+
+    def linked(*sources):
+        made = tmp_path / f"{len(sources)}.so"
+        subprocess.run(["c++", "-shared", "-fPIC", "-Wl,-z,now", *sources, "-o", made], check=True)
+        return made
+
+    space = "namespace tensorrt_llm { struct T { virtual int f(); virtual int g(); T(); }; "
+    one, other, stubs = (tmp_path / f"{n}.cpp" for n in ("one", "other", "stubs"))
+    one.write_text(space + 'int T::f() { return 1; } T::T() {} } extern "C" int ask() {'
+                   " tensorrt_llm::T t; return t.f(); }")  # fmt: skip
+    other.write_text(space + "int T::g() { return 2; } }")
+    names = experts_build.left_out(linked(one))
+    assert names and all("12tensorrt_llm" in n for n in names)
+    with pytest.raises(OSError, match="undefined symbol"):
+        ctypes.CDLL(str(linked(one)))
+    stubs.write_text(experts_build.stand_ins(names))
+    whole = linked(one, stubs)
+    assert experts_build.left_out(whole) == [] and ctypes.CDLL(str(whole)).ask() == 1
+    assert ctypes.CDLL(str(linked(one, other, stubs))).ask() == 1
 
 
 def test_sources_of_another_kind_are_refused():

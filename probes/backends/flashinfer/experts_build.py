@@ -7,8 +7,8 @@ or two and 6 GB each. Here FlashInfer's own build is asked for fewer of its sour
   unit: 25 in 0.6.12, 100 in 0.7.4;
 * of the units by hand those that this path runs, and of the runners' unit one runner.
 
-What other formats need stays unresolved in the library, which is bound lazily: it would be missed
-where it is called, and this path never calls it (`unresolved` lists it).
+What other formats need has a stand-in that says so and ends the process (`stand_ins`): this path
+never calls it, but the library would not load without.
 
 The library is found by `library`: in ``$FP4TUNE_FLASHINFER_EXPERTS/<FlashInfer's version>/``, where
 one has been brought; else as FlashInfer keeps the whole module, compiled ahead; else where `build`
@@ -73,6 +73,7 @@ BY_HAND = frozenset(
     }
 )
 """Units by hand that are taken as they are."""
+STAND_INS = "left_out.cpp"
 RUNNERS = "cutlass_fused_moe_instantiation.cu"
 HEURISTIC = "cutlass_heuristic.cpp"
 
@@ -253,7 +254,7 @@ def heuristic() -> str:
 
 
 def specification(most: int | None = None) -> Any:
-    """FlashInfer's own build of the module, with fewer sources and bound lazily; of the units of
+    """FlashInfer's own build of the module, with fewer sources; of the units of
     kernels the first `most`, or all."""
     whole, env = _whole_module(), importlib.import_module("flashinfer.jit.env")
     own = {p.name: Path(p) for p in whole.sources if ".generated." not in p.name}
@@ -263,9 +264,13 @@ def specification(most: int | None = None) -> Any:
     sources = [_write_source(folder / f"fp4_{i:02}.generated.cu", u) for i, u in enumerate(units)]
     sources.append(_write_source(folder / RUNNERS, one_runner(own[RUNNERS].read_text())))
     sources += [path for name, path in own.items() if name in BY_HAND]
+    if not (stubs := folder / STAND_INS).is_file():
+        _write_source(stubs, stand_ins(()))
+    sources.append(stubs)  # the last, so that what is there is taken before
     flags = [*dict.fromkeys([*(whole.extra_cuda_cflags or []), "--compress-mode=size"])]
     # NVRTC is for FP8 experts alone, and a library of its own that need not be there.
     ldflags = [f for f in whole.extra_ldflags or [] if f != "-lnvrtc"]
+    # What NVRTC would be called for is left out, and bound when it is called.
     ldflags += [*driver_to_link(folder / "stubs"), "-Wl,-z,lazy"]
     return dataclasses.replace(
         whole,
@@ -287,20 +292,52 @@ def build(workers: int) -> Path:
         return found
     os.environ["MAX_JOBS"] = str(workers)  # what FlashInfer passes to ninja
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
-    specification().build(False)
-    return _built_place(PARTIAL)
+    return _complete(specification())
 
 
-def unresolved(path: Path) -> list[str]:
-    """The C++ functions of TensorRT-LLM's that a library leaves to others, demangled."""
+def left_out(path: Path) -> list[str]:
+    """The symbols of TensorRT-LLM's that a library asks for and nothing of it defines."""
     done = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", "--demangle", str(path)],
+        ["nm", "--dynamic", "--undefined-only", str(path)],
         capture_output=True,
         text=True,
         check=True,
     )
-    names = (line.strip().removeprefix("U ") for line in done.stdout.splitlines())
-    return sorted(n for n in names if "tensorrt_llm::" in n)
+    names = (line.split()[-1] for line in done.stdout.splitlines())
+    return sorted(n for n in names if "12tensorrt_llm" in n)
+
+
+def stand_ins(names: Sequence[str]) -> str:
+    """C++ that defines these symbols: whoever calls one is told so, and the process ends.
+
+    They are weak, so that what is built later is taken instead.
+    """
+    lines = [
+        "#include <cstdio>",
+        "#include <cstdlib>",
+        'extern "C" void fp4tune_left_out() {',
+        '  std::fputs("this was left out of the library of experts\\n", stderr);',
+        "  std::abort();",
+        "}",
+    ]
+    for name in names:
+        lines.append(
+            f'asm(".weak {name}\\n.type {name}, @function\\n.set {name}, fp4tune_left_out");'
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _complete(asked: Any) -> Path:
+    """Build a specification, and give what it leaves out a stand-in: tables of virtual functions
+    name those of other formats, and are filled when the library is loaded, not when it is used."""
+    path, stubs = _built_place(PARTIAL), Path(asked.sources[-1])
+    asked.build(False)
+    if names := left_out(path):
+        _write_source(stubs, stand_ins(names))
+        asked.build(False)
+    if names := left_out(path):
+        raise RuntimeError(f"{path} would not load: it lacks {', '.join(names[:3])}")
+    return path
 
 
 def held(path: Path) -> frozenset[tuple[Three, Three]] | None:
@@ -323,11 +360,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = given.folder / version() / f"{MODULE}.so"
     place.parent.mkdir(parents=True, exist_ok=True)
     asked = specification(given.units)
-    asked.build(True)
-    subprocess.run(["strip", "-o", str(place), str(_built_place(PARTIAL))], check=True)
+    subprocess.run(["strip", "-o", str(place), str(_complete(asked))], check=True)
     texts = (Path(p).read_text() for p in asked.sources if ".generated." in Path(p).name)
     made = sorted((k.tile, k.cluster) for text in texts for k in kernels(text))
-    about = {"flashinfer": version(), "kernels": made, "unresolved": unresolved(place)}
+    about = {"flashinfer": version(), "kernels": made}
     place.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"{place}: {place.stat().st_size / 2**20:.1f} MiB, {len(made)} kernels")
     return 0
