@@ -62,8 +62,8 @@ def test_every_draw_is_another_exact_problem(gate):
 def test_an_answer_that_float64_does_not_give_is_a_failed_control(monkeypatch):
     layer = opened()
     field = layer._field(8, True, False)
-    right = answers.answer
-    monkeypatch.setattr(answers, "answer", lambda *given: right(*given) + 1)
+    right = answers.right_rows
+    monkeypatch.setattr(answers, "right_rows", lambda *given: right(*given) + 1)
     field.redraw()
     found = layer.regime("serial", [Item((3,), "default", 8)], BRIEF, AIM)
     assert "float64" in found["not_exercised"] and field.redraw.missed

@@ -28,7 +28,7 @@ from ..problem import FORMATS, Format
 from .problem import ExpertsProblem
 from .reference import activate, here, slots_by_expert
 from .tensors import ExpertWeights, Fp4Stack, Routed, matrix
-from .tokens import TokenRows, answer, at_rest, draw_activations
+from .tokens import TokenRows, at_rest, draw_activations, right_rows
 from .units import WIDTH, X, simple_scaling, units_of
 
 _SAMPLE = 64
@@ -243,7 +243,7 @@ def draw_tokens(
     if bool(spoilt.any()):
         routed = replace(routed, spoilt=spoilt)
     rest = at_rest(problem, weights, tuple(live))
-    right = answer(problem, weights, routed, rows.factors(0, m, device), rest)
+    right = right_rows(problem, weights, routed, rows.factors(0, m, device), rest)
     if routed.spoilt is not None:
         routed.x.masked_fill_(spoilt, torch.nan)
         routed.weights.masked_fill_(spoilt, torch.nan)

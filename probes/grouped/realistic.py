@@ -35,7 +35,7 @@ _BEND = 2.0
 _BIAS = 0.5
 
 
-def limit(problem: ExpertsProblem) -> float:
+def error_limit(problem: ExpertsProblem) -> float:
     """The largest relative Frobenius error of a right tile: both GEMMs may add up in short sums."""
     return hypot(tile_limit(problem.k), tile_limit(problem.n))
 
@@ -84,7 +84,7 @@ def _stack(
     count = min(_DIFFERENT, problem.groups)
     drawn = [draw(alone, family, mix(key + index), device).weight for index in range(count)]
     shifts = hash_rows(problem.groups, mix(key + 99), "cpu").tolist()
-    moved = [_moved(drawn[e % count], shifts[e] % rows) for e in range(problem.groups)]
+    moved = [_shifted(drawn[e % count], shifts[e] % rows) for e in range(problem.groups)]
     return Fp4Stack(
         FORMATS[problem.format],
         torch.stack([each.codes for each in moved]),
@@ -93,7 +93,7 @@ def _stack(
     )
 
 
-def _moved(weight: Fp4Tensor, shift: int) -> Fp4Tensor:
+def _shifted(weight: Fp4Tensor, shift: int) -> Fp4Tensor:
     codes, scales = (t.roll(shift, 0) for t in (weight.codes, weight.scales))
     return replace(weight, codes=codes, scales=scales)
 

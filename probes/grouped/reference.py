@@ -119,7 +119,7 @@ def _worked_out(
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class TokenSums:
     """What comes of each token, float32 (tokens, hidden), weighed by the router and scaled; its
     size, likewise; and whether any of its slots is `rough`, bool (tokens,)."""
 
@@ -128,7 +128,7 @@ class Sums:
     rough: torch.Tensor
 
 
-def sums(problem: ExpertsProblem, weights: ExpertWeights, routed: Routed) -> Sums:
+def sums(problem: ExpertsProblem, weights: ExpertWeights, routed: Routed) -> TokenSums:
     """Every token's sum; those of spoilt rows are zero."""
     count, device = len(routed.x), routed.x.device
     total, size = (
@@ -142,7 +142,7 @@ def sums(problem: ExpertsProblem, weights: ExpertWeights, routed: Routed) -> Sum
         total.index_add_(0, tokens, (weight * mine.y).flatten(0, 1))
         size.index_add_(0, tokens, (weight * mine.size).flatten(0, 1))
         rough.index_add_(0, tokens, mine.rough.int().flatten())
-    return Sums(total[:-1] * problem.scaling, size[:-1] * problem.scaling, rough[:-1] > 0)
+    return TokenSums(total[:-1] * problem.scaling, size[:-1] * problem.scaling, rough[:-1] > 0)
 
 
 def rows_out(problem: ExpertsProblem, weights: ExpertWeights, routed: Routed) -> torch.Tensor:

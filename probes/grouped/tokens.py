@@ -95,7 +95,7 @@ def at_rest(
     return sums(alone, weights, Routed(x, every.unsqueeze(1), ones)).total
 
 
-def answer(
+def right_rows(
     problem: ExpertsProblem,
     weights: ExpertWeights,
     routed: Routed,

@@ -10,7 +10,7 @@ import torch
 from ..data.generator import mix
 from ..grouped.problem import ExpertsProblem
 from ..grouped.reference import token64
-from ..grouped.tokens import Rests, TokenRows, answer
+from ..grouped.tokens import Rests, TokenRows, right_rows
 from .case import Case
 
 _SAMPLED_COLUMNS = 64
@@ -33,7 +33,7 @@ class RoutedAnswers:
         routed, lo = drawn.a, case.expectation.lo
         rest = self._rests.of(drawn.weight, drawn.live)
         factors = rows.factors(draw, len(routed.x), lo.device)
-        lo.copy_(answer(self._problem, drawn.weight, routed, factors, rest))
+        lo.copy_(right_rows(self._problem, drawn.weight, routed, factors, rest))
         if not len(lo):
             return torch.zeros((), dtype=torch.int64, device=lo.device)
         at = mix(drawn.seed ^ mix(draw))

@@ -24,7 +24,7 @@ from ..grouped.backend import AsDense, stages_of
 from ..grouped.exact import draw_tokens, draw_weights, exact_problem, stages
 from ..grouped.families import ODD_ROUTING, TOP_K
 from ..grouped.problem import ExpertsProblem
-from ..grouped.realistic import NAMES, draw_realistic, limit
+from ..grouped.realistic import NAMES, draw_realistic, error_limit
 from ..grouped.routing import ODD, REGULAR, around_blocks, run_lengths
 from ..grouped.tensors import ExpertWeights, Routed
 from ..grouped.units import WIDTH
@@ -380,7 +380,7 @@ class OpenExperts(OpenLayer):
         """Add to a result which launches have a tile that is further off than rounding explains."""
         for launch in launches:
             error = self._tile_error(cases, launch)
-            if not error <= limit(self.experts):
+            if not error <= error_limit(self.experts):
                 described = {**launched(launch, cases), "tile_error": error, "kind": "wrong"}
                 law = _law(cases[launch.case].operands)
                 result["bad"].append({**described, "law": law, "layer_seed": self.seed})
@@ -434,7 +434,7 @@ class OpenExperts(OpenLayer):
 
     def misses_tiles(self, cases: Sequence[Case], launch: Launch) -> bool:
         """Whether a launch of realistic values has a tile that rounding does not explain."""
-        return not self._tile_error(cases, launch) <= limit(self.experts)
+        return not self._tile_error(cases, launch) <= error_limit(self.experts)
 
     # Timing
 

@@ -73,7 +73,7 @@ class _UnwrittenTail(_Right):
         call[3][:, :whole] = self.result(state, call)[:, :whole]
 
 
-class _ClearedByTheHost(_Right):
+class _ClearedBetweenCalls(_Right):
     """Adds to sums that are cleared between calls, but not in a graph."""
 
     def run(self, state: _Held, call: Call) -> None:
@@ -283,7 +283,7 @@ _SHARED = ExpertsControl(
 CONTROLS: dict[str, ExpertsControl] = {
     "serial": ExpertsControl("unwritten-tail", "leaves its last columns unwritten", _UnwrittenTail),
     "graph": ExpertsControl(
-        "cleared-by-host", "relies on a buffer that a replay does not clear", _ClearedByTheHost
+        "cleared-by-host", "relies on a buffer that a replay does not clear", _ClearedBetweenCalls
     ),
     "side-stream": ExpertsControl("wrong-stream", "launches on the default stream", _WrongStream),
     "rewrite": ExpertsControl("stale-routing", "keeps where tokens go by pointer", _Stale),

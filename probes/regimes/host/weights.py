@@ -288,14 +288,14 @@ def _small_ones(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Sma
     end = time.process_time() + _SMALL_SECONDS
     while len(made.states) < MOST and time.process_time() < end:
         at = len(made.states)
-        own = _moved(weight, rows[at], bool(negated[at]))
+        own = _rows_moved(weight, rows[at], bool(negated[at]))
         with blame(backend):
             made.states.append(backend.prepare(own, problem))
         made.run(at)
     return made
 
 
-def _moved(weight: Any, rows: torch.Tensor, negated: bool) -> Any:
+def _rows_moved(weight: Any, rows: torch.Tensor, negated: bool) -> Any:
     """A weight with its rows in this order, which begins at any and goes round; negated or not."""
     if isinstance(weight, ExpertWeights):
         return weight.moved(int((rows == 0).nonzero()), negated)

@@ -59,11 +59,11 @@ def cut_stages(
     found = []
     for launch in list(firsts.values())[:MOST_CUT]:
         for name in stages_of(backend):
-            found.append(_cut(backend, backend.problem, cases[launch.case], launch, name))
+            found.append(_cut_stage(backend, backend.problem, cases[launch.case], launch, name))
     return found
 
 
-def _cut(
+def _cut_stage(
     backend: AsDense, problem: ExpertsProblem, case: Case, launch: Launch, name: str
 ) -> CutStage:
     weights: Any = case.operands.weight
