@@ -89,7 +89,8 @@ def _cut_stage(
             made = run(case.state, *late, launch.tactic)
         if name == "permute":
             rows, experts = made
-            return placed(rows, experts, late[0], problem.groups)
+            # By where tokens go, and not by what came of that.
+            return placed(rows, experts, routed.ids, problem.groups)
         found: torch.Tensor = made
         return found.reshape(wanted.shape)
 
