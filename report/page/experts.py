@@ -80,7 +80,7 @@ def _default(model: ExpertsOfModel) -> str:
     by_itself = f"{model.scope[2]} by itself would take {model.default}"
     single = next((s for s in model.singles if s.backend == model.default), None)
     if single is None:
-        return f"{by_itself}, which is not safe in every bucket here."
+        return f"{by_itself}, which may not be chosen in every bucket here."
     return f"{by_itself}: safe, and {single.loss_percent:.1f} % slower than the fastest of each."
 
 

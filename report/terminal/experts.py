@@ -34,7 +34,7 @@ def _of_model(model: ExpertsOfModel) -> list[str]:
         if model.default == best.backend:
             lines.append(f"{by_itself}, too")
         elif all(each.backend != model.default for each in others):
-            lines.append(f"{by_itself}, which is not safe in every bucket here")
+            lines.append(f"{by_itself}, which may not be chosen in every bucket here")
     return lines
 
 
