@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..machine import files
 
-MOST = 1 << 30
+MOST = 64 << 20
 """Bytes of a log that is looked at; SQLite begins it anew after 4 MB, as a rule."""
 _HEADER, _FRAME = 32, 24
 _INDEX = 48
@@ -41,8 +41,8 @@ def has_lost(path: str) -> bool:
     """Whether the log of the database at `path` lacks frames that were written there, or has others
     than those. False where a living process has the database open: it has its log in hand, then.
 
-    Not for a process that has the database open itself, whose locks it would drop. Raises Irregular
-    and OSError.
+    A log of more than `MOST` bytes is not looked at. Not for a process that has the database open
+    itself, whose locks it would drop. Raises OSError.
     """
     before = _index(f"{path}-shm")
     if _lives(f"{path}-shm"):
@@ -51,6 +51,8 @@ def has_lost(path: str) -> bool:
         log = files.whole(f"{path}-wal", MOST)
     except FileNotFoundError:
         log = b""
+    except files.Irregular:
+        return False
     if before is None:
         lost = bool(log) and _is_broken(log)
     else:
