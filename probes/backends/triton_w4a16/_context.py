@@ -23,16 +23,16 @@ def ensure_current(index: int) -> None:
         return
     driver = ctypes.CDLL(DRIVER)
     context, device = ctypes.c_void_p(), ctypes.c_int()
-    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    _raise_for(driver.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
     if not context.value:
-        _check(driver.cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
+        _raise_for(driver.cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
         # Never released: it lives as long as the process does, with torch's own use of it.
         retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-        _check(retained, "cuDevicePrimaryCtxRetain")
-        _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+        _raise_for(retained, "cuDevicePrimaryCtxRetain")
+        _raise_for(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
     _seen.done = True
 
 
-def _check(result: int, what: str) -> None:
+def _raise_for(result: int, what: str) -> None:
     if result:
         raise RuntimeError(f"{what} failed with CUDA error {result}")

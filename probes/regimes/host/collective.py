@@ -125,7 +125,7 @@ class _Step:
 
 
 def _chains(backend: Backend, question: Question, device: torch.device) -> dict[str, Any]:
-    state, steps = _prepared(backend, question, device)
+    state, steps = _shard_and_steps(backend, question, device)
     chain = _Chain(backend, state, steps, device)
     checker = Checker([step.place for step in steps])
     found: dict[str, Any] = {"launches": 0, "forms": [], "bad": []}
@@ -163,7 +163,7 @@ def _rounds(run: Callable[[], Any], device: torch.device) -> int:
     return _LEAST
 
 
-def _prepared(
+def _shard_and_steps(
     backend: Backend, question: Question, device: torch.device
 ) -> tuple[Any, list[_Step]]:
     """This rank's shard as the backend takes it, and the steps, whose sums are known."""

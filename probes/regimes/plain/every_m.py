@@ -40,7 +40,7 @@ def every_m(
     calls, host = _first_calls(backend, cases, shuffled, budget)
     checker = Checker([call.slot for call in calls])
     checker.sweep()
-    for order in _again(calls):
+    for order in _up_and_down(calls):
         if time.perf_counter() - start > budget.seconds:
             break
         for done, call in enumerate(order):
@@ -96,6 +96,6 @@ def _seconds_of(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def _again(calls: Sequence[Call]) -> list[list[Call]]:
+def _up_and_down(calls: Sequence[Call]) -> list[list[Call]]:
     upwards = sorted(calls, key=lambda call: call.launch.m)
     return [] if upwards[-1].launch.m > UPWARDS else [upwards, upwards[::-1]]
