@@ -35,6 +35,7 @@ from fp4tune.probes.data import FAMILIES, WIDTHS
 from fp4tune.probes.launch.summary import describe
 from fp4tune.probes.models import shapes
 from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.worker.experts import RUN_TO_RUN
 from fp4tune.probes.worker.supervisor import WorkerFailed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -407,6 +408,7 @@ def test_finding_kinds():
         "probes/worker/session.py",
         "probes/launch/summary.py",
         "probes/worker/supervisor.py",
+        "probes/worker/experts.py",
         "autotune/evidence/recorder.py",
         "probes/census/rules.py",
         "probes/regimes/plain/off_bucket.py",
@@ -428,7 +430,7 @@ def test_finding_kinds():
     assert said == seen | fatal | {"input modified", "error", FLAGGED} | {
         PDL_WITHOUT_WAIT,
         SILENT_FALLBACK,
-    } | {"host leak", "device leak", "host sync", "plan per m"} | {
+    } | {"host leak", "device leak", "host sync", "plan per m", RUN_TO_RUN} | {
         "memory held",
         "side effect",
         "setting changed",
@@ -484,7 +486,8 @@ def test_every_backend_is_in_the_table_and_no_other():
     for row in table(text_of(DOCS / "backend-table.md"), "backend"):
         backend = registry.load_one(ticked(row[0])[0])
         assert row[1] == {"bf16": "W4A16", "fp4": "W4A4"}[backend.activation]
-    assert named(text_of(DOCS / "backend-table.md"), "routed experts") == list(registry.EXPERTS)
+    experts = named(text_of(DOCS / "backend-table.md"), "routed experts")
+    assert sorted(experts) == sorted(registry.EXPERTS)
 
 
 def test_members_of_a_backend():
