@@ -88,16 +88,16 @@ BUILTIN: dict[str, str] = {
 
 EXPERTS: dict[str, str] = {
     "torch-experts": "grouped.floor:TorchExperts",
-    "flashinfer-cutlass-experts": "backends.flashinfer.experts_cutlass:CutlassExperts",
     "humming-indexed": "backends.humming_experts:backends",
     "humming-grouped": "backends.humming_experts:backends",
     "humming-masked": "backends.humming_experts:backends",
-    **{name: "backends.flashinfer.experts_layer:backends" for name in FLASHINFER_EXPERTS},
     "marlin-experts": "backends.sglang_marlin.experts:MarlinExperts",
     "vllm-marlin-experts": "backends.vllm.experts:VllmMarlinExperts",
     "vllm-ogs": "backends.triton_kernels:backends",
     "vllm-ogs-unfused": "backends.triton_kernels:backends",
     "triton-kernels": "backends.triton_kernels:backends",
+    "flashinfer-cutlass-experts": "backends.flashinfer.experts_cutlass:CutlassExperts",
+    **{name: "backends.flashinfer.experts_layer:backends" for name in FLASHINFER_EXPERTS},
 }
 """The same of routed experts, in `probes`: a provider's stand beside its dense ones."""
 
