@@ -76,7 +76,7 @@ def test_much_is_shown_of_a_right_one(regime):
     found = layer.regime(regime, [Item((1, 3, 16), "default", 8)], BRIEF, AIM)
     (item,) = found["items"]
     assert not item["bad"] and "error" not in item and not found["not_exercised"]
-    assert item["launches"] >= 100 and item["problems"] >= 12
+    assert item["launches"] >= 100 and item["problems"] > 1  # more where redrawing is quick
 
 
 def test_a_finding_in_a_later_draw_is_made_again_from_its_seed():
