@@ -17,7 +17,7 @@ from fp4tune.probes.problem import Device
 from fp4tune.probes.worker.experts import OpenExperts
 from fp4tune.probes.worker.replay import replay
 
-AIM = LaunchAim(launches=100, problems=20, seconds=5.0)
+AIM = LaunchAim(launches=100, problems=20, seconds=60.0)
 BRIEF = Budget(1, 1, 0.0)
 
 
