@@ -136,7 +136,7 @@ def option_text(layer: Mapping[str, Any]) -> str | None:
 
 def layer_words(layer: Mapping[str, Any]) -> str:
     """A layer's sizes in words: ``n=4096 k=2048``, or ``32 experts, 4 a token, 2880x2880``."""
-    key = experts_key(layer["activation"])
+    key = experts_key(layer.get("activation", ""))
     n, k = layer["n"], layer["k"]
     if key is None:
         return f"n={n} k={k}"

@@ -123,7 +123,7 @@ def emit(
         else:
             _check_watch(target, watch, on_fault)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
-        asked = replace(asked, experts=tuple(map(_one_layer, experts or ())))
+        asked = replace(asked, experts=tuple(map(_typed_layer, experts or ())))
         if checkpoint is not None:
             asked = _of_checkpoint(checkpoint, asked)
         if target == "json":
@@ -145,7 +145,7 @@ def _exit_code(made: Any) -> int:
     return SAFE if made.proven else NOT_ASSESSED if made.unclear else UNSAFE
 
 
-def _one_layer(text: str) -> str:
+def _typed_layer(text: str) -> str:
     """A layer of routed experts as it was typed in, as rows have it. Raises ValueError."""
     from ..autotune import request as planning
     from ..cache.experts import option_text

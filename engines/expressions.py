@@ -9,7 +9,7 @@ from typing import Any
 
 from . import builtin
 from .source import SourceModule
-from .statements import assign, key_of, sequence
+from .statements import assign, hashed, sequence
 from .values import CannotTell, External, SourceFunction, Unknown, is_known, is_true
 
 _BINARY = {
@@ -134,7 +134,7 @@ def _dict(ev: Any, node: ast.Dict, module: SourceModule, scope: dict[str, Any]) 
         if key is None:
             found |= ev.eval(value, module, scope)
         else:
-            found[key_of(ev.eval(key, module, scope))] = ev.eval(value, module, scope)
+            found[hashed(ev.eval(key, module, scope))] = ev.eval(value, module, scope)
     return found
 
 
@@ -144,7 +144,7 @@ def _subscript(ev: Any, node: ast.Subscript, module: SourceModule, scope: dict[s
         parts = (node.slice.lower, node.slice.upper, node.slice.step)
         index: Any = slice(*(p and ev.eval(p, module, scope) for p in parts))
     else:
-        index = key_of(ev.eval(node.slice, module, scope))
+        index = hashed(ev.eval(node.slice, module, scope))
     if not isinstance(value, list | tuple | dict | str) or isinstance(index, Unknown):
         return Unknown(ast.unparse(node)[:60])
     return value[index]

@@ -148,7 +148,7 @@ def assign(
     elif isinstance(target, ast.Subscript):
         on = ev.eval(target.value, module, scope)
         if isinstance(on, dict | list):
-            on[key_of(ev.eval(target.slice, module, scope))] = value
+            on[hashed(ev.eval(target.slice, module, scope))] = value
 
 
 def _message(ev: Any, node: ast.expr | None, module: SourceModule, scope: dict[str, Any]) -> str:
@@ -165,7 +165,7 @@ def sequence(value: Any) -> list[Any]:
     raise CannotTell(f"it goes through {getattr(value, 'what', 'what is no list')}")
 
 
-def key_of(value: Any) -> Any:
+def hashed(value: Any) -> Any:
     if isinstance(value, list | dict | set):
         raise CannotTell("it looks up by what is no key")
     return value

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fp4tune.probes import registry
 from fp4tune.probes.backends.flashinfer import _support as support
 from fp4tune.probes.backends.flashinfer import mm_fp4 as provider
+from fp4tune.probes.backends.flashinfer._tuner import interrupted
 from fp4tune.probes.problem import MXFP4, NVFP4, Device, Fp4Tensor, Problem
 
 pytest.importorskip("flashinfer")
@@ -265,8 +266,7 @@ def test_a_runner_is_taken_where_the_autotuner_would_choose(monkeypatch):
         tuner.choose_one("fp4_gemm", [runner], None, inputs)
         raise AssertionError("the call went on")
 
-    monkeypatch.setattr(provider, "mm_fp4", lambda: function)
-    chosen = provider._runner(backend="cutlass")
+    chosen = interrupted(function, {"backend": "cutlass"})
     assert chosen.runner is runner and chosen.inputs is inputs
     assert "choose_one" not in vars(tuner)
 

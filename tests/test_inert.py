@@ -177,7 +177,7 @@ def test_what_is_sourced_by_a_shell_does_nothing_but_export(tmp_path):
     texts = [text.replace("\x00", "").encode("utf-8", "replace").decode() for text in TEXTS]
     env = {f"NAME_{number}": text for number, text in enumerate(texts)}
     script = tmp_path / "emitted.sh"
-    made = emit.Emission(None, texts, env, texts).shell()
+    made = emit.Emission(None, None, texts, env, texts).shell()
     script.write_text(made + '\nfor a in "${FP4TUNE_ARGS[@]}"; do printf "%s\\0" "$a"; done\n')
     done = subprocess.run(
         ["bash", "-e", str(script)], cwd=tmp_path, capture_output=True, timeout=20

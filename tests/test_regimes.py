@@ -69,7 +69,9 @@ def test_a_good_backend_is_clean_and_the_regime_was_exercised(regime):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("regime", [name for name in REGIMES if name not in (*ON_CPU, *STRESS)])
+@pytest.mark.parametrize(
+    "regime", [name for name in REGIMES if name not in (*ON_CPU, *STRESS, "shared-expert")]
+)
 def test_what_a_cpu_does_not_have_is_not_applicable(regime):
     with pytest.raises(NotApplicable, match="CPU"):
         run(regime, rogues.Good())

@@ -144,6 +144,7 @@ OPENS_ITSELF = {
     "probes/audit/memory.py": OWN,
     "probes/backends/flashinfer/experts_build.py": OWN
     + ", and what a package's regular files hold",
+    "probes/backends/_humming.py": "what the regular files of a package hold",
     "probes/backends/sglang_marlin/_build.py": "what the regular files of a package hold",
     "probes/bundle/__init__.py": OWN,
     "probes/bundle/harness.py": "runs without fp4tune",

@@ -166,7 +166,10 @@ def compare_all(
         layers.setdefault(key_of(candidate), []).append(candidate)
     return [
         compare(
-            group, traffics.get(key[2]) or default(key[2]), stands.get(key), _fastest(rows, key)
+            group,
+            traffics.get(key[2]) or default(key[2]),
+            stands.get(key),
+            _fastest_single(rows, key),
         )
         for key, group in layers.items()
     ]
@@ -200,7 +203,7 @@ def quantisers_of(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 _QUANTISER = {"arch", "gpu", "format", "out_dtype", "k", "m_hi", "backend", "us"}
 
 
-def _fastest(rows: Iterable[Mapping[str, Any]], key: Key) -> dict[int, float] | None:
+def _fastest_single(rows: Iterable[Mapping[str, Any]], key: Key) -> dict[int, float] | None:
     """The fastest quantiser's microseconds by m_hi, for a W4A4 layer; None where none was timed."""
     arch, gpu, _, format_, activation, out_dtype, _, _, k = key
     if activation != "fp4":

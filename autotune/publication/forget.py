@@ -55,7 +55,9 @@ def forget(state_dir: Path, wanted: Forgotten) -> TakenBack:
     with Ledger.open(state_dir) as ledger:
         asked = replace(wanted, reason=reason)
         row = (
-            _with_evidence(ledger, asked) if asked.finding is not None else _selected(ledger, asked)
+            _with_evidence(ledger, asked)
+            if asked.finding is not None
+            else _rows_selected(ledger, asked)
         )
         covered = _covered(ledger, row)
         if not any(covered.values()):
@@ -66,7 +68,7 @@ def forget(state_dir: Path, wanted: Forgotten) -> TakenBack:
     return TakenBack(made, covered, generation)
 
 
-def _selected(ledger: Ledger, asked: Forgotten) -> Forgotten:
+def _rows_selected(ledger: Ledger, asked: Forgotten) -> Forgotten:
     return replace(asked, rows=ledger.last())
 
 

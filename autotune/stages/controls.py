@@ -131,7 +131,7 @@ def run(
                 if _flagged(bad):
                     break
             if not record(regime, bad_control.tactic, bad, True):
-                why = bad.get("not_exercised") or _raised(bad)
+                why = bad.get("not_exercised") or _stopped_by_an_error(bad)
                 text = f"a kernel that {bad_control.about} was not flagged"
                 doubts[regime] = Doubt(f"{text}: {why}" if why else text)
         except WorkerFailed as failure:
@@ -158,5 +158,5 @@ def _flagged(part: Mapping[str, Any]) -> str:
     return kind if kind in _FAULTS else ""
 
 
-def _raised(part: Mapping[str, Any]) -> str:
+def _stopped_by_an_error(part: Mapping[str, Any]) -> str:
     return str(part.get("error", {}).get("message", ""))

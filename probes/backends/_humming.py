@@ -170,7 +170,7 @@ def _schema(format_name: str, dtype: torch.dtype, experts: int, index: int) -> A
 
 
 @functools.lru_cache(maxsize=4096)
-def describe(
+def config_of(
     format_name: str,
     dtype: torch.dtype,
     shape: tuple[int, int],

@@ -35,15 +35,17 @@ _NAN = 0xFF
 
 def vendored() -> Path | None:
     """vLLM's copy, without importing vLLM; None where there is none."""
-    return _with("matmul_ogs.py", *(Path(p, "third_party", PACKAGE) for p in _places("vllm")))
+    return _with(
+        "matmul_ogs.py", *(Path(p, "third_party", PACKAGE) for p in _package_places("vllm"))
+    )
 
 
 def packaged() -> Path | None:
     """The installed package with the newer interface; None where there is none."""
-    return _with("matmul.py", *(Path(p) for p in _places(PACKAGE)))
+    return _with("matmul.py", *(Path(p) for p in _package_places(PACKAGE)))
 
 
-def _places(name: str) -> list[str]:
+def _package_places(name: str) -> list[str]:
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -71,7 +73,7 @@ def unsupported(problem: ExpertsProblem, device: Device) -> str | None:
 
 
 @functools.cache
-def _loaded(folder: Path) -> None:
+def _package_loaded(folder: Path) -> None:
     """Have the package in this folder be the one that is imported. Raises RuntimeError where this
     process has another."""
     there = sys.modules.get(PACKAGE)
@@ -98,7 +100,7 @@ def ogs() -> Any:
     """The names of the 3.5.1 interface that are used here."""
     folder = vendored()
     assert folder is not None
-    _loaded(folder)
+    _package_loaded(folder)
     main = importlib.import_module(f"{PACKAGE}.matmul_ogs")
     routing = importlib.import_module(f"{PACKAGE}.routing")
     flags = importlib.import_module(f"{PACKAGE}.matmul_ogs_details.opt_flags")
@@ -112,7 +114,7 @@ def ogs() -> Any:
         GatherIndx=routing.GatherIndx,
         ScatterIndx=routing.ScatterIndx,
         compute_expt_data=routing.compute_expt_data,
-        **_tensors(),
+        **_package_tensors(),
     )
 
 
@@ -121,7 +123,7 @@ def ragged() -> Any:
     """The names of the 3.8 interface that are used here."""
     folder = packaged()
     assert folder is not None
-    _loaded(folder)
+    _package_loaded(folder)
     main = importlib.import_module(f"{PACKAGE}.matmul")
     flags = importlib.import_module(f"{PACKAGE}.matmul_details.opt_flags")
     flags.update_opt_flags_constraints({"split_k": 1})  # as SGLang does on SM90
@@ -132,11 +134,11 @@ def ragged() -> Any:
         FnSpecs=main.FnSpecs,
         PrecisionConfig=main.PrecisionConfig,
         make_ragged_tensor_metadata=tensor.make_ragged_tensor_metadata,
-        **_tensors(),
+        **_package_tensors(),
     )
 
 
-def _tensors() -> dict[str, Any]:
+def _package_tensors() -> dict[str, Any]:
     tensor = importlib.import_module(f"{PACKAGE}.tensor")
     layout = importlib.import_module(f"{PACKAGE}.tensor_details.layout")
     return {

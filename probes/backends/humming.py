@@ -32,7 +32,7 @@ from ._humming import (
     PAD_N,
     compile_schedules,
     compiled_files,
-    describe,
+    config_of,
     encode,
     heuristics,
     library,
@@ -67,7 +67,7 @@ class HummingLayer:
 def layer_config(layer: HummingLayer) -> Any:
     """humming's description of a dense W4A16 layer; no tensors are needed for it."""
     shape = (layer.n, layer.k)
-    return describe(layer.format, DTYPES[layer.out_dtype], shape, layer.index)
+    return config_of(layer.format, DTYPES[layer.out_dtype], shape, layer.index)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,7 +50,7 @@ from ._humming import (
     PAD_N,
     compile_schedules,
     compiled_files,
-    describe,
+    config_of,
     encode,
     heuristics,
     library,
@@ -96,7 +96,7 @@ class HummingStack:
     @property
     def config(self) -> Any:
         """humming's description."""
-        return describe(
+        return config_of(
             self.format, torch.bfloat16, (self.n, self.k), self.index, self.groups, self.biased
         )
 
@@ -216,7 +216,7 @@ class HummingExperts:
         ids = torch.zeros(1, problem.top_k, dtype=torch.int32, device=device.torch)
         made = sort_slots(ids, problem.groups)
         if self.gemm_type != "indexed":
-            _spread(of13.config, x, made.places, problem.top_k)
+            _spread_masked(of13.config, x, made.places, problem.top_k)
         h13 = x.new_zeros(problem.groups, problem.rows13)
         if self.gemm_type == "grouped_masked":
             _activate(of2.config, h13, problem.act, problem.n, expert_tokens=made.counts)
@@ -293,7 +293,7 @@ class HummingExperts:
             made = self._indexed(state, 13, x, ids, chosen)
             return made.view(*ids.shape, -1)
         places, rows, layout = self._grouped(state, ids)
-        spread = _spread(state.of13.config, x, places, rows)
+        spread = _spread_masked(state.of13.config, x, places, rows)
         return gather_slots(self._product(state, 13, spread, ids, chosen, layout), places)
 
     def activate(self, state: HummingPrepared, h13: torch.Tensor, tactic: str) -> torch.Tensor:
@@ -350,7 +350,7 @@ class HummingExperts:
             combine_rows(y, made.places, weights, out, scaling, in_order_of="slots")
             return
         places, rows, layout = self._grouped(state, ids)
-        spread = _spread(state.of13.config, x, places, rows)
+        spread = _spread_masked(state.of13.config, x, places, rows)
         h13 = self._product(state, 13, spread, ids, chosen, layout)
         bound = (
             {"expert_tokens": layout}
@@ -458,7 +458,7 @@ class HummingExperts:
         )
 
 
-def _spread(config: Any, x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+def _spread_masked(config: Any, x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
     """(rows, k): each token's row at its places."""
     move = library().may_process_input
     # humming's own scatter leaves out places that are not below the number of slots, and masked
@@ -518,7 +518,7 @@ def _prepare_stack(
     if config is None:
         index = stack.codes.device.index or 0
         k = 2 * stack.codes.shape[2]
-        config = describe(fmt.name, dtype, (n, k), index, groups, bias is not None)
+        config = config_of(fmt.name, dtype, (n, k), index, groups, bias is not None)
     ready = library().transform_humming_tensors(config, plain)
     return {name: tensor.clone() for name, tensor in ready.items()}
 

@@ -52,7 +52,7 @@ def experts_on_rank(model: CheckpointLayers, ranks: int = 1) -> tuple[ExpertsOnR
     found: dict[ExpertsOnRank, None] = {}
     for up, down in _pairs(model):
         try:
-            found[_experts(model, up, down, ranks)] = None
+            found[_of_one_rank(model, up, down, ranks)] = None
         except ValueError:
             continue
     return tuple(found)
@@ -63,7 +63,7 @@ def left_out(model: CheckpointLayers, ranks: int = 1) -> list[str]:
     found: dict[str, None] = {}
     for up, down in _pairs(model):
         try:
-            _experts(model, up, down, ranks)
+            _of_one_rank(model, up, down, ranks)
         except ValueError as error:
             found[f"routed experts {up.name}, {down.name} are not probed: {error}"] = None
     return list(found)
@@ -89,7 +89,9 @@ def _one_layer(up: LayerRow, down: LayerRow) -> bool:
     return bool(same and alike and fits and named and up is not down)
 
 
-def _experts(model: CheckpointLayers, up: LayerRow, down: LayerRow, ranks: int) -> ExpertsOnRank:
+def _of_one_rank(
+    model: CheckpointLayers, up: LayerRow, down: LayerRow, ranks: int
+) -> ExpertsOnRank:
     """Raises ValueError, one sentence, for what no backend could compute."""
     if not up.top_k:
         raise ValueError("how many of them a token goes to is not known")

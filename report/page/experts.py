@@ -46,10 +46,10 @@ def section(
 ) -> list[ModelView]:
     """The models with routed experts of one scope; empty where it has none."""
     by_where = {timing.where: timing for timing in timings}
-    return [_model(each, choices, by_where, known) for each in experts_of(candidates, meta)]
+    return [_experts_model(each, choices, by_where, known) for each in experts_of(candidates, meta)]
 
 
-def _model(
+def _experts_model(
     model: ExpertsOfModel,
     choices: Sequence[Choice],
     timings: Mapping[Where, Timing],
@@ -67,7 +67,7 @@ def _model(
     layers = []
     for each in model.layers:
         mine = [c for c in choices if c.bucket.layer == each.layer and c.bucket.m_hi]
-        layers.append(_layer(layer_words(asdict(each.layer)), mine, timings, known))
+        layers.append(_experts_layer(layer_words(asdict(each.layer)), mine, timings, known))
     key = weights_text(model.layers[0].layer.activation)
     title = f"{model.format} {key}, {scope_text(*model.scope)}"
     return ModelView(title, sentence, model.singles, _default(model), tuple(layers))
@@ -84,7 +84,7 @@ def _default(model: ExpertsOfModel) -> str:
     return f"{by_itself}: safe, and {single.loss_percent:.1f} % slower than the fastest of each."
 
 
-def _layer(
+def _experts_layer(
     title: str,
     choices: Sequence[Choice],
     timings: Mapping[Where, Timing],

@@ -104,7 +104,7 @@ class VllmMatrices:
 
 
 @dataclass(frozen=True, slots=True)
-class VllmExperts:
+class VllmLayer:
     """A layer's experts; `n` and `k` are padded, and `expert_map` int32 (experts + 1,) has -1 for
     the one that stands for all that are elsewhere."""
 
@@ -182,7 +182,7 @@ class VllmMarlinExperts:
     def kernel_of(self, tactic: str) -> str:
         return "marlin_moe_wna16"
 
-    def prepare(self, weights: ExpertWeights, problem: ExpertsProblem) -> VllmExperts:
+    def prepare(self, weights: ExpertWeights, problem: ExpertsProblem) -> VllmLayer:
         device, parts = weights.codes.device, _vllm_experts()
         n, k = _vllm_sizes(problem)
         if weights.format.has_global:
@@ -191,9 +191,9 @@ class VllmMarlinExperts:
             w13, w2 = _vllm_mxfp4(weights, (n, k), parts)
         local = [*range(problem.groups), -1]
         expert_map = torch.tensor(local, dtype=torch.int32, device=device)
-        return VllmExperts(problem, w13, w2, n, k, _sms(device), expert_map)
+        return VllmLayer(problem, w13, w2, n, k, _sms(device), expert_map)
 
-    def update(self, state: VllmExperts, weights: ExpertWeights, problem: ExpertsProblem) -> None:
+    def update(self, state: VllmLayer, weights: ExpertWeights, problem: ExpertsProblem) -> None:
         """New weights in the memory of those that were prepared."""
         fresh = self.prepare(weights, problem)
         for old, new in ((state.w13, fresh.w13), (state.w2, fresh.w2)):
@@ -202,7 +202,7 @@ class VllmMarlinExperts:
 
     def run(
         self,
-        state: VllmExperts,
+        state: VllmLayer,
         x: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
@@ -232,14 +232,14 @@ class VllmMarlinExperts:
             out.copy_(total[:, : state.problem.k])
 
     def permute(
-        self, state: VllmExperts, ids: torch.Tensor, tactic: str
+        self, state: VllmLayer, ids: torch.Tensor, tactic: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch = _vllm_batch(state, _vllm_ids(state, ids), None, tactic)
         found = batch.slots, batch.experts, batch.count
         return listed(found, batch.how.block, ids.numel())
 
     def gemm1(
-        self, state: VllmExperts, x: torch.Tensor, ids: torch.Tensor, tactic: str
+        self, state: VllmLayer, x: torch.Tensor, ids: torch.Tensor, tactic: str
     ) -> torch.Tensor:
         h13 = x.new_empty(ids.numel(), state.w13.n)
         batch = _vllm_batch(state, _vllm_ids(state, ids), None, tactic)
@@ -248,7 +248,7 @@ class VllmMarlinExperts:
         parts = h13.view(*ids.shape, shards, state.n)[..., : state.problem.n]
         return parts.reshape(*ids.shape, state.problem.rows13)
 
-    def activate(self, state: VllmExperts, h13: torch.Tensor, tactic: str) -> torch.Tensor:
+    def activate(self, state: VllmLayer, h13: torch.Tensor, tactic: str) -> torch.Tensor:
         shards, n = state.w13.n // state.n, state.problem.n
         wide = widened(h13.reshape(-1, shards, n), state.n).view(-1, state.w13.n)
         wide = wide if state.problem.act.gated else wide.clone()  # vLLM's squares in place
@@ -257,7 +257,7 @@ class VllmMarlinExperts:
         return h[:, :n].reshape(*h13.shape[:-1], n)
 
     def gemm2(
-        self, state: VllmExperts, h: torch.Tensor, ids: torch.Tensor, tactic: str
+        self, state: VllmLayer, h: torch.Tensor, ids: torch.Tensor, tactic: str
     ) -> torch.Tensor:
         y = h.new_empty(ids.numel(), state.k)
         rows = widened(h.reshape(-1, h.shape[-1]), state.n)
@@ -268,7 +268,7 @@ class VllmMarlinExperts:
 
     def finalize(
         self,
-        state: VllmExperts,
+        state: VllmLayer,
         y: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
@@ -332,7 +332,7 @@ def _vllm_tensors(matrices: VllmMatrices) -> list[torch.Tensor]:
     return [*parts, *(each for each in more if each is not None)]
 
 
-def _vllm_ids(state: VllmExperts, ids: torch.Tensor) -> torch.Tensor:
+def _vllm_ids(state: VllmLayer, ids: torch.Tensor) -> torch.Tensor:
     return localised(ids, None, state.problem.groups, state.problem.groups)[0]
 
 
@@ -359,7 +359,7 @@ def _stream_locks(device: torch.device, sms: int) -> torch.Tensor:
 
 
 def _vllm_batch(
-    state: VllmExperts, ids: torch.Tensor, weights: torch.Tensor | None, tactic: str
+    state: VllmLayer, ids: torch.Tensor, weights: torch.Tensor | None, tactic: str
 ) -> VllmBatch:
     """As vLLM's moe_align_block_size has it for a rank of several."""
 
@@ -378,7 +378,7 @@ def _vllm_batch(
 
 
 def _vllm_experts_gemm(
-    state: VllmExperts, gemm: int, a: torch.Tensor, c: torch.Tensor, batch: VllmBatch
+    state: VllmLayer, gemm: int, a: torch.Tensor, c: torch.Tensor, batch: VllmBatch
 ) -> None:
     """gemm1 of tokens, or gemm2 of slots, into c (slots, n)."""
     matrices, how, parts = state.w13 if gemm == 1 else state.w2, batch.how, _vllm_experts()
@@ -413,7 +413,7 @@ def _vllm_experts_gemm(
     )
 
 
-def _vllm_activate(state: VllmExperts, h13: torch.Tensor, h: torch.Tensor) -> None:
+def _vllm_activate(state: VllmLayer, h13: torch.Tensor, h: torch.Tensor) -> None:
     """What vLLM has between the GEMMs, of (slots, rows of w13) into (slots, n)."""
     act, parts = state.problem.act, _vllm_experts()
     config = parts.config(clamp_limit=act.limit, alpha=act.alpha, beta=act.offset)
