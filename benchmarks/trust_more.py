@@ -472,11 +472,9 @@ def main() -> None:
         sys.exit("needs root, to act as other users")
     began = time.monotonic()
     found: dict[str, Any] = {}
-    says = multiprocessing.get_context("spawn").Queue()
-    running = [
-        multiprocessing.get_context("spawn").Process(target=item, args=(number, says))
-        for number in options.items
-    ]
+    forks = multiprocessing.get_context("fork")  # what is imported here need not be again
+    says = forks.Queue()
+    running = [forks.Process(target=item, args=(number, says)) for number in options.items]
     for each in running:
         each.start()
     for _ in running:
