@@ -101,7 +101,7 @@ def test_w4a16_is_emitted_on_a_gpu_that_could_do_more(tmp_path, monkeypatch):
         asked.append((wanted.format, wanted.activation))
         raise Refused("no engine is asked here")
 
-    monkeypatch.setattr(emit, "_reader_and_selection", chosen)
+    monkeypatch.setattr(emit, "_reader_and_parts", chosen)
     for name, config in (("a", W4A16), ("b", MODELOPT)):
         place = write(tmp_path / name, llama(), {**LLAMA, "quantization_config": config})
         run("emit", "sglang", "--checkpoint", place)

@@ -39,7 +39,7 @@ def interrupted(function: Callable[..., Any], call: Mapping[str, Any]) -> Interr
     """
     found = tuner()
     me = threading.get_ident()
-    original = found.choose_one
+    original, own = found.choose_one, vars(found).get("choose_one")
 
     def interrupt(op: str, runners: Any, config: Any, inputs: Any, **rest: Any) -> Any:
         if threading.get_ident() != me:
@@ -53,7 +53,10 @@ def interrupted(function: Callable[..., Any], call: Mapping[str, Any]) -> Interr
         except InterruptedCall as chosen:
             return chosen
         finally:
-            found.choose_one = original
+            if own is None:
+                del found.choose_one
+            else:
+                found.choose_one = own
     return None
 
 
