@@ -11,11 +11,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _SWEEP = 0.002
 """Seconds between two looks at what is left of a tree that is being killed."""
+_CHASES = 500
+"""Looks at what was adopted in the meantime, between two at the whole table."""
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -54,9 +57,7 @@ def adopt_orphans() -> None:
 
 def children(pid: int) -> list[int]:
     """The living processes whose parent is `pid`."""
-    return [
-        child for child, parent, state in _process_table() if parent == pid and state not in "ZX"
-    ]
+    return [each.pid for each in _process_table() if each.parent == pid and each.lives]
 
 
 def descendants(pid: int) -> list[int]:
@@ -64,15 +65,19 @@ def descendants(pid: int) -> list[int]:
 
     From /proc: a process is found by its parents, whatever session, group or environment it has.
     """
-    below: dict[int, list[int]] = {}
-    for child, parent, state in _process_table():
-        if state not in "ZX":
-            below.setdefault(parent, []).append(child)
-    found: list[int] = []
+    return [each.pid for each in _below(pid) if each.lives]
+
+
+def _below(pid: int) -> list[_Entry]:
+    """Every process below `pid`, nearest first, zombies included."""
+    below: dict[int, list[_Entry]] = {}
+    for each in _process_table():
+        below.setdefault(each.parent, []).append(each)
+    found: list[_Entry] = []
     queue = [pid]
-    for each in queue:
-        found += below.get(each, ())
-        queue += below.get(each, ())
+    for parent in queue:
+        found += below.get(parent, ())
+        queue += (each.pid for each in below.get(parent, ()))
     return found
 
 
@@ -82,20 +87,46 @@ def end_tree(reaped: Callable[[int, int], None], seconds: float) -> list[int]:
     `reaped(pid, status)` is called for each child of this process that was waited for. Returns
     those that still live after `seconds` (in a system call that does not end, or another user's);
     usually none.
+
+    One that forks and ends, again and again, is gone before a list of processes is read. But its
+    group stays: the kernel kills a group as a whole, those being forked, too. Only groups of other
+    sessions than this process's are, which none but descendants can have made. And one that makes
+    a group each time is chased as it is adopted.
     """
     deadline = time.monotonic() + seconds
+    session = os.getsid(0)
     while True:
         if not reap(reaped):
             return []  # no child at all: an orphan would be one
-        left = descendants(os.getpid())
+        found = _below(os.getpid())
+        left = [each.pid for each in found if each.lives]
+        groups = {each.group for each in found if each.session != session}
         # Stopped first, so that none starts another behind the list's back.
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in left:
+            for kill, numbers in ((os.killpg, groups), (os.kill, left)):
+                for each in numbers:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        kill(each, number)
+        for _ in range(_CHASES):
+            adopted = _adopted()
+            for pid in adopted:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, number)
+                    os.kill(pid, signal.SIGKILL)
+            if not adopted or not reap(reaped):
+                break
         if time.monotonic() > deadline:
             return left
         time.sleep(_SWEEP)
+
+
+def _adopted() -> list[int]:
+    """The children of this process, by the kernel's own list; none where it keeps none."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+    return found
 
 
 def reap(reaped: Callable[[int, int], None]) -> bool:
@@ -117,14 +148,26 @@ def processes() -> list[int]:
     return []
 
 
-def _process_table() -> Iterator[tuple[int, int, str]]:
-    """(process, parent, state) of every process there is."""
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A line of the table of processes; `lives` is false of a zombie."""
+
+    pid: int
+    parent: int
+    group: int
+    session: int
+    lives: bool
+
+
+def _process_table() -> Iterator[_Entry]:
+    """Every process there is."""
     for pid in processes():
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open(f"/proc/{pid}/stat", "rb") as file:
                 # The name in front may hold anything, brackets and spaces, too.
-                state, parent = file.read().rpartition(b")")[2].split()[:2]
-            yield pid, int(parent), state.decode()
+                state, *numbers = file.read().rpartition(b")")[2].split()[:4]
+            parent, group, session = map(int, numbers)
+            yield _Entry(pid, parent, group, session, state not in (b"Z", b"X"))
 
 
 def _libc() -> Callable[[int, int], object]:

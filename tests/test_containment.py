@@ -196,6 +196,13 @@ ESCAPES = {
                     os._exit(0)
                 time.sleep(0.001)
     """,
+    "a session each": """
+        if not os.fork():
+            while True:
+                os.setsid()
+                if os.fork():
+                    os._exit(0)
+    """,
     "many": """
         for _ in range(40):
             if not os.fork():
@@ -211,6 +218,7 @@ def test_nothing_a_worker_starts_escapes(worker, tmp_path, escape, ending):
     code = "read()\n" + textwrap.dedent(ESCAPES[escape]) + "time.sleep(0.1)\n"
     code += 'say(event="progress", text="started")\n'
     code += 'while not os.path.exists(sys.argv[0] + ".seen"): time.sleep(0.01)\n'
+    code += 'say(event="done")\nread()\n'
     endings = {"done": 'say(event="done")', "exits": "os._exit(3)", "hangs": "time.sleep(600)"}
     code += endings[ending]
     seen: list[int] = []
@@ -221,12 +229,13 @@ def test_nothing_a_worker_starts_escapes(worker, tmp_path, escape, ending):
 
     with worker(code) as made:
         keeper_pid = keeper_of(made)
+        made.ask("thing", 60.0, look)
         if ending == "done":
-            made.ask("thing", 20.0, look)
+            made.ask("thing", 60.0)
             made.close()
         else:
             with pytest.raises(WorkerFailed):
-                made.ask("thing", 1.0, look)
+                made.ask("thing", 1.0)
         assert made._kept.left == []
         assert seen and gone([*seen, keeper_pid])
 

@@ -29,6 +29,8 @@ from ...machine.last_words import Ring
 
 KILL_SECONDS = 10.0
 """How long killed processes may take to be gone."""
+_AFTERWARDS = 600.0
+"""How long it goes on trying when that was said."""
 _SAID = 8000
 """Bytes of a log that are sent."""
 _PIECE = 1 << 16
@@ -82,6 +84,9 @@ class Keeper:
         self._drain()
         status = -signal.SIGKILL if self._status is None else self._status
         self._say(event="ended", status=status, left=left, log=self._ring.tail(_SAID))
+        if left:
+            # Without this process they would be nobody's, and could go on for ever.
+            processes.end_tree(self._reaped, _AFTERWARDS)
         os._exit(0)
 
     def _reaped(self, pid: int, status: int) -> None:
