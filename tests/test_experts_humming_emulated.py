@@ -102,7 +102,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(adapter, "library", lambda: library)
     monkeypatch.setattr(shared, "library", lambda: library)
     monkeypatch.setattr(adapter, "heuristics", rule)
-    monkeypatch.setattr(adapter, "describe", lambda format_, dtype, shape, *more: shape)
+    monkeypatch.setattr(adapter, "config_of", lambda format_, dtype, shape, *more: shape)
     yield
     for cached in caches:
         cached.cache_clear()

@@ -148,9 +148,9 @@ def test_two_copies_in_one_process_are_told(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text("")
     monkeypatch.delitem(sys.modules, package.PACKAGE, raising=False)
-    package._loaded.cache_clear()
-    package._loaded(tmp_path / "one")
+    package._package_loaded.cache_clear()
+    package._package_loaded(tmp_path / "one")
     with pytest.raises(RuntimeError, match="another triton_kernels"):
-        package._loaded(tmp_path / "other")
+        package._package_loaded(tmp_path / "other")
     monkeypatch.delitem(sys.modules, package.PACKAGE)
-    package._loaded.cache_clear()
+    package._package_loaded.cache_clear()

@@ -21,6 +21,7 @@ from fp4tune.probes.worker.experts import OpenExperts
 
 ITEMS = [Item((1, 3, 16), "default", 8), Item((37, 40), "default", 8)]
 BRIEF = Budget(2, 3, 0.05)
+BY_TILES = {"realistic", "min-normal-scales", "subnormal-scales"}
 ONLY = {
     "unwritten": {"elsewhere", "foreign-ids"},
     "foreign": {"elsewhere", "foreign-ids"},
@@ -28,8 +29,8 @@ ONLY = {
     "once": {"duplicates"},
     "one-bad-row": {"padding-ids", "nan-router"},
     "sums-unwritten": {"elsewhere", "foreign-ids", "padding-ids"},
-    "no-bend": {"realistic"},
-    "fp8-tokens": {"realistic"},
+    "no-bend": BY_TILES,
+    "fp8-tokens": BY_TILES,
     "one-scratch": {"streams"},
     "one-lock": {"streams", "shared-expert"},
     "half-made": {"first-calls"},

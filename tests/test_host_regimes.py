@@ -246,8 +246,10 @@ def test_a_process_that_dies_or_hangs_gives_no_answer():
     assert raised.value.kind == "hang"
 
 
+BEGIN = "def begin(): open(os.path.splitext(sys.argv[-1])[0] + '.begun', 'w')"
 ENDS = {
-    "prints without end": ("while True: os.write(1, b'y' * 65536)", "hang"),
+    "prints without end": ("begin()\nwhile True: os.write(1, b'y' * 65536)", "hang"),
+    "never begins": ("while True: os.write(1, b'y' * 65536)", "internal"),
     "leaves a pipe": ("os.mkfifo(sys.argv[-1])", "crash"),
     "leaves a device": ("os.symlink('/dev/zero', sys.argv[-1])", "crash"),
     "leaves a terabyte": ("os.truncate(open(sys.argv[-1], 'w').name, 1 << 40)", "crash"),
@@ -258,7 +260,8 @@ ENDS = {
 @pytest.mark.parametrize("what", ENDS)
 def test_whatever_a_child_leaves_is_an_answer_or_none(tmp_path, monkeypatch, what):
     body, kind = ENDS[what]
-    program = f"import os, sys\n{body}\n"
+    program = f"import os, sys\n{BEGIN}\n{body}\n"
+    monkeypatch.setattr(own_process, "STARTS", 2.0)
     monkeypatch.setattr(own_process, "_PROGRAM", program)
     monkeypatch.setattr(own_process.tempfile, "tempdir", str(tmp_path))
     sizes = []

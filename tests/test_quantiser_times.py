@@ -76,12 +76,12 @@ def test_the_faster_of_two_is_what_a_layer_takes(tmp_path):
     target = SimpleNamespace(device=SimpleNamespace(arch="sm100"), name="B200")
     report = SimpleNamespace(target=target, timings=rows, findings=[])
     timed = quantiser_times([report], [])
-    found = layouts._fastest(timed, KEY)
+    found = layouts._fastest_single(timed, KEY)
     assert found == {
         row.bucket.m_hi: row.median_us for row in rows if row.backend == "ours"
     } and set(found) == {1, 2}
-    assert layouts._fastest(timed, (*KEY[:4], "bf16", *KEY[5:])) is None
-    assert layouts._fastest(timed, (*KEY[:8], 128)) is None
+    assert layouts._fastest_single(timed, (*KEY[:4], "bf16", *KEY[5:])) is None
+    assert layouts._fastest_single(timed, (*KEY[:8], 128)) is None
     assert layouts.quantisers_of({"quantisers": timed}) == timed
 
 
