@@ -65,10 +65,10 @@ def descendants(pid: int) -> list[int]:
 
     From /proc: a process is found by its parents, whatever session, group or environment it has.
     """
-    return [each.pid for each in _below(pid) if each.lives]
+    return [each.pid for each in _entries_below(pid) if each.lives]
 
 
-def _below(pid: int) -> list[_Entry]:
+def _entries_below(pid: int) -> list[_Entry]:
     """Every process below `pid`, nearest first, zombies included."""
     below: dict[int, list[_Entry]] = {}
     for each in _process_table():
@@ -98,7 +98,7 @@ def end_tree(reaped: Callable[[int, int], None], seconds: float) -> list[int]:
     while True:
         if not reap(reaped):
             return []  # no child at all: an orphan would be one
-        found = _below(os.getpid())
+        found = _entries_below(os.getpid())
         left = [each.pid for each in found if each.lives]
         groups = {each.group for each in found if each.session != session}
         # Stopped first, so that none starts another behind the list's back.
