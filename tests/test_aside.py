@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from fp4tune.autotune import request as planning
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan
@@ -22,6 +24,7 @@ LEVEL = replace(
 BACKEND = f"{Path(__file__).parent / 'rogues.py'}:Deadlocks"
 
 
+@pytest.mark.slow
 def test_a_hang_of_calls_at_once_takes_nothing_else_down(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     workers: list[Runner] = []

@@ -44,7 +44,7 @@ def test_what_is_sent_is_received(sent):
     with pipe() as (reader, writer, _):
         for message in sent:
             writer.send(message)
-        assert [reader.receive(1) for _ in sent] == sent
+        assert [reader.receive(60) for _ in sent] == sent
 
 
 @settings(deadline=None)
@@ -89,7 +89,7 @@ def test_an_end_is_told_after_everything_before_it():
     with pipe() as (reader, writer, _):
         writer.send({"last": 1})
         writer.close()
-        assert reader.receive(1) == {"last": 1}
+        assert reader.receive(60) == {"last": 1}
         with pytest.raises(Closed):
             reader.receive(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -21,10 +22,17 @@ OUTSIDE = ("benchmarks", "build", "deploy", "docs", "tests")
 """Folders of the checkout that are no part of the package."""
 
 
+@functools.cache
 def modules() -> list[Path]:
     """Every module of the product, relative to its root."""
-    found = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-    return [p for p in found if p.parts[0] not in OUTSIDE and not p.parts[0].startswith(".")]
+    tops = [p for p in PACKAGE.iterdir() if p.name not in OUTSIDE and not p.name.startswith(".")]
+    found = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*.py"))]
+    return [path.relative_to(PACKAGE) for path in found if path.suffix == ".py"]
+
+
+@functools.cache
+def parsed(module: Path) -> ast.Module:
+    return ast.parse((PACKAGE / module).read_text())
 
 
 def test_the_table_of_rooms_is_that_of_the_contracts():
@@ -63,7 +71,7 @@ def test_every_package_is_installed():
 def test_a_class_name_is_defined_once():
     places: dict[str, list[str]] = {}
     for module in modules():
-        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        for node in ast.walk(parsed(module)):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(str(module))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
@@ -79,7 +87,7 @@ INTERFACES = {
 def functions() -> Iterator[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Every function at the top of a module."""
     for module in modules():
-        for node in ast.parse((PACKAGE / module).read_text()).body:
+        for node in parsed(module).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield module, node
 
@@ -99,7 +107,7 @@ def test_a_name_that_is_imported_alone_means_one_function():
     places: dict[str, set[str]] = {}
     defined = {(m, f.name) for m, f in functions() if m.parts[0] != "commands"}
     for module in modules():
-        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        for node in ast.walk(parsed(module)):
             if isinstance(node, ast.ImportFrom):
                 base = module.parents[max(node.level, 1) - 1] if node.level else Path()
                 parts = (node.module or "").split(".")
@@ -175,11 +183,7 @@ def opens_itself(tree: ast.Module) -> bool:
 
 
 def test_files_that_others_made_are_opened_in_one_way():
-    found = {
-        path.as_posix()
-        for path in modules()
-        if opens_itself(ast.parse((PACKAGE / path).read_text()))
-    }
+    found = {path.as_posix() for path in modules() if opens_itself(parsed(path))}
     # A function of that name of the reader's own is no opening.
     assert found - {"cache/reader.py"} <= set(OPENS_ITSELF), "use machine.files, or say whose it is"
     assert set(OPENS_ITSELF) - found <= {"probes/bundle/harness.py"}
