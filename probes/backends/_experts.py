@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+
+from ..grouped.problem import ExpertsProblem
 
 
 def localised(
@@ -58,6 +61,70 @@ def widened(x: torch.Tensor, columns: int) -> torch.Tensor:
     if columns == x.shape[-1]:  # torch would copy
         return x.contiguous()
     return torch.nn.functional.pad(x, (0, columns - x.shape[-1]))
+
+
+class PaddedExperts(Protocol):
+    """Experts as they were prepared: the intermediate size `n` and the hidden size `k` are padded,
+    and w13 has `w13.n` rows."""
+
+    @property
+    def problem(self) -> ExpertsProblem: ...
+    @property
+    def w13(self) -> Any: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSteps:
+    """The launches of one call, each from its first tensors into its last.
+
+    gemm      which (1 or 2); tokens (tokens, k), or slots (slots, n); (slots, w13.n or k)
+    activate  (slots, w13.n); (slots, n)
+    add       (tokens, top_k, k), multiplied by the router's weights; (tokens, k)
+    """
+
+    gemm: Callable[[int, torch.Tensor, torch.Tensor], None]
+    activate: Callable[[torch.Tensor, torch.Tensor], None]
+    add: Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def run_steps(layer: PaddedExperts, x: torch.Tensor, out: torch.Tensor, steps: LayerSteps) -> None:
+    """A whole layer into `out`, as both engines call Marlin's experts: gemm2 writes where gemm1
+    did, since that is dead by then."""
+    tokens, top_k = x.shape[0], layer.problem.top_k
+    slots, n13, hidden = tokens * top_k, layer.w13.n, layer.problem.k
+    both = x.new_empty(slots * max(n13, layer.k))
+    h13 = both[: slots * n13].view(slots, n13)
+    steps.gemm(1, widened(x, layer.k), h13)
+    h = x.new_empty(slots, layer.n)
+    steps.activate(h13, h)
+    y = both[: slots * layer.k].view(slots, layer.k)
+    steps.gemm(2, h, y)
+    total = out if layer.k == hidden else x.new_empty(tokens, layer.k)
+    steps.add(y.view(tokens, top_k, layer.k), total)
+    if total is not out:
+        out.copy_(total[:, :hidden])
+
+
+def without_padding(layer: PaddedExperts, h13: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(tokens, top_k, rows of w13) of gemm1's result (slots, w13.n)."""
+    parts = h13.view(*ids.shape, h13.shape[1] // layer.n, layer.n)[..., : layer.problem.n]
+    return parts.reshape(*ids.shape, layer.problem.rows13)
+
+
+def with_padding(layer: PaddedExperts, h13: torch.Tensor) -> torch.Tensor:
+    """(slots, w13.n) of (tokens, top_k, rows of w13); may be `h13` itself."""
+    parts = h13.reshape(-1, layer.w13.n // layer.n, layer.problem.n)
+    return widened(parts, layer.n).view(-1, layer.w13.n)
+
+
+def refill(old: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
+    """What was prepared anew, in the memory of what was prepared before."""
+    for into, given in zip(old, new, strict=True):
+        into.copy_(given)
 
 
 MARLIN_BLOCKS = (8, 16, 32, 48, 64)

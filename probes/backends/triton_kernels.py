@@ -18,6 +18,7 @@ expert's rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class RoutedRows:
     gammas: torch.Tensor | None
 
 
-class _TritonKernels:
+class _TritonKernels(ABC):
     """What both interfaces share; every stage by itself, but the finalizing that is in gemm2."""
 
     experts = True
@@ -167,30 +168,33 @@ class _TritonKernels:
 
     # What the interfaces differ in
 
+    @abstractmethod
     def _matrix(self, stack: package.PaddedStack) -> tuple[Any, Any]:
-        raise NotImplementedError
+        """(the experts' values as the library holds them, its precision config with scales)."""
 
+    @abstractmethod
     def _scale(self, precision: Any) -> Any:
-        raise NotImplementedError
+        """The scales in a precision config."""
 
+    @abstractmethod
     def _route(
         self, state: HopperExperts, ids: torch.Tensor, weights: torch.Tensor | None
     ) -> RoutedRows:
-        raise NotImplementedError
+        """Slots in sorted order, and what the library's GEMMs are told of them."""
 
+    @abstractmethod
     def _first(self, state: HopperExperts, x: torch.Tensor, routed: RoutedRows) -> torch.Tensor:
         """gemm1 of tokens, and the activation where it is fused: rows in sorted order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _second(self, state: HopperExperts, h: torch.Tensor, routed: RoutedRows) -> torch.Tensor:
         """gemm2 of rows in sorted order, without the router's weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(
         self, state: HopperExperts, h: torch.Tensor, routed: RoutedRows, out: torch.Tensor
     ) -> None:
         """gemm2 and finalize."""
-        raise NotImplementedError
 
 
 class VllmOgsUnfused(_TritonKernels):

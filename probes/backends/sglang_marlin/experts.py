@@ -34,7 +34,19 @@ import torch
 from ...grouped.problem import ExpertsProblem
 from ...grouped.tensors import ExpertWeights
 from ...problem import Device
-from .._experts import MARLIN_BLOCKS, listed, localised, marlin_block, up, widened
+from .._experts import (
+    MARLIN_BLOCKS,
+    LayerSteps,
+    listed,
+    localised,
+    marlin_block,
+    refill,
+    run_steps,
+    up,
+    widened,
+    with_padding,
+    without_padding,
+)
 from . import _build, _triton_files
 from ._experts_layout import MarlinStack, padded_sizes, prepare_stack
 from .marlin import E2M1_TYPE_ID, MAX_THREAD_N
@@ -240,9 +252,8 @@ class MarlinExperts:
     def update(self, state: MarlinLayer, weights: ExpertWeights, problem: ExpertsProblem) -> None:
         """New weights in the memory of those that were prepared."""
         fresh = self.prepare(weights, problem)
-        for old, new in ((state.w13, fresh.w13), (state.w2, fresh.w2)):
-            for into, given in zip(_stack_tensors(old), _stack_tensors(new), strict=True):
-                into.copy_(given)
+        refill(_stack_tensors(state.w13), _stack_tensors(fresh.w13))
+        refill(_stack_tensors(state.w2), _stack_tensors(fresh.w2))
 
     def run(
         self,
@@ -253,26 +264,17 @@ class MarlinExperts:
         out: torch.Tensor,
         tactic: str,
     ) -> None:
-        tokens, top_k = ids.shape
-        if not tokens:
+        if not len(ids):
             return
         scaling = state.problem.scaling
         local, scaled = localised(ids, weights, state.problem.groups, -1, scaling)
         batch = _sglang_batch(state, local, scaled, tactic)
-        slots = tokens * top_k
-        # gemm1's result is dead when gemm2 writes.
-        both = x.new_empty(slots * max(state.w13.n, state.k))
-        h13 = both[: slots * state.w13.n].view(slots, state.w13.n)
-        _experts_gemm(state, 1, widened(x, state.k), h13, batch)
-        h = x.new_empty(slots, state.n)
-        _sglang_activate(state, h13, h)
-        y = both[: slots * state.k].view(slots, state.k)
-        _experts_gemm(state, 2, h, y, batch)
-        whole = state.k == state.problem.k
-        total = out if whole else x.new_empty(tokens, state.k)
-        state.calls["around"]["sum"](y.view(tokens, top_k, state.k), total)
-        if not whole:
-            out.copy_(total[:, : state.problem.k])
+        steps = LayerSteps(
+            lambda gemm, a, c: _experts_gemm(state, gemm, a, c, batch),
+            lambda h13, h: _sglang_activate(state, h13, h),
+            state.calls["around"]["sum"],
+        )
+        run_steps(state, x, out, steps)
 
     def permute(
         self, state: MarlinLayer, ids: torch.Tensor, tactic: str
@@ -288,13 +290,10 @@ class MarlinExperts:
         local, _ = localised(ids, None, state.problem.groups, -1)
         h13 = x.new_empty(ids.numel(), state.w13.n)
         _experts_gemm(state, 1, widened(x, state.k), h13, _sglang_batch(state, local, None, tactic))
-        shards = state.w13.n // state.n
-        parts = h13.view(*ids.shape, shards, state.n)[..., : state.problem.n]
-        return parts.reshape(*ids.shape, state.problem.rows13)
+        return without_padding(state, h13, ids)
 
     def activate(self, state: MarlinLayer, h13: torch.Tensor, tactic: str) -> torch.Tensor:
-        shards, n = state.w13.n // state.n, state.problem.n
-        wide = widened(h13.reshape(-1, shards, n), state.n).view(-1, state.w13.n)
+        wide, n = with_padding(state, h13), state.problem.n
         h = h13.new_empty(wide.shape[0], state.n)
         _sglang_activate(state, wide, h)
         return h[:, :n].reshape(*h13.shape[:-1], n)

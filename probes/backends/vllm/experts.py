@@ -35,7 +35,20 @@ import torch
 from ...grouped.problem import ExpertsProblem
 from ...grouped.tensors import ExpertWeights, Fp4Stack
 from ...problem import Device
-from .._experts import MARLIN_BLOCKS, listed, localised, marlin_block, padded_shards, up, widened
+from .._experts import (
+    MARLIN_BLOCKS,
+    LayerSteps,
+    listed,
+    localised,
+    marlin_block,
+    padded_shards,
+    refill,
+    run_steps,
+    up,
+    widened,
+    with_padding,
+    without_padding,
+)
 from .cutlass import compiled_modules
 
 _LAYERS = "vllm.model_executor.layers"
@@ -196,9 +209,8 @@ class VllmMarlinExperts:
     def update(self, state: VllmLayer, weights: ExpertWeights, problem: ExpertsProblem) -> None:
         """New weights in the memory of those that were prepared."""
         fresh = self.prepare(weights, problem)
-        for old, new in ((state.w13, fresh.w13), (state.w2, fresh.w2)):
-            for into, given in zip(_vllm_tensors(old), _vllm_tensors(new), strict=True):
-                into.copy_(given)
+        refill(_vllm_tensors(state.w13), _vllm_tensors(fresh.w13))
+        refill(_vllm_tensors(state.w2), _vllm_tensors(fresh.w2))
 
     def run(
         self,
@@ -209,27 +221,17 @@ class VllmMarlinExperts:
         out: torch.Tensor,
         tactic: str,
     ) -> None:
-        tokens, top_k = ids.shape
-        if not tokens:
+        if not len(ids):
             return
         groups = state.problem.groups
         local, scaled = localised(ids, weights, groups, groups, state.problem.scaling)
         batch = _vllm_batch(state, local, scaled, tactic)
-        slots = tokens * top_k
-        # gemm1's result is dead when gemm2 writes.
-        both = x.new_empty(slots * max(state.w13.n, state.k))
-        h13 = both[: slots * state.w13.n].view(slots, state.w13.n)
-        _vllm_experts_gemm(state, 1, widened(x, state.k), h13, batch)
-        h = x.new_empty(slots, state.n)
-        _vllm_activate(state, h13, h)
-        y = both[: slots * state.k].view(slots, state.k)
-        _vllm_experts_gemm(state, 2, h, y, batch)
-        whole = state.k == state.problem.k
-        total = out if whole else x.new_empty(tokens, state.k)
-        each = y.view(tokens, top_k, state.k)
-        _vllm_experts().ops.moe_sum(each, total, local, state.expert_map)
-        if not whole:
-            out.copy_(total[:, : state.problem.k])
+        steps = LayerSteps(
+            lambda gemm, a, c: _vllm_experts_gemm(state, gemm, a, c, batch),
+            lambda h13, h: _vllm_activate(state, h13, h),
+            lambda each, total: _vllm_experts().ops.moe_sum(each, total, local, state.expert_map),
+        )
+        run_steps(state, x, out, steps)
 
     def permute(
         self, state: VllmLayer, ids: torch.Tensor, tactic: str
@@ -244,13 +246,10 @@ class VllmMarlinExperts:
         h13 = x.new_empty(ids.numel(), state.w13.n)
         batch = _vllm_batch(state, _vllm_ids(state, ids), None, tactic)
         _vllm_experts_gemm(state, 1, widened(x, state.k), h13, batch)
-        shards = state.w13.n // state.n
-        parts = h13.view(*ids.shape, shards, state.n)[..., : state.problem.n]
-        return parts.reshape(*ids.shape, state.problem.rows13)
+        return without_padding(state, h13, ids)
 
     def activate(self, state: VllmLayer, h13: torch.Tensor, tactic: str) -> torch.Tensor:
-        shards, n = state.w13.n // state.n, state.problem.n
-        wide = widened(h13.reshape(-1, shards, n), state.n).view(-1, state.w13.n)
+        wide, n = with_padding(state, h13), state.problem.n
         wide = wide if state.problem.act.gated else wide.clone()  # vLLM's squares in place
         h = h13.new_empty(wide.shape[0], state.n)
         _vllm_activate(state, wide, h)
