@@ -113,8 +113,17 @@ class TorchExperts:
         tactic: str,
     ) -> torch.Tensor:
         here = ((ids >= 0) & (ids < state.problem.groups)).unsqueeze(2)
-        each = torch.where(here, y.float() * weights.unsqueeze(2), 0.0)
+        factors = self.factors(state, ids, weights).unsqueeze(2)
+        each = torch.where(here, self.results(state, y, ids).float() * factors, 0.0)
         return (each.sum(dim=1) * state.problem.scaling).to(y.dtype)
+
+    def factors(self, state: Prepared, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What each slot's result is multiplied with, (tokens, top_k)."""
+        return weights
+
+    def results(self, state: Prepared, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The slots' results as they are added up, (tokens, top_k, hidden)."""
+        return y
 
     def blocks(self, state: Prepared, ids: torch.Tensor) -> Blocks:
         """The slots of these tokens, in blocks; enqueues only."""

@@ -198,15 +198,8 @@ class RouterTwice(TorchExperts):
 
     name = "zoo-experts-router-twice"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
-        return super().finalize(state, y, ids, weights * weights, tactic)
+    def factors(self, state: Prepared, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return weights * weights
 
 
 class ForeignIsFirst(TorchExperts):
@@ -244,17 +237,10 @@ class Once(TorchExperts):
 
     name = "zoo-experts-once"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def factors(self, state: Prepared, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         same = ids.unsqueeze(2) == ids.unsqueeze(1)
         again = torch.tril(same, diagonal=-1).any(dim=2)
-        return super().finalize(state, y, ids, weights.masked_fill(again, 0), tactic)
+        return weights.masked_fill(again, 0)
 
 
 class Idle(TorchExperts):
@@ -262,18 +248,11 @@ class Idle(TorchExperts):
 
     name = "zoo-experts-idle"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def results(self, state: Prepared, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         every = torch.arange(state.problem.groups, device=ids.device)
         stack = state.weights.w2
         zero = (self.values(state, stack, every)[:, 0, 0] * stack.global_scale * 0).sum()
-        return super().finalize(state, y + zero.to(y.dtype), ids, weights, tactic)
+        return y + zero.to(y.dtype)
 
 
 class OtherModel(TorchExperts):

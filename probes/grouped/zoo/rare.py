@@ -75,17 +75,10 @@ class SeldomEarly(Seldom):
     name = "zoo-experts-seldom-early-finalize"
     every = 1000
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def results(self, state: Prepared, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         flat = y.flatten(0, 1).clone()
         flat[-1:] = torch.where(self.late(y.device), 0.0, flat[-1:])
-        return super().finalize(state, flat.view_as(y), ids, weights, tactic)
+        return flat.view_as(y)
 
 
 class NumberWraps(TorchExperts):
@@ -136,14 +129,7 @@ class OneLock(Keeps):
 
     name = "zoo-experts-one-lock"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def results(self, state: Prepared, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         key = y.shape, y.device
         if key not in self.kept:
             self.kept[key] = torch.empty_like(y)
@@ -152,7 +138,7 @@ class OneLock(Keeps):
         kept[..., :half] = y[..., :half]
         for _ in range(8):  # as long as a kernel between two others takes
             kept[..., half:] = y[..., half:]
-        return super().finalize(state, kept, ids, weights, tactic)
+        return kept
 
 
 class HalfMadePlan(Keeps):
@@ -251,17 +237,10 @@ class RouterOfNeighbour(TorchExperts):
 
     name = "zoo-experts-router-neighbour"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def factors(self, state: Prepared, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         factor = weights.amax(dim=1, keepdim=True)
         moved = weights / factor * factor.roll(1, 0)
-        return super().finalize(state, y, ids, moved, tactic)
+        return moved
 
 
 class Renormalised(TorchExperts):
@@ -269,16 +248,9 @@ class Renormalised(TorchExperts):
 
     name = "zoo-experts-renormalised"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def factors(self, state: Prepared, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         total = weights.sum(dim=1, keepdim=True)
-        return super().finalize(state, y, ids, weights / total, tactic)
+        return weights / total
 
 
 class NoBend(TorchExperts):
@@ -312,19 +284,12 @@ class CountOf8Bits(TorchExperts):
 
     name = "zoo-experts-count-of-8-bits"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def factors(self, state: Prepared, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         key = ids.clamp(-1, state.problem.groups).flatten().long() + 1
         counts = torch.zeros(state.problem.groups + 2, dtype=torch.int64, device=ids.device)
         counts.scatter_add_(0, key, torch.ones_like(key))
         lost = (counts[key] % 256 == 0).view(ids.shape)
-        return super().finalize(state, y, ids, weights.masked_fill(lost, 0), tactic)
+        return weights.masked_fill(lost, 0)
 
 
 class OneMOnly(TorchExperts):
@@ -332,17 +297,10 @@ class OneMOnly(TorchExperts):
 
     name = "zoo-experts-one-m"
 
-    def finalize(
-        self,
-        state: Prepared,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tactic: str,
-    ) -> torch.Tensor:
+    def results(self, state: Prepared, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         if y.shape[0] == 37:
             y = torch.cat((y[:-1], y[-1:].flip(1) * 2))
-        return super().finalize(state, y, ids, weights, tactic)
+        return y
 
 
 RARE = (
