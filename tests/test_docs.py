@@ -501,6 +501,13 @@ def test_members_of_a_backend():
     assert f'entry-points."{registry.GROUP}"' in page
 
 
+def test_every_benchmark_is_listed_and_no_other():
+    page = text_of(ROOT / "benchmarks" / "README.md")
+    listed = [f for line in re.findall(r"^\| (`.*?) \|", page, re.M) for f in ticked(line)]
+    scripts = [p.name for p in (ROOT / "benchmarks").glob("[!_]*.py")]
+    assert sorted(listed) == sorted(scripts)
+
+
 def test_variables_of_our_own():
     parts = ("autotune", "cache", "engines", "machine", "probes", "witness")
     files = [file for part in parts for file in (ROOT / part).rglob("*.py")]
