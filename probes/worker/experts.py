@@ -7,10 +7,9 @@ that launches dense problems launches these, with `Routed` tokens where an activ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, product
-from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from ..grouped.families import ODD_ROUTING, TOP_K
 from ..grouped.problem import ExpertsProblem
 from ..grouped.realistic import NAMES, draw_realistic, error_limit
 from ..grouped.routing import ODD, REGULAR, around_blocks, run_lengths
-from ..grouped.tensors import ExpertWeights, Routed
+from ..grouped.tensors import ExpertWeights
 from ..grouped.units import WIDTH
 from ..launch.case import Case, Launch, bind, blame, tensors
 from ..launch.item import Item
@@ -38,6 +37,8 @@ from ..launch.summary import MOST_BAD, Result, launched
 from ..launch.timing import COLD, Sampler
 from ..problem import Device
 from ..seeds import derive
+from .experts_stages import cut_at, routed_tokens, weights_of
+from .experts_timing import TIMED_LAWS, LawBatch, TimedLaws
 from .session import MANY_WEIGHTS, MEASURED, SMALL_M, SPARE_ROWS, OpenLayer, Progress, _Field
 
 WITHOUT = {
@@ -51,7 +52,6 @@ SETS = 2
 """Sets of experts that a chain alternates between: of one all may be chosen, of the other half."""
 _COPIES = 2
 """Pools of each set where few sets have room."""
-TIMED_LAWS = ("balanced", "zipf")
 RUN_TO_RUN = "run to run"
 """The kind of a grade: the same launch gives other bits."""
 _REPEATS = 6
@@ -81,7 +81,7 @@ class OpenExperts(OpenLayer):
         backend.problem = self.experts
         self._sets: dict[int, tuple[ExpertWeights, tuple[int, ...], Any, Unchanged]] = {}
         self._odd: dict[str, list[Case]] = {}
-        self._by_law: list[list[_Batch]] = []
+        self._times: list[TimedLaws] = []
 
     # Data
 
@@ -288,9 +288,9 @@ class OpenExperts(OpenLayer):
         for case in self.cases(WIDTH)[:SETS] if names else ():
             self.progress(f"stages, {tactic}")
             tokens = min(_CUT_TOKENS, self.problem.m)
-            right = stages(self.experts, self._weights_of(case), self._routed(case, tokens))
+            right = stages(self.experts, weights_of(case), routed_tokens(case, tokens))
             for name in names:
-                wrong, message = self._cut(name, case, right, tactic)
+                wrong, message = cut_at(self.backend, name, case, right, tactic)
                 if not wrong:
                     found["grades"].setdefault(name, "exact")
                     continue
@@ -312,47 +312,10 @@ class OpenExperts(OpenLayer):
                 found["bad"].append(described)
         return found
 
-    @staticmethod
-    def _routed(case: Case, tokens: int) -> Routed:
-        found: Any = case.rows(0, tokens)
-        routed: Routed = found
-        return routed
-
-    @staticmethod
-    def _weights_of(case: Case) -> ExpertWeights:
-        found: Any = case.operands.weight
-        weights: ExpertWeights = found
-        return weights
-
     def cut_again(self, tactic: str) -> Result:
         """What came of grading the stages of a tactic once more, as `replay` has it."""
         bad = self._stages(tactic)["bad"]
         return {"launches": 1, "failures": int(bool(bad))}
-
-    def _cut(self, name: str, case: Case, right: Any, tactic: str) -> tuple[int, str]:
-        """How many elements of one stage are wrong, and what that is like."""
-        assert isinstance(self.backend, AsDense)
-        own: Any = self.backend.own
-        tokens = right.h13.shape[0]
-        routed = self._routed(case, tokens)
-        here = right.here.unsqueeze(2)
-        state = case.state
-        with blame(self.backend):
-            if name == "permute":
-                return _permutation(*own.permute(state, routed.ids, tactic), routed.ids, right.here)
-            if name == "gemm1":
-                found, wanted = own.gemm1(state, routed.x, routed.ids, tactic), right.h13
-            elif name == "activate":
-                found, wanted = own.activate(state, right.h13, tactic), right.h
-            elif name == "gemm2":
-                found, wanted = own.gemm2(state, right.h, routed.ids, tactic), right.y
-            else:
-                found = own.finalize(state, right.y, routed.ids, routed.weights, tactic)
-                wanted, here = case.expectation.lo[:tokens], torch.ones_like(here[:, 0])
-        if found.shape != wanted.shape:
-            return wanted.numel(), f"its shape is {tuple(found.shape)}"
-        wrong = ~(found == wanted) & here
-        return int(wrong.sum()), f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
 
     def family(self, name: str, items: Sequence[Item]) -> list[Result]:
         """One family, serially: odd routing bit for bit, realistic values by tile."""
@@ -450,22 +413,24 @@ class OpenExperts(OpenLayer):
         with blame(self.backend):
             more = [self.backend.prepare(made.clone(), self.experts) for _ in range(copies - 1)]  # type: ignore[arg-type]
         cases = {_law(c.operands): c for c in self.cases(WIDTH)[::SETS]}
-        self._by_law, self._timed = [], []
+        self._times, self._timed = [], []
         for item in items:
             self.progress(f"timing {item.ms[-1]} tokens")
-            self._by_law.append(
-                [
-                    _Batch(
-                        m,
-                        law,
-                        item.tactic,
-                        self._sampler(cases[law], [state, *more], m, item.tactic),
-                    )
-                    for m in item.ms
-                    for law in TIMED_LAWS
-                ]
+            self._times.append(
+                TimedLaws(
+                    [
+                        LawBatch(
+                            m,
+                            law,
+                            item.tactic,
+                            self._sampler(cases[law], [state, *more], m, item.tactic),
+                        )
+                        for m in item.ms
+                        for law in TIMED_LAWS
+                    ]
+                )
             )
-        return [fmean(b.sampler.host_us or 0.0 for b in each) for each in self._by_law]
+        return [each.host_us() for each in self._times]
 
     def _sampler(self, case: Case, states: Sequence[Any], m: int, tactic: str) -> Sampler:
         rows = self.problem.m
@@ -485,66 +450,23 @@ class OpenExperts(OpenLayer):
 
     def sample(self, indices: Sequence[int]) -> list[float]:
         """Microseconds of a call, the mean over both laws and the m, of each item."""
-        found = []
-        for index in indices:
-            for batch in self._by_law[index]:
-                batch.taken.append(batch.sampler.sample())
-            found.append(fmean(batch.taken[-1] for batch in self._by_law[index]))
-        return found
+        return [self._times[index].sample() for index in indices]
 
     @property
     def timed(self) -> Any:
         """What is being timed, in the order of `open_timing`'s items."""
-        return [_Batches(each) for each in self._by_law]
+        return self._times
 
     def times_by_law(self) -> list[dict[str, list[float]]]:
         """The samples so far under each law, each the mean over the m, of each item."""
-        return [
-            {
-                law: [
-                    fmean(now) for now in zip(*(b.taken for b in each if b.law == law), strict=True)
-                ]
-                for law in TIMED_LAWS
-            }
-            for each in self._by_law
-        ]
+        return [each.by_law() for each in self._times]
 
     def close_timing(self) -> list[list[tuple[int, float]]]:
         """Let go of what was timed; of each item (m, median microseconds)."""
-        found = [
-            [
-                (m, fmean(median(b.taken) for b in each if b.m == m))
-                for m in dict.fromkeys(b.m for b in each)
-                if all(b.taken for b in each)
-            ]
-            for each in self._by_law
-        ]
-        self._by_law = []
+        found = [each.by_m() for each in self._times]
+        self._times = []
         super().close_timing()
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Tokens that are timed under one law: their sampler, and what it took."""
-
-    m: int
-    law: str
-    tactic: str
-    sampler: Sampler
-    taken: list[float] = field(default_factory=list)
-
-    @property
-    def eager(self) -> Callable[[], None]:
-        """All batches once, as they were captured."""
-        return self.sampler.eager
-
-
-@dataclass(frozen=True, slots=True)
-class _Batches:
-    """All of one item, the largest m last."""
-
-    parts: list[_Batch]
 
 
 def _law(operands: Operands, draw: int = 0) -> str:
@@ -555,17 +477,3 @@ def _law(operands: Operands, draw: int = 0) -> str:
 
 def _weight_tensors(weights: ExpertWeights) -> list[torch.Tensor]:
     return tensors(weights)
-
-
-def _permutation(
-    rows: torch.Tensor, experts: torch.Tensor, ids: torch.Tensor, here: torch.Tensor
-) -> tuple[int, str]:
-    """What is wrong with a sorted order: each slot that is here once, as its own expert's."""
-    slots, wanted = ids.numel(), here.flatten()
-    named = rows.long()
-    real = (named >= 0) & (named < slots)
-    times = torch.bincount(named[real], minlength=slots)
-    missing = int(((times != 1) & wanted).sum())
-    mine = ids.flatten()[named[real]]
-    others = int((experts[real] != mine).sum())
-    return missing + others, f"{missing} slots are not there once, {others} are another expert's"

@@ -347,9 +347,9 @@ class Server:
     def do_sample(self, indices: list[int]) -> list[float]:
         return self._layer.sample(indices)
 
-    def do_times_by_law(self) -> list[dict[str, float]]:
+    def do_times_by_law(self) -> list[dict[str, list[float]]]:
         """The median time of routed experts under each routing law, of each item that is timed."""
-        found: list[dict[str, float]] = self._layer.times_by_law()
+        found: list[dict[str, list[float]]] = self._layer.times_by_law()
         return found
 
     def do_close_timing(self) -> list[list[tuple[int, float]]]:
