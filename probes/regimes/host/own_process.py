@@ -133,13 +133,12 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
                 while child.poll() is None:
                     if not started and begun.exists():
                         started, end = True, time.monotonic() + seconds
-                    if time.monotonic() > end and not started:
+                    if time.monotonic() > end:
+                        if started:
+                            why = f"silent for {seconds:.0f} s in a process of its own"
+                            raise NoAnswer("hang", why)
                         why = f"a process of its own had not begun after {STARTS:.0f} s"
                         raise NoAnswer("internal", why)
-                    if time.monotonic() > end:
-                        raise NoAnswer(
-                            "hang", f"silent for {seconds:.0f} s in a process of its own"
-                        )
                     beat()
                     words.listen(0.25)
             finally:
