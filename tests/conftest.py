@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import folders
 import pytest
 import torch
+import typer.testing
 from hypothesis import settings
 from typer.testing import CliRunner
 
@@ -106,6 +108,15 @@ def brief_quick():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(levels.LEVELS, "quick", levels.brief())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tree():
+    """The tree of commands is made of their signatures once, not anew for each command."""
+    once = functools.cache(typer.testing._get_command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", once)
         yield
 
 
