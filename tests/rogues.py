@@ -6,6 +6,7 @@ Each wraps the floor, so that what is wrong with it is what its lines say and no
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -155,7 +156,7 @@ class Deadlocks(Good):
         self.inside += 1
         time.sleep(0.01)
         while self.inside > 1:
-            pass
+            time.sleep(0.002)
         super().run(state, a, out, tactic)
         self.inside -= 1
 
@@ -165,7 +166,7 @@ class HoldsTheGil(Good):
 
     def run(self, state, a, out, tactic):
         if a.shape[0] == BAD_M:
-            re.match("(a+)+$", "a" * 64 + "b")
+            ctypes.PyDLL(None).sleep(600)
         super().run(state, a, out, tactic)
 
 

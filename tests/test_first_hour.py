@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import engine_store
+import levels
 import pytest
 import stores
 from hypothesis import given
@@ -328,23 +329,12 @@ def environment(**other: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **other}
 
 
-BRIEF = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import levels
-from fp4tune.cli import main
-levels.LEVELS["quick"] = levels.brief()
-main()
-"""
-"""``fp4tune`` whose level quick is `levels.brief`."""
-
-
 def end(place: Path, number: signal.Signals) -> tuple[int, str]:
     """A probe of three layers on a terminal, ended in the second; exit code and what it said."""
     shapes = [f"--shape={n},256" for n in (256, 128, 64)]
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", BRIEF, *PROBE, *shapes, "--state", str(place)],
+        [sys.executable, "-c", levels.program("brief"), *PROBE, *shapes, "--state", str(place)],
         stdout=subprocess.DEVNULL,
         stderr=follower,
         env=environment(OMP_NUM_THREADS="1", TERM="xterm", COLUMNS="200"),

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import brief
+from levels import brief, program
 
 from fp4tune.autotune.agreement import Agreement
 from fp4tune.autotune.budget import SLOWER
@@ -428,7 +428,7 @@ def test_a_killed_probe_is_taken_up_after_its_last_layer(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(textwrap.dedent(BACKEND.format(name="mine", wrong=False)))
     place = tmp_path / "state"
-    command = [sys.executable, "-m", "fp4tune.cli", "probe", "--gpu", "none", "--max-m", "1"]
+    command = [sys.executable, "-c", program("hurried"), "probe", "--gpu", "none", "--max-m", "1"]
     command += ["--level", "quick", "--profile", "strict", "--activation", "bf16"]
     for n, k in SHAPES:
         command += ["--shape", f"{n},{k}"]

@@ -17,7 +17,7 @@ from contextlib import closing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import brief, launches_only
+from levels import brief, launches_only, program
 from test_known import BACKEND, SHAPES, make_plan, run
 
 from fp4tune.autotune import steps
@@ -213,7 +213,7 @@ PROBE = ("--gpu", "none", "--max-m", "1", "--level", "quick", "--profile", "stri
 @pytest.mark.timeout(1200)
 def test_a_probe_killed_at_any_step_loses_none_and_makes_none_twice(files, tmp_path):
     place = tmp_path / "state"
-    command = [sys.executable, "-m", "fp4tune.cli", "probe", *PROBE, "--activation", "bf16"]
+    command = [sys.executable, "-c", program("hurried"), "probe", *PROBE, "--activation", "bf16"]
     command += ["--shape", "{},{}".format(*SHAPES[0])]
     for file in files:
         command += ["--backend", file]
@@ -252,11 +252,11 @@ def test_a_probe_killed_at_any_step_loses_none_and_makes_none_twice(files, tmp_p
     (report,) = json.loads(done.stdout)
     assert set(finished(place).values()) == {1} and before <= finished(place)
     # What is graded is a row of `serial`, and the regime of that name another; what waits for
-    # chance is launched briefly, and at length.
+    # chance is launched briefly, as often as what is second, and as often as what is first.
     twice = {key: times for key, times in evidence(place).items() if times > 1}
     assert {(regime, data) for _, regime, data in twice} <= {
         (r, EXACT) for r in ("serial", *CHANCE)
     }
-    assert set(twice.values()) <= {2}
+    assert set(twice.values()) <= {2, 3}
     verdicts = {(c["backend"], c["verdict"]) for c in report["candidates"] if c["bucket"]["m_hi"]}
     assert verdicts == {("right", "safe"), ("wrong", "unsafe")}

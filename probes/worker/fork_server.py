@@ -21,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -171,6 +172,11 @@ def _imported() -> bool:
         from . import session  # noqa: F401
     except Exception:
         return False
+    with contextlib.suppress(ImportError):
+        import numpy.random  # noqa: F401  its state is looked at in every worker
+    # Torch has some to take its operators apart, which at the end of a worker is of no use.
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
     # What is here now is never collected, so a worker's collections need not copy its pages.
     gc.collect()
     gc.freeze()
