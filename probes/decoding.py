@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -25,6 +26,16 @@ def scale_table(fmt: Format) -> torch.Tensor:
     return torch.where(raw == 255, torch.nan, torch.exp2(exponents)).float()
 
 
+@cache
+def _tables(fmt: Format, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both tables of a `Decoder`, on the CPU: they are the same for every weight."""
+    values = e2m1_table()
+    byte = torch.arange(256)
+    both = torch.stack((values[byte & 15], values[byte >> 4]), dim=1).to(dtype)
+    wide = torch.int64 if dtype == torch.float32 else torch.int32
+    return both.contiguous().view(wide).flatten(), scale_table(fmt).to(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Look-up tables that turn packed FP4 into `dtype`, on one device.
@@ -39,15 +50,8 @@ class Decoder:
 
     @classmethod
     def of(cls, fmt: Format, dtype: torch.dtype, device: torch.device) -> Decoder:
-        values = e2m1_table()
-        byte = torch.arange(256)
-        both = torch.stack((values[byte & 15], values[byte >> 4]), dim=1).to(dtype)
-        wide = torch.int64 if dtype == torch.float32 else torch.int32
-        return cls(
-            dtype,
-            both.contiguous().view(wide).flatten().to(device),
-            scale_table(fmt).to(dtype).to(device),
-        )
+        pairs, scales = _tables(fmt, dtype)
+        return cls(dtype, pairs.to(device), scales.to(device))
 
     def __call__(self, t: Fp4Tensor) -> torch.Tensor:
         """``e2m1 * scale`` as (rows, k) in this dtype, without the global scale."""

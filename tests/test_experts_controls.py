@@ -36,7 +36,18 @@ def test_every_regime_of_experts_has_controls_or_says_why_not():
     assert sorted([*CONTROLS, *INTERNAL, *NONE_NEEDED, *WITHOUT]) == sorted(REGIMES)
 
 
-@pytest.mark.parametrize("regime", [r for r in CONTROLS if r not in ON_GPU])
+HOST = ("history", "weights")
+"""Of thousands of calls, and of hundreds of weights: run with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "regime",
+    [
+        pytest.param(r, marks=pytest.mark.slow) if r in HOST else r
+        for r in CONTROLS
+        if r not in ON_GPU
+    ],
+)
 def test_each_regime_flags_its_bad_control_and_passes_the_good_one(layer, regime):
     assert not flagged(layer, regime, GOOD)
     assert any(flagged(layer, regime, CONTROLS[regime].tactic) for _ in range(3))

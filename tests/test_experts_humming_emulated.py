@@ -109,7 +109,8 @@ def emulated(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("format_", "gate", "top_k"), [("nvfp4", "swiglu", 2), ("mxfp4", "swiglu-oai", 3)]
+    ("format_", "gate", "top_k"),
+    [("nvfp4", "swiglu", 2), pytest.param("mxfp4", "swiglu-oai", 3, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("made", adapter.backends(), ids=lambda made: made.name)
 def test_every_stage_and_law_is_exact(emulated, monkeypatch, made, format_, gate, top_k):

@@ -33,6 +33,7 @@ from fp4tune.fleet.warehouse import Warehouse  # noqa: E402
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 def test_no_bundle_costs_more_memory_than_a_good_one_does(tmp_path):
     """Each of these unpacks to 24 MiB, and parsed to many times that; a merge of all of them has
     64 MiB beyond what the program itself takes."""

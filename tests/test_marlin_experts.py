@@ -197,11 +197,19 @@ def test_counts_around_a_block_fill_no_more_than_there_is_room_for(law, block):
 # The layer
 
 
+QUICK = {("nvfp4", "relu2"), ("mxfp4", "swiglu-oai")}
+"""The others are run with the slow tests."""
+
+
 @pytest.mark.parametrize(
     ("format_", "gate"),
-    [(f, g) for f in ("nvfp4", "mxfp4") for g in GATES if (f, g) not in
-     {("nvfp4", "swiglu-oai"), ("mxfp4", "relu2")}],
-)  # fmt: skip
+    [
+        pytest.param(f, g, marks=[] if (f, g) in QUICK else pytest.mark.slow)
+        for f in ("nvfp4", "mxfp4")
+        for g in GATES
+        if (f, g) not in {("nvfp4", "swiglu-oai"), ("mxfp4", "relu2")}
+    ],
+)
 def test_every_stage_and_law_is_exact_on_the_emulated_kernels(kernels, format_, gate):
     p = problem(format=format_, gate=gate, n=128 if gate == "relu2" else 64, scaling=2.5)
     opened = OpenExperts(registry.load_one("marlin-experts"), CPU, p, 7, 1 << 28, lambda text: None)

@@ -291,7 +291,7 @@ def test_how_it_died_is_said(dying):
     said = {f.backend: f.detail["message"] for f in dying.report.findings}
     assert "SIGSEGV" in said[name_of("Segfaults")]
     assert "code 3" in said[name_of("Daemon")]
-    assert "4 s" in said[name_of("Deadlocks")] and "4 s" in said[name_of("HoldsTheGil")]
+    assert "3 s" in said[name_of("Deadlocks")] and "3 s" in said[name_of("HoldsTheGil")]
 
 
 @pytest.mark.parametrize("name", ["Good", "ShortSums"])

@@ -43,11 +43,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+QUICK = {("nvfp4", "relu2"), ("mxfp4", "swiglu-oai")}
+"""The others are run with the slow tests."""
+
+
 @pytest.mark.parametrize(
     ("format_", "gate"),
-    [(f, g) for f in ("nvfp4", "mxfp4") for g in GATES if (f, g) not in
-     {("nvfp4", "swiglu-oai"), ("mxfp4", "relu2")}],
-)  # fmt: skip
+    [
+        pytest.param(f, g, marks=[] if (f, g) in QUICK else pytest.mark.slow)
+        for f in ("nvfp4", "mxfp4")
+        for g in GATES
+        if (f, g) not in {("nvfp4", "swiglu-oai"), ("mxfp4", "relu2")}
+    ],
+)
 def test_every_stage_and_law_is_exact_on_the_emulated_operators(vllm, format_, gate):
     p = problem(format=format_, gate=gate, n=96 if format_ == "mxfp4" else 80, scaling=2.5)
     backend = registry.load_one("vllm-marlin-experts")

@@ -26,6 +26,7 @@ PAGE = (ROOT / "docs" / "witness.md").read_text()
 BUCKET = BucketKey("nvfp4", "bf16", "bf16", 1, 1, 64, 1024, 256)
 
 
+@pytest.mark.slow
 def test_the_example_is_caught_as_its_page_says():
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "examples" / "served.py")],

@@ -196,7 +196,7 @@ def shown(tmp_path_factory) -> dict:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("FP4TUNE_STATE", str(place / "state"))
         patch.setenv("TMPDIR", str(place))
-        patch.setattr(selftest, "LEVEL", replace(selftest.LEVEL, without=fewer))
+        patch.setitem(selftest.BY_LEVEL, "quick", replace(selftest.LEVEL, without=fewer))
         patch.setitem(selftest.PROFILES, "strict", replace(strict, required=asked))
         done = command("--json", *(word for name in SHOWN for word in ("--mutant", name)))
     assert done.exit_code in (errors.SAFE, errors.UNSAFE, errors.NOT_ASSESSED), done.exception
