@@ -27,16 +27,17 @@ probe: $(VENV)/.probe
 	$(if $(findstring --state,$(ARGS)),,@echo 'What is found goes to $(FP4TUNE_STATE); readers are told with FP4TUNE_STATE or --state.')
 	$(BIN)/fp4tune probe $(ARGS)
 
-# The quick ones. Two at a time, since most of them wait for processes; on a GPU one at a time, and
-# first.
+# The quick ones, more at a time than there are cores on a small machine, since many wait for
+# processes; on a GPU one at a time, and first.
+TESTS_AT_ONCE ?= 3
 test: $(VENV)/.ready
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m "gpu and not slow" $(ARGS); fi
-	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What is slow by nature: kill loops, readers under load, disassembly of large libraries.
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # mypy and import-linter want the package's name, and a checkout may be called anything: so a link by
 # that name.

@@ -52,6 +52,10 @@ def main(work: Path) -> int:
         "no:cacheprovider",
         "-m",
         "not gpu and not slow",
+        "--numprocesses",
+        "2",
+        "--dist",
+        "loadfile",
     ]
     return subprocess.call([*command, *(f"tests/{name}" for name in TESTS)], **as_user)
 

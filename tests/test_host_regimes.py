@@ -242,7 +242,7 @@ def test_a_process_that_dies_or_hangs_gives_no_answer():
         own_process.ask(replace(QUESTION, spec="zoo-segmentation-fault"), lambda: None)
     assert raised.value.kind == "crash"
     with pytest.raises(NoAnswer, match="silent") as raised:
-        own_process.ask(replace(QUESTION, spec="zoo-endless-loop"), lambda: None, 12.0)
+        own_process.ask(replace(QUESTION, spec="zoo-endless-loop"), lambda: None, 6.0)
     assert raised.value.kind == "hang"
 
 
