@@ -25,6 +25,9 @@ CHANCE = frozenset(
     {"graph", "mlp-chain", "churn", "streams", "shared-expert", "graph-streams", "threads"}
 )
 """Those where a fault waits for chance: what they show grows with their launches alone."""
+COLLECTIVE = "collective"
+"""An all-reduce behind each GEMM, on two GPUs: a fault of it takes a choice away, and a pass counts
+no launch."""
 CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})
 """Those where a fault of timing shows at once, or none can: more problems, and fewer launches."""
 

@@ -41,6 +41,7 @@ from .runner import Progress, Runner, Stopped
 from .stages import recall
 from .stages.audit import Auditor
 from .stages.build import Built, build, start
+from .stages.collective import collective
 from .stages.conclude import Grounds, concluded, unfinished
 from .stages.controls import KINDS, control
 from .stages.grade import grade
@@ -172,6 +173,7 @@ class Probe:
         self._take_up(layers, recalled)
         layers = self._budgeted(layers)
         cut = self._measure(layers, recalled, doubts)
+        self._add_up([each for each in layers if each[0] not in cut], doubts)
         # At the end, when all launches of a kernel are known, and its machine code.
         self._condemn(audits.result())
         self._conclude(layers, cut, doubts)
@@ -414,6 +416,13 @@ class Probe:
                 self.ledger.add_probed(probed(self.plan, layer, entrants, self.record, done))
             self.report.spent += layer.clock.rows(p.n, p.k)
         return cut
+
+    def _add_up(self, layers: Layers, doubts: Doubts) -> None:
+        """Sums over this GPU and another one that is probed at the same time."""
+        say = partial(self.progress, "collective")
+        partners = self.agreement.partners if self.agreement else {}
+        partner = partners.get(self.plan.target.label)
+        collective(layers, self._is_right(doubts), self.record, say, partner)
 
     def _condemn(self, audits: Mapping[str, Sequence[Audit]]) -> None:
         """Whatever ran of a flagged module is not safe."""

@@ -23,6 +23,7 @@ from ..probes.grouped.problem import is_grouped, of_fields
 from ..probes.launch.case import Launch
 from ..probes.problem import Problem
 from ..probes.worker.supervisor import WorkerFailed
+from ..words import COLLECTIVE
 from .environment import environment_of
 from .evidence.wording import describe
 from .retest import summary
@@ -172,6 +173,8 @@ def _replay(result: Result, runner: Runner, problem: Problem, times: int) -> Non
         _launch_again(result, runner, problem, times)
     elif isinstance(asked, Mapping) and asked.get("do") in _COMMANDS:
         _command(result, runner, problem, dict(asked))
+    elif finding.regime == COLLECTIVE:
+        result.note = "sums over two GPUs are made by fp4tune probe --gpu all --again alone"
     else:
         result.note = "the finding does not say which launch failed"
 

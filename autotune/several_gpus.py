@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event, Lock
 
 from ..cache.ledger import Ledger
-from .agreement import Agreement
+from .agreement import Agreement, paired
 from .plan import Plan, Report
 from .probe import probe
 from .runner import Progress, Stopped
@@ -29,7 +29,8 @@ def probe_all(
         (plan,) = plans
         return [probe(plan, ledger, state_dir, progress[plan.target.label])], {}
     stop = Event()
-    agreement = Agreement(Lock())
+    models = {plan.target.label: plan.target.name for plan in plans}
+    agreement = Agreement(Lock(), partners=paired(models))
 
     def one(plan: Plan) -> Report:
         tell = progress[plan.target.label]
@@ -39,7 +40,11 @@ def probe_all(
                 raise Stopped
             tell(who, text)
 
-        return probe(plan, ledger, state_dir, told, agreement)
+        try:
+            return probe(plan, ledger, state_dir, told, agreement)
+        finally:
+            if partner := agreement.partners.get(plan.target.label):
+                partner.leave()
 
     reports: list[Report] = []
     failed: dict[str, Exception] = {}

@@ -37,6 +37,7 @@ from fp4tune.probes.models import shapes
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.worker.experts import RUN_TO_RUN
 from fp4tune.probes.worker.supervisor import WorkerFailed
+from fp4tune.words import COLLECTIVE
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -440,7 +441,7 @@ def test_finding_kinds():
 
 def test_regimes_profiles_levels_and_widths():
     verdicts, probing = text_of(DOCS / "verdicts.md"), text_of(DOCS / "probing.md")
-    assert set(named(verdicts, "regime")) == set(REGIMES)
+    assert set(named(verdicts, "regime")) == {*REGIMES, COLLECTIVE}
     for name, profile in PROFILES.items():
         assert f"`{name}`" in verdicts and f"`{name}`" in probing
         assert set(REGIMES) - set(profile.required) == set(profile.conditions), name

@@ -13,7 +13,7 @@ from fp4tune.autotune.verdict.buckets import MRange
 
 
 def plans(*labels: str) -> list:
-    return [SimpleNamespace(target=SimpleNamespace(label=label)) for label in labels]
+    return [SimpleNamespace(target=SimpleNamespace(label=label, name="H")) for label in labels]
 
 
 def heard(labels: list[str]) -> tuple[dict, list]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ...words import CENSUS, EXACT, NO_FORM, NOT_TRIED, Condition
+from ...words import CENSUS, COLLECTIVE, EXACT, NO_FORM, NOT_TRIED, Condition
 from .bounds import Aim, Bound, short_of_aim
 from .profiles import LEFT_OUT, WITHOUT_FORM, Profile
 
@@ -24,6 +24,9 @@ __all__ = [
     "decide",
     "judge",
 ]
+
+_ONLY_FAIL = (CENSUS, COLLECTIVE)
+"""A census checks no launch, and sums over two GPUs are few: they can only fail a verdict."""
 
 SAFE, UNSAFE, INCONCLUSIVE, UNSUPPORTED = "safe", "unsafe", "inconclusive", "unsupported"
 
@@ -208,8 +211,7 @@ def _fewest(facts: Sequence[Fact]) -> tuple[int, int]:
     """Launches and different problems behind the regime that passed on the fewest of each."""
     launches, problems = Counter[str](), Counter[str]()
     for fact in facts:
-        # A census checks no launch: it can only fail a verdict.
-        if fact.status == "passed" and fact.data == EXACT and fact.regime != CENSUS:
+        if fact.status == "passed" and fact.data == EXACT and fact.regime not in _ONLY_FAIL:
             launches[fact.regime] += fact.launches
             problems[fact.regime] += fact.problems
     return min(launches.values(), default=0), min(problems.values(), default=0)

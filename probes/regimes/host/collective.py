@@ -39,7 +39,7 @@ from ...seeds import derive
 from .own_process import SECONDS, NoAnswer, Question, ask
 
 RANKS = 2
-ALONE = "a collective needs two GPUs of one host, and this probe has one"
+ALONE = "a collective needs two GPUs of one host, and this probe has none beside its own"
 """Why there is nothing to run, where a probe has one GPU."""
 _ROUNDS = 4
 """Times that each step comes in a chain: the same m meets itself and the others."""
@@ -53,8 +53,8 @@ def run_ranks(
     """Have a process for each of `devices` (torch's names) run the chains together.
 
     `question` is as for one of them; its task and rank are set here. Returns ``launches`` (checked,
-    on each rank), ``forms`` and ``bad``, a sentence for each rank and form in which a sum was
-    wrong; or ``error``, with a kind and a message.
+    on each rank), ``forms`` and ``bad``, as `take_part` has them, of both ranks; or ``error``, with
+    a kind and a message.
     """
     if len(devices) != RANKS:
         raise ValueError(ALONE)
@@ -91,13 +91,26 @@ def answer(question: Question) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = load_one(question.spec)
+    try:
+        return take_part(backend, question, lambda text: None)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        message = f"rank {question.rank}: {type(error).__name__}: {first}"[:300]
+        return {"error": {"kind": "error", "message": message}}
+
+
+def take_part(
+    backend: Backend, question: Question, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """One rank's part of the chains of a question, which the other rank runs meanwhile.
+
+    Returns ``launches`` (checked here), ``forms`` (in which they ran), and ``bad``: for each step
+    whose sum came out wrong here a dictionary with ``kind``, ``m``, ``tactic`` and ``message``, of
+    the first form in which any did. Raises what the backend and the ranks' library raise.
+    """
+    device = torch.device(question.device)
     with _group(question, device):
-        try:
-            return _chains(backend, question, device)
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            message = f"rank {question.rank}: {type(error).__name__}: {first}"[:300]
-            return {"error": {"kind": "error", "message": message}}
+        return _chains(backend, question, device, progress)
 
 
 @contextmanager
@@ -109,7 +122,9 @@ def _group(question: Question, device: torch.device) -> Iterator[None]:
         world_size=RANKS,
         timeout=timedelta(seconds=SECONDS),
     )
-    yield  # the process ends without taking the group apart: the other rank may be gone
+    yield
+    # Where one has raised, the other may be gone, and would be waited for.
+    ranks.destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,24 +139,31 @@ class _Step:
     """For a copy of the sum, (m, n)."""
 
 
-def _chains(backend: Backend, question: Question, device: torch.device) -> dict[str, Any]:
+def _chains(
+    backend: Backend, question: Question, device: torch.device, progress: Callable[[str], None]
+) -> dict[str, Any]:
     state, steps = _shard_and_steps(backend, question, device)
     chain = _Chain(backend, state, steps, device)
     checker = Checker([step.place for step in steps])
     found: dict[str, Any] = {"launches": 0, "forms": [], "bad": []}
 
     def told(form: str, run: Callable[[], Any]) -> None:
+        progress(f"all-reduce {form}")
         before, rounds = checker.sweeps, _rounds(run, device)
         found["forms"].append(form)
         found["launches"] += len(steps) * (checker.sweeps - before)
-        bad = [(s, r) for s, r in zip(steps, checker.reports(), strict=True) if not r.clean]
-        if bad and not found["bad"]:
-            step, report = bad[0]
-            found["bad"].append(
-                f"rank {question.rank}, all-reduce {form}: {report.wrong} elements of sums wrong "
-                f"at m={step.m} ({step.tactic}) in {rounds} rounds, {len(bad)} of {len(steps)} "
-                "places"
+        if found["bad"]:
+            return
+        wrong: dict[tuple[int, str], int] = {}
+        for step, report in zip(steps, checker.reports(), strict=True):
+            if not report.clean:
+                wrong[step.m, step.tactic] = max(report.wrong, wrong.get((step.m, step.tactic), 0))
+        for (m, tactic), elements in wrong.items():
+            message = (
+                f"rank {question.rank}, all-reduce {form}: {elements} elements of a sum wrong in "
+                f"{rounds} rounds"
             )
+            found["bad"].append({"kind": "wrong", "m": m, "tactic": tactic, "message": message})
 
     for form in _FORMS:
 
