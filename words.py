@@ -28,7 +28,12 @@ CHANCE = frozenset(
 COLLECTIVE = "collective"
 """An all-reduce behind each GEMM, on two GPUs: a fault of it takes a choice away, and a pass counts
 no launch."""
-CERTAIN = frozenset({"serial", "pdl-raw", "pdl-war", "pdl-waw", "regrow"})
+CERTAIN = frozenset(
+    {
+        *("serial", "side-stream", "pdl-raw", "pdl-war", "pdl-waw"),
+        *("rewrite", "padding", "strided", "regrow"),
+    }
+)
 """Those where a fault of timing shows at once, or none can: more problems, and fewer launches."""
 
 MISSING, UNREADABLE = "missing", "unreadable"

@@ -70,7 +70,7 @@ def test_an_answer_that_float64_does_not_give_is_a_failed_control(monkeypatch):
     assert not found["items"][0]["bad"]
 
 
-@pytest.mark.parametrize("regime", ["serial", "streams"])
+@pytest.mark.parametrize("regime", ["serial", "rewrite", "padding", "strided", "streams"])
 def test_much_is_shown_of_a_right_one(regime):
     layer = opened()
     found = layer.regime(regime, [Item((1, 3, 16), "default", 8)], BRIEF, AIM)

@@ -189,7 +189,11 @@ def test_what_goes_wrong_in_a_later_draw_is_found_and_made_again_from_its_seed(s
     assert alpha_of(again) == alpha_of(drawn.operands)
 
 
-@pytest.mark.parametrize("regime", ["serial", "churn", "streams", "mlp-chain"])
+AT_LENGTH = ("serial", "rewrite", "padding", "strided", "churn", "streams", "mlp-chain")
+"""Regimes that are run at length, and on a CPU."""
+
+
+@pytest.mark.parametrize("regime", AT_LENGTH)
 @pytest.mark.parametrize("name", ["torch-dequant", "torch-dequant-w4a4"])
 def test_what_is_right_passes_on_other_problems(regime, name):
     backend = load_one(name)
@@ -202,6 +206,15 @@ def test_what_is_right_passes_on_other_problems(regime, name):
     for result in found["items"]:
         assert not result["bad"] and not result.get("changed_inputs")
         assert result["launches"] >= result["problems"] >= CHAIN["cpu"][0]
+
+
+@pytest.mark.parametrize("regime", ["serial", "padding", "strided"])
+def test_what_goes_wrong_in_a_later_draw_is_found(stale_layer, regime):
+    """In `rewrite` it would be found in the first, which has two data itself."""
+    items = [Item((4,), "")]
+    briefly = stale_layer.regime(regime, items, Budget(3, 3, 0.0))["items"][0]
+    at_length = stale_layer.regime(regime, items, BUDGET, LaunchAim(200, 20, 20.0))["items"][0]
+    assert not briefly["bad"] and at_length["bad"]
 
 
 def test_every_m_is_launched(stale_layer):

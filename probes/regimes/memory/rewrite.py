@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ...backends import Backend
-from ...check.sweep import Checker, Slot
+from ...check.sweep import Slot
 from ...grouped.tensors import Routed
 from ...launch.case import (
     Call,
     Case,
     Launch,
     bind,
+    copy_over,
     map_tensors,
     prepared_activation,
     rebind,
@@ -48,7 +49,7 @@ def rewrite(
     """
     changing = [_changing(backend, cases, launch) for launch in launches]
     calls = tuple([c.calls[turn] for c in changing] for turn in (0, 1))
-    checkers = tuple(Checker([call.slot for call in side]) for side in calls)
+    checkers = tuple(budget.checker([call.slot for call in side]) for side in calls)
     device = device_of(cases)
 
     def chain() -> None:
@@ -98,6 +99,8 @@ def _changing(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Chang
         # No other rows: the same with the other sign, whose answer has the other sign.
         rows, lo, hi = _negated(rows), -hi, -lo
     prepared = prepared_activation(backend, rows)
+    if prepared is not rows:
+        case.derive(lambda: copy_over(prepared_activation(backend, rows), prepared))
     # Listed before the first launch: a backend may keep more in its own activation later.
     data = (tensors(first.activation), tensors(prepared))
     live = map_tensors(first.activation, torch.clone)

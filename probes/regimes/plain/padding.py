@@ -12,7 +12,7 @@ import torch
 
 from ... import layouts
 from ...backends import Backend
-from ...check.sweep import Checker, Slot
+from ...check.sweep import Slot
 from ...grouped.backend import AsDense
 from ...grouped.tensors import Routed
 from ...grouped.tokens import Rests
@@ -21,6 +21,7 @@ from ...launch.case import (
     Case,
     Launch,
     bind,
+    copy_over,
     map_tensors,
     prepared_activation,
     rebind,
@@ -61,7 +62,7 @@ def padding(
             for rows, zeros in product(_some_rows(launch), (False, True)):
                 scattered += len(rows)
                 calls.append(_with_rows(backend, cases, launch, rows, zeros, rests))
-    checker = Checker([call.slot for call in calls])
+    checker = budget.checker([call.slot for call in calls])
 
     def once() -> None:
         for call in calls:
@@ -82,10 +83,14 @@ def _around(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Ca
     """The launch amid poison, and how many bytes of padding in the backend's layout are poison."""
     case = cases[launch.case]
     rows = case.rows(launch.offset, launch.m)
-    surrounded = _surrounded(rows)
     plain = prepared_activation(backend, rows)
-    with layouts.padding(SCALE_NAN[case.operands.weight.format.scale]):
-        activation = prepared_activation(backend, surrounded)
+
+    def amid_poison() -> Any:
+        with layouts.padding(SCALE_NAN[case.operands.weight.format.scale]):
+            return prepared_activation(backend, _surrounded(rows))
+
+    activation = amid_poison()
+    case.derive(lambda: copy_over(amid_poison(), activation))
     differ = 0
     for one, other in zip(tensors(plain), tensors(activation), strict=True):
         if one.dtype == torch.uint8 and one.shape == other.shape:
@@ -96,14 +101,21 @@ def _around(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Ca
 def _nan_inside(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
     """The launch with NaN in its second half, and only the first half of its output checked."""
     real = launch.m - launch.m // 2
-    rows = _surrounded(cases[launch.case].rows(launch.offset, launch.m))
-    if isinstance(rows, Fp4Tensor):
-        rows.scales[real:].fill_(SCALE_NAN[rows.format.scale])
-    else:
-        for each in (rows.x, rows.weights) if isinstance(rows, Routed) else (rows,):
-            poison(each[real:])
+    case = cases[launch.case]
+
+    def half_nan() -> Any:
+        rows = _surrounded(case.rows(launch.offset, launch.m))
+        if isinstance(rows, Fp4Tensor):
+            rows.scales[real:].fill_(SCALE_NAN[rows.format.scale])
+        else:
+            for each in (rows.x, rows.weights) if isinstance(rows, Routed) else (rows,):
+                poison(each[real:])
+        return prepared_activation(backend, rows)
+
     bound = bind(backend, cases, launch)
-    call = rebind(backend, cases, bound, prepared_activation(backend, rows))
+    activation = half_nan()
+    case.derive(lambda: copy_over(half_nan(), activation))
+    call = rebind(backend, cases, bound, activation)
     whole = bound.slot
     size = real * whole.out.shape[1]
     guard = (whole.guarded.numel() - whole.out.numel()) // 2
@@ -135,25 +147,30 @@ def _with_rows(
     """The launch with these rows all zero, which must give zeros, or all NaN, which may not spread:
     what they give themselves is not asked for."""
     case = cases[launch.case]
-    rows = _surrounded(case.rows(launch.offset, launch.m))
     at = torch.tensor(list(chosen), dtype=torch.int64, device=device_of(cases))
-    if isinstance(rows, Fp4Tensor):
-        rows.scales[at] = 0 if zeros else SCALE_NAN[rows.format.scale]
-        if zeros:
-            # In e8m0 no scale is zero: the codes are.
-            rows.codes[at] = 0
-    else:
-        x = rows.x if isinstance(rows, Routed) else rows
-        x[at] = 0.0 if zeros else float("nan")
     bound = bind(backend, cases, launch)
-    call = rebind(backend, cases, bound, prepared_activation(backend, rows))
     whole = bound.slot
-    lo, hi = whole.lo.clone(), whole.hi.clone()
-    lo[at], hi[at] = 0.0, 0.0
-    if zeros and isinstance(rows, Routed) and rests:
+
+    def changed() -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """The activation with these rows, and what must come out at least and at most."""
+        rows = _surrounded(case.rows(launch.offset, launch.m))
+        if isinstance(rows, Fp4Tensor):
+            rows.scales[at] = 0 if zeros else SCALE_NAN[rows.format.scale]
+            if zeros:
+                # In e8m0 no scale is zero: the codes are.
+                rows.codes[at] = 0
+        else:
+            x = rows.x if isinstance(rows, Routed) else rows
+            x[at] = 0.0 if zeros else float("nan")
+        lo, hi = whole.lo.clone(), whole.hi.clone()
         # Rows of zeros still have the experts' biases.
-        right = rests(case, rows)[at]
-        lo[at], hi[at] = right, right
+        biases = rests(case, rows)[at] if zeros and rests and isinstance(rows, Routed) else 0.0
+        lo[at] = hi[at] = biases
+        return prepared_activation(backend, rows), lo, hi
+
+    given = activation, lo, hi = changed()
+    case.derive(lambda: copy_over(changed(), given))
+    call = rebind(backend, cases, bound, activation)
     place = Slot(whole.out, lo, hi, whole.guarded)
     if zeros:
         return replace(call, slot=place)

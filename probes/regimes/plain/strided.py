@@ -9,8 +9,16 @@ import torch
 
 from ....machine.memory import is_out_of_memory
 from ...backends import Backend
-from ...check.sweep import Checker
-from ...launch.case import BackendRaised, Call, Case, Launch, bind, prepared_activation, rebind
+from ...launch.case import (
+    BackendRaised,
+    Call,
+    Case,
+    Launch,
+    bind,
+    copy_over,
+    prepared_activation,
+    rebind,
+)
 from ...launch.case import map_tensors as in_all
 from ...launch.outcome import Budget, Outcome, device_of, outcome, poison, repeat
 from ...problem import Fp4Tensor
@@ -48,7 +56,7 @@ def strided(
         proof["reason"] = next(iter(refused.values()))
     if not calls:
         return Outcome(0, (), 0, 0.0, proof=proof, exempt=exempt)
-    checker = Checker([call.slot for call in calls])
+    checker = budget.checker([call.slot for call in calls])
     checker.sweep()  # the launches that showed that they are accepted
 
     def once() -> None:
@@ -99,7 +107,8 @@ def _accepted(
     seen: torch.Tensor | Fp4Tensor = in_all(rows, lambda t: view(t) if t.dim() == 2 else t)
     cuda = device_of(cases).type == "cuda"
     try:
-        call = rebind(backend, cases, bound, prepared_activation(backend, seen))
+        activation = prepared_activation(backend, seen)
+        call = rebind(backend, cases, bound, activation)
         call.enqueue()
         if cuda:
             torch.cuda.synchronize()
@@ -110,4 +119,8 @@ def _accepted(
             torch.cuda.synchronize()  # raises where it was no refusal, but a fault on the device
         lines = str(error).strip().splitlines()
         return None, lines[0][:200] if lines else type(error).__name__
+    drawn = cases[launch.case]
+    drawn.derive(lambda: copy_over(rows, seen))
+    if activation is not seen:
+        drawn.derive(lambda: copy_over(prepared_activation(backend, seen), activation))
     return call, ""
