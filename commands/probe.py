@@ -283,6 +283,11 @@ def probe(
             say(f"fp4tune: {label} could not be probed: {error}", err=True)
         statuses = {choice.status for report in reports for choice in report.choices}
         if not statuses:
+            if any(report.left for report in reports):
+                raise Refused(
+                    f"the {budget:g} s of --budget were over before anything was proven, and nothing "
+                    "is published: give it more, what was measured is kept"
+                )
             raise Refused("no backend could run any of these problems here; nothing is published")
         if failed or (backend and any(report.broken for report in reports)):
             raise typer.Exit(NOT_ASSESSED)

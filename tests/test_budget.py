@@ -91,6 +91,14 @@ def test_a_budget_that_is_none_is_refused_in_one_sentence(seconds, tmp_path):
     assert done.exit_code == 2 and "--budget" in done.output and "Traceback" not in done.output
 
 
+def test_a_budget_that_is_over_before_anything_was_proven_says_so(tmp_path):
+    call = ["probe", "--gpu", "none", "--shape", "64,64", "--max-m", "1", "--activation", "bf16"]
+    call += ["--backend", "torch-dequant", "--budget", "0.001", "--state", str(tmp_path)]
+    done = CliRunner().invoke(cli.app, call)
+    assert done.exit_code == 2 and "0.001 s of --budget were over" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # -- whole probes
 
 
