@@ -124,16 +124,6 @@ def _elements_at_once(p: Problem) -> int:
     return p.parameters // 4 if isinstance(p, ExpertsProblem) else p.n * p.k
 
 
-def split_of_experts(tp: int, ep: int) -> int:
-    """Over how many ranks the matrices of one expert are split, where the experts of a model that
-    is split over `tp` are spread over `ep`. Raises ValueError, one sentence."""
-    if ep < 1:
-        raise ValueError(f"--ep {ep}: experts are spread over one rank at least")
-    if tp % ep and ep % tp:
-        raise ValueError(f"--ep {ep} does not go with --tp {tp}: one must divide the other")
-    return max(1, tp // ep)
-
-
 def experts(
     given: Sequence[str],
     formats: Sequence[str],

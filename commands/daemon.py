@@ -44,7 +44,10 @@ def daemon(
             if as_json:
                 print_json(asdict(loaded))
             else:
-                layers = len(loaded.layers()) or "the published, else the default,"
+                layers = (
+                    len(loaded.layers()) + len(loaded.experts())
+                    or "the published, else the default,"
+                )
                 say(f"{path or 'the defaults'}: good; {layers} layers, state {loaded.state_dir}")
             raise typer.Exit(SAFE)
         if as_json:

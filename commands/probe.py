@@ -148,7 +148,7 @@ def probe(
         from ..fleet import adopt
         from ..probes import quantisers
         from ..probes.models import shapes
-        from ..probes.models.experts import left_out
+        from ..probes.models.experts import left_out, split_of_experts
         from ..probes.models.fusion import ENGINES
         from ..probes.problem import Problem
         from ..report.terminal import layers as layer_lines
@@ -172,7 +172,7 @@ def probe(
             held = shapes.checkpoint_layers(checkpoint, tp, rules)
             for sentence in layer_lines.about(held):
                 say(f"fp4tune: {sentence}", err=True)
-            split = planning.split_of_experts(tp, ep)
+            split = split_of_experts(tp, ep)
             routed_model = (
                 held if split == tp else shapes.checkpoint_layers(checkpoint, split, rules)
             )
@@ -180,7 +180,7 @@ def probe(
         for target in targets:
             most = planning.max_m(max_m, target)
             named_models = planning.models(preset or (), model_config, tp, held)
-            whole = planning.split_of_experts(tp, ep)
+            whole = split_of_experts(tp, ep)
             with_experts = planning.models(preset or (), model_config, whole, routed_model)
             routed = planning.experts(experts or (), formats or (), with_experts, most, ep)
             for sentence in (each for model in with_experts for each in left_out(model, ep)):
@@ -285,8 +285,8 @@ def probe(
         if not statuses:
             if any(report.left for report in reports):
                 raise Refused(
-                    f"the {budget:g} s of --budget were over before anything was proven, and nothing "
-                    "is published: give it more, what was measured is kept"
+                    f"the {budget:g} s of --budget were over before anything was proven, and "
+                    "nothing is published: give it more, what was measured is kept"
                 )
             raise Refused("no backend could run any of these problems here; nothing is published")
         if failed or (backend and any(report.broken for report in reports)):

@@ -23,15 +23,18 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     from ..autotune.runner import Patience, Runner
     from ..autotune.stages.survey import survey
     from ..machine import devices
+    from ..probes.grouped.problem import is_grouped, of_fields
     from ..probes.problem import Problem
     from ..probes.worker.supervisor import WorkerFailed
 
     candidate = asked["candidate"]
     bucket = candidate["bucket"]
-    problem = Problem(
-        bucket["format"], bucket["m_hi"], bucket["n"], bucket["k"], bucket["activation"],
-        bucket["out_dtype"], bucket["groups"],
-    )  # fmt: skip
+    shape = (bucket["format"], bucket["m_hi"], bucket["n"], bucket["k"])
+    problem: Problem = (
+        of_fields({**bucket, "m": bucket["m_hi"]})
+        if is_grouped(bucket)
+        else Problem(*shape, bucket["activation"], bucket["out_dtype"], bucket["groups"])
+    )
     (target, *_) = devices.select("none" if asked["cpu"] else None)
     # Names come from the store and are only looked up; a file's comes from the configuration.
     specs = tuple(dict.fromkeys([*asked["backends"], candidate["backend"]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -25,12 +26,16 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..cache import state
+from ..cache.experts import option_text
 from ..errors import Refused
 from ..machine import files
+from ..probes.grouped.problem import parse_experts
 from ..probes.models import shapes
+from ..probes.models.experts import experts_on_rank, split_of_experts
 from ..probes.models.fusion import ENGINES
 from ..probes.models.rows import CheckpointLayers
 from ..probes.models.shapes import AskedLayer
+from ..words import ExpertsKey
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -142,6 +147,21 @@ _CLOSED = ConfigDict(extra="forbid")
 """An unknown key is a mistake."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RoutedLayer:
+    """A layer of routed experts: its format, and the rest as ``--experts`` has it."""
+
+    format: str
+    text: str
+
+    @staticmethod
+    def of(format_: str, row: Mapping[str, Any]) -> RoutedLayer:
+        """That of a row about routed experts: ``activation``, ``groups``, ``n`` and ``k``."""
+        text = option_text(row)
+        assert text is not None
+        return RoutedLayer(format_, text)
+
+
 @dataclass(frozen=True, slots=True, config=_CLOSED)
 class ProbeOptions:
     """What is probed: the options of ``fp4tune probe`` by the same names."""
@@ -150,7 +170,9 @@ class ProbeOptions:
     model_configs: Strings = ()
     checkpoints: Strings = ()
     shapes: Strings = ()
+    experts: Strings = ()
     tp: Whole = 1
+    ep: Whole = 1
     max_m: Whole | None = None
     formats: Formats = ()
     activations: Activations = ()
@@ -258,7 +280,30 @@ class DaemonConfig:
         models = [shapes.preset_layers(name, probe.tp) for name in probe.presets]
         models += [shapes.config_layers(path, probe.tp) for path in probe.model_configs]
         models += [_checkpoint(given, probe.tp, rules) for given in probe.checkpoints]
-        return shapes.asked(models, probe.shapes)
+        # A model that is FP4 in its routed experts alone has no linear layer to name.
+        dense = [model for model in models if model.probed or not experts_on_rank(model)]
+        return shapes.asked(dense, probe.shapes)
+
+    def experts(self) -> tuple[RoutedLayer, ...]:
+        """Every layer of routed experts that the file names or a model of it has, each once, in the
+        formats asked for. Raises ValueError."""
+        probe = self.probe
+        rules = probe.profile if probe.profile in ENGINES else None
+        split = split_of_experts(probe.tp, probe.ep)
+        models = [shapes.preset_layers(name, split) for name in probe.presets]
+        models += [shapes.config_layers(path, split) for path in probe.model_configs]
+        models += [_checkpoint(given, split, rules) for given in probe.checkpoints]
+        found = []
+        for text in probe.experts:
+            groups, top_k, n, k, gate, scaling = parse_experts(text)
+            key = str(ExpertsKey(top_k, gate, scaling))
+            row = {"activation": key, "groups": groups, "n": n, "k": k}
+            found += [RoutedLayer.of(format_, row) for format_ in probe.formats or ("nvfp4",)]
+        for model in models:
+            for each in experts_on_rank(model, probe.ep):
+                if not probe.formats or each.format in probe.formats:
+                    found.append(RoutedLayer.of(each.format, each.row))
+        return tuple(dict.fromkeys(found))
 
 
 @lru_cache
@@ -373,8 +418,8 @@ def _siblings(table: list[str]) -> list[str]:
 def _beyond(config: DaemonConfig) -> Iterator[str]:
     """Mistakes that show only when what is named is looked up."""
     try:
-        layers = config.layers()
-        if layers and not any(map(config.probe.kinds, layers)):
+        layers, experts = config.layers(), config.experts()
+        if layers and not experts and not any(map(config.probe.kinds, layers)):
             first = layers[0]
             yield (
                 f"probe: nothing is left of its layers: {first.name} is {first.format} with "

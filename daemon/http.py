@@ -26,6 +26,8 @@ from ..cache import quarantine
 from ..cache import reader as reading
 from ..cache.errors import StateError
 from ..errors import Refused
+from ..probes.grouped.problem import parse_experts
+from ..words import ExpertsKey
 from .admission import Door, Places, behind_door
 from .board import Board
 from .config import HttpOptions, address
@@ -43,7 +45,10 @@ _AT_ONCE = 32
 """Connections that are accepted before the event loop does something else."""
 _MOST_SCOPES = 64
 T = TypeVar("T")
-_NAMES = ("m", "n", "k", "format", "activation", "out_dtype", "arch", "gpu", "profile", "layout")
+_NAMES = (
+    "m", "n", "k", "experts", "format", "activation", "out_dtype", "arch", "gpu", "profile",
+    "layout",
+)  # fmt: skip
 _FAULT = (
     "backend", "m", "n", "k", "tactic", "scope", "format", "activation", "out_dtype", "groups",
     "reason",
@@ -179,7 +184,15 @@ def _question(
         if name not in _NAMES:
             raise ValueError(f"there is no parameter {name[:40]!r}; there are {', '.join(_NAMES)}")
     asked: dict[str, Any] = {}
-    for name in ("m", "n", "k"):
+    numbers: tuple[str, ...] = ("m", "n", "k")
+    if "experts" in given:
+        if beside := [name for name in ("n", "k", "activation", "out_dtype") if name in given]:
+            raise ValueError(f"{beside[0]} is of a linear layer, and experts names another")
+        groups, top_k, n, k, gate, scaling = parse_experts(given["experts"][:200])
+        asked |= {"groups": groups, "n": n, "k": k}
+        asked["activation"] = str(ExpertsKey(top_k, gate, scaling))
+        numbers = ("m",)
+    for name in numbers:
         text = given.get(name, "")
         if not (text.isascii() and text.isdecimal() and len(text) <= 12):
             raise ValueError(f"{name} is needed, a whole number")

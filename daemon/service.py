@@ -25,7 +25,7 @@ from . import gpus, sentinel, work
 from .board import Board, DeviceReport, NodeReport
 from .canary import Canaries
 from .child import Child
-from .config import DaemonConfig
+from .config import DaemonConfig, RoutedLayer
 from .gpus import WatchedDevice
 from .place import StatePlace
 from .probes import KILLED, Probes
@@ -298,7 +298,7 @@ class Service:
 
     def _begin(self, now: float) -> None:
         """Start what can be started: at most one child on a device."""
-        layers = self._layers()
+        layers, experts = self._named()
         published = self.stands.candidates if self.stands else ()
         for device in self.devices:
             mine = [
@@ -306,7 +306,7 @@ class Service:
                 for c in published
                 if c.arch == device.arch and (device.is_cpu or c.gpu == device.name)
             ]
-            pending = work.units(layers, self.config.probe, mine, self.again)
+            pending = work.units(layers, self.config.probe, mine, self.again, experts)
             stale = sorted([k[1], *v] for k, v in self.stale.items() if k[0] == device.name)
             situation = json.dumps([stale, self.damaged])
             self.probes.offer(self.config, device, pending, situation, now)
@@ -315,12 +315,12 @@ class Service:
                 device.uuid in self.probes.running,
             )  # fmt: skip
 
-    def _layers(self) -> Sequence[AskedLayer]:
+    def _named(self) -> tuple[Sequence[AskedLayer], Sequence[RoutedLayer]]:
         try:
-            return self.config.layers()
+            return self.config.layers(), self.config.experts()
         except (ValueError, OSError) as error:  # a model's config.json that went since
             self.problem = str(error)
-            return []
+            return [], []
 
     # -- saying
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ..autotune.publication.environment import withdrawn
+from ..cache.experts import option_text
 from ..cache.rows import Candidate
 from ..probes.models.shapes import AskedLayer
-from .config import ProbeOptions
+from .config import ProbeOptions, RoutedLayer
 
 Shapes = Collection[tuple[int, int]]
 """Layers as (n, k)."""
@@ -28,10 +29,16 @@ class Unit:
     activations: tuple[str, ...]
     out_dtype: str
     max_m: int | None
+    experts: str | None = None
+    """A layer of routed experts in its place, as ``--experts`` takes it."""
 
     def arguments(self, probe: ProbeOptions) -> list[str]:
         """Of ``fp4tune probe``, without ``--gpu`` and ``--state``."""
-        found = ["probe", "--level", probe.level, "--out-dtype", self.out_dtype]
+        found = ["probe", "--level", probe.level]
+        if self.experts is not None:
+            found += ["--experts", self.experts]
+        else:
+            found += ["--out-dtype", self.out_dtype]
         if self.layer is not None:
             found += ["--shape", f"{self.layer[0]},{self.layer[1]}"]
         if self.profile is not None:
@@ -52,6 +59,8 @@ class Unit:
         return found
 
     def __str__(self) -> str:
+        if self.experts is not None:
+            return " ".join([*self.formats, f"experts {self.experts}"])
         if self.layer is None:
             return "the default layers"
         return " ".join([*self.formats, "n={} k={}".format(*self.layer)])
@@ -62,13 +71,16 @@ def units(
     probe: ProbeOptions,
     candidates: Iterable[Candidate],
     again: Shapes = frozenset(),
+    experts: Sequence[RoutedLayer] = (),
 ) -> list[Unit]:
     """What must be probed on a device, in order. `candidates` are those published for it, `layers`
-    those that the configuration names; where it names none, those that were published. Those in
-    `again` lost their evidence, and are probed whatever is published of them."""
+    and `experts` those that the configuration names; where it names none, those that were
+    published. Those in `again` lost their evidence, and are probed whatever is published of
+    them."""
     rows = [c for c in candidates if probe.profile in (None, c.profile)]
-    if layers:
-        return list(_unpublished_layers(layers, probe, rows, again))
+    if layers or experts:
+        found = list(_unpublished_layers(layers, probe, rows, again))
+        return [*found, *_unpublished_experts(experts, probe, rows, again)]
     if not rows:
         more = probe.profile, probe.formats, probe.activations, probe.out_dtype, probe.max_m
         return [Unit(None, *more)]
@@ -96,17 +108,42 @@ def _unpublished_layers(
             yield Unit((layer.n, layer.k), probe.profile, *kinds, probe.out_dtype, probe.max_m)
 
 
+def _unpublished_experts(
+    experts: Sequence[RoutedLayer],
+    probe: ProbeOptions,
+    rows: Sequence[Candidate],
+    again: Shapes,
+) -> Iterator[Unit]:
+    for layer in experts:
+        mine = [c for c in rows if _routed(c) == layer]
+        if _lacks(mine, probe, again):
+            yield _unit_of_experts(layer, probe.profile, probe.max_m)
+
+
 def _unheld_units(probe: ProbeOptions, rows: Iterable[Candidate], again: Shapes) -> Iterator[Unit]:
     """What was published and does not hold: with the options that it was probed with."""
-    by: dict[tuple[tuple[int, int], str, str, str], list[Candidate]] = {}
+    by: dict[tuple[tuple[int, int], RoutedLayer | None, str, str, str], list[Candidate]] = {}
     for c in rows:
-        key = (c.bucket.n, c.bucket.k), c.profile, c.bucket.out_dtype, c.bucket.format
+        key = (c.bucket.n, c.bucket.k), _routed(c), c.profile, c.bucket.out_dtype, c.bucket.format
         by.setdefault(key, []).append(c)
-    for (shape, profile, out_dtype, format_), mine in by.items():
+    for (shape, routed, profile, out_dtype, format_), mine in by.items():
         if _lacks(mine, probe, again):
             activations = tuple(sorted({c.bucket.activation for c in mine}))
             highest = max(probe.max_m or 0, *(c.bucket.m_hi for c in mine)) or None
-            yield Unit(shape, profile, (format_,), activations, out_dtype, highest)
+            if routed is not None:
+                yield _unit_of_experts(routed, profile, highest)
+            else:
+                yield Unit(shape, profile, (format_,), activations, out_dtype, highest)
+
+
+def _routed(candidate: Candidate) -> RoutedLayer | None:
+    """The layer of routed experts that a candidate is of; None of a dense one."""
+    row = asdict(candidate.bucket)
+    return None if option_text(row) is None else RoutedLayer.of(candidate.bucket.format, row)
+
+
+def _unit_of_experts(layer: RoutedLayer, profile: str | None, max_m: int | None) -> Unit:
+    return Unit(None, profile, (layer.format,), (), "bf16", max_m, layer.text)
 
 
 def _lacks(published: Sequence[Candidate], probe: ProbeOptions, again: Shapes) -> bool:

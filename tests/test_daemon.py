@@ -53,6 +53,7 @@ pytest.importorskip("prometheus_client")
 
 from fp4tune.daemon.http import Serving, application  # noqa: E402
 from fp4tune.daemon.service import Service  # noqa: E402
+from fp4tune.words import ExpertsKey  # noqa: E402
 
 TOKEN = "a-token-of-enough-characters"
 
@@ -238,6 +239,46 @@ def test_what_was_published_in_two_formats_is_probed_again_in_each_alone():
         ((192, 256), ("nvfp4",), ("bf16",)),
         ((192, 256), ("mxfp4",), ("fp4",)),
     }
+
+
+def routed_candidate(text: str = "8,2,64,128", reasons: tuple[str, ...] = ()) -> Candidate:
+    groups, top_k, n, k = map(int, text.split(","))
+    key = str(ExpertsKey(top_k, "swiglu", 1.0))
+    bucket = BucketKey("nvfp4", key, "bf16", groups, 1, 4, n, k)
+    return replace(candidate(n, reasons), backend="torch-experts", width=8, bucket=bucket)
+
+
+def test_routed_experts_that_do_not_hold_are_probed_again_as_experts():
+    rows = [routed_candidate(reasons=("stale: torch",)), candidate(64)]
+    (unit,) = work.units([], ProbeOptions(), rows)
+    words = " ".join(unit.arguments(ProbeOptions()))
+    assert words == (
+        "probe --level standard --experts 8,2,64,128 --profile strict --max-m 4 --format nvfp4"
+    )
+    assert str(unit) == "nvfp4 experts 8,2,64,128"
+    assert work.units([], ProbeOptions(), [routed_candidate()]) == []
+
+
+def test_experts_that_the_file_names_are_probed_where_they_are_not_published(tmp_path):
+    file = tmp_path / "daemon.toml"
+    file.write_text('[probe]\nexperts = ["8,2,64,128", "4,1,64,128"]\n')
+    found = configuring.load(file)
+    rows = [routed_candidate(), candidate(4)]
+    (unit,) = work.units(found.layers(), found.probe, rows, experts=found.experts())
+    assert unit.experts == "4,1,64,128" and unit.formats == ("nvfp4",)
+    file.write_text('[probe]\nexperts = "8,2,64"\n')
+    with pytest.raises(Refused, match="'8,2,64' is no layer of routed experts"):
+        configuring.load(file)
+
+
+@pytest.mark.parametrize(("tp", "ep", "expected"), [(1, 1, "32,4,2880,2880"), (8, 8, "4,4,2880")])
+def test_a_model_that_is_fp4_in_its_experts_alone_is_probed_in_these(tmp_path, tp, ep, expected):
+    file = tmp_path / "daemon.toml"
+    file.write_text(f'[probe]\npresets = "gpt-oss-20b"\ntp = {tp}\nep = {ep}\n')
+    found = configuring.load(file)
+    assert found.layers() == ()
+    (unit,) = work.units(found.layers(), found.probe, [], experts=found.experts())
+    assert unit.formats == ("mxfp4",) and unit.experts.startswith(expected)
 
 
 def test_a_checkpoint_s_layers_are_read_once_until_the_configuration_is_read_again(tmp_path):
@@ -814,15 +855,23 @@ def proven(backend: str) -> Candidate:
 
 
 @pytest.mark.parametrize(
-    ("spec", "backend", "outcome"),
-    [("plain.py:Plain", "example-plain", "passed"), ("broken.py:Tail", "example-tail", "failed")],
-)
-def test_the_canary_tells_a_right_choice_from_a_wrong_one(spec, backend, outcome):
+    ("spec", "chosen", "outcome"),
+    [
+        (str(EXAMPLES / "plain.py:Plain"), proven("example-plain"), "passed"),
+        (str(EXAMPLES / "broken.py:Tail"), proven("example-tail"), "failed"),
+        ("torch-experts", routed_candidate(), "passed"),
+        ("zoo-experts-swapped", replace(routed_candidate(), backend="zoo-experts-swapped"),
+         "failed"),
+    ],
+    ids=["right", "wrong", "experts", "wrong experts"],
+)  # fmt: skip
+def test_the_canary_tells_a_right_choice_from_a_wrong_one(spec, chosen, outcome):
     asked = {
-        "cpu": True, "candidate": asdict(proven(backend)), "backends": [str(EXAMPLES / spec)],
+        "cpu": True, "candidate": asdict(chosen), "backends": [spec],
         "python": None, "launches": 3, "turn": 0,
     }  # fmt: skip
-    assert canary_run.run(asked)["outcome"] == outcome
+    found = canary_run.run(asked)
+    assert found["outcome"] == outcome, found
 
 
 def test_a_canary_that_cannot_be_run_says_nothing_of_the_choice():

@@ -187,6 +187,24 @@ def test_an_answer_that_nobody_reads_is_given_up(serving, monkeypatch):
         assert time.monotonic() < deadline
 
 
+@pytest.mark.parametrize(
+    ("question", "status"),
+    [
+        ("m=8&experts=128,8,768,2048", 200),
+        ("m=8&experts=32,4,2880,2880,swiglu-oai&format=mxfp4", 200),
+        ("m=8&experts=128,8,768,2048&n=4096", 400),
+        ("m=8&experts=128,8", 400),
+        ("m=8&experts=", 400),
+        ("experts=128,8,768,2048", 400),
+    ],
+)
+def test_routed_experts_are_asked_for_as_a_probe_takes_them(serving, question, status):
+    answered, body = ask(serving, f"/v1/choices?{question}")
+    assert answered == status
+    document = json.loads(body)
+    assert (document["status"] == "unproven") if status == 200 else list(document) == ["error"]
+
+
 def test_requests_that_come_all_at_once_are_answered_one_by_one(serving):
     with connected(serving) as client:
         client.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n" * 50)

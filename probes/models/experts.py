@@ -58,6 +58,16 @@ def experts_on_rank(model: CheckpointLayers, ranks: int = 1) -> tuple[ExpertsOnR
     return tuple(found)
 
 
+def split_of_experts(tp: int, ep: int) -> int:
+    """Over how many ranks the matrices of one expert are split, where the experts of a model that
+    is split over `tp` are spread over `ep`. Raises ValueError, one sentence."""
+    if ep < 1:
+        raise ValueError(f"--ep {ep}: experts are spread over one rank at least")
+    if tp % ep and ep % tp:
+        raise ValueError(f"--ep {ep} does not go with --tp {tp}: one must divide the other")
+    return max(1, tp // ep)
+
+
 def left_out(model: CheckpointLayers, ranks: int = 1) -> list[str]:
     """Why FP4 experts of a model give no layer, a sentence each."""
     found: dict[str, None] = {}
