@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import state
-from ..cache.errors import Missing, StateError
+from ..cache.errors import Missing, StateError, Unusable
 from ..cache.ledger import Ledger
 from ..cache.snapshot import load
 from ..machine.devices import gpus, order_is_certain
@@ -143,6 +143,8 @@ def _state_lines(state_dir: Path | None) -> Iterator[Line]:
             yield Line(GOOD, "choices.db", f"generation {stored.generation}, {count} choices")
         except Missing:
             yield Line(NOTE, "choices.db", f"none in {each}", "run fp4tune probe")
+        except Unusable as error:
+            yield Line(NOTE, "choices.db", str(error), "ask one of these to look at it")
         except StateError as error:
             yield Line(BAD, "choices.db", str(error), "move the file away and probe again")
     if not holding:
@@ -180,5 +182,7 @@ def _ledger(place: Path) -> Iterator[Line]:
                 yield Line(GOOD, "ledger.db", f"{len(ledger.runs())} runs, as they were stored")
     except Missing:
         return
+    except Unusable as error:
+        yield Line(NOTE, "ledger.db", str(error), "ask one of these to look at it")
     except StateError as error:
         yield Line(BAD, "ledger.db", f"DAMAGED: {error}", "move the file away and probe again")

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 FALLBACK = "torch-dequant"
+EXPERTS_FALLBACK = "torch-experts"
 """What to use where nothing is proven: dequantise per call and multiply."""
 TACTIC = "default"
 
@@ -99,6 +100,11 @@ class Decision:
 
 def _rebuild(values: dict[str, Any]) -> Decision:
     return Decision(**values)
+
+
+def fallback(groups: object) -> str:
+    """The floor of a layer: of routed experts, where it has several groups."""
+    return EXPERTS_FALLBACK if type(groups) is int and groups > 1 else FALLBACK
 
 
 def unproven(generation: int, reason: str) -> Decision:

@@ -75,6 +75,7 @@ class Unusable(StateError):
 
 
 _WRITE_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_DAMAGED = ("malformed", "no such column", "no such table", "Could not decode to UTF-8")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -104,7 +105,7 @@ def translate(error: Exception, path: object) -> StateError:
         return ReadOnly(path, "the database cannot be opened for writing here")
     if "not a database" in text:
         return Foreign(path, "this is not an SQLite database")
-    if any(word in text for word in ("malformed", "no such column", "no such table")):
+    if any(word in text for word in _DAMAGED):
         return Corrupt(path, "the database is damaged")
     if "disk I/O error" in text and _no_space_left(path):
         return _full(path)

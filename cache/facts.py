@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shlex
 import sys
 from collections import Counter
 
@@ -60,7 +61,8 @@ def gather(
     driver: str = DRIVER,
     gpus: str = GPUS,
 ) -> dict[str, Any]:
-    """The facts of this node, as JSON holds them. Never raises for what the state is like.
+    """The facts of this node, as JSON holds them. Never raises for what the state is like. What to
+    do is said with ``--state`` where a place was named.
 
     status       the worst answer to any bucket that was published (`ANSWERS`), ``missing`` where
                  there is none, ``unreadable`` where the file cannot be trusted
@@ -81,6 +83,22 @@ def gather(
     where its evidence was made under another driver than the one in the file `driver`: the reader
     itself compares files only.
     """
+    facts = _gathered(state_dir, gpu, profile, driver, gpus)
+    if state_dir is not None:
+        layers = [layer for scope in facts["scopes"] for layer in scope["by_layer"]]
+        for said in (facts, *facts["scopes"], *layers):
+            if said["do"].startswith("fp4tune "):
+                said["do"] += f" --state {shlex.quote(os.fspath(state_dir))}"
+    return facts
+
+
+def _gathered(
+    state_dir: str | os.PathLike[str] | None,
+    gpu: str | None,
+    profile: str | None,
+    driver: str,
+    gpus: str,
+) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "status": MISSING,
         "since": None,

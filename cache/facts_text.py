@@ -8,8 +8,9 @@ import sys
 import time
 
 from ..errors import printable
+from ..machine import files
 from ..words import STATUS_WORDS, UNREADABLE
-from .errors import translate
+from .errors import StateError, translate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ def put(text: str, out: str | os.PathLike[str] | None = None) -> None:
         sys.stdout.write(text)
         return
     place = os.path.abspath(out)
+    if files.is_special(place):
+        raise StateError(place, "this cannot be written: it is no regular file")
     # A leading dot, and another ending: neither NFD nor node_exporter takes it for theirs.
     # Its name cannot be foreseen, and nothing that is there already is written to: others may be
     # able to make files in that folder.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from . import state
-from .decision import FALLBACK, TACTIC, Decision, unproven
+from .decision import FALLBACK, TACTIC, Decision, fallback, unproven
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -131,8 +131,12 @@ class View:
         decision = None
         if layer is not None and at is not None:
             decision = self._taken(layer, at, layout)
+        floor = fallback(groups)
         if decision is None:
-            return self.unproven if arch is None else self.nothing(arch)
+            found = self.unproven if arch is None else self.nothing(arch)
+            return found if floor == FALLBACK else found.changed(backend=floor)
+        if decision.backend == FALLBACK != floor:
+            decision = decision.changed(backend=floor)
         if type(m) is int:
             if len(self.answers) >= _KEPT:
                 self.answers.clear()

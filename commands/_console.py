@@ -237,7 +237,7 @@ def say_wrapped(lines: Iterable[str]) -> None:
 def columns() -> int | None:
     """How wide lines may be: as COLUMNS says or the terminal is; None where neither is there."""
     said = os.environ.get("COLUMNS", "")
-    if said.isdecimal() and int(said):
+    if said.isdecimal() and len(said) < 6 and int(said):
         return int(said)
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
@@ -271,13 +271,28 @@ def say_layer_status(found: dict[str, Any], problem: Any, profile: str | None) -
     shape = (p.format, p.activation, p.out_dtype, p.groups, p.n, p.k)
     layer = facts.of_layer(found, shape, profile)
     if layer is None:
-        say_status(found)
+        known = [each for scope in found["scopes"] for each in scope["by_layer"]]
+        names = ("format", "activation", "out_dtype", "groups", "n", "k")
+        if not known or any(shape == tuple(each[name] for name in names) for each in known):
+            say_status(found)
+            return
+        words = layer_words(asdict(p))
+        probe = facts.probe_command(
+            _first_scope(found, profile), [dict(zip(names, shape, strict=True))]
+        )
+        say_wrapped([f"UNPROVEN: {words} was not probed here", f"now: {probe}"])
         return
     words = layer_words(asdict(p))
     lines = [f"{facts_text.said(layer)} ({words}, generation {found['generation']})"]
     lines += [found["elsewhere"]] if found["elsewhere"] else []
     lines += [f"now: {layer['do']}"] if layer["do"] else []
     say_wrapped(lines)
+
+
+def _first_scope(found: dict[str, Any], profile: str | None) -> tuple[str, str, str]:
+    """(arch, gpu, profile) of what is published, of this profile where there is such."""
+    scopes = sorted(found["scopes"], key=lambda scope: scope["profile"] != profile)
+    return scopes[0]["arch"], scopes[0]["gpu"], profile or scopes[0]["profile"]
 
 
 def print_json(value: Any) -> None:

@@ -59,7 +59,7 @@ def audit(
                 re.compile(match)
         except re.error as error:
             raise Refused(f"--match {match!r} is no regular expression: {error}") from None
-        if engine and not coverage:
+        if engine is not None and not coverage:
             raise Refused("--engine goes with --coverage")
         if coverage:
             refuse_beside(ctx, ["jobs"], "is for disassembling, which --coverage does not do")
@@ -120,9 +120,10 @@ def _coverage(
     paths: list[Path], arch: int | None, engine: str | None, match: str | None, as_json: bool
 ) -> int:
     """Which SMs the kernels of these libraries have code for; the exit code."""
-    from ..probes.audit import coverage
+    from ..probes.audit import coverage, text
 
-    sms = (arch,) if arch else coverage.DEFAULT_SMS
+    asked = text.sm(arch, [])
+    sms = (asked,) if asked else coverage.DEFAULT_SMS
     found = coverage.of_paths(paths, engine, sms, match)
     if as_json:
         print_json(coverage.document(found, sms))

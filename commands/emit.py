@@ -22,6 +22,7 @@ from ._console import (
     Json,
     State,
     choice,
+    given,
     one_sentence,
     print_json,
     refuse_beside,
@@ -47,6 +48,8 @@ class _Asked:
     experts: tuple[str, ...] | None = ()
     """Layers of routed experts, as ``--experts`` has them; empty for all that were probed, and None
     of a checkpoint that has none."""
+    experts_format: str | None = None
+    """The format of the experts that are meant, where one was said."""
 
 
 def emit(
@@ -123,7 +126,11 @@ def emit(
         else:
             _check_watch(target, watch, on_fault)
         asked = _Asked(format_, activation, arch, gpu_name, profile, state, python)
-        asked = replace(asked, experts=tuple(map(_typed_layer, experts or ())))
+        asked = replace(
+            asked,
+            experts=tuple(_typed_layer(each, format_) for each in experts or ()),
+            experts_format=format_ if given(ctx, "format_") else None,
+        )
         if checkpoint is not None:
             asked = _of_checkpoint(checkpoint, asked)
         if target == "json":
@@ -145,12 +152,12 @@ def _exit_code(made: Any) -> int:
     return SAFE if made.proven else NOT_ASSESSED if made.unclear else UNSAFE
 
 
-def _typed_layer(text: str) -> str:
+def _typed_layer(text: str, format_: str) -> str:
     """A layer of routed experts as it was typed in, as rows have it. Raises ValueError."""
     from ..autotune import request as planning
     from ..cache.experts import option_text
 
-    (problem,) = planning.experts([text], ["mxfp4"], (), 1)
+    (problem,) = planning.experts([text], [format_], (), 1)
     return str(option_text(asdict(problem)))
 
 
@@ -206,7 +213,9 @@ def _reader_and_parts(engine: str, asked: _Asked) -> tuple[Any, Any, Any]:
         missing = error
     try:
         if asked.experts is not None:
-            experts = select.select_experts(reader, engine, layers=asked.experts, home=home)
+            experts = select.select_experts(
+                reader, engine, format=asked.experts_format, layers=asked.experts, home=home
+            )
     except Missing as error:
         missing = error if asked.experts or missing is None else missing
         if asked.experts or linear is None:

@@ -13,7 +13,9 @@ from ._console import Json, State, one_sentence, print_json, say
 def forget(
     run: Annotated[str | None, typer.Option(help="What this run recorded.")] = None,
     backend: Annotated[str | None, typer.Option(help="The evidence of this backend.")] = None,
-    layer: Annotated[str | None, typer.Option(help="A layer, as N,K.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="A layer, as N,K; of routed experts INTERMEDIATE,HIDDEN.")
+    ] = None,
     finding: Annotated[
         int | None, typer.Option(help="One finding, as 'show --findings' numbers them.")
     ] = None,
@@ -36,7 +38,7 @@ def forget(
 
         place = directory(state)
         if listed:
-            if any((run, backend, layer, finding is not None, reason)):
+            if any(each is not None for each in (run, backend, layer, finding, reason or None)):
                 raise Refused("--list prints what was taken back; it takes nothing back itself")
             with Ledger.open(place, readonly=True) as ledger:
                 rows = ledger.forgotten()

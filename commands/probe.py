@@ -148,7 +148,7 @@ def probe(
         from ..fleet import adopt
         from ..probes import quantisers
         from ..probes.models import shapes
-        from ..probes.models.experts import left_out, split_of_experts
+        from ..probes.models.experts import experts_on_rank, left_out, split_of_experts
         from ..probes.models.fusion import ENGINES
         from ..probes.problem import Problem
         from ..report.terminal import layers as layer_lines
@@ -160,7 +160,8 @@ def probe(
             for sentence in demonstration.before():
                 say(sentence, err=True)
         chosen_level = named(LEVELS, level, "level")
-        chosen_profile = named(PROFILES, profile or engine or installed(), "profile")
+        said = [name for name in (profile, engine) if name is not None]
+        chosen_profile = named(PROFILES, said[0] if said else installed(), "profile")
         state_dir = directory(state)
         weighed = {chosen_profile.name: distributions.find(traffic)} if traffic else {}
         chosen_seed = planning.seed(seed)
@@ -183,6 +184,11 @@ def probe(
             whole = split_of_experts(tp, ep)
             with_experts = planning.models(preset or (), model_config, whole, routed_model)
             routed = planning.experts(experts or (), formats or (), with_experts, most, ep)
+            if ep > 1 and not any(experts_on_rank(model, ep) for model in with_experts):
+                raise Refused(
+                    f"--ep {ep}: what is named has no routed experts in FP4 that can be spread "
+                    f"over {ep} ranks, two on each"
+                )
             for sentence in (each for model in with_experts for each in left_out(model, ep)):
                 say(f"fp4tune: {sentence}", err=True)
             dense: tuple[Problem, ...] = ()

@@ -128,7 +128,11 @@ def of(program: str | None = None) -> Interpreter:
         )
         paths, packages, versions, plugins = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        why = str(error).splitlines()[0]
+        why = (str(error).splitlines() or [""])[0]
+        if isinstance(error, subprocess.CalledProcessError):
+            why = f"it ended with code {error.returncode}; name a Python"
+        elif isinstance(error, subprocess.TimeoutExpired):
+            why = f"no answer in {_SECONDS:g} s"
         raise Refused(f"--python {program}: it could not be asked what it has ({why})") from None
     return Interpreter(program, paths, packages, versions, plugins)
 

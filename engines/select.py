@@ -259,7 +259,7 @@ def _experts_asked(
         several = ", ".join(" ".join(kind) for kind in kinds)
         raise Refused(
             f"routed experts of several kinds were probed here ({several}), and a model has one: "
-            "name it with --checkpoint, or its layers with --experts"
+            "name it with --checkpoint, or its layers with --experts and --format"
         )
     keys = frozenset((r["activation"], r["groups"], r["n"], r["k"]) for r in found)
     return ExpertsAsked(*kinds[0], keys)

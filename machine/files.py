@@ -49,7 +49,7 @@ def descriptor(
     except OSError:
         if not links and os.path.islink(path):
             raise Irregular("it is a link, and none is followed here") from None
-        if _is_special(path):
+        if is_special(path):
             raise Irregular("it is no regular file") from None
         raise
     try:
@@ -91,7 +91,7 @@ def text(path: str | os.PathLike[str], most: int = 16 << 20, errors: str = "stri
     return whole(path, most, links=True).decode("utf-8", errors)
 
 
-def _is_special(path: str | os.PathLike[str]) -> bool:
+def is_special(path: str | os.PathLike[str]) -> bool:
     """Whether there is something at `path` that is no file: a socket cannot even be opened."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)

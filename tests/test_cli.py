@@ -75,6 +75,13 @@ BAD = {
     "no such interpreter": (["--python", "/nowhere/python"], "no such program"),
     "no such config": (["--model-config", "/nowhere/config.json"], "/nowhere/config.json"),
     "hang of zero": (["--hang-seconds", "0"], "--hang-seconds"),
+    "hang without end": (["--hang-seconds", "inf"], "--hang-seconds inf"),
+    "hang longer than a clock has": (["--hang-seconds", "3e6"], "at most 86400"),
+    "a profile without a name": (["--profile", ""], "there is no profile ''"),
+    "a checkpoint without a name": (["--checkpoint", ""], "the checkpoint's name is empty"),
+    "experts in other digits": (["--experts", "\u0668,2,64,128"], "is no layer of routed experts"),
+    "experts without end": (["--experts", "9" * 5000 + ",2,64,128"], "is no layer of routed"),
+    "experts beyond a model": (["--preset", "qwen3-0.6b", "--ep", "2"], "--ep 2: what is named"),
     "negative hang": (["--hang-seconds", "-3"], "--hang-seconds"),
 }
 

@@ -20,7 +20,7 @@ from fp4tune.autotune.stages.collective import OTHERS, collective
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache.ledger import Ledger
-from fp4tune.cache.rows import Environment
+from fp4tune.cache.rows import BucketKey, Environment, Under, Where
 from fp4tune.machine import devices
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
@@ -249,3 +249,15 @@ def test_two_probes_add_up_what_they_choose(tmp_path, monkeypatch):
         rows = [row for row in ledger.evidence() if row.regime == COLLECTIVE]
     assert {row.status for row in rows if row.backend == "torch-dequant"} == {"passed"}
     assert {row.run for row in rows} == {report.run for report in reports}
+
+
+def test_a_pass_has_launches(tmp_path):
+    with Ledger.open(tmp_path) as ledger:
+        run = ledger.start_run(seed=1, level="quick", profile="strict", device={}, argv=())
+        record = Recorder(ledger, run, 1)
+        ledger.add_environment(Environment("f" * 64, "x", "cpu", {}))
+        record.knows("x", "f" * 64)
+        where = Where("x", "t", BucketKey("nvfp4", "bf16", "bf16", 1, 1, 1, 64, 128))
+        nothing = {"launches": 0, "problems": 0, "bad": []}
+        assert record.result(where, Under("every-m"), nothing, 24) == "skipped"
+        assert record.result(where, Under("serial"), {**nothing, "launches": 3}, 24) == "passed"

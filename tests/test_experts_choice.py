@@ -576,16 +576,16 @@ def test_presets_have_their_experts_at_every_split(preset, sizes, tp):
 
 
 def test_experts_that_are_spread_over_ranks_are_fewer_and_whole():
-    whole = planning.split_of_experts(8, 8)
+    whole = experts.split_of_experts(8, 8)
     model = shapes.preset_layers("deepseek-v3", whole)
     (layer,) = planning.experts((), (), [model], 1, 8)
     assert (layer.groups, layer.top_k, layer.n) == (32, 8, 2048)
     (few,) = planning.experts((), (), [model], 1, 64)
     assert (few.groups, few.top_k) == (4, 4)
-    assert planning.split_of_experts(8, 2) == 4
+    assert experts.split_of_experts(8, 2) == 4
     for tp, ep in ((8, 3), (1, 0)):
         with pytest.raises(ValueError, match=f"--ep {ep}"):
-            planning.split_of_experts(tp, ep)
+            experts.split_of_experts(tp, ep)
 
 
 def test_an_activation_that_is_not_known_gives_no_layer_and_is_told(tmp_path):

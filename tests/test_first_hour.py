@@ -102,7 +102,9 @@ STATES = {
 @pytest.mark.parametrize("word", STATES)
 def test_one_function_decides_what_a_node_is_since_when_and_what_to_do(word, tmp_path):
     make, do = STATES[word]
-    found = facts.gather(make(tmp_path / "s"))
+    place = make(tmp_path / "s")
+    found = facts.gather(place)
+    do += f" --state {place}" if do.startswith("fp4tune ") else ""
     assert STATUS_WORDS[found["status"]] == word
     assert (found["do"], found["elsewhere"]) == (do, None)
     assert found["since"] is not None and found["reason"]
@@ -155,7 +157,7 @@ def test_the_page_and_its_command_begin_with_it_too(tmp_path):
     main = page[page.index("<main") :]
     assert main.index('id="status"') < main.index('class="facts"')
     box = main[: main.index("</section>")]
-    assert ">QUARANTINED</h2>" in box and "<code>fp4tune quarantine list</code>" in box
+    assert ">QUARANTINED</h2>" in box and "<code>fp4tune quarantine list --state " in box
 
 
 def test_damaged_choices_are_called_so(tmp_path):

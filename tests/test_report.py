@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -369,6 +371,15 @@ def test_what_cannot_be_written_is_one_sentence(place, tmp_path, where):
     assert result.exit_code == 2 and "cannot be written" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob(".fp4tune*"))
+
+
+def test_what_is_no_file_is_not_replaced_by_one(place, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for command in (["report", "--html", pipe], ["facts", "--out", pipe]):
+        result = call(*command, "--state", place)
+        assert result.exit_code == 2 and "it is no regular file" in result.stderr
+        assert stat.S_ISFIFO(os.stat(pipe).st_mode)
 
 
 def test_nothing_stored_is_one_sentence(tmp_path):

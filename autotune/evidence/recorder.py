@@ -42,6 +42,9 @@ class Tally:
 
 NOTHING = Tally()
 
+UNREACHED = "nothing was launched in the time that there was"
+"""A pass has launches."""
+
 
 class Recorder:
     """Writes one run's evidence as it comes."""
@@ -183,6 +186,8 @@ class Recorder:
             status, detail["note"] = "not applicable", result["exempt"]
         elif result.get("not_exercised"):
             status, detail["note"] = "not exercised", result["not_exercised"]
+        elif not result["launches"]:
+            status, detail["note"] = "skipped", UNREACHED
         if result.get("changed_inputs"):
             status = "failed"
             known = result.get("modified") or result.get("example") or {}

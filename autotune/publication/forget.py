@@ -48,6 +48,8 @@ def forget(state_dir: Path, wanted: Forgotten) -> TakenBack:
     reason = wanted.reason.strip()
     if not reason:
         raise Refused("say why with --reason: it stays in the ledger")
+    if not reason.isprintable():
+        raise Refused("--reason has characters that cannot be printed; it is to be read by people")
     if len(reason) > LONGEST_REASON:
         raise Refused(f"--reason has {len(reason)} characters; {LONGEST_REASON} are kept at most")
     if not wanted.what:

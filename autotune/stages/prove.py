@@ -37,6 +37,8 @@ HOST_S = 3e-4
 """Seconds of the host that a launch of a new m takes, about."""
 PATIENCE = 10.0
 """Times longer than it is thought to take is what every m of a range may take."""
+EVERY_M_LEAST = 1.0
+"""Seconds that it may take whatever is thought: a host that is busy may not run us for as long."""
 
 Depths = dict[tuple[str, MRange], int]
 """By backend and range: how many times less than the aim it was launched. 1 is all of it."""
@@ -199,9 +201,8 @@ def _every_m(entrant: Entrant, wave: Depths, wanted: Wanted) -> LongRun:
     """Every m of the ranges in which a backend is to be launched."""
     only = tuple(m for name, m in wave if name == entrant.name)
     needed = sum((m.hi - m.lo + 1) * (HOST_S + 1e-6 * entrant.median_us.get(m, 0.0)) for m in only)
-    return LongRun(
-        entrant, EVERY_M, only, replace(wanted.aim, seconds=PATIENCE * needed / len(only))
-    )
+    seconds = max(EVERY_M_LEAST, PATIENCE * needed)
+    return LongRun(entrant, EVERY_M, only, replace(wanted.aim, seconds=seconds / len(only)))
 
 
 def _by_depth(wave: Depths, name: str) -> dict[int, list[MRange]]:

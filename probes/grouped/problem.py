@@ -132,6 +132,10 @@ def of_fields(fields: dict[str, Any]) -> ExpertsProblem:
     return ExpertsProblem(**known, top_k=found.top_k, gate=found.gate, scaling=found.scaling)
 
 
+_DIGITS = 9
+"""Of a number in a layer that is typed in."""
+
+
 def parse_experts(text: str) -> tuple[int, int, int, int, str, float]:
     """(experts, top-k, intermediate, hidden, gate, scaling) of ``128,8,768,2048``, of
     ``32,4,2880,2880,swiglu-oai`` or of ``256,8,256,7168,swiglu,2.5``.
@@ -140,6 +144,8 @@ def parse_experts(text: str) -> tuple[int, int, int, int, str, float]:
     """
     parts = [part.strip() for part in text.split(",")]
     try:
+        if not all(p.isascii() and p.isdecimal() and len(p) <= _DIGITS for p in parts[:4]):
+            raise ValueError
         groups, top_k, n, k = (int(part) for part in parts[:4])
         gate = parts[4] if len(parts) > 4 else "swiglu"
         scaling = float(parts[5]) if len(parts) > 5 else 1.0
@@ -147,9 +153,11 @@ def parse_experts(text: str) -> tuple[int, int, int, int, str, float]:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"{text!r} is no layer of routed experts: E,TOP_K,INTERMEDIATE,HIDDEN is expected, four"
-            f" positive integers, and then perhaps one of {', '.join(GATES)} and a routed scaling"
+            f"{text[:80]!r} is no layer of routed experts: E,TOP_K,INTERMEDIATE,HIDDEN is expected,"
+            " four positive integers, and then perhaps one of "
+            f"{', '.join(GATES)} and a routed scaling"
         ) from None
     if gate not in GATES:
-        raise ValueError(f"{text!r}: the activation {gate!r} is not one of {', '.join(GATES)}")
+        known = ", ".join(GATES)
+        raise ValueError(f"{text[:80]!r}: the activation {gate[:40]!r} is not one of {known}")
     return groups, top_k, n, k, gate, scaling

@@ -61,6 +61,8 @@ def experts_on_rank(model: CheckpointLayers, ranks: int = 1) -> tuple[ExpertsOnR
 def split_of_experts(tp: int, ep: int) -> int:
     """Over how many ranks the matrices of one expert are split, where the experts of a model that
     is split over `tp` are spread over `ep`. Raises ValueError, one sentence."""
+    if tp < 1:
+        raise ValueError(f"--tp {tp}: tensor parallelism is at least 1")
     if ep < 1:
         raise ValueError(f"--ep {ep}: experts are spread over one rank at least")
     if tp % ep and ep % tp:

@@ -78,6 +78,8 @@ class CheckpointFiles:
 
 def find_files(given: str | Path) -> CheckpointFiles:
     """The checkpoint that `given` names. Raises ValueError, one sentence, where there is none."""
+    if not str(given):
+        raise ValueError("the checkpoint's name is empty: a folder, a file or a model is expected")
     path = Path(given)
     try:
         if path.is_dir():

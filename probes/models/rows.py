@@ -8,7 +8,7 @@ from typing import Any
 from .quantisation import FP4_FORMATS
 
 PARTS = ("FP4 dense", "FP4 grouped", "not FP4", "not understood")
-GROUPED = "routed experts: probed as one layer, not GEMM by GEMM"
+GROUPED = "routed experts: both GEMMs of them are one layer, as --experts has it"
 SPLIT = "tensor parallelism of"
 """In every reason why a layer cannot be split."""
 
@@ -114,10 +114,7 @@ class CheckpointLayers:
         if not self.grouped:
             return None
         share = self.grouped / (self.grouped + self.dense)
-        return (
-            f"routed experts are FP4: {100 * share:.3g} % of the FP4 parameters; "
-            "they are probed as layers of their own"
-        )
+        return f"routed experts are FP4: {100 * share:.3g} % of the FP4 parameters"
 
     def json(self) -> dict[str, Any]:
         return {

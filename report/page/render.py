@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from ... import __version__
 from ...errors import Refused, printable
+from ...machine import files
 from .. import numbers
 from . import style
 
@@ -107,6 +108,8 @@ def write(path: Path, document: str) -> dict[str, Any]:
     Raises Refused where it cannot be written.
     """
     content = (document + "\n").encode()
+    if files.is_special(path):
+        raise Refused(f"{path} cannot be written: it is no regular file")
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".fp4tune-", suffix=".html")
     except OSError as error:
