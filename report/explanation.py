@@ -18,7 +18,7 @@ from ..autotune.evidence.wording import shown, told
 from ..autotune.publication import published
 from ..cache import reader
 from ..cache.decision import Decision
-from ..cache.experts import layer_words
+from ..cache.experts import layer_words, option_text
 from ..cache.measured import NOISE, fastest_of
 from ..cache.rows import Candidate, Finding
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
@@ -49,7 +49,7 @@ def explain(
     group = [c for c in layer if c.bucket.m_lo <= p.m <= c.bucket.m_hi]
     if not group:
         where = f"m={p.m}, {layer_words(asdict(p))} {p.format}"
-        raise Refused(f"nothing was measured at {where}: {_nearest(layer)}")
+        raise Refused(f"nothing was measured at {where}: {_nearest(layer, problem)}")
     group.sort(key=_best_first)
     findings = [f for f in documents.stored_findings(place)[0] if f.bucket == group[0].bucket]
     taken = (
@@ -103,9 +103,11 @@ def _shape(problem: Problem) -> tuple[str, str, str, int, int, int]:
     return p.format, p.activation, p.out_dtype, p.groups, p.n, p.k
 
 
-def _nearest(layer: Sequence[Candidate]) -> str:
+def _nearest(layer: Sequence[Candidate], problem: Problem) -> str:
     if not layer:
-        return "this layer was not probed; fp4tune show lists what was"
+        experts = option_text(asdict(problem))
+        one = f"--experts {experts}" if experts else f"--shape {problem.n},{problem.k}"
+        return f"this layer was not probed; fp4tune probe {one} does, fp4tune show lists what was"
     return f"of this layer m up to {max(c.bucket.m_hi for c in layer)} was probed"
 
 

@@ -335,6 +335,19 @@ def test_progress_lines_are_lines(capsys):
     inert(said)
 
 
+def test_a_long_layer_says_a_line_a_minute(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    report = progress._progress_lines(0.0, "")
+    report("survey", "asking")
+    for second in range(0, 200, 5):
+        now[0] = float(second)
+        report("layer 1/2 x", "grading")
+        report("some backend", "serial: alive")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 5 and all("layer 1/2 x" in line for line in said[1:])
+
+
 def test_logs_are_lines(caplog):
     with caplog.at_level(logging.INFO):
         for number, text in enumerate(TEXTS):

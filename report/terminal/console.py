@@ -84,7 +84,7 @@ def console() -> InertConsole:
     return TidyConsole(width=200)
 
 
-_WHOLE = ("choice", "backend")
+_WHOLE = ("choice", "backend", "m", "tokens")
 """Columns whose names are not broken as long as others can be."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ...autotune import checkpoint_check
 from ...autotune.verdict.buckets import MRange, representatives
 from ...cache.experts import layer_words
-from ..wording import weights_text
+from ..wording import range_text, weights_text
 from .choice import layer_lines
 
 _MOST_FINDINGS = 3
@@ -24,7 +24,7 @@ def explained_lines(document: Mapping[str, Any]) -> list[str]:
         f"m={p['m']} {layer_words(p)} {p['format']} {weights_text(p['activation'])} "
         f"{p['out_dtype']} on {d['gpu']} ({d['arch']}), profile {d['profile']}, "
         f"generation {d['generation']}",
-        f"Its bucket is m={b['m_lo']} to {b['m_hi']}, timed at m={timed}.",
+        f"Its bucket is m={range_text(b['m_lo'], b['m_hi'], ' to ')}, timed at m={timed}.",
         "",
         d["why"],
         d["default"]["text"],

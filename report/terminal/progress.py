@@ -138,19 +138,30 @@ def _live(out: InertConsole, start: float, watched: WatchedProbes) -> Iterator[N
         yield
 
 
+_A_LINE = 60.0
+"""Seconds after which something is said again, where nothing else is."""
+
+
 def _progress_lines(start: float, prefix: str, pace: Pace | None = None) -> Progress:
-    """A line a layer, and who takes part; steps and workers' own chatter are left out."""
+    """A line a layer, and one a minute within it, and who takes part; steps and workers' own
+    chatter are left out."""
     pace = pace or Pace(_GUESS)
+    layer, told = "", 0.0
 
     def progress(who: str, text: str) -> None:
+        nonlocal layer, told
         now = time.monotonic() - start
-        if found := _LAYER.match(who):
-            if not pace.layer(int(found[1]), int(found[2]), now):
+        found = _LAYER.match(who)
+        new = found and pace.layer(int(found[1]), int(found[2]), now)
+        if new:
+            layer = who
+        elif found or not who.startswith(("layer", "survey")):
+            if not layer or now - told < _A_LINE:
                 return
-            done = f"{100 * pace.share(now):.0f} %, about {in_words(pace.left(now))} left"
-            text = done
-        elif not who.startswith(("layer", "survey")):
-            return
+            who = layer
+        told = now
+        if layer and who == layer:
+            text = f"{100 * pace.share(now):.0f} %, about {in_words(pace.left(now))} left"
         line = printable(f"[{now:6.1f} s] {prefix}{who}: {text}")
         print(line, file=sys.stderr, flush=True)
 

@@ -32,26 +32,29 @@ def print_choices(out: Console, choices: Sequence[Choice], candidates: Sequence[
         names = list(dict.fromkeys(c for row in rows for c in by_bucket.get(row.bucket, {})))
         # Names that do not fit beside each other are broken where they have dashes.
         wide = 30 + sum(len(name) + 3 for name in (names[0], *names) if names)
-        headings = [_name_over_lines(name) if wide > out.width else styled(name) for name in names]
+        narrow = wide > out.width
+        headings = [_name_over_lines(name) if narrow else styled(name) for name in names]
         rows_of = "m" if rows[0].bucket.groups == 1 else "tokens"
+        counts = [] if narrow else ["launches"]
         made = table(
             f"{title}  n={n} k={k}  (microseconds per launch)",
-            (rows_of, "choice", "launches", *headings),
-            (rows_of, "launches", *headings),
+            (rows_of, "choice", *counts, *headings),
+            (rows_of, *counts, *headings),
         )
         for row in rows:
             group = by_bucket.get(row.bucket, {})
-            cells = [_verdict_cell(group.get(name), name == row.backend) for name in names]
+            cells = [_verdict_cell(group.get(name), name == row.backend, narrow) for name in names]
             launches = "" if row.status == "none" else str(row.launches)
             made.add_row(
-                range_text(row.bucket.m_lo, row.bucket.m_hi), _choice_text(row), launches, *cells
+                range_text(row.bucket.m_lo, row.bucket.m_hi),
+                _choice_text(row),
+                *([] if narrow else [launches]),
+                *cells,
             )
         out.print(made)
-    out.print(
-        "✗ unsafe   ? inconclusive   * under conditions   launches: the fewest checked in any "
-        "regime the choice passed",
-        style="dim",
-    )
+    counted = "   launches: the fewest checked in any regime the choice passed"
+    legend = "✗ unsafe   ? inconclusive   * under conditions"
+    out.print(legend if out.width < len(legend + counted) else legend + counted, style="dim")
 
 
 def _name_over_lines(name: str) -> Text:
@@ -66,12 +69,12 @@ def _choice_text(choice: Choice) -> Text:
     return styled((choice.backend, "green"), " *" if choice.conditions else "")
 
 
-def _verdict_cell(candidate: Candidate | None, chosen: bool) -> Text:
+def _verdict_cell(candidate: Candidate | None, chosen: bool, narrow: bool = False) -> Text:
     if candidate is None:
         return styled()
     time = "·" if candidate.median_us is None else f"{candidate.median_us:.1f}"
-    mark = _MARKS.get(verdict_word(candidate), ("", ""))
-    return styled((time, "bold" if chosen else ""), mark)
+    mark, style = _MARKS.get(verdict_word(candidate), ("", ""))
+    return styled((time, "bold" if chosen else ""), (mark.strip() if narrow else mark, style))
 
 
 def print_backends(
