@@ -208,6 +208,17 @@ def test_what_is_right_passes_on_other_problems(regime, name):
         assert result["launches"] >= result["problems"] >= CHAIN["cpu"][0]
 
 
+@pytest.mark.parametrize("name", ["torch-dequant", "torch-dequant-w4a4"])
+def test_a_launch_of_all_rows_there_are_is_rewritten_with_the_other_sign(name):
+    backend = load_one(name)
+    problem = Problem("nvfp4", 8, 64, 128, backend.activation, "bf16")
+    layer = OpenLayer(backend, Device("cpu"), problem, 3, 1 << 30, lambda text: None)
+    items = [Item((8,), tactics(backend, problem, Device("cpu"))[0])]
+    found = layer.regime("rewrite", items, BUDGET, LaunchAim(100, 60, 3.0))
+    assert found["not_exercised"] is None and not found["items"][0]["bad"]
+    assert found["items"][0]["problems"] > 2
+
+
 @pytest.mark.parametrize("regime", ["serial", "padding", "strided"])
 def test_what_goes_wrong_in_a_later_draw_is_found(stale_layer, regime):
     """In `rewrite` it would be found in the first, which has two data itself."""

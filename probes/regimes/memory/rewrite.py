@@ -97,7 +97,9 @@ def _changing(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Chang
     lo, hi = window.lo, window.hi
     if other.offset == launch.offset and not isinstance(rows, Routed):
         # No other rows: the same with the other sign, whose answer has the other sign.
-        rows, lo, hi = _negated(rows), -hi, -lo
+        same = rows
+        turned = rows, lo, hi = _negated(same), -window.hi, -window.lo
+        case.derive(lambda: copy_over((_negated(same), -window.hi, -window.lo), turned))
     prepared = prepared_activation(backend, rows)
     if prepared is not rows:
         case.derive(lambda: copy_over(prepared_activation(backend, rows), prepared))
