@@ -187,6 +187,7 @@ def test_the_reason_is_a_sentence_about_the_budget():
     assert "budget" in OVER and "proven" in SLOWER
 
 
+@pytest.mark.slow
 def test_on_a_cpu_a_level_is_a_time_and_what_it_reached_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     one = make_plan(600.0)

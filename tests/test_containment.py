@@ -262,6 +262,7 @@ def test_who_kills_its_keeper_ends_too_with_what_it_started(worker):
         assert gone(seen)
 
 
+@pytest.mark.slow
 def test_who_kills_all_that_keep_it_ends_with_the_command(tmp_path):
     backend = tmp_path / "it.py"
     backend.write_text(
@@ -312,6 +313,7 @@ def below(made: Worker) -> list[int]:
     return processes.descendants(keeper_of(made))
 
 
+@pytest.mark.slow
 def test_who_stops_its_keeper_is_ended_all_the_same(worker, monkeypatch):
     monkeypatch.setattr("fp4tune.probes.worker.supervisor._KILL_WAIT", 0.3)
     monkeypatch.setattr("fp4tune.probes.worker.supervisor._ANSWERS", 0.3)
@@ -484,6 +486,7 @@ def surveyed(folder: Path, *wanted: str, **other) -> dict:
     return {name: found[spec] for name, spec in zip(wanted, specs, strict=True)}
 
 
+@pytest.mark.slow
 def test_nothing_in_a_worker_s_environment_names_the_harness(tmp_path, monkeypatch):
     monkeypatch.setenv("FP4TUNE_SPOOL", str(tmp_path))
     (reason,) = surveyed(tmp_path, "Looks")["Looks"]["reasons"]

@@ -358,9 +358,10 @@ def end(place: Path, number: signal.Signals) -> tuple[int, str]:
     return code, said.decode(errors="replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    [signal.SIGINT, signal.SIGTERM],
     ids=lambda n: n.name,
 )
 def test_a_probe_that_is_ended_says_what_is_kept_and_gives_the_cursor_back(number, tmp_path):

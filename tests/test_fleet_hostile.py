@@ -239,6 +239,7 @@ def test_what_a_killed_merge_left_long_ago_is_swept(tmp_path):
     assert not old.exists() and new.exists() and mine.exists()
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_killed_leaves_no_process_and_no_half_bundle(tmp_path):
     """Alone, by SIGKILL: nobody is left to tell its workers."""
     folder, store = tmp_path / "in", tmp_path / "store"

@@ -110,6 +110,7 @@ def probed(tmp_path_factory):
         yield place / "state", plan, run(plan, place / "state")
 
 
+@pytest.mark.slow
 def test_what_was_published_of_it_is_withdrawn_and_measured_anew(probed):
     """The floor was condemned for nothing, and that was published: there is a way back."""
     place, plan, report = probed

@@ -94,6 +94,7 @@ def test_a_worker_has_the_environment_that_is_asked_for(start, tmp_path, monkeyp
         assert said["name"] == late + devices and worker.alone is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -114,6 +115,7 @@ def test_what_has_to_be_there_from_the_start_takes_an_interpreter_of_its_own(sta
         assert f"{name}={value}".encode() in began
 
 
+@pytest.mark.slow
 def test_a_variable_that_is_read_at_load_and_has_changed_takes_another_server(start, monkeypatch):
     first = start(environment=CPU)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -86,6 +86,7 @@ def hungry(folder, name: str, prepare: str = "pass", run: str = "pass") -> str:
     return f"{file}:It"
 
 
+@pytest.mark.slow
 def test_a_backend_without_memory_is_neither_safe_nor_at_fault(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     specs = [

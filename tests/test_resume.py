@@ -135,6 +135,7 @@ def test_what_was_launched_at_length_is_not_launched_again(files, tmp_path, monk
     assert {c.verdict for c in report.candidates if c.bucket.m_hi} == {"safe"}
 
 
+@pytest.mark.slow
 def test_another_question_does_not_go_on(files, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plan = make_plan(SHAPES[:1], files[:1], level=brief())

@@ -377,6 +377,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_to_stop_ends_by_sigterm_and_has_told_the_node(own_state):
     own_state.mkdir()
     variables = {

@@ -204,6 +204,7 @@ def shown(tmp_path_factory) -> dict:
     return {**document, "exit_code": done.exit_code, "left": os.listdir(place)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_the_command_shows_what_each_regime_caught(shown, name):
     (row,) = [row for row in shown["mutants"] if row["mutant"] == name]
@@ -218,11 +219,13 @@ def test_the_command_shows_what_each_regime_caught(shown, name):
     assert row["finding"]["regime"] in {caught["regime"] for caught in row["caught"]}
 
 
+@pytest.mark.slow
 def test_all_as_expected_is_success(shown):
     assert [row["mutant"] for row in shown["mutants"]] == list(SHOWN)
     assert shown["exit_code"] == errors.SAFE
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind_nor_published(shown):
     assert "state" not in shown["left"]
     assert not [name for name in shown["left"] if name.startswith("fp4tune")]

@@ -107,6 +107,8 @@ def _untried(
                 facts = record.facts(layer.where(entrant, m, tactic))
                 if any(f.regime == COLLECTIVE and f.status in tried for f in facts):
                     continue
+                if alone and entrant.known:
+                    continue  # an earlier run has said so, or ended before: nothing is to be added
                 key = (name not in FLOORS, name, layer.problem)
                 found.setdefault(key, []).append((m, tactic, entrant.width[m, tactic]))
                 who[key] = layer, entrant
