@@ -214,7 +214,7 @@ def test_a_launch_of_all_rows_there_are_is_rewritten_with_the_other_sign(name):
     problem = Problem("nvfp4", 8, 64, 128, backend.activation, "bf16")
     layer = OpenLayer(backend, Device("cpu"), problem, 3, 1 << 30, lambda text: None)
     items = [Item((8,), tactics(backend, problem, Device("cpu"))[0])]
-    found = layer.regime("rewrite", items, BUDGET, LaunchAim(100, 60, 3.0))
+    found = layer.regime("rewrite", items, BUDGET, LaunchAim(8_000, 60, 5.0))
     assert found["not_exercised"] is None and not found["items"][0]["bad"]
     assert found["items"][0]["problems"] > 2
 
@@ -224,7 +224,7 @@ def test_what_goes_wrong_in_a_later_draw_is_found(stale_layer, regime):
     """In `rewrite` it would be found in the first, which has two data itself."""
     items = [Item((4,), "")]
     briefly = stale_layer.regime(regime, items, Budget(3, 3, 0.0))["items"][0]
-    at_length = stale_layer.regime(regime, items, BUDGET, LaunchAim(200, 20, 20.0))["items"][0]
+    at_length = stale_layer.regime(regime, items, BUDGET, LaunchAim(3_000, 20, 20.0))["items"][0]
     assert not briefly["bad"] and at_length["bad"]
 
 
