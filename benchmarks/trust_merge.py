@@ -98,8 +98,12 @@ def main() -> int:
         print(f"{arguments.bundles} bundles merged in {seconds:.1f} s", flush=True)
         have: set[str] = set()
         for _ in range(arguments.kills):
+            if have == given:  # there is nothing left to be killed in: it is begun again
+                shutil.rmtree(store)
+                have = set()
+            left_over = 1 - len(have) / arguments.bundles
             merge, mark = start(source, store)
-            moment = time.monotonic() + rng.uniform(0.2, 1.0) * seconds
+            moment = time.monotonic() + rng.uniform(0.1, 0.8) * seconds * left_over
             while merge.poll() is None and time.monotonic() < moment:
                 time.sleep(0.005)
             merge.kill()
