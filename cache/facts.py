@@ -87,9 +87,15 @@ def gather(
     if state_dir is not None:
         layers = [layer for scope in facts["scopes"] for layer in scope["by_layer"]]
         for said in (facts, *facts["scopes"], *layers):
-            if said["do"].startswith("fp4tune "):
-                said["do"] += f" --state {shlex.quote(os.fspath(state_dir))}"
+            said["do"] = at_place(said["do"], state_dir)
     return facts
+
+
+def at_place(do: str, state_dir: str | os.PathLike[str] | None) -> str:
+    """What to do, with ``--state`` where that is a command of ours and a place was named."""
+    if state_dir is None or not do.startswith("fp4tune "):
+        return do
+    return f"{do} --state {shlex.quote(os.fspath(state_dir))}"
 
 
 def _gathered(

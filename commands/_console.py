@@ -262,7 +262,9 @@ def say_status(found: dict[str, Any], prefix: str = "") -> None:
         say_wrapped(lines)
 
 
-def say_layer_status(found: dict[str, Any], problem: Any, profile: str | None) -> None:
+def say_layer_status(
+    found: dict[str, Any], problem: Any, profile: str | None, state: Path | None
+) -> None:
     """The status of the layer of one problem, or the node's where that layer is not known."""
     from ..cache import facts, facts_text
     from ..cache.experts import layer_words
@@ -280,6 +282,7 @@ def say_layer_status(found: dict[str, Any], problem: Any, profile: str | None) -
         probe = facts.probe_command(
             _first_scope(found, profile), [dict(zip(names, shape, strict=True))]
         )
+        probe = facts.at_place(probe, state)
         say_wrapped([f"UNPROVEN: {words} was not probed here", f"now: {probe}"])
         return
     words = layer_words(asdict(p))

@@ -78,7 +78,8 @@ def choose(
         if as_json:
             print_json(decision)
         else:
-            say_layer_status(status(documents.place_of(state), profile=profile), problem, profile)
+            place = documents.place_of(state)
+            say_layer_status(status(place, profile=profile), problem, profile, place)
             for line in (*decision_lines(decision), *choice_lines(decision, layer)):
                 say(line)
             scope = documents.scope(state, profile)

@@ -56,7 +56,7 @@ def explain(
         if as_json:
             print_json(document)
         else:
-            say_layer_status(status(place, profile=profile), problem, profile)
+            say_layer_status(status(place, profile=profile), problem, profile, place)
             if unread := documents.ledger_problem(place):
                 say(f"DAMAGED ledger, so what failed is not known: {unread}")
             say_lines(explained_lines(document))

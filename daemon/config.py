@@ -29,13 +29,12 @@ from ..cache import state
 from ..cache.experts import option_text
 from ..errors import Refused
 from ..machine import files
-from ..probes.grouped.problem import parse_experts
+from ..probes.grouped.problem import experts_row
 from ..probes.models import shapes
 from ..probes.models.experts import experts_on_rank, split_of_experts
 from ..probes.models.fusion import ENGINES
 from ..probes.models.rows import CheckpointLayers
 from ..probes.models.shapes import AskedLayer
-from ..words import ExpertsKey
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -295,9 +294,7 @@ class DaemonConfig:
         models += [_checkpoint(given, split, rules) for given in probe.checkpoints]
         found = []
         for text in probe.experts:
-            groups, top_k, n, k, gate, scaling = parse_experts(text)
-            key = str(ExpertsKey(top_k, gate, scaling))
-            row = {"activation": key, "groups": groups, "n": n, "k": k}
+            row = experts_row(text)
             found += [RoutedLayer.of(format_, row) for format_ in probe.formats or ("nvfp4",)]
         for model in models:
             for each in experts_on_rank(model, probe.ep):

@@ -26,8 +26,7 @@ from ..cache import quarantine
 from ..cache import reader as reading
 from ..cache.errors import StateError
 from ..errors import Refused
-from ..probes.grouped.problem import parse_experts
-from ..words import ExpertsKey
+from ..probes.grouped.problem import experts_row
 from .admission import Door, Places, behind_door
 from .board import Board
 from .config import HttpOptions, address
@@ -188,9 +187,7 @@ def _question(
     if "experts" in given:
         if beside := [name for name in ("n", "k", "activation", "out_dtype") if name in given]:
             raise ValueError(f"{beside[0]} is of a linear layer, and experts names another")
-        groups, top_k, n, k, gate, scaling = parse_experts(given["experts"][:200])
-        asked |= {"groups": groups, "n": n, "k": k}
-        asked["activation"] = str(ExpertsKey(top_k, gate, scaling))
+        asked |= experts_row(given["experts"])
         numbers = ("m",)
     for name in numbers:
         text = given.get(name, "")

@@ -93,7 +93,7 @@ def filled(tmp_path_factory):
     return place / state.LEDGER, found
 
 
-@pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [250, pytest.param(2000, marks=pytest.mark.slow)])
 def test_flipped_bits_change_nothing_without_a_word(filled, tmp_path, flips):
     whole, stored = filled
     data = bytearray(whole.read_bytes())

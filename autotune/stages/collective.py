@@ -8,7 +8,7 @@ fail, that says something of the ranks' library or of the host, and nothing of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -55,7 +55,7 @@ def collective(
     while True:
         mine = _untried(layers, right, record, partner is None)
         if partner is None:
-            _not_applicable(mine, record)
+            _of_every_item(mine.values(), "not applicable", ALONE, record)
             return
         theirs = partner.swap({key: part[2] for key, part in mine.items()}, lambda: say(COLLECTIVE))
         both = _wanted_by_both(mine, theirs or {})
@@ -68,7 +68,8 @@ def collective(
                 well, outcomes = _together(layer, entrant, items, partner)
             if not well and not key[0]:
                 rest = [mine[each] for each in list(both)[number:]]
-                _skipped(rest, f"not run: the sums of {entrant.name}, the floor, failed", record)
+                why = f"not run: the sums of {entrant.name}, the floor, failed"
+                _of_every_item(rest, "skipped", why, record)
                 return
             with record.together():
                 for (m, tactic, width), outcome in zip(items, outcomes, strict=True):
@@ -162,15 +163,10 @@ def _together(
     return mine == theirs == "", [of(m, tactic) for m, tactic, _ in items]
 
 
-def _not_applicable(wanted: Wanted, record: Recorder) -> None:
-    for layer, entrant, items in wanted.values():
-        for m, tactic, _ in items:
-            record.status(layer.where(entrant, m, tactic), UNDER, "not applicable", {"note": ALONE})
-
-
-def _skipped(
-    rest: Sequence[tuple[ProbedLayer, Entrant, Items]], why: str, record: Recorder
+def _of_every_item(
+    parts: Iterable[tuple[ProbedLayer, Entrant, Items]], status: str, note: str, record: Recorder
 ) -> None:
-    for layer, entrant, items in rest:
+    """One status for every item of these."""
+    for layer, entrant, items in parts:
         for m, tactic, _ in items:
-            record.status(layer.where(entrant, m, tactic), UNDER, "skipped", {"note": why})
+            record.status(layer.where(entrant, m, tactic), UNDER, status, {"note": note})

@@ -161,3 +161,11 @@ def parse_experts(text: str) -> tuple[int, int, int, int, str, float]:
         known = ", ".join(GATES)
         raise ValueError(f"{text[:80]!r}: the activation {gate[:40]!r} is not one of {known}")
     return groups, top_k, n, k, gate, scaling
+
+
+def experts_row(text: str) -> dict[str, Any]:
+    """The same as the columns that a row about it has: ``groups``, ``n``, ``k``, ``activation``.
+    Raises ValueError."""
+    groups, top_k, n, k, gate, scaling = parse_experts(text)
+    key = ExpertsKey(top_k, gate, scaling)
+    return {"groups": groups, "n": n, "k": k, "activation": str(key)}
