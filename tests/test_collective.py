@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from fp4tune.autotune.agreement import Partner, paired
 from fp4tune.autotune.evidence.recorder import Recorder
 from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.plan import Plan
-from fp4tune.autotune.runner import Patience
+from fp4tune.autotune.runner import Patience, Runner
 from fp4tune.autotune.several_gpus import probe_all
 from fp4tune.autotune.stages.collective import OTHERS, collective
 from fp4tune.autotune.verdict.buckets import MRange
@@ -24,8 +24,7 @@ from fp4tune.cache.rows import BucketKey, Environment, Under, Where
 from fp4tune.machine import devices
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.regimes.host.collective import ALONE, run_ranks
-from fp4tune.probes.regimes.host.own_process import Question
+from fp4tune.probes.regimes.host.collective import ALONE
 from fp4tune.probes.worker.supervisor import WorkerFailed
 from fp4tune.words import COLLECTIVE
 
@@ -33,43 +32,51 @@ ROGUES = Path(__file__).parent / "rogues.py"
 MS = (1, 5, 17)
 
 
-def together(backend: str, devices: tuple[str, ...] = ("cpu", "cpu"), seconds: float = 240.0):
-    problem = Problem("nvfp4", 40, 64, 128, "bf16", "bf16")
-    spec = backend if backend.startswith("torch") else f"{ROGUES}:{backend}"
-    question = Question("", spec, problem, 24, 7, MS, ("",) * len(MS), "cpu")
-    return run_ranks(question, devices, lambda: None, seconds)
+def together(place: Path, backend: str) -> list:
+    """What came of each of two ranks: its part, or how its worker failed."""
 
+    def one(rank: int):
+        target, patience = devices.cpu(), Patience(60.0, 60.0)
+        runner = Runner(f"{ROGUES}:{backend}", target, patience, None, lambda who, text: None)
+        problem = asdict(Problem("nvfp4", 40, 64, 128, "bf16", "bf16"))
+        try:
+            return runner.ask(
+                "collective", problem=problem, width=24, seed=7, ms=MS, tactics=("",) * len(MS),
+                rank=rank, meet=str(place / "meet"),
+            )  # fmt: skip
+        except WorkerFailed as failure:
+            return failure
+        finally:
+            runner.close()
 
-def test_one_device_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="two GPUs of one host") as refused:
-        together("Good", ("cpu",))
-    assert str(refused.value) == ALONE
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, (0, 1)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["Good", "LooksBack"])
-def test_what_is_right_adds_up(backend, monkeypatch):
+def test_what_is_right_adds_up(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = together(backend)
-    assert found["bad"] == [] and found["forms"] == ["behind", "beside"]
-    assert found["launches"] == 2 * 3 * 4 * len(MS)
+    for found in together(tmp_path, backend):
+        assert found["bad"] == [] and found["forms"] == ["behind", "beside"]
+        assert found["launches"] == 2 * 3 * 4 * len(MS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["FinishesLater", "WritesInAThread"])
-def test_what_is_written_late_is_in_the_sum(backend, monkeypatch):
+def test_what_is_written_late_is_in_the_sum(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = together(backend)
-    ranks = {bad["message"].split(",")[0] for bad in found["bad"]}
-    assert ranks == {"rank 0", "rank 1"} and {bad["kind"] for bad in found["bad"]} == {"wrong"}
-    assert {bad["m"] for bad in found["bad"]} <= set(MS)
+    for rank, found in enumerate(together(tmp_path, backend)):
+        assert found["bad"] and {bad["kind"] for bad in found["bad"]} == {"wrong"}
+        assert {bad["m"] for bad in found["bad"]} <= set(MS)
+        assert found["bad"][0]["message"].startswith(f"rank {rank},")
 
 
 @pytest.mark.slow
-def test_a_rank_that_leaves_is_told_and_not_the_one_that_waits_for_it(monkeypatch):
+def test_a_rank_that_leaves_is_told_and_not_the_one_that_waits_for_it(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = together("LeavesTheOther", seconds=60.0)
-    assert found["error"]["kind"] in ("crash", "error")
+    kinds = [failure.kind for failure in together(tmp_path, "LeavesAtRankOne")]
+    assert kinds[1] == "crash" and kinds[0] in ("internal", "hang")
 
 
 # -- two probes that meet

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -65,3 +68,20 @@ def test_another_backend_is_no_part_of_a_backend_s_method():
 def test_a_plugin_s_own_file_belongs_to_its_environment():
     assert methods.method_of("/nowhere/plugin.py:Gemm") == methods.method()
     assert methods.method_of("no-such-backend") == methods.method()
+
+
+def test_two_threads_ask_at_once():
+    """As the probes of two GPUs do. CPython 3.11's parser raises SystemError where a collection
+    lets another thread into it."""
+    before = gc.get_threshold()
+    pause = lambda *_: time.sleep(0)  # noqa: E731
+    gc.callbacks.append(pause)
+    gc.set_threshold(50)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(methods.method.__wrapped__) for _ in range(3)]
+            found = {future.result() for future in asked}
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(pause)
+    assert len(found) == 1

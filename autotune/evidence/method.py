@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from ...machine.syntax import parsed
 from ...probes import registry
 from ...probes.bundle.closure import PACKAGE, closure
 
@@ -19,6 +20,7 @@ MEASURES = (
     "autotune/race.py",
     "autotune/regime.py",
     "autotune/retest.py",
+    "autotune/stages/collective.py",
     "autotune/stages/controls.py",
     "autotune/stages/grade.py",
     "autotune/stages/prove.py",
@@ -93,7 +95,7 @@ def _measuring_files(root: Path) -> Iterator[Path]:
 
 def _syntax(source: str) -> str:
     """The syntax tree of `source` in one spelling; strings that stand alone are docstrings."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...machine import files
+from ...machine.syntax import parsed
 
 PACKAGE = Path(__file__).resolve().parents[2]
 NAME = "fp4tune"
@@ -57,7 +58,7 @@ def _with_packages(file: Path, package: Path) -> Iterator[Path]:
 
 
 def _imports(file: Path, package: Path, name: str, relative: bool) -> Iterator[Path]:
-    tree = ast.parse(files.text(file))
+    tree = parsed(files.text(file))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

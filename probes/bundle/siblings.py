@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...machine import files
+from ...machine.syntax import parsed
 from .closure import NAME
 
 OWN = "backend"
@@ -55,7 +56,7 @@ def _place_in_bundle(path: Path, root: Path, name: str) -> str:
 
 def _needed(file: Path, root: Path) -> Iterator[Path]:
     try:
-        tree = ast.parse(files.whole(file, MOST_BYTES, links=True))
+        tree = parsed(files.whole(file, MOST_BYTES, links=True))
     except (SyntaxError, ValueError):
         return
     texts: set[Any] = set()

@@ -311,18 +311,15 @@ class Server:
         return replay(self._layer, name, bad, Budget(**budget), look)
 
     def do_collective(self, **asked: Any) -> dict[str, Any]:
-        """This device's part of sums over two; `asked` are the fields of a `Question`, without its
-        task, backend and device."""
-        from ..regimes.host.collective import take_part
-        from ..regimes.host.own_process import Question
+        """This device's part of sums over two; `asked` are the fields of a `RankPart`."""
+        from ..regimes.host.collective import RankPart, take_part
 
         self.do_close()
         self._census(False)
-        device = "cpu" if self._device.kind == "cpu" else "cuda:0"
         fields = {**asked, "problem": _problem_of_fields(asked["problem"])}
         fields |= {"ms": tuple(asked["ms"]), "tactics": tuple(asked["tactics"])}
-        question = Question("collective", self._backend.name, device=device, **fields)
-        return take_part(self._backend, question, self._progress)
+        part = RankPart(**fields)
+        return take_part(self._backend, part, self._device.torch, self._progress)
 
     def do_call(self, spec: str) -> dict[str, Any]:
         """How the backend is called: its own source for that, or else where it is defined, with the

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import collective, first_calls, scratch
+from . import first_calls, scratch
 from .own_process import Question, begun_file
 
 TASKS: dict[str, Callable[[Question], dict[str, Any]]] = {
     "first-calls": first_calls.answer,
     "scratch": scratch.answer,
-    "collective": collective.answer,
 }
 
 

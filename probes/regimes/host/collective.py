@@ -16,13 +16,10 @@ one that fills the GPU and waits for itself never lets the other rank's part com
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +31,12 @@ from ...check.sweep import Checker, Slot, slot
 from ...data import exact
 from ...launch.case import blame, case, prepared_activation
 from ...launch.outcome import capture, wait
-from ...registry import load_one
+from ...problem import Problem
 from ...seeds import derive
-from .own_process import SECONDS, NoAnswer, Question, ask
 
 RANKS = 2
+_PATIENCE = 120.0
+"""Seconds that a rank waits for the other."""
 ALONE = "a collective needs two GPUs of one host, and this probe has none beside its own"
 """Why there is nothing to run, where a probe has one GPU."""
 _ROUNDS = 4
@@ -47,81 +45,57 @@ _LEAST = 3
 _FORMS = ("behind", "beside")
 
 
-def run_ranks(
-    question: Question, devices: Sequence[str], beat: Callable[[], None], seconds: float = SECONDS
-) -> dict[str, Any]:
-    """Have a process for each of `devices` (torch's names) run the chains together.
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """What one rank is to do: both have the same but for `rank`, and meet at the file `meet`.
 
-    `question` is as for one of them; its task and rank are set here. Returns ``launches`` (checked,
-    on each rank), ``forms`` and ``bad``, as `take_part` has them, of both ranks; or ``error``, with
-    a kind and a message.
+    `ms` and `tactics` go together: what is launched. `problem.m` is the rows of the pools.
     """
-    if len(devices) != RANKS:
-        raise ValueError(ALONE)
-    with tempfile.TemporaryDirectory(prefix="fp4tune-ranks-") as folder:
-        meet = str(Path(folder, "meet"))
-        asked = [
-            replace(question, task="collective", device=device, rank=rank, meet=meet)
-            for rank, device in enumerate(devices)
-        ]
 
-        def one(mine: Question) -> dict[str, Any]:
-            try:
-                return ask(mine, beat, seconds)
-            except NoAnswer as failure:
-                message = f"rank {mine.rank}: {failure}"
-                return {"error": {"kind": failure.kind, "message": message}}
-
-        with ThreadPoolExecutor(RANKS) as pool:
-            found = list(pool.map(one, asked))
-    errors = [each["error"] for each in found if "error" in each]
-    if errors:
-        # Where one dies the other waits for it in vain.
-        return {"error": min(errors, key=lambda error: error["kind"] == "hang")}
-    return {
-        "launches": min(each["launches"] for each in found),
-        "forms": found[0]["forms"],
-        "bad": [bad for each in found for bad in each["bad"]],
-    }
-
-
-def answer(question: Question) -> dict[str, Any]:
-    """In the process of one rank: every chain, checked; see `run_ranks`."""
-    device = torch.device(question.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = load_one(question.spec)
-    try:
-        return take_part(backend, question, lambda text: None)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        message = f"rank {question.rank}: {type(error).__name__}: {first}"[:300]
-        return {"error": {"kind": "error", "message": message}}
+    problem: Problem
+    width: int
+    seed: int
+    ms: tuple[int, ...]
+    tactics: tuple[str, ...]
+    rank: int
+    meet: str
 
 
 def take_part(
-    backend: Backend, question: Question, progress: Callable[[str], None]
+    backend: Backend, part: RankPart, device: torch.device, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """One rank's part of the chains of a question, which the other rank runs meanwhile.
+    """One rank's part of the chains, on its device; the other rank runs its own meanwhile.
 
     Returns ``launches`` (checked here), ``forms`` (in which they ran), and ``bad``: for each step
     whose sum came out wrong here a dictionary with ``kind``, ``m``, ``tactic`` and ``message``, of
     the first form in which any did. Raises what the backend and the ranks' library raise.
     """
-    device = torch.device(question.device)
-    with _group(question, device):
-        return _chains(backend, question, device, progress)
+    with _group(part, device):
+        return _chains(backend, part, device, progress)
+
+
+class RankLost(Exception):
+    """The ranks' library failed, as it does where the other rank ended: nobody's fault here."""
 
 
 @contextmanager
-def _group(question: Question, device: torch.device) -> Iterator[None]:
-    ranks.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{question.meet}",
-        rank=question.rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=SECONDS),
-    )
+def _adding_up() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(f"adding up with the other rank failed: {error}") from error
+
+
+@contextmanager
+def _group(part: RankPart, device: torch.device) -> Iterator[None]:
+    with _adding_up():
+        ranks.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{part.meet}",
+            rank=part.rank,
+            world_size=RANKS,
+            timeout=timedelta(seconds=_PATIENCE),
+        )
     yield
     # Where one has raised, the other may be gone, and would be waited for.
     ranks.destroy_process_group()
@@ -140,9 +114,9 @@ class _Step:
 
 
 def _chains(
-    backend: Backend, question: Question, device: torch.device, progress: Callable[[str], None]
+    backend: Backend, part: RankPart, device: torch.device, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    state, steps = _shard_and_steps(backend, question, device)
+    state, steps = _shard_and_steps(backend, part, device)
     chain = _Chain(backend, state, steps, device)
     checker = Checker([step.place for step in steps])
     found: dict[str, Any] = {"launches": 0, "forms": [], "bad": []}
@@ -160,7 +134,7 @@ def _chains(
                 wrong[step.m, step.tactic] = max(report.wrong, wrong.get((step.m, step.tactic), 0))
         for (m, tactic), elements in wrong.items():
             message = (
-                f"rank {question.rank}, all-reduce {form}: {elements} elements of a sum wrong in "
+                f"rank {part.rank}, all-reduce {form}: {elements} elements of a sum wrong in "
                 f"{rounds} rounds"
             )
             found["bad"].append({"kind": "wrong", "m": m, "tactic": tactic, "message": message})
@@ -186,20 +160,20 @@ def _rounds(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def _shard_and_steps(
-    backend: Backend, question: Question, device: torch.device
+    backend: Backend, part: RankPart, device: torch.device
 ) -> tuple[Any, list[_Step]]:
     """This rank's shard as the backend takes it, and the steps, whose sums are known."""
-    problem = question.problem
+    problem = part.problem
     shards = []
     for rank in range(RANKS):
-        seed = derive(question.seed, "rank", rank)
-        operands = exact(problem, question.width, seed, device)
+        seed = derive(part.seed, "rank", rank)
+        operands = exact(problem, part.width, seed, device)
         shards.append((operands, expect(operands, problem).lo))
-    mine = case(backend, problem, shards[question.rank][0])
+    mine = case(backend, problem, shards[part.rank][0])
     # Two 16-bit numbers, added and rounded once, in whichever order.
     total = shards[0][1].float().add_(shards[1][1].float()).to(problem.dtype)
     steps = []
-    pairs = list(zip(question.ms, question.tactics, strict=True)) * _ROUNDS
+    pairs = list(zip(part.ms, part.tactics, strict=True)) * _ROUNDS
     for number, (m, tactic) in enumerate(pairs):
         first = (number * 7) % (problem.m - m + 1)
         right = total[first : first + m]
@@ -227,7 +201,8 @@ class _Chain:
             with blame(self._backend):
                 self._backend.run(self._state, step.source, out, step.tactic)
             if form == "behind":
-                ranks.all_reduce(out)
+                with _adding_up():
+                    ranks.all_reduce(out)
                 step.place.out.copy_(out)
                 continue
             # The one before is taken up only now: its sum was made while this GEMM ran.
@@ -240,16 +215,18 @@ class _Chain:
     def _sum_beside(self, out: torch.Tensor, step: _Step) -> Callable[[], None]:
         """Begin the sum of `out`; what takes it up."""
         if self._beside is None:
-            work = ranks.all_reduce(out, async_op=True)
+            with _adding_up():
+                work = ranks.all_reduce(out, async_op=True)
 
             def take_up() -> None:
-                work.wait()
+                with _adding_up():
+                    work.wait()
                 step.place.out.copy_(out)
 
             return take_up
         main = torch.cuda.current_stream()
         self._beside.wait_stream(main)
-        with torch.cuda.stream(self._beside):
+        with torch.cuda.stream(self._beside), _adding_up():
             ranks.all_reduce(out)
             done = self._beside.record_event()
 

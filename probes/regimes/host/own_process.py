@@ -58,9 +58,6 @@ class Question:
     ms: tuple[int, ...]
     tactics: tuple[str, ...]
     device: str
-    rank: int = 0
-    meet: str = ""
-    """A file where the ranks of several processes meet."""
 
     @staticmethod
     def of(text: str) -> Question:
