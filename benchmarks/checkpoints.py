@@ -79,6 +79,7 @@ def tables(corpus: Path, out: Path) -> None:
 def cases(folder: Path, out: Path) -> None:
     """What the commands say of each case: layers at TP 1 and 8, weights, a driver that hangs."""
     from fp4tune.probes.models.config import read_config
+    from fp4tune.probes.models.experts import experts_on_rank
     from fp4tune.probes.models.layers import read_layers
     from fp4tune.probes.models.place import find_files
 
@@ -93,7 +94,9 @@ def cases(folder: Path, out: Path) -> None:
             said = {
                 f"layers --tp {tp}": fp4tune("layers", str(place), "--tp", str(tp)) for tp in (1, 8)
             }
-            if not read_layers(place).probed and read_config(find_files(place)).quantisation:
+            layers = read_layers(place)
+            known = layers.probed or experts_on_rank(layers)
+            if not known and read_config(find_files(place)).quantisation:
                 # Nothing is measured: it says why there is nothing to.
                 with tempfile.TemporaryDirectory() as state:
                     said["probe --model-config"] = fp4tune(
