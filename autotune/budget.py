@@ -18,6 +18,8 @@ ENOUGH = 2
 """Proven candidates of a bucket, after which the slower ones are left."""
 SLOWER = "slower than two that are proven"
 OVER = "the time budget had ended"
+FOR_BUILDS = 0.5
+"""The most of a time budget that compilers get: without a measurement nothing is gained by it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 
 from ..cache import state
@@ -23,7 +24,7 @@ from ..probes.seeds import derive
 from ..probes.worker.supervisor import WorkerFailed
 from . import chains
 from .agreement import Agreement
-from .budget import TimeBudget
+from .budget import FOR_BUILDS, TimeBudget
 from .choice.rank import FLOORS
 from .device_lock import device_lock
 from .environment import environment_of
@@ -237,7 +238,9 @@ class Probe:
     def _build(self, taking: Field, runners: Sequence[Runner]) -> list[Runner]:
         """Compile these for their layers, and for what comes behind these in a chain."""
         wanted = {runner: [*taking.of(runner), *taking.also[runner]] for runner in runners}
-        return self._worked(build(self._pool, wanted, self.state_dir, self.progress))
+        budget = self.plan.budget
+        until = inf if budget is None else self._start + FOR_BUILDS * budget
+        return self._worked(build(self._pool, wanted, self.state_dir, self.progress, until))
 
     def _worked(self, built: Built) -> list[Runner]:
         """Those that worked; all are told and stored."""

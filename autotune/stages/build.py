@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from threading import Semaphore
 
 from ...cache import state
+from ...cache.errors import Busy
 from ...machine.memory import free_memory
 from ...probes.problem import Problem
 from ...probes.worker.supervisor import WorkerFailed
-from ..runner import Runner
+from ..runner import Runner, Stopped
 from ..verdict.buckets import ranges
 
 _GIB = 1 << 30
 _BUILD_BYTES = 2 * _GIB
 """Memory a compiler may take: builds run in parallel only as far as this fits."""
+SAID = 60.0
+"""Seconds after which it is said what is still being compiled."""
 
 
 @dataclass(slots=True)
@@ -50,11 +55,14 @@ def build(
     pool: Executor,
     wanted: Mapping[Runner, Sequence[Problem]],
     state_dir: Path,
-    done: Callable[[str, str], None],
+    say: Callable[[str, str], None],
+    until: float = inf,
 ) -> Built:
-    """Start these backends and compile what is `wanted` of each; `done` is told of each.
+    """Start these backends and compile what is `wanted` of each; `say` is told of each, and every
+    minute what is waited for.
 
-    Two probes never compile one backend at once: the second finds what the first has made.
+    Two probes never compile one backend at once: the second finds what the first has made. What is
+    not compiled `until` then (of `time.monotonic`) is given up, its worker ended.
     """
     room = max(1, free_memory() // _BUILD_BYTES)
     cores = len(os.sched_getaffinity(0))
@@ -66,18 +74,44 @@ def build(
         lock = state.build_lock(state_dir, f"{runner.target.device.arch}-{runner.name}")
         what = f"the build of {runner.name}"
         each_m = [problem.at(m.hi) for problem in problems for m in ranges(problem.m)]
-        with state.exclusive(lock, what, wait=runner.patience.build), room_for:
+        patience = min(runner.patience.build, max(0.0, until - time.monotonic()))
+        with state.exclusive(lock, what, wait=patience), room_for:
             return runner.build(each_m, workers)
 
     built = Built()
-    futures = [(runner, pool.submit(one, runner, mine)) for runner, mine in wanted.items()]
-    for runner, future in futures:
+    futures = {pool.submit(one, runner, mine): runner for runner, mine in wanted.items()}
+    for future in _as_they_end(futures, say, until):
+        runner = futures[future]
         try:
             seconds = future.result()
         except WorkerFailed as failure:
             built.failed[runner.name] = ("building", failure)
-            continue
-        done(runner.name, f"built in {seconds:.1f} s")
-        built.seconds[runner.name] = seconds
-        built.runners.append(runner)
+        except (Stopped, Busy):
+            if time.monotonic() < until:
+                raise
+            late = WorkerFailed("late", "not compiled within half of --budget", "building")
+            built.failed[runner.name] = ("building", late)
+        else:
+            say(runner.name, f"built in {seconds:.1f} s")
+            built.seconds[runner.name] = seconds
+    built.runners += [runner for runner in wanted if runner.name in built.seconds]
     return built
+
+
+def _as_they_end(
+    futures: Mapping[Future[float], Runner], say: Callable[[str, str], None], until: float
+) -> Iterator[Future[float]]:
+    """Each once it is done; those that are not `until` then are ended."""
+    left, begun = set(futures), time.monotonic()
+    while left:
+        patience = min(SAID, until - time.monotonic())
+        ended, left = wait(left, max(0.0, patience), FIRST_COMPLETED)
+        yield from ended
+        if left and time.monotonic() >= until:
+            for future in left:
+                futures[future].close()
+            ended, left = wait(left)
+            yield from ended
+        elif left and not ended:
+            names = ", ".join(sorted(futures[future].name for future in left))
+            say("build", f"{time.monotonic() - begun:.0f} s, compiling {names}")

@@ -30,7 +30,8 @@ class WorkerFailed(Exception):
     """The command did not finish. `kind` is how, `doing` the last thing the worker said.
 
     kinds: ``error`` (the backend raised), ``internal`` (we did: says nothing of the backend),
-    ``out of memory``, ``not applicable``, ``no backend`` (the worker lives on); ``poisoned``
+    ``out of memory``, ``not applicable``, ``no backend`` (the worker lives on); ``late`` (not done
+    within what a time budget leaves, and given up); ``poisoned``
     (CUDA context lost), ``crash`` (the process died), ``hang`` (silent for too long, killed),
     after all three of which the worker is gone. `gone`: it is after another, too, since the kernel
     ended it to get its memory back.

@@ -143,8 +143,8 @@ _A_LINE = 60.0
 
 
 def _progress_lines(start: float, prefix: str, pace: Pace | None = None) -> Progress:
-    """A line a layer, and one a minute within it, and who takes part; steps and workers' own
-    chatter are left out."""
+    """A line a layer, and one a minute within it, who takes part, and what is still compiled; steps
+    and workers' own chatter are left out."""
     pace = pace or Pace(_GUESS)
     layer, told = "", 0.0
 
@@ -155,7 +155,7 @@ def _progress_lines(start: float, prefix: str, pace: Pace | None = None) -> Prog
         new = found and pace.layer(int(found[1]), int(found[2]), now)
         if new:
             layer = who
-        elif found or not who.startswith(("layer", "survey")):
+        elif found or not who.startswith(("layer", "survey", "build")):
             if not layer or now - told < _A_LINE:
                 return
             who = layer
