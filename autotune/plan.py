@@ -112,8 +112,9 @@ class Plan:
 
     @property
     def patience(self) -> Patience:
-        # A CPU computes in seconds what a GPU does in milliseconds.
-        run, regime = (120.0, 120.0) if self.on_cpu else (30.0, 6.0)
+        # A CPU computes in seconds what a GPU does in milliseconds. A real hang is waited for while
+        # others go on, and a host that is busy must not be called one.
+        run, regime = (120.0, 120.0) if self.on_cpu else (30.0, 10.0)
         return Patience(self.hang_seconds or run, self.hang_seconds or regime)
 
 

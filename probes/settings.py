@@ -18,6 +18,11 @@ def value(name: str) -> str | None:
     return os.environ.get(name, _told.get(name))
 
 
+def told() -> dict[str, str]:
+    """What this process was told, for one that it starts in turn."""
+    return dict(_told)
+
+
 def tell(variables: Mapping[str, str]) -> None:
     """Have `value` know these in this process."""
     _told.clear()

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,18 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes import registry
+from fp4tune.probes import settings as told_settings
 from fp4tune.probes.backends._returned import Returning, returned
 from fp4tune.probes.check.sweep import Checker
 from fp4tune.probes.data import exact
 from fp4tune.probes.data.activations import ACTIVATIONS
 from fp4tune.probes.formats import dequantise, quantise
 from fp4tune.probes.launch import process
-from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.case import BackendRaised, Launch, case
 from fp4tune.probes.launch.outcome import Budget, NotApplicable
 from fp4tune.probes.launch.variants import variant
 from fp4tune.probes.problem import MXFP4, NVFP4, Problem
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.regimes.host import own_process, scratch
+from fp4tune.probes.regimes.host import child, own_process, scratch
 from fp4tune.probes.regimes.host import weights as crowding
 from fp4tune.probes.regimes.host.own_process import NoAnswer, Question
 from fp4tune.probes.regimes.memory.addresses import ALIGNMENTS, aligned, allowed, output_at
@@ -236,8 +238,6 @@ def test_the_first_calls_of_a_process_are_made_in_one_of_its_own():
 
 @pytest.mark.slow
 def test_a_process_that_dies_or_hangs_gives_no_answer():
-    from dataclasses import replace
-
     with pytest.raises(NoAnswer, match="ended with") as raised:
         own_process.ask(replace(QUESTION, spec="zoo-segmentation-fault"), lambda: None)
     assert raised.value.kind == "crash"
@@ -273,6 +273,31 @@ def test_whatever_a_child_leaves_is_an_answer_or_none(tmp_path, monkeypatch, wha
         own_process.ask(QUESTION, beat, 1.0)
     assert caught.value.kind == kind
     assert kind == "crash" or max(sizes) < 1 << 16, "what it printed is on no disk"
+
+
+def test_a_child_is_told_what_its_environment_does_not_say(tmp_path, monkeypatch):
+    """Where kernels are kept, for one: without, each child compiled them once more."""
+    body = "open(sys.argv[-1], 'w').write(json.dumps(json.load(open(sys.argv[-2]))['told']))"
+    monkeypatch.setattr(
+        own_process, "_PROGRAM", f"import json, os, sys\n{BEGIN}\nbegin()\n{body}\n"
+    )
+    monkeypatch.setattr(told_settings, "_told", {"FP4TUNE_CACHE": "/kept/here"})
+    asked = replace(QUESTION, told=told_settings.told())
+    assert own_process.ask(asked, lambda: None) == {"FP4TUNE_CACHE": "/kept/here"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError("the device had no memory left"), "out of memory"),
+        (RuntimeError("CUDA error: out of memory"), "out of memory"),
+        (RuntimeError("no kernel for it"), "error"),
+        (BackendRaised("TypeError: no"), "error"),
+        (KeyError("ours"), "internal"),
+    ],
+)
+def test_what_a_child_raises_is_told_by_kind(error, kind):
+    assert child._kind_of_end(error, "cpu") == kind
 
 
 # -- memory
@@ -369,7 +394,31 @@ def test_the_allocator_compiles_and_says_what_it_saw(tmp_path):
     if scratch.compiler() is None:
         pytest.skip("no C compiler")
     library = ctypes.CDLL(str(scratch.build(tmp_path)))
-    assert scratch.read(library) == scratch.Damage(0, 0, 0, -1, -1)
+    assert scratch.read(library) == scratch.Damage(0, 0, 0, -1, -1, 0)
+
+
+def test_the_allocator_says_when_there_was_no_memory(tmp_path):
+    """Torch takes a null pointer from such an allocator, and a kernel fails at it later."""
+    if scratch.compiler() is None or torch.cuda.is_available():
+        pytest.skip("no C compiler, or a driver that gives memory")
+    library = ctypes.CDLL(str(scratch.build(tmp_path)))
+    assert not library.canaries_malloc(ctypes.c_ssize_t(64), 0, None)
+    assert scratch.read(library).refused == 1
+
+
+def test_a_child_without_memory_is_asked_once_more_and_then_nobody_s_fault(monkeypatch):
+    """And what it says then is not remembered of the backend as a fault."""
+    backend = registry.load_one("torch-dequant")
+    short = {"error": {"kind": "out of memory", "message": "none left"}}
+    answers = [short, {"by_tactic": {}, "blocks": 3}]
+    monkeypatch.setattr(scratch, "need_cuda", lambda cases, what: None)
+    monkeypatch.setattr(scratch, "_ask_of", lambda *each: answers.pop(0))
+    outcome = run("scratch", backend, (1, 2))
+    assert not outcome.errors and not answers and outcome.proof["blocks"] == 3
+    monkeypatch.setattr(scratch, "_asked", {})
+    monkeypatch.setattr(scratch, "_ask_of", lambda *each: short)
+    outcome = run("scratch", backend, (1, 2))
+    assert {error["kind"] for error in outcome.errors.values()} == {"out of memory"}
 
 
 def test_scratch_needs_a_gpu():

@@ -15,14 +15,14 @@ def accumulation(out: torch.Tensor, ref: torch.Tensor, columns: int = COLUMNS) -
     fewer bits, and a rounded factor, make of an output, an element that was rounded to the other
     neighbour for it included. 0 for no rows; rows that are all zero, or not finite, do not count.
     """
-    worst = 0.0
+    worst = torch.zeros((), dtype=torch.float64, device=out.device)
     for start in range(0, ref.shape[1] if ref.shape[0] else 0, columns):
         part = slice(start, start + columns)
         right = ref[:, part].double()
         off = out[:, part].double() - ref[:, part].to(out.dtype).double()
         size = torch.linalg.vector_norm(right, dim=1)
         ratio = torch.linalg.vector_norm(off, dim=1) / size
-        known = ratio[(size > 0) & torch.isfinite(ratio)]
-        if known.numel():
-            worst = max(worst, float(known.max()))
-    return worst
+        known = (size > 0) & torch.isfinite(ratio)
+        # The device is waited for once, at the end: others compute on it, too.
+        worst = torch.maximum(worst, torch.where(known, ratio, 0.0).max())
+    return float(worst)

@@ -38,13 +38,10 @@ class Budget:
     redraw: Redraw | None = None
     draws: int = 1
 
-    def every(self, repeats: int, seconds: float) -> int:
-        """Times between two draws, of `repeats` that take `seconds` each: so far apart that the
-        draws take a quarter of the time at most."""
-        if self.redraw is None:
-            return repeats
-        apart = ceil(DRAWING * self.redraw.seconds / seconds)
-        return max(1, repeats // max(1, self.draws), apart)
+    def every(self, repeats: int, seconds: float, drawing: float) -> int:
+        """Times between two draws, of `repeats` that take `seconds` each: so far apart that draws
+        of `drawing` seconds take a quarter of the time at most."""
+        return max(1, repeats // max(1, self.draws), ceil(DRAWING * drawing / seconds))
 
     def checker(self, slots: Sequence[Slot]) -> Checker:
         """A checker of these slots that knows which draw it saw."""
@@ -112,19 +109,20 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def repeat(once: Callable[[], Any], budget: Budget, device: torch.device) -> float:
-    """Call `once` as often as the budget says, without waiting between; the seconds it took."""
+    """Call `once` as often as the budget says, waiting for little between; the seconds it took."""
     start = time.perf_counter()
     once()
     wait(device)
     each = max(time.perf_counter() - start, 1e-6)
     repeats = max(budget.least, min(budget.most, int(budget.seconds / each)))
-    every = budget.every(repeats, each)
+    next_draw = budget.every(repeats, each, budget.redraw.seconds) if budget.redraw else repeats
     # In slices of half a second: a queue too deep turns enqueueing into waiting.
     most_queued = min(MOST_QUEUED, max(1, int(0.5 / each)))
     queued = 0
     for done in range(1, repeats):
-        if budget.redraw and done % every == 0:
-            budget.redraw()
+        if budget.redraw and done == next_draw:
+            next_draw = done + budget.every(repeats, each, _draw(budget.redraw, device))
+            budget.beat()
         once()
         queued += 1
         if queued == most_queued or done == repeats - 1:
@@ -134,6 +132,16 @@ def repeat(once: Callable[[], Any], budget: Budget, device: torch.device) -> flo
             if done >= budget.least - 1 and time.perf_counter() - start > budget.seconds:
                 break
     return time.perf_counter() - start
+
+
+def _draw(redraw: Redraw, device: torch.device) -> float:
+    """Draw anew; the seconds it took. What a regime makes of the rows can cost more than they do,
+    and is renewed with them: without waiting, a queue of draws took longer than a hang."""
+    wait(device)
+    begun = time.perf_counter()
+    redraw()
+    wait(device)
+    return time.perf_counter() - begun
 
 
 def outcome(

@@ -102,7 +102,7 @@ COPIES = {
     "addresses": 8,
     "returned": 4,
     "rewrite": 2,
-    "padding": 6,
+    "padding": 10,
     "strided": 2,
     "churn": 2,
     "pdl-raw": 3,

@@ -26,6 +26,8 @@ from .protocol import Channel, Closed, Message
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _FEWEST, _MOST = 200, 1000
 """Between these numbers the channel's descriptors are put, at random."""
+_IDLE = 1 << 30
+"""Bytes of a device that torch may keep between two commands without anything in them."""
 
 
 def main(read_fd: int, write_fd: int) -> NoReturn:
@@ -104,7 +106,10 @@ class Server:
         except BaseException as error:
             return self._explain(error)
         self._say(event="done", result=result)
-        return not self._poisoned()
+        if self._poisoned():
+            return False
+        self._give_back()
+        return True
 
     def _explain(self, error: BaseException) -> bool:
         from ...machine.memory import is_out_of_memory
@@ -243,12 +248,21 @@ class Server:
     def do_close(self) -> None:
         """Let go of the open layer's memory."""
         self._layer, self._seen = None, {}
-        if self._device.kind == "cuda":
-            import gc
+        self._give_back(most=0)
 
-            import torch
+    def _give_back(self, most: int = _IDLE) -> None:
+        """Return memory that torch keeps and nothing uses, where it is more than `most` bytes: the
+        other workers on this device have none but what each leaves."""
+        import gc
 
-            gc.collect()
+        import torch
+
+        if self._device is None or self._device.kind != "cuda":
+            return
+        if torch.cuda.memory_reserved() <= most:
+            return
+        gc.collect()
+        if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > most:
             torch.cuda.empty_cache()
 
     def _census(self, on: bool) -> None:

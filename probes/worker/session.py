@@ -412,7 +412,7 @@ class OpenLayer:
         self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
     ) -> list[Outcome]:
         """Run a regime in batches that fit in memory; where one raises, each item on its own."""
-        limit = self.memory // COPIES.get(name, 1)
+        limit = self.memory // 2 // COPIES.get(name, 1)
         split = batches(cases, launches, max(limit, 1))
         seconds = budget.seconds / max(1, len(split))
         alive = partial(self.progress, f"{name}: alive")

@@ -24,7 +24,7 @@ typedef struct block {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static block *blocks = NULL;
-static long long given = 0, damaged = 0, bytes = 0, nearest = -1, smallest = -1;
+static long long given = 0, damaged = 0, bytes = 0, nearest = -1, smallest = -1, refused = 0;
 
 static int (*mem_alloc)(address *, size_t);
 static int (*mem_free)(address);
@@ -85,6 +85,8 @@ void *canaries_malloc(ssize_t size, int device, void *stream) {
         blocks = b;
         given++;
         found = (void *)(uintptr_t)(base + ZONE);
+    } else {
+        refused++;
     }
     pthread_mutex_unlock(&lock);
     return found;
@@ -109,7 +111,8 @@ void canaries_free(void *pointer, ssize_t size, int device, void *stream) {
     pthread_mutex_unlock(&lock);
 }
 
-/* Blocks given out, zones that changed, their bytes, how near to a block, the smallest such block. */
+/* Blocks given out, zones that changed, their bytes, how near to a block, the smallest such block,
+   and how often there was no memory. */
 void canaries_check(long long *found) {
     pthread_mutex_lock(&lock);
     if (ready()) {
@@ -121,5 +124,6 @@ void canaries_check(long long *found) {
     found[2] = bytes;
     found[3] = nearest;
     found[4] = smallest;
+    found[5] = refused;
     pthread_mutex_unlock(&lock);
 }

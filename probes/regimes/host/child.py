@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ....machine.memory import is_out_of_memory
+from ... import settings
+from ...launch.case import BackendRaised
+from ...launch.outcome import wait
 from . import first_calls, scratch
 from .own_process import Question, begun_file
 
@@ -20,9 +27,35 @@ TASKS: dict[str, Callable[[Question], dict[str, Any]]] = {
 def main(asked: str, answer: str) -> None:
     """Read the question, and leave the answer; neither threads nor exit handlers hold it up."""
     question = Question.of(Path(asked).read_text())
+    settings.tell(question.told)
     begun_file(Path(answer)).touch()
-    found = TASKS[question.task](question)
+    try:
+        found = TASKS[question.task](question)
+    except Exception as error:
+        traceback.print_exc()
+        found = {
+            "error": {"kind": _kind_of_end(error, question.device), "message": _as_told(error)}
+        }
     part = Path(answer + ".part")
     part.write_text(json.dumps(found))
     part.rename(answer)
     os._exit(0)
+
+
+def _kind_of_end(error: Exception, device: str) -> str:
+    """What an exception is: having no memory left is nobody's fault, and a GPU that is lost the end
+    of a process like any other."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    if not isinstance(error, (RuntimeError, BackendRaised)):
+        return "internal"
+    try:
+        wait(torch.device(device))
+    except RuntimeError:
+        return "crash"
+    return "error"
+
+
+def _as_told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"in a process of its own: {type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from ....machine import files
 from ....machine.last_words import LastWords
+from ... import settings
 from ...backends import Backend
 from ...data import exact
 from ...grouped.backend import AsDense
@@ -47,7 +48,8 @@ STARTS = 600.0
 class Question:
     """What a child is asked: a task of `child.TASKS`, a backend, and a problem to draw.
 
-    `ms` and `tactics` go together: what is called. `device` is torch's name of it.
+    `ms` and `tactics` go together: what is called. `device` is torch's name of it. `told` is where
+    its kernels are kept, and what else its environment does not say (`settings`).
     """
 
     task: str
@@ -58,6 +60,7 @@ class Question:
     ms: tuple[int, ...]
     tactics: tuple[str, ...]
     device: str
+    told: dict[str, str] = field(default_factory=settings.told)
 
     @staticmethod
     def of(text: str) -> Question:

@@ -63,6 +63,8 @@ def scratch(
     missed = None
     if fresh:
         found = _ask_of(backend, spec, cases[fresh[0].case], fresh, budget)
+        if found.get("error", {}).get("kind") == "out of memory":  # others may hold less by now
+            found = _ask_of(backend, spec, cases[fresh[0].case], fresh, budget)
         proof["blocks"] = found.get("blocks", 0)
         if proof["blocks"] or "error" in found:
             for launch in fresh:
@@ -142,18 +144,20 @@ def build(folder: Path) -> Path:
 @dataclass(frozen=True, slots=True)
 class Damage:
     """What canaries say: blocks given out so far, zones that changed, the bytes of them, how near
-    to its block the nearest was, and the size of the smallest such block."""
+    to its block the nearest was, the size of the smallest such block, and how often the device had
+    no memory to give."""
 
     blocks: int
     zones: int
     changed: int
     nearest: int
     smallest: int
+    refused: int
 
 
 def read(library: ctypes.CDLL) -> Damage:
     """Look at the zones of every block; waits for the device."""
-    found = (ctypes.c_longlong * 5)()
+    found = (ctypes.c_longlong * 6)()
     library.canaries_check(found)
     return Damage(*found)
 
@@ -168,35 +172,48 @@ def answer(question: Question) -> dict[str, Any]:
         )
         torch.cuda.memory.change_current_allocator(allocator)
         library = ctypes.CDLL(str(path))
-        backend = load_one(question.spec)
-        device = torch.device(question.device)
-        problem = question.problem
-        if isinstance(problem, ExpertsProblem):
-            assert isinstance(backend, AsDense)
-            case = uniform_case(backend, problem, device)
-        else:
-            case = _any_case(backend, problem, device)
-        if read(library).zones:
-            where = _error(read(library), "`prepare`")
-            return {"error": where, "blocks": read(library).blocks}
-        by_tactic: dict[str, dict[str, str]] = {}
-        before = 0
-        end = time.monotonic() + _CALLS_SECONDS
-        seen: set[str] = set()
-        for tactic, ms in in_order(question.ms, question.tactics):
-            if tactic in seen and time.monotonic() > end:
-                break
-            seen.add(tactic)
-            for m in ms * _ROUNDS:
-                call = bind(backend, [case], Launch(0, 0, m, tactic, 0))
-                with blame(backend):
-                    call.enqueue()
-                del call
-            damage = read(library)
-            if damage.zones > before:
-                by_tactic.setdefault(tactic, _error(damage, f"calls of {tactic}"))
-            before = damage.zones
-        return {"by_tactic": by_tactic, "blocks": read(library).blocks}
+        try:
+            return _under_canaries(library, question)
+        except Exception as error:
+            # Torch takes what such an allocator gives, nothing too, and a kernel then fails at it.
+            if read(library).refused:
+                raise MemoryError("the device had no memory left") from error
+            raise
+
+
+def _under_canaries(library: ctypes.CDLL, question: Question) -> dict[str, Any]:
+    """Every launch of the question, and the zones looked at after each tactic."""
+    backend = load_one(question.spec)
+    device = torch.device(question.device)
+    problem = question.problem
+    if isinstance(problem, ExpertsProblem):
+        assert isinstance(backend, AsDense)
+        case = uniform_case(backend, problem, device)
+    else:
+        case = _any_case(backend, problem, device)
+    if read(library).zones:
+        where = _error(read(library), "`prepare`")
+        return {"error": where, "blocks": read(library).blocks}
+    by_tactic: dict[str, dict[str, str]] = {}
+    before = 0
+    end = time.monotonic() + _CALLS_SECONDS
+    seen: set[str] = set()
+    for tactic, ms in in_order(question.ms, question.tactics):
+        if tactic in seen and time.monotonic() > end:
+            break
+        seen.add(tactic)
+        for m in ms * _ROUNDS:
+            call = bind(backend, [case], Launch(0, 0, m, tactic, 0))
+            with blame(backend):
+                call.enqueue()
+            del call
+        damage = read(library)
+        if damage.refused:
+            raise MemoryError("the device had no memory left")
+        if damage.zones > before:
+            by_tactic.setdefault(tactic, _error(damage, f"calls of {tactic}"))
+        before = damage.zones
+    return {"by_tactic": by_tactic, "blocks": read(library).blocks}
 
 
 def _any_case(backend: Backend, problem: Problem, device: torch.device) -> Case:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -84,13 +85,8 @@ def _around(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Ca
     case = cases[launch.case]
     rows = case.rows(launch.offset, launch.m)
     plain = prepared_activation(backend, rows)
-
-    def amid_poison() -> Any:
-        with layouts.padding(SCALE_NAN[case.operands.weight.format.scale]):
-            return prepared_activation(backend, _surrounded(rows))
-
-    activation = amid_poison()
-    case.derive(lambda: copy_over(amid_poison(), activation))
+    fill = SCALE_NAN[case.operands.weight.format.scale]
+    activation = _changed(backend, case, launch, lambda rows: None, fill)
     differ = 0
     for one, other in zip(tensors(plain), tensors(activation), strict=True):
         if one.dtype == torch.uint8 and one.shape == other.shape:
@@ -98,23 +94,49 @@ def _around(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Ca
     return rebind(backend, cases, bind(backend, cases, launch), activation), differ
 
 
+def _changed(
+    backend: Backend,
+    case: Case,
+    launch: Launch,
+    change: Callable[[Any], None],
+    fill: int | None = None,
+) -> Any:
+    """The activation of a launch amid poison and after `change` of its rows, as the backend wants
+    it; both are done again, in place, where the rows are drawn anew. With `fill`, so is what pads
+    scales in the backend's layout."""
+    rows = _surrounded(case.rows(launch.offset, launch.m))
+
+    def prepared() -> Any:
+        change(rows)
+        with layouts.padding(fill) if fill is not None else nullcontext():
+            return prepared_activation(backend, rows)
+
+    activation = prepared()
+
+    def renew() -> None:
+        copy_over(case.rows(launch.offset, launch.m), rows)
+        again = prepared()
+        if activation is not rows:
+            copy_over(again, activation)
+
+    case.derive(renew)
+    return activation
+
+
 def _nan_inside(backend: Backend, cases: Sequence[Case], launch: Launch) -> Call:
     """The launch with NaN in its second half, and only the first half of its output checked."""
     real = launch.m - launch.m // 2
     case = cases[launch.case]
 
-    def half_nan() -> Any:
-        rows = _surrounded(case.rows(launch.offset, launch.m))
+    def half_nan(rows: Any) -> None:
         if isinstance(rows, Fp4Tensor):
             rows.scales[real:].fill_(SCALE_NAN[rows.format.scale])
         else:
             for each in (rows.x, rows.weights) if isinstance(rows, Routed) else (rows,):
                 poison(each[real:])
-        return prepared_activation(backend, rows)
 
     bound = bind(backend, cases, launch)
-    activation = half_nan()
-    case.derive(lambda: copy_over(half_nan(), activation))
+    activation = _changed(backend, case, launch, half_nan)
     call = rebind(backend, cases, bound, activation)
     whole = bound.slot
     size = real * whole.out.shape[1]
@@ -151,9 +173,11 @@ def _with_rows(
     bound = bind(backend, cases, launch)
     whole = bound.slot
 
-    def changed() -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """The activation with these rows, and what must come out at least and at most."""
-        rows = _surrounded(case.rows(launch.offset, launch.m))
+    # Where one answer is right both ends are the same tensor.
+    lo = torch.empty_like(whole.lo)
+    hi = lo if whole.hi.data_ptr() == whole.lo.data_ptr() else torch.empty_like(whole.hi)
+
+    def change(rows: Any) -> None:
         if isinstance(rows, Fp4Tensor):
             rows.scales[at] = 0 if zeros else SCALE_NAN[rows.format.scale]
             if zeros:
@@ -162,14 +186,13 @@ def _with_rows(
         else:
             x = rows.x if isinstance(rows, Routed) else rows
             x[at] = 0.0 if zeros else float("nan")
-        lo, hi = whole.lo.clone(), whole.hi.clone()
         # Rows of zeros still have the experts' biases.
         biases = rests(case, rows)[at] if zeros and rests and isinstance(rows, Routed) else 0.0
-        lo[at] = hi[at] = biases
-        return prepared_activation(backend, rows), lo, hi
+        for mine, right in ((lo, whole.lo), (hi, whole.hi)):
+            mine.copy_(right)
+            mine[at] = biases
 
-    given = activation, lo, hi = changed()
-    case.derive(lambda: copy_over(changed(), given))
+    activation = _changed(backend, case, launch, change)
     call = rebind(backend, cases, bound, activation)
     place = Slot(whole.out, lo, hi, whole.guarded)
     if zeros:
