@@ -31,6 +31,8 @@ LANES = 4
 """Streams (or threads) at once: what engines use for overlapped layers, and enough to collide."""
 IN_A_ROW = 4
 """Calls of one m that each lane makes, so that lanes meet."""
+LONG_M = 256
+"""From above this on calls are so long that half as many meet."""
 MOST_M = 16
 """Different m that are run in all lanes at once."""
 ROUNDS = 200
@@ -138,11 +140,12 @@ def rounds_of(
     for launch in by_m[:: -(-len(by_m) // MOST_M) or 1]:
         able = with_room(cases, launch.m)
         place = able.index(launch.case)
+        in_a_row = IN_A_ROW if launch.m <= LONG_M else IN_A_ROW // 2
         for weights in sorted({1, min(2, len(able))}):
             lanes = []
             for lane in range(LANES):
                 chosen = replace(launch, case=able[(place + lane % weights) % len(able)])
-                lanes.append((bind(backend, cases, _moved(cases, chosen, lane)),) * IN_A_ROW)
+                lanes.append((bind(backend, cases, _moved(cases, chosen, lane)),) * in_a_row)
             rounds.append(Together(tuple(lanes), one_m=True))
     return rounds
 

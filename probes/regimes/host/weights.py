@@ -41,8 +41,9 @@ _LEAST = 9
 _TIMES = 3
 """How many budgets of seconds the crowd may take."""
 _SMALL_SECONDS = 1.0
-_SHARE = 4
-"""One part in so many of a device's free memory may be taken by the crowd."""
+_SHARE = 8
+"""One part in so many of a device's free memory may be taken by the crowd: others of ours may do
+the same at once."""
 _LOADS = 4
 """Weights that are loaded one after the other at one address."""
 HELD = 10
