@@ -399,3 +399,15 @@ def test_launches_are_of_weights_with_room():
     assert {x.case for x in launches if x.m == 1100} == {0}
     found = layer.regime("streams", items, BUDGET, LaunchAim(40, 4, 10.0))
     assert not found["items"][0]["bad"] and found["items"][0]["launches"]
+
+
+@pytest.mark.parametrize(("memory", "drawn"), [(1 << 30, 2), (2 << 20, 4)])
+def test_fields_of_small_and_of_large_m_are_kept_as_far_as_they_fit(memory, drawn):
+    """They are asked for by turns, regime after regime, and drawing them is what that costs."""
+    said = []
+    backend = load_one("torch-dequant")
+    layer = OpenLayer(backend, Device("cpu"), PROBLEM, 3, memory, said.append)
+    for _ in range(2):
+        first, second = layer._field(24, True, False), layer._field(24, False, False)
+        assert first.redraw and second.redraw
+    assert sum(text.startswith("drawing field 1 of") for text in said) == drawn

@@ -83,15 +83,17 @@ class OpenLayer:
 
     def _field(self, width: int, small: bool, few: bool) -> _Field:
         """Many weights of this width, or a few, with rows that are drawn anew; the strict cases
-        where there are no such rows. One field is kept at a time."""
+        where there are no such rows. Those of earlier regimes are kept as far as all fit in half of
+        the memory: what is small and what is large is asked for by turns."""
         if (width, small, few) not in self._fields:
-            self._fields.clear()
             most = WEIGHTS if self.device.kind == "cpu" else MANY_WEIGHTS
             most = max(WEIGHTS, most // 4) if few else most
             rows = min(self.problem.m, SMALL_M + SPARE_ROWS) if small else self.problem.m
             pools = [rows] * most if small or few else field_rows(rows, most)
             each = sum(_bytes_of_case(self.problem.at(pool)) for pool in pools) / most
             count = max(WEIGHTS, min(most, int(self.memory / 2 / each)))
+            size = int(count * each)
+            self._keep_fields(self.memory // 2 - size)
             drawn = []
             for index, pool in enumerate(pools[:count]):
                 seed = derive(self.seed, self.problem, "field", width, small, index)
@@ -104,9 +106,14 @@ class OpenLayer:
                 drawn.append(case(self.backend, problem, operands))
             else:
                 again = Redraw(drawn, ProductAnswers(drawn, self.memory // 4))
-                return self._fields.setdefault((width, small, few), _Field(drawn, again))
+                return self._fields.setdefault((width, small, few), _Field(drawn, again, size))
             self._fields[width, small, few] = _Field(self.cases(width), None)
         return self._fields[width, small, few]
+
+    def _keep_fields(self, room: int) -> None:
+        """Let go of all fields, unless they leave `room` bytes as it is."""
+        if sum(field.size for field in self._fields.values()) > room:
+            self._fields.clear()
 
     def _draw(self, data: str, width: int | None, seed: int) -> Case:
         device = self.device.torch
@@ -496,10 +503,12 @@ class OpenLayer:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """Cases that launches are spread over, and what draws their rows anew, if anything can."""
+    """Cases that launches are spread over, what draws their rows anew, if anything can, and about
+    how many bytes of the device they take."""
 
     cases: list[Case]
     redraw: Redraw | None
+    size: int = 0
 
 
 def field_rows(rows: int, count: int) -> list[int]:
