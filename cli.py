@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -105,6 +106,10 @@ def main() -> None:
     _streams.forgive()
     try:
         app(prog_name="fp4tune")
+    except Exception:
+        # A fault of ours is told whole, and is no verdict: Python's own exit code would be one.
+        sys.excepthook(*sys.exc_info())
+        raise SystemExit(NOT_ASSESSED) from None
     finally:
         # What could not be printed was not answered, whatever it would have been.
         if not _streams.flushed():

@@ -445,7 +445,7 @@ def schema_tables() -> list[str]:
     return list(bundle.schema.TABLES)
 
 
-ITEMS: dict[int, tuple[str, Callable[[], Score]]] = {
+ITEMS = {
     1: ("a quarantine cannot be undone by who may only report", reports),
     3: ("the ledger knows when it was changed: its log, its pages, whole runs", ledgers),
     6: ("advisories are not replayed, and a malformed one changes nothing", advice),
@@ -454,19 +454,24 @@ ITEMS: dict[int, tuple[str, Callable[[], Score]]] = {
 }
 
 
-def item(number: int, says: Any) -> None:
+Attacks = dict[int, tuple[str, Callable[[], Score]]]
+"""By item: what it is about, and the attacks on it."""
+
+
+def item(attacks: Attacks, number: int, says: Any) -> None:
     """One item, in a process of its own; its result as a document."""
     reader.INTERVAL = 0.0
     began = time.monotonic()
-    name, attack = ITEMS[number]
+    name, attack = attacks[number]
     score = attack().json()
     says.put((number, {"what": name, **score, "seconds": round(time.monotonic() - began, 1)}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def attack_all(attacks: Attacks, said: str, file: str) -> None:
+    """The items that are asked for, side by side; what came of them in a file of ``--out``."""
+    parser = argparse.ArgumentParser(description=said.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--items", type=int, nargs="*", default=list(ITEMS))
+    parser.add_argument("--items", type=int, nargs="*", default=list(attacks))
     options = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("needs root, to act as other users")
@@ -474,7 +479,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     forks = multiprocessing.get_context("fork")  # what is imported here need not be again
     says = forks.Queue()
-    running = [forks.Process(target=item, args=(number, says)) for number in options.items]
+    running = [forks.Process(target=item, args=(attacks, n, says)) for n in options.items]
     for each in running:
         each.start()
     for _ in running:
@@ -486,8 +491,8 @@ def main() -> None:
         result = {"machine": machine(), "items": dict(sorted(found.items()))}
         result["seconds"] = round(time.monotonic() - began, 1)
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "more.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / file).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    attack_all(ITEMS, __doc__ or "", "more.json")

@@ -20,6 +20,7 @@ import typer
 
 from ..cache.errors import Corrupt, StateError
 from ..errors import NOT_ASSESSED, Refused, printable
+from ..machine.memory import is_out_of_memory
 
 State = Annotated[
     Path | None,
@@ -200,6 +201,12 @@ def one_sentence() -> Iterator[None]:
             raise  # whoever read what is printed has enough of it
         where = "" if error.filename is None else f"{error.filename}: "
         say(f"fp4tune: {where}{error.strerror}", err=True)
+        raise typer.Exit(NOT_ASSESSED) from None
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        text = "this host had no memory left, which says nothing of any backend; what was written"
+        say(f"fp4tune: {text} so far is kept", err=True)
         raise typer.Exit(NOT_ASSESSED) from None
     except KeyboardInterrupt:
         say("fp4tune: interrupted; what was written so far is kept", err=True)

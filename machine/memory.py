@@ -38,8 +38,11 @@ _SAID = (
     "std::bad_alloc",
     "_alloc_failed",
     "insufficient memory",
+    "failed to map segment",
+    "can't start new thread",
 )
-"""How allocators say it, in lower case: torch's on a CPU and on a GPU, CUDA's, NumPy's, C++'s."""
+"""How allocators say it, in lower case: torch's on a CPU and on a GPU, CUDA's, NumPy's, C++'s, what
+loads shared objects, and Python of a thread's stack."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,6 +60,24 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         each = each.__cause__ or each.__context__
     return False
+
+
+_ENDED = (
+    "std::bad_alloc",
+    "thread creation failed",
+    "pthread_create",
+    "resource temporarily unavailable",
+    "cannot allocate memory",
+)
+"""What libraries print that end their process, where there is no memory or no thread to be had:
+C++'s runtime, libgomp, libomp, OpenBLAS, glibc."""
+
+
+def ended_for_want(printed: str) -> bool:
+    """Whether the end of what a process `printed` says that it ended since memory or threads were
+    lacking."""
+    lines = printed.strip().lower().splitlines()
+    return any(words in line for line in lines[-2:] for words in _ENDED)
 
 
 _COUNTS = (

@@ -13,6 +13,7 @@ import stores
 from typer.main import get_command
 
 from commands import call
+from fp4tune import cli
 from fp4tune.cache import state
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cli import app
@@ -413,3 +414,15 @@ def test_help_needs_no_torch():
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--max-m" in done.stdout, done.stderr
+
+
+def test_a_fault_of_ours_is_told_whole_and_is_no_verdict(monkeypatch, capsys):
+    def fails(prog_name):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr(cli, "contain", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2, "1 is a verdict"
+    assert "ZeroDivisionError: ours" in capsys.readouterr().err

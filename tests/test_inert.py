@@ -89,8 +89,12 @@ def test_what_cannot_even_be_told_is_told():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("inert") / "state"
-    texts = [t.encode("utf-8", "replace").decode() for t in TEXTS]  # as SQLite takes it
+    return filled(tmp_path_factory.mktemp("inert") / "state", TEXTS)
+
+
+def filled(place: Path, names: list[str]) -> Path:
+    """A state whose every name is one of these."""
+    texts = [t.encode("utf-8", "replace").decode() for t in names]  # as SQLite takes it
     environments, choices, candidates, findings = [], [], [], []
     with Ledger.open(place) as ledger:
         run = ledger.start_run(
@@ -215,11 +219,15 @@ def test_pictures_are_whole_xml(place, tmp_path):
 
 @pytest.fixture
 def scopes(place) -> dict:
+    return scopes_of(place, TEXTS)
+
+
+def scopes_of(place: Path, names: list[str]) -> dict:
     """The facts of a node whose GPUs and profiles have these names."""
     found = facts.gather(place)
     (scope,) = found["scopes"]
     found["scopes"] = [
-        {**scope, "gpu": text, "profile": text, "backends": {text: 1}} for text in TEXTS
+        {**scope, "gpu": text, "profile": text, "backends": {text: 1}} for text in names
     ]
     return {**found, "reason": NAMES["newline"] + NAMES["clear"]}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import signal
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 
@@ -124,7 +127,44 @@ def test_what_the_kernel_ends_for_memory_is_no_crash(tmp_path, monkeypatch, coun
     assert signal.SIGKILL.name in str(failed.value) or "memory" in str(failed.value)
 
 
+LAST_WORDS = {
+    "libgomp: Thread creation failed: Resource temporarily unavailable": "out of memory",
+    "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc":
+        "out of memory",
+    "OMP: System error #11: Resource temporarily unavailable": "out of memory",
+    "torch.OutOfMemoryError: CUDA out of memory": "crash",  # raised and told before, and no end
+    "std::bad_alloc\none\ntwo": "crash",
+    "": "crash",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", LAST_WORDS)
+@pytest.mark.parametrize("ending", ["os._exit(1)", "os.abort()"])
+def test_a_process_that_ends_for_want_of_memory_or_threads_is_no_crash(tmp_path, words, ending):
+    """libgomp ends it with code 1: a container's limit of processes condemned the floor."""
+    script = f"read()\nos.write(2, {words.encode()!r} + b'\\n')\n{ending}"
+    with scripted(tmp_path, script) as worker, pytest.raises(WorkerFailed) as failed:
+        worker.ask("anything", 20.0)
+    assert failed.value.kind == LAST_WORDS[words] and failed.value.fatal
+
+
 # -- held against what there is before anything starts
+
+
+@pytest.mark.parametrize("gigabytes", [0.25, 0.45, 0.65])
+def test_a_host_without_memory_is_a_sentence_and_no_verdict(tmp_path, gigabytes):
+    """Whatever fails for it: a library that is not mapped, or Python itself."""
+
+    def little() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+
+    words = ["probe", "--gpu", "none", "--shape", "64,64", "--state", str(tmp_path / "state")]
+    done = subprocess.run(
+        [sys.executable, "-m", "fp4tune.cli", *words], preexec_fn=little, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "no memory left" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("shape", ["99999999999,64", "64,99999999968", "999999,999936"])

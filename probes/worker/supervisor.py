@@ -120,11 +120,13 @@ class Worker:
             raise self._failure("hang", f"{how}, killed") from None
         except Closed:
             died = self._death()
+            log, why = self.log_tail(), None
             if self._kept.status == -signal.SIGKILL and memory.kills() != self._kills:
                 why = "ended by the kernel, which had no memory left"
-                raise WorkerFailed(
-                    "out of memory", why, self.doing, self.log_tail(), gone=True
-                ) from None
+            elif memory.ended_for_want(log):
+                why = f"{died}: this host had no memory or no thread left"
+            if why is not None:
+                raise WorkerFailed("out of memory", why, self.doing, log, gone=True) from None
             raise self._failure("crash", died) from None
 
     def _receive(self, number: int, silence: float) -> Message:

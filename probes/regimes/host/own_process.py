@@ -21,6 +21,7 @@ import torch
 
 from ....machine import files
 from ....machine.last_words import LastWords
+from ....machine.memory import ended_for_want
 from ... import settings
 from ...backends import Backend
 from ...data import exact
@@ -73,8 +74,8 @@ class Question:
 
 
 class NoAnswer(Exception):
-    """A child that gave no answer. `kind` is ``hang`` or ``crash``; ``internal`` where it did not
-    come so far as to load the backend."""
+    """A child that gave no answer. `kind` is ``hang`` or ``crash``, or ``out of memory`` where it
+    said that; ``internal`` where it did not come so far as to load the backend."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -148,9 +149,8 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
         try:
             found: dict[str, Any] = json.loads(files.text(answer))
         except FileNotFoundError:
-            raise NoAnswer(
-                "crash", f"its own process ended with {child.returncode}: {last}"
-            ) from None
+            kind = "out of memory" if ended_for_want(last) else "crash"
+            raise NoAnswer(kind, f"its own process ended with {child.returncode}: {last}") from None
         except (OSError, ValueError) as error:
             raise NoAnswer("crash", f"its own process left no answer: {error}") from None
         return found
