@@ -20,6 +20,8 @@ SLOWER = "slower than two that are proven"
 OVER = "the time budget had ended"
 FOR_BUILDS = 0.5
 """The most of a time budget that compilers get: without a measurement nothing is gained by it."""
+A_BUILD = 10.0
+"""Seconds that they get in any case, within the budget: what has little to compile takes few."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from ..probes.seeds import derive
 from ..probes.worker.supervisor import WorkerFailed
 from . import chains
 from .agreement import Agreement
-from .budget import FOR_BUILDS, TimeBudget
+from .budget import A_BUILD, FOR_BUILDS, TimeBudget
 from .choice.rank import FLOORS
 from .device_lock import device_lock
 from .environment import environment_of
@@ -239,7 +239,10 @@ class Probe:
         """Compile these for their layers, and for what comes behind these in a chain."""
         wanted = {runner: [*taking.of(runner), *taking.also[runner]] for runner in runners}
         budget = self.plan.budget
-        until = inf if budget is None else self._start + FOR_BUILDS * budget
+        until = inf
+        if budget is not None:
+            least = min(self._start + budget, time.monotonic() + A_BUILD)
+            until = max(self._start + FOR_BUILDS * budget, least)
         return self._worked(build(self._pool, wanted, self.state_dir, self.progress, until))
 
     def _worked(self, built: Built) -> list[Runner]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from ..machine.devices import Target
@@ -69,6 +70,9 @@ class Runner:
         if self.deaths >= MOST_DEATHS:
             raise WorkerFailed("crash", f"its worker died {self.deaths} times", "starting")
         self._worker = Worker(self.python, self.target.environment)
+        if self._closed:  # meanwhile, by another thread, which found none to close
+            self._worker.close()
+            raise Stopped
 
     def greet(self) -> None:
         """Have the worker load the backend; `hello` is what it says of itself."""
@@ -100,15 +104,15 @@ class Runner:
         return self._ask(do, silence or self.patience.run, **arguments)
 
     def _ask(self, do: str, silence: float, **arguments: Any) -> Any:
-        assert self._worker is not None
+        worker = self._worker
+        if worker is None:
+            raise Stopped
         try:
-            return self._worker.ask(
-                do, silence, lambda text: self.progress(self.name, text), **arguments
-            )
-        except WorkerFailed as failure:
+            return worker.ask(do, silence, lambda text: self.progress(self.name, text), **arguments)
+        except Exception as failure:
             if self._closed:
                 raise Stopped from failure
-            if failure.fatal:
+            if isinstance(failure, WorkerFailed) and failure.fatal:
                 self.deaths += 1
                 self._worker = None
                 self._partial = True
@@ -118,10 +122,13 @@ class Runner:
                     self._fresh = True
             raise
 
-    def build(self, problems: Sequence[Problem], workers: int) -> float:
-        """Compile for `problems`; the seconds it took."""
+    def build(self, problems: Sequence[Problem], workers: int, until: float = inf) -> float:
+        """Compile for `problems`, `until` then (of `time.monotonic`) at most; the seconds it
+        took."""
         wanted = [asdict(problem) for problem in problems]
-        result = self.ask("build", self.patience.build, problems=wanted, workers=workers)
+        result = self.ask(
+            "build", self.patience.build, problems=wanted, workers=workers, until=until
+        )
         self._built = (wanted, workers)
         return float(result["seconds"])
 

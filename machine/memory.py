@@ -4,6 +4,7 @@ it in an engine's interpreter, which need not have psutil."""
 from __future__ import annotations
 
 import errno
+import signal
 from pathlib import Path
 
 _UNKNOWN = 2 << 30
@@ -65,17 +66,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 _ENDED = (
     "std::bad_alloc",
     "thread creation failed",
-    "pthread_create",
-    "resource temporarily unavailable",
+    "omp: system error #11",
+    "omp: system error #12",
+    "what():  resource temporarily unavailable",
     "cannot allocate memory",
 )
 """What libraries print that end their process, where there is no memory or no thread to be had:
-C++'s runtime, libgomp, libomp, OpenBLAS, glibc."""
+C++'s runtime, libgomp, libomp, glibc."""
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 
 
-def ended_for_want(printed: str) -> bool:
+def ended_for_want(printed: str, status: int | None) -> bool:
     """Whether the end of what a process `printed` says that it ended since memory or threads were
-    lacking."""
+    lacking. `status` is how it ended, a signal as a negative number: a fault is one whatever was
+    said before."""
+    if status is not None and -status in _FAULTS:
+        return False
     lines = printed.strip().lower().splitlines()
     return any(words in line for line in lines[-2:] for words in _ENDED)
 

@@ -127,6 +127,14 @@ def test_what_the_kernel_ends_for_memory_is_no_crash(tmp_path, monkeypatch, coun
     assert signal.SIGKILL.name in str(failed.value) or "memory" in str(failed.value)
 
 
+@pytest.mark.parametrize("signal_", [signal.SIGSEGV, signal.SIGBUS])
+def test_a_fault_is_one_whatever_was_said_before(tmp_path, signal_):
+    script = f"read()\nos.write(2, b'std::bad_alloc')\nos.kill(os.getpid(), {int(signal_)})"
+    with scripted(tmp_path, script) as worker, pytest.raises(WorkerFailed) as failed:
+        worker.ask("anything", 20.0)
+    assert failed.value.kind == "crash"
+
+
 LAST_WORDS = {
     "libgomp: Thread creation failed: Resource temporarily unavailable": "out of memory",
     "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc":

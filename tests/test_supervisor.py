@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -198,3 +199,30 @@ def test_nothing_is_left_open(worker):
         with worker(code) as made:
             failure(made, 0.5)
     assert descriptors() == before
+
+
+def test_what_is_not_done_until_then_is_late_however_often_it_says_that_it_lives(worker):
+    code = """
+        read()
+        while True:
+            time.sleep(0.1)
+            say(event="progress", text="slowly")
+    """
+    with worker(code) as made:
+        start = time.monotonic()
+        with pytest.raises(WorkerFailed) as failed:
+            made.ask("thing", 60.0, until=start + 0.6)
+        assert failed.value.kind == "late" and failed.value.fatal and not made.alive
+        assert 0.6 <= time.monotonic() - start < 5
+
+
+def test_one_thread_closes_what_another_is_asking(worker):
+    """As a probe does that ends early: neither may find the other listening, nor wait long."""
+    with worker("read()\ntime.sleep(60)") as made:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(made.ask, "thing", 60.0)
+            time.sleep(0.3)
+            start = time.monotonic()
+            made.close()
+            assert isinstance(asked.exception(timeout=10), (WorkerFailed, OSError, ValueError))
+        assert time.monotonic() - start < 8 and not made.alive

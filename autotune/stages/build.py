@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -16,7 +17,7 @@ from ...cache.errors import Busy
 from ...machine.memory import free_memory
 from ...probes.problem import Problem
 from ...probes.worker.supervisor import WorkerFailed
-from ..runner import Runner, Stopped
+from ..runner import Runner
 from ..verdict.buckets import ranges
 
 _GIB = 1 << 30
@@ -64,33 +65,44 @@ def build(
     Two probes never compile one backend at once: the second finds what the first has made. What is
     not compiled `until` then (of `time.monotonic`) is given up, its worker ended.
     """
-    room = max(1, free_memory() // _BUILD_BYTES)
+    fit = max(1, free_memory() // _BUILD_BYTES)
     cores = len(os.sched_getaffinity(0))
     # Few backends have much to compile, so a half each keeps the machine busy to the end.
-    workers = max(1, min(cores, room) // min(2, max(1, len(wanted))))
-    room_for = Semaphore(min(len(wanted), room) or 1)
+    workers = max(1, min(cores, fit) // min(2, max(1, len(wanted))))
+    room_for = Semaphore(min(len(wanted), fit) or 1)
 
     def one(runner: Runner, problems: Sequence[Problem]) -> float:
         lock = state.build_lock(state_dir, f"{runner.target.device.arch}-{runner.name}")
         what = f"the build of {runner.name}"
         each_m = [problem.at(m.hi) for problem in problems for m in ranges(problem.m)]
-        patience = min(runner.patience.build, max(0.0, until - time.monotonic()))
-        with state.exclusive(lock, what, wait=patience), room_for:
-            return runner.build(each_m, workers)
+        try:
+            with state.exclusive(lock, what, wait=min(runner.patience.build, left())), room():
+                return runner.build(each_m, workers, until)
+        except Busy:
+            if left():
+                raise
+            raise _late() from None
+
+    def left() -> float:
+        return max(0.0, until - time.monotonic())
+
+    @contextmanager
+    def room() -> Iterator[None]:
+        if not room_for.acquire(timeout=left() if until < inf else None):
+            raise _late()
+        try:
+            yield
+        finally:
+            room_for.release()
 
     built = Built()
     futures = {pool.submit(one, runner, mine): runner for runner, mine in wanted.items()}
-    for future in _as_they_end(futures, say, until):
+    for future in _as_they_end(futures, say):
         runner = futures[future]
         try:
             seconds = future.result()
         except WorkerFailed as failure:
             built.failed[runner.name] = ("building", failure)
-        except (Stopped, Busy):
-            if time.monotonic() < until:
-                raise
-            late = WorkerFailed("late", "not compiled within half of --budget", "building")
-            built.failed[runner.name] = ("building", late)
         else:
             say(runner.name, f"built in {seconds:.1f} s")
             built.seconds[runner.name] = seconds
@@ -98,20 +110,18 @@ def build(
     return built
 
 
+def _late() -> WorkerFailed:
+    return WorkerFailed("late", "its turn to compile did not come in half of --budget", "building")
+
+
 def _as_they_end(
-    futures: Mapping[Future[float], Runner], say: Callable[[str, str], None], until: float
+    futures: Mapping[Future[float], Runner], say: Callable[[str, str], None]
 ) -> Iterator[Future[float]]:
-    """Each once it is done; those that are not `until` then are ended."""
+    """Each once it is done; what is waited for is said now and then."""
     left, begun = set(futures), time.monotonic()
     while left:
-        patience = min(SAID, until - time.monotonic())
-        ended, left = wait(left, max(0.0, patience), FIRST_COMPLETED)
+        ended, left = wait(left, SAID, FIRST_COMPLETED)
         yield from ended
-        if left and time.monotonic() >= until:
-            for future in left:
-                futures[future].close()
-            ended, left = wait(left)
-            yield from ended
-        elif left and not ended:
+        if not ended:
             names = ", ".join(sorted(futures[future].name for future in left))
             say("build", f"{time.monotonic() - begun:.0f} s, compiling {names}")

@@ -63,6 +63,10 @@ class Start:
     alone: bool = False
 
 
+_A_LITTLE = 0.1
+"""Seconds that one thread listens before another may."""
+
+
 class _Request:
     """What a server is asked for one worker, with descriptors of its own, until it is let go.
 
@@ -110,6 +114,7 @@ class Kept:
         self._server, self._control = ask(request)
         self._poll = select.poll()
         self._poll.register(self._control, select.POLLIN)
+        self._listening = threading.Lock()
         self._log = ""
         self._ended = False
         self._keeper: int | None = None
@@ -153,24 +158,40 @@ class Kept:
 
     def close(self) -> None:
         """Let go of the keeper; it ends what is left."""
-        self._request.let_go()
-        self._control.close()
-        self._ended = True
+        with self._listening:
+            self._request.let_go()
+            self._control.close()
+            self._ended = True
 
     def _hear(self, event: str, seconds: float) -> None:
-        """Take what the keeper says until `event`, its end, or the time is over."""
+        """Take what the keeper says until `event`, its end, or the time is over.
+
+        A probe that ends early closes workers that threads of it are still asking, and no two may
+        listen at once: each listens a little at a time.
+        """
         deadline = time.monotonic() + seconds
         heard = None
         while not self._ended and heard != event:
             left = max(0.0, deadline - time.monotonic())
-            if not self._poll.poll(1000 * left):
+            with self._listening:
+                if self._ended:
+                    return
+                if self._poll.poll(1000 * min(left, _A_LITTLE)):
+                    heard = self._listen()
+                    continue
+            if left <= _A_LITTLE:
                 return
-            try:
-                packet = self._control.recv(1 << 17)
-            except OSError:
-                packet = b""
-            heard = self._take(json.loads(packet)) if packet else None
-            self._ended = self._ended or not (packet or self._asked_again())
+            time.sleep(0)  # a lock that is taken again at once is nobody else's
+
+    def _listen(self) -> str | None:
+        """Take the next thing the keeper says, or its end; which it was."""
+        try:
+            packet = self._control.recv(1 << 17)
+        except OSError:
+            packet = b""
+        heard = self._take(json.loads(packet)) if packet else None
+        self._ended = self._ended or not (packet or self._asked_again())
+        return heard
 
     def _asked_again(self) -> bool:
         """Ask another server for a worker that no keeper has spoken of, where the one that was

@@ -18,6 +18,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from .. import settings
@@ -105,11 +106,10 @@ class Server:
             return False
         except BaseException as error:
             return self._explain(error)
+        if message.get("do") in ("grade", "family", "regime"):
+            self._give_back()
         self._say(event="done", result=result)
-        if self._poisoned():
-            return False
-        self._give_back()
-        return True
+        return not self._poisoned()
 
     def _explain(self, error: BaseException) -> bool:
         from ...machine.memory import is_out_of_memory
@@ -133,6 +133,7 @@ class Server:
             kind = "error" if isinstance(error, (RuntimeError, BackendRaised)) else "internal"
             if is_out_of_memory(error):
                 kind = "out of memory"
+                self._give_back()
             lost = self._poisoned()
             self._failed(sentence(error), "poisoned" if lost else kind)
             return not lost
@@ -259,11 +260,11 @@ class Server:
 
         if self._device is None or self._device.kind != "cuda":
             return
-        if torch.cuda.memory_reserved() <= most:
-            return
-        gc.collect()
-        if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > most:
-            torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a context that is lost: the next to look says so
+            if torch.cuda.memory_reserved() > most:
+                gc.collect()
+            if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > most:
+                torch.cuda.empty_cache()
 
     def _census(self, on: bool) -> None:
         """Whether code is recorded as it is loaded: from before CUDA starts until all is graded,

@@ -92,7 +92,8 @@ class OpenLayer:
             pools = [rows] * most if small or few else field_rows(rows, most)
             each = sum(_bytes_of_case(self.problem.at(pool)) for pool in pools) / most
             count = max(WEIGHTS, min(most, int(self.memory / 2 / each)))
-            size = int(count * each)
+            kept = min(self.memory // 4, count * 2 * self.problem.n * self.problem.k)
+            size = int(count * each) + kept
             self._keep_fields(self.memory // 2 - size)
             drawn = []
             for index, pool in enumerate(pools[:count]):

@@ -8,6 +8,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 from ...machine import memory
@@ -31,7 +32,7 @@ class WorkerFailed(Exception):
 
     kinds: ``error`` (the backend raised), ``internal`` (we did: says nothing of the backend),
     ``out of memory``, ``not applicable``, ``no backend`` (the worker lives on); ``late`` (not done
-    within what a time budget leaves, and given up); ``poisoned``
+    in the time there was, and killed for that); ``poisoned``
     (CUDA context lost), ``crash`` (the process died), ``hang`` (silent for too long, killed),
     after all three of which the worker is gone. `gone`: it is after another, too, since the kernel
     ended it to get its memory back.
@@ -89,9 +90,10 @@ class Worker:
         do: str,
         silence: float,
         progress: Callable[[str], None] | None = None,
+        until: float = inf,
         **arguments: Any,
     ) -> Any:
-        """Send a command and wait for its result.
+        """Send a command and wait for its result, `until` then (of `time.monotonic`) at most.
 
         `silence` is how many seconds without any sign of life count as a hang, from when the
         process runs. What is printed or written to the channel by anyone but the worker's own loop
@@ -107,7 +109,7 @@ class Worker:
                 raise Silent("it was not started")
             self._channel.send({"id": number, "do": do, "arguments": arguments}, silence)
             while True:
-                message = self._receive(number, silence)
+                message = self._receive(number, min(silence, until - time.monotonic()))
                 if message["event"] != "progress":
                     return self._finish(message)
                 self.doing = str(message.get("text"))
@@ -116,6 +118,9 @@ class Worker:
         except Silent:
             ran = self._kept.pid is not None
             self.kill()
+            if time.monotonic() >= until:
+                why = "not done in the time there was, and killed"
+                raise WorkerFailed("late", why, self.doing, self.log_tail(), gone=True) from None
             how = f"silent for {silence:g} s" if ran else f"not started within {_STARTS:g} s"
             raise self._failure("hang", f"{how}, killed") from None
         except Closed:
@@ -123,7 +128,7 @@ class Worker:
             log, why = self.log_tail(), None
             if self._kept.status == -signal.SIGKILL and memory.kills() != self._kills:
                 why = "ended by the kernel, which had no memory left"
-            elif memory.ended_for_want(log):
+            elif memory.ended_for_want(log, self._kept.status):
                 why = f"{died}: this host had no memory or no thread left"
             if why is not None:
                 raise WorkerFailed("out of memory", why, self.doing, log, gone=True) from None

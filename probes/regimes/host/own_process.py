@@ -8,6 +8,7 @@ is kept, for one that dies.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ import torch
 
 from ....machine import files
 from ....machine.last_words import LastWords
-from ....machine.memory import ended_for_want
+from ....machine.memory import ended_for_want, kills
 from ... import settings
 from ...backends import Backend
 from ...data import exact
@@ -119,6 +120,7 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
     with tempfile.TemporaryDirectory(prefix="fp4tune-own-process-") as folder:
         asked, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(asdict(question)))
+        before = kills()
         with LastWords() as words:
             child = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, str(_BOOTSTRAP), str(asked), str(answer)],
@@ -149,7 +151,10 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
         try:
             found: dict[str, Any] = json.loads(files.text(answer))
         except FileNotFoundError:
-            kind = "out of memory" if ended_for_want(last) else "crash"
+            starved = ended_for_want(last, child.returncode)
+            if child.returncode == -signal.SIGKILL:
+                starved = kills() != before
+            kind = "out of memory" if starved else "crash"
             raise NoAnswer(kind, f"its own process ended with {child.returncode}: {last}") from None
         except (OSError, ValueError) as error:
             raise NoAnswer("crash", f"its own process left no answer: {error}") from None

@@ -64,12 +64,14 @@ def scratch(
     if fresh:
         found = _ask_of(backend, spec, cases[fresh[0].case], fresh, budget)
         if found.get("error", {}).get("kind") == "out of memory":  # others may hold less by now
+            before = found.get("by_tactic", {})
             found = _ask_of(backend, spec, cases[fresh[0].case], fresh, budget)
+            found["by_tactic"] = before | found.get("by_tactic", {})
         proof["blocks"] = found.get("blocks", 0)
         if proof["blocks"] or "error" in found:
             for launch in fresh:
                 by_tactic = found.get("by_tactic", {})
-                told[launch.tactic] = found.get("error") or by_tactic.get(launch.tactic)
+                told[launch.tactic] = by_tactic.get(launch.tactic) or found.get("error")
         else:
             missed = "no memory came from the allocator"
     clean = SlotReport(0, 0, 0, 0, 0, None, ())
@@ -165,24 +167,33 @@ def read(library: ctypes.CDLL) -> Damage:
 def answer(question: Question) -> dict[str, Any]:
     """In the child: every launch with canaries in place, looked at after each tactic."""
     with tempfile.TemporaryDirectory(prefix="fp4tune-canaries-") as folder:
-        path = build(Path(folder))
-        # Before anything is allocated: an allocator in use cannot be changed.
-        allocator = torch.cuda.memory.CUDAPluggableAllocator(
-            str(path), "canaries_malloc", "canaries_free"
-        )
-        torch.cuda.memory.change_current_allocator(allocator)
-        library = ctypes.CDLL(str(path))
         try:
-            return _under_canaries(library, question)
+            path = build(Path(folder))
+            # Before anything is allocated: an allocator in use cannot be changed.
+            allocator = torch.cuda.memory.CUDAPluggableAllocator(
+                str(path), "canaries_malloc", "canaries_free"
+            )
+            torch.cuda.memory.change_current_allocator(allocator)
+        except RuntimeError as error:
+            raise OSError(f"there are no canaries: {error}") from error  # no fault of the backend
+        library = ctypes.CDLL(str(path))
+        by_tactic: dict[str, dict[str, str]] = {}
+        try:
+            _under_canaries(library, question, by_tactic)
         except Exception as error:
             # Torch takes what such an allocator gives, nothing too, and a kernel then fails at it.
-            if read(library).refused:
-                raise MemoryError("the device had no memory left") from error
-            raise
+            if not isinstance(error, MemoryError) and not read(library).refused:
+                raise
+            short = {"kind": "out of memory", "message": "the device had no memory left"}
+            return {"by_tactic": by_tactic, "error": short, "blocks": read(library).blocks}
+        return {"by_tactic": by_tactic, "blocks": read(library).blocks}
 
 
-def _under_canaries(library: ctypes.CDLL, question: Question) -> dict[str, Any]:
-    """Every launch of the question, and the zones looked at after each tactic."""
+def _under_canaries(
+    library: ctypes.CDLL, question: Question, by_tactic: dict[str, dict[str, str]]
+) -> None:
+    """Every launch of the question, and the zones looked at after each tactic; what was wrong comes
+    into `by_tactic`. Raises MemoryError where an allocation was refused."""
     backend = load_one(question.spec)
     device = torch.device(question.device)
     problem = question.problem
@@ -191,10 +202,9 @@ def _under_canaries(library: ctypes.CDLL, question: Question) -> dict[str, Any]:
         case = uniform_case(backend, problem, device)
     else:
         case = _any_case(backend, problem, device)
-    if read(library).zones:
-        where = _error(read(library), "`prepare`")
-        return {"error": where, "blocks": read(library).blocks}
-    by_tactic: dict[str, dict[str, str]] = {}
+    if (damage := read(library)).zones:
+        by_tactic |= dict.fromkeys(question.tactics, _error(damage, "`prepare`"))
+        return
     before = 0
     end = time.monotonic() + _CALLS_SECONDS
     seen: set[str] = set()
@@ -208,12 +218,11 @@ def _under_canaries(library: ctypes.CDLL, question: Question) -> dict[str, Any]:
                 call.enqueue()
             del call
         damage = read(library)
-        if damage.refused:
-            raise MemoryError("the device had no memory left")
         if damage.zones > before:
             by_tactic.setdefault(tactic, _error(damage, f"calls of {tactic}"))
         before = damage.zones
-    return {"by_tactic": by_tactic, "blocks": read(library).blocks}
+        if damage.refused:
+            raise MemoryError
 
 
 def _any_case(backend: Backend, problem: Problem, device: torch.device) -> Case:
