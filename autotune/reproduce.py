@@ -315,17 +315,17 @@ def readme(finding: Finding) -> str:
             f"script runs `{mode}` instead and may show nothing. `fp4tune reproduce` runs the "
             "regime itself.\n"
         )
-    p = finding.problem
-    return f"""# {finding.backend}: {finding.kind}
+    p = {name: _as_text(value) for name, value in finding.problem.items()}
+    return f"""# {_as_text(finding.backend)}: {_as_text(finding.kind)}
 
-{describe(finding)}
+{_as_text(describe(finding))}
 
-{finding.detail.get("diagnosis", "")}
+{_as_text(finding.detail.get("diagnosis", ""))}
 
 * problem: {p["format"]} weight (n={p["n"]}, k={p["k"]}), {p["activation"]} activation, m={p["m"]},
   {p["out_dtype"]} output; `out = global_scale * A @ B.T`
-* tactic: `{finding.tactic}`; regime: `{regime}`; data: {finding.data}
-* environment: `{finding.fingerprint}`; found by run {finding.run}
+* tactic: {_code(finding.tactic)}; regime: {_code(regime)}; data: {_as_text(finding.data)}
+* environment: {_code(finding.fingerprint)}; found by run {_as_text(finding.run)}
 {note}
 ## Run it
 
@@ -345,6 +345,18 @@ launches. 2: it could not run.
   highest value allowed for every element (`lo`, `hi`; one and the same where `hi` is None).
 * `finding.json`: the finding as it is stored. `tiles.svg`: the wrong 128 x 128 tiles, if any.
 """
+
+
+_MARKUP = str.maketrans({"<": "&lt;", "`": "'", "[": "\\["})
+
+
+def _as_text(value: object) -> str:
+    """Something of a finding, as text of a Markdown page: nothing in it is obeyed or rendered."""
+    return printable(str(value)).translate(_MARKUP)
+
+
+def _code(value: object) -> str:
+    return "`" + printable(str(value)).replace("`", "'") + "`"
 
 
 def load(place: Path, number: int) -> Finding:

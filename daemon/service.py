@@ -21,6 +21,7 @@ from ..cache.errors import Busy, StateError
 from ..errors import printable
 from ..machine import driver
 from ..probes.models.shapes import AskedLayer
+from ..witness import counts
 from . import gpus, sentinel, work
 from .board import Board, DeviceReport, NodeReport
 from .canary import Canaries
@@ -178,6 +179,10 @@ class Service:
             self.mended = [*self.mended, *dropbox.prepare(self.config.state_dir)][-20:]
         except StateError as error:
             self.unreported = str(error)
+        # What watches leaves counts there; whoever makes the box first may empty it.
+        if folder := counts.folder_of(self.config.state_dir):
+            with contextlib.suppress(OSError):
+                counts.make_box(folder)
 
     def _collect(self) -> None:
         """Take up what was reported since."""

@@ -7,6 +7,7 @@ changes nothing: no bound, no verdict, no quarantine.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,11 @@ EVERY = 2.0
 """Seconds between two looks at the drop box."""
 OTHER = "other"
 """The name in metrics of a backend that is not published here: names are others' to make up."""
-_MOST_REPORTERS = 4096
+_MOST_OF_ONE = 4096
+"""What of one user is remembered, the longest silent forgotten first: however much one makes up,
+nothing of another's is."""
+_MOST_NAMES = 4096
+_REST = (OTHER, OTHER)
 _FORGET = 3600.0
 _MOST_EVENTS = 500
 Numbers = dict[tuple[str, str], dict[str, int]]
@@ -32,7 +37,11 @@ class WitnessBoard:
     totals: Numbers = field(default_factory=dict)
     reports: Sequence[WatchReport] = ()
     ignored: Sequence[str] = ()
-    _last: dict[tuple[str, str, str], dict[str, int]] = field(default_factory=dict)
+    _last: dict[int, OrderedDict[tuple[str, str, str], dict[str, int]]] = field(
+        default_factory=dict
+    )
+    """By user: what each of its processes had told last, the longest silent first."""
+    _box: counts.DropBox | None = None
     _looked: float = -EVERY
     _forgot: float = 0.0
 
@@ -46,15 +55,20 @@ class WitnessBoard:
         if at - self._forgot > _FORGET:
             self._forgot = at
             counts.forget_old(folder)
-        self.reports, self.ignored = counts.read(folder)
+        if self._box is None or self._box.folder != folder:
+            self._box = counts.DropBox(folder)
+        self.reports, self.ignored = self._box.read()
         for key, found in counts.by_backend(self.reports).items():
-            before = self._last.get(key, {})
-            if not before and len(self._last) >= _MOST_REPORTERS:
-                continue
-            total = self.totals.setdefault(key[:2], dict.fromkeys(COUNTED, 0))
+            theirs = self._last.setdefault(int(key[2].partition(":")[0]), OrderedDict())
+            before = theirs.get(key, {})
+            label = key[:2] if key[:2] in self.totals or len(self.totals) < _MOST_NAMES else _REST
+            total = self.totals.setdefault(label, dict.fromkeys(COUNTED, 0))
             for name in COUNTED:
                 total[name] += max(0, found[name] - before.get(name, 0))
-            self._last[key] = {n: max(found[n], before.get(n, 0)) for n in COUNTED}
+            theirs[key] = {n: max(found[n], before.get(n, 0)) for n in COUNTED}
+            theirs.move_to_end(key)
+            if len(theirs) > _MOST_OF_ONE:
+                theirs.popitem(last=False)
 
     def metrics(self, backends: Collection[str], gpus: Collection[str]) -> Numbers:
         """`totals` with names that are known here; the others are one."""

@@ -439,6 +439,21 @@ def test_a_child_that_asks_to_dies_with_its_parent():
     assert gone([pid])
 
 
+def test_a_worker_is_not_told_who_started_it(monkeypatch):
+    """systemd, sudo and a shell say it in the environment, by name or by value."""
+    told = {
+        "FP4TUNE_STATE": "/x", "STATE_DIRECTORY": "/var/lib/fp4tune", "NOTIFY_SOCKET": "/run/n",
+        "CACHE_DIRECTORY": "/var/cache/fp4tune", "INVOCATION_ID": "7", "SUDO_COMMAND": "fp4tune x",
+        "_": "/usr/bin/fp4tune", "JOURNAL_STREAM": "8:1", "LISTEN_FDS": "1",
+        "SYSTEMD_EXEC_PID": "9",
+    }  # fmt: skip
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    given_ = nursery.environment()
+    assert not told.keys() & given_.keys() and given_["CUDA_VISIBLE_DEVICES"] == "0"
+
+
 # -- backends in a real worker
 
 

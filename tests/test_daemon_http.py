@@ -278,8 +278,19 @@ def test_the_health_has_a_socket_of_its_own_for_the_daemons_user(serving, tmp_pa
             client.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             _, _, body = heard(client).partition(b"\r\n\r\n")
             assert json.loads(body)["ready"] is True
+        assert by_socket(path, "/healthz").returncode == 0
+        done = by_socket(path, "/nothing")
+        assert done.returncode == 1 and "Not Found" in done.stdout
     serving.stop()
     assert not path.exists()
+    done = by_socket(path, "/healthz")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def by_socket(path, what: str) -> subprocess.CompletedProcess[str]:
+    """As a container's probes ask."""
+    command = [sys.executable, "-m", "fp4tune.daemon.ask", str(path), what]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 FLOOD = """

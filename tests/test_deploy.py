@@ -25,6 +25,7 @@ from fp4tune import cli
 from fp4tune.cache import facts, facts_text, publish, quarantine, reader, state
 from fp4tune.cache.errors import StateError
 from fp4tune.cache.rows import Environment
+from fp4tune.daemon import ask
 from fp4tune.daemon import config as configuring
 from fp4tune.errors import printable
 
@@ -417,9 +418,15 @@ def test_the_daemons_pod_fits_the_daemon(tmp_path):
     config = configuring.load(path)
     (pod,) = pods("fp4tune.yaml")
     container = pod["containers"][0]
-    asked = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")]
-    assert {(a["host"], a["port"]) for a in asked} == {configuring.address(config.http.listen)}
-    assert [a["path"] for a in asked] == ["/healthz", "/healthz", "/readyz"]
+    asked = [container[f"{kind}Probe"]["exec"] for kind in ("startup", "liveness", "readiness")]
+    assert [a["command"][-1] for a in asked] == ["/healthz", "/healthz", "/readyz"]
+    for *command, socket_, _ in (a["command"] for a in asked):
+        assert command == ["python3", "-m", ask.__name__]
+        assert f"unix:{socket_}" == config.http.health, "a flood of the port restarts nobody"
+    mounted = {each["mountPath"] for each in container["volumeMounts"]}
+    assert str(Path(config.http.health.removeprefix("unix:")).parent) in mounted
+    # Root without it sees neither who holds a lock, nor whether that one computes.
+    assert container["securityContext"]["capabilities"]["add"] == ["SYS_PTRACE"]
     assert pod["hostNetwork"] and pod["hostPID"]
     assert "nvidia.com/gpu" not in json.dumps(container["resources"])
     memory = container["resources"]["limits"]["memory"]

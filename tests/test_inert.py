@@ -392,6 +392,22 @@ def test_an_error_is_one_sentence_whatever_it_is_about(name, tmp_path):
 # -- bundles
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_finding_s_bundle_says_of_itself_is_text(name):
+    from fp4tune.autotune import reproduce
+
+    text = NAMES[name]
+    detail = {"message": text, "diagnosis": text}
+    bucket = BucketKey("nvfp4", "bf16", "bf16", 1, 1, 16, 64, 128)
+    problem = {"format": text, "n": text, "k": 1, "m": 1, "activation": text, "out_dtype": text}
+    said = reproduce.readme(
+        Finding(text, text, text, text, bucket, problem, text, "serial", text, 1, detail=detail)
+    )
+    inert(said)
+    rendered = re.sub("`[^`\n]*`", "", said)  # what is code is shown as it is
+    assert not re.search(r"<(script|img)|(?<!\\)\[[^\]]*\]\(", rendered)
+
+
 def test_a_bundles_names_are_refused_or_inert(tmp_path):
     """Each name in each column that takes a text or a name."""
     for number, text in enumerate(TEXTS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -67,6 +68,49 @@ def test_counts_only_grow_however_files_come_and_go(tmp_path_factory, steps):
     for pid, rows, _ in steps:
         most[pid] = max(most.get(pid, 0), rows)
     assert before == sum(most.values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files of several users")
+def test_however_many_files_one_leaves_another_s_are_read(tmp_path):
+    """Numbers sort first, names with a dot are no reports, and each is of one who reports."""
+    folder = tmp_path / "box"
+    counts.make_box(str(folder))
+    for number in range(9000):
+        name = folder / (f".0{number}" if number % 2 else f"0{number}.json")
+        name.touch()
+        os.chown(name, 65533, -1)
+    counts.write(report(7, rows=3), str(folder))
+    mine = folder / "7-2.json"
+    os.chown(mine, 65534, -1)
+    found, ignored = counts.read(folder)
+    assert [each.uid for each in found] == [65534] and len(ignored) < 100
+    drops = counts.DropBox(folder)
+    seen = [len(drops.read()[0]) for _ in range(6)]
+    assert seen[-2:] == [1, 1], "what was found once is not lost while the next pass goes on"
+
+
+def test_processes_that_one_user_makes_up_press_out_nobody_else_s(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(counts.DropBox, "read", lambda self: (list(told), []))
+    board, rows = WitnessBoard(), 0
+    for turn in range(3):
+        told[:] = [dataclasses.replace(report(n, rows=1), uid=65533) for n in range(6000)]
+        told.append(dataclasses.replace(report(9, "fast", rows=10 * (turn + 1)), uid=65534))
+        board.look(str(tmp_path), 10.0 * turn)
+        rows = board.totals["Model C", "fast"]["rows"]
+        mine = board._last[65534]
+        assert list(mine.values())[0]["rows"] == 10 * (turn + 1)
+    assert rows >= 30 and len(board._last[65533]) <= 4096
+
+
+def test_the_daemon_makes_the_box_before_anybody_else(tmp_path):
+    from fp4tune.daemon.config import DaemonConfig
+    from fp4tune.daemon.service import Service
+
+    place = tmp_path / "state"
+    place.mkdir(mode=0o700)
+    Service(DaemonConfig(state=str(place), gpus=("none",)))._prepare()
+    assert (place / counts.FOLDER).stat().st_mode & 0o7777 == 0o1777
 
 
 def test_names_that_are_made_up_make_no_labels():

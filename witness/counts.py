@@ -12,8 +12,10 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from heapq import heappop, heappush
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ REGIME = "production"
 _BYTES = 1 << 16
 _FILES_OF_ONE = 64
 _FILES = 4096
+_LISTED = 4096
+"""Files that are listed at a time, of whoever they are."""
+_PASSES = 64
 _MOST_CALLS = 512
 MOST_FAULTS = 32
 """Faults, and suspicions that could not be confirmed, kept of one process."""
@@ -106,10 +111,7 @@ def write(report: WatchReport, folder: str) -> str:
     The folder is made if it is missing, for everyone to write to and nobody to remove others'
     files from.
     """
-    if not os.path.isdir(folder):
-        os.makedirs(folder, exist_ok=True)
-        with contextlib.suppress(OSError):
-            os.chmod(folder, 0o1777)
+    make_box(folder)
     name = f"{report.pid}-{report.started:.0f}.json"
     document = {"version": VERSION, **asdict(report)}
     del document["uid"]
@@ -127,35 +129,95 @@ def write(report: WatchReport, folder: str) -> str:
     return path
 
 
-def read(folder: str | os.PathLike[str]) -> tuple[list[WatchReport], list[str]]:
-    """Every report in a drop box, and a sentence for each file that is none.
+class DropBox:
+    """The reports in a drop box, gone through a little at a time: of each owner the newest 64 files
+    count, and however many one leaves, another's are reached."""
 
-    Of one owner the newest 64 files count. Never raises: a folder that is not there holds none.
-    """
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return [], []
-    by_owner: dict[int, list[tuple[float, str]]] = {}
-    for name in names[: 4 * _FILES]:
-        if name.startswith(".") or not name.endswith(".json"):
-            continue
-        with contextlib.suppress(OSError):
-            about = os.lstat(os.path.join(folder, name))
-            by_owner.setdefault(about.st_uid, []).append((about.st_mtime, name))
-    found, ignored = [], []
-    for owner, theirs in sorted(by_owner.items()):
-        if len(theirs) > _FILES_OF_ONE:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = os.fspath(folder)
+        self._entries: Iterator[os.DirEntry[str]] | None = None
+        self._newest: dict[int, list[tuple[float, str]]] = {}
+        """Of each owner, as heaps; those of the last whole pass, until the next has come as far."""
+        self._coming: dict[int, list[tuple[float, str]]] = {}
+        self._many: set[int] = set()
+
+    def read(self) -> tuple[list[WatchReport], list[str]]:
+        """The reports that are known after the next files, and a sentence for each file that is
+        none. Never raises: a folder that is not there holds none."""
+        self._look()
+        found, ignored = [], []
+        for owner in sorted(self._many):
             ignored.append(
-                f"user {owner} has {len(theirs)} files in {os.fspath(folder)}: the newest "
+                f"user {owner} has more than {_FILES_OF_ONE} files in {self.folder}: the newest "
                 f"{_FILES_OF_ONE} are read"
             )
-        for _, name in sorted(theirs, reverse=True)[:_FILES_OF_ONE]:
+        for _, name in islice(self._by_turns(), _FILES):
             try:
-                found.append(_read_report(os.path.join(folder, name)))
+                found.append(_read_report(os.path.join(self.folder, name)))
+            except FileNotFoundError:
+                continue
             except (OSError, ValueError, RecursionError) as error:
                 ignored.append(f"{name} is ignored: {error}")
-    return found[:_FILES], ignored
+        return found, ignored
+
+    @property
+    def between(self) -> bool:
+        """Whether a pass is going on that has not seen all files yet."""
+        return self._entries is not None
+
+    def _look(self) -> None:
+        try:
+            if self._entries is None:
+                self._entries, self._coming = os.scandir(self.folder), {}
+                self._many = set()
+            for count, entry in enumerate(self._entries, 1):
+                self._note(entry)
+                if count >= _LISTED:
+                    self._newest = {**self._newest, **self._coming}
+                    return
+            self._newest = self._coming
+        except OSError:
+            self._newest = {}
+        self._entries = None
+
+    def _note(self, entry: os.DirEntry[str]) -> None:
+        if entry.name.startswith(".") or not entry.name.endswith(".json"):
+            return
+        try:
+            about = entry.stat(follow_symlinks=False)
+        except OSError:
+            return
+        theirs = self._coming.setdefault(about.st_uid, [])
+        heappush(theirs, (about.st_mtime, entry.name))
+        if len(theirs) > _FILES_OF_ONE:
+            heappop(theirs)
+            self._many.add(about.st_uid)
+
+    def _by_turns(self) -> Iterator[tuple[float, str]]:
+        """The newest file of each owner, then the next of each, and so on."""
+        each = [sorted(theirs, reverse=True) for _, theirs in sorted(self._newest.items())]
+        for row in zip_longest(*each):
+            yield from (file for file in row if file is not None)
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[list[WatchReport], list[str]]:
+    """Every report in a drop box, and a sentence for each file that is none; as `DropBox`."""
+    box = DropBox(folder)
+    found = box.read()
+    for _ in range(_PASSES):
+        if not box.between:
+            break
+        found = box.read()
+    return found
+
+
+def make_box(folder: str) -> None:
+    """Make the drop box where it is missing, for everyone to write to and nobody to remove others'
+    files from: whoever makes it owns it. Raises OSError."""
+    if not os.path.isdir(folder):
+        os.makedirs(folder, exist_ok=True)
+        with contextlib.suppress(OSError):
+            os.chmod(folder, 0o1777)
 
 
 def _read_report(path: str) -> WatchReport:

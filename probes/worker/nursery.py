@@ -41,6 +41,12 @@ _LATE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TORCHINDUCTOR_CACHE_DIR")
 """Of those, what is read on the first use of a device or compiler: a fork may have its own."""
 _MOST_SERVERS = 4
 _OURS = "FP4TUNE_"
+_STARTERS = (
+    "CACHE_DIRECTORY", "CONFIGURATION_DIRECTORY", "CREDENTIALS_DIRECTORY", "INVOCATION_ID",
+    "JOURNAL_STREAM", "LISTEN_", "LOGS_DIRECTORY", "MEMORY_PRESSURE_", "NOTIFY_SOCKET",
+    "RUNTIME_DIRECTORY", "STATE_DIRECTORY", "SUDO_", "SYSTEMD_", "WATCHDOG_",
+)  # fmt: skip
+"""Beginnings of names by which systemd and sudo tell a process what it is run as."""
 _FREES = 2.0
 """Seconds beyond its own deadline that a keeper is given to say that all is over; and those that a
 server which drops a request is given to be gone."""
@@ -352,8 +358,10 @@ class Nursery:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without what tells of fp4tune: what workers are given."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
+    """This process's environment without what tells of fp4tune, or of who started it: what workers
+    are given. A shell's ``_`` is the program that it ran."""
+    told = (_OURS, *_STARTERS)
+    return {k: v for k, v in os.environ.items() if k != "_" and not k.startswith(told)}
 
 
 def settings() -> dict[str, str]:
