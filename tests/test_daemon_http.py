@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from math import inf
 
 import pytest
 import schemas
@@ -26,7 +27,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from fp4tune.daemon import admission  # noqa: E402
+from fp4tune.daemon import admission, board  # noqa: E402
 from fp4tune.daemon import http as serving_http  # noqa: E402
 from fp4tune.daemon.admission import Door, Places  # noqa: E402
 from fp4tune.daemon.http import Serving, application  # noqa: E402
@@ -44,6 +45,8 @@ def serving(tmp_path, monkeypatch):
     monkeypatch.setattr(admission, "REQUEST_SECONDS", 1.0)
     monkeypatch.setattr(admission, "ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(serving_http, "READ_SECONDS", 0.3)
+    # The service looks once here, and a slow machine must not make that too long ago.
+    monkeypatch.setattr(board, "BEAT_SECONDS", inf)
     put(tmp_path / "state", tmp_path / "site", ("fast", "1.0"))
     options = HttpOptions(
         "127.0.0.1:0",
