@@ -19,6 +19,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from ..cache import dropbox, quarantine
 from ..machine import files
 
 FOLDER = "witness"
@@ -215,9 +216,8 @@ def make_box(folder: str) -> None:
     """Make the drop box where it is missing, for everyone to write to and nobody to remove others'
     files from: whoever makes it owns it. Raises OSError."""
     if not os.path.isdir(folder):
-        os.makedirs(folder, exist_ok=True)
-        with contextlib.suppress(OSError):
-            os.chmod(folder, 0o1777)
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        quarantine.make_folder(folder, dropbox.MODE)
 
 
 def _read_report(path: str) -> WatchReport:
