@@ -406,8 +406,10 @@ def test_the_allocator_compiles_and_says_what_it_saw(tmp_path):
 
 def test_the_allocator_says_when_there_was_no_memory(tmp_path):
     """Torch takes a null pointer from such an allocator, and a kernel fails at it later."""
-    if scratch.compiler() is None or torch.cuda.is_available():
-        pytest.skip("no C compiler, or a driver that gives memory")
+    if scratch.compiler() is None:
+        pytest.skip("no C compiler")
+    if torch.cuda.is_available():
+        pytest.skip("the driver here has memory to give: how it has none is not to be had")
     library = ctypes.CDLL(str(scratch.build(tmp_path)))
     assert not library.canaries_malloc(ctypes.c_ssize_t(64), 0, None)
     assert scratch.read(library).refused == 1
