@@ -37,7 +37,7 @@ from fp4tune.witness.sources import HostCopy
 from fp4tune.witness.watcher import Unreadable, WatchSubject, Witness, WitnessOptions
 
 LAYERS = 4
-MS = (1, 2, 3, 7, 16, 33, 64)
+MS = tuple(range(1, 65))
 NOT_VALUES = (
     "zoo-input-modified", "zoo-host-leak", "zoo-device-leak", "zoo-plan-per-m", "zoo-host-sync",
     "zoo-error-at-one-m", "zoo-tactic-falls-back", "zoo-row-out-of-bounds", "zoo-scratch-overrun",
@@ -264,7 +264,7 @@ def main() -> None:
 
     if options.device == "cuda" and options.only in (None, "race"):
         try:
-            report["race"] = race(options.rounds or 50, start + options.seconds / 4)
+            report["race"] = race(options.rounds or 1000, start + options.seconds / 4)
         except Exception as error:
             report["race"] = f"{type(error).__name__}: {error}"[:300]
         print("race", json.dumps(report["race"]))

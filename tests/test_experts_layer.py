@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,22 @@ def test_no_flashinfer_or_an_old_one_is_a_reason(monkeypatch):
         found = experts_layer.Unavailable(said)
         monkeypatch.setattr(experts_layer, "_unified_module", lambda found=found: found)
         assert backend.unsupported(problem(), Device("cuda", 90)) == said
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_no_cutile_is_a_reason(raised, monkeypatch):
+    def is_cuda_tile_available():
+        if raised:
+            raise ModuleNotFoundError("No module named 'cuda.tile'")
+        return False
+
+    made = SimpleNamespace(is_cuda_tile_available=is_cuda_tile_available)
+    monkeypatch.setitem(sys.modules, "flashinfer.cutile", made)
+    configs = experts_layer.LAYERS["flashinfer-cutile-experts"].configs.values()
+    module = SimpleNamespace(**dict.fromkeys(configs, object))
+    monkeypatch.setattr(experts_layer, "unified", lambda: module)
+    backend = registry.load_one("flashinfer-cutile-experts")
+    assert "needs cuda-tile" in backend.unsupported(problem(), Device("cuda", 90))
 
 
 @pytest.fixture(scope="module")

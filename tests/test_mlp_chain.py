@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes.backends.torch.dequant import torch_dequant, torch_dequant_w4a4
-from fp4tune.probes.check.sweep import slot
+from fp4tune.probes.check.sweep import SlotReport, slot
+from fp4tune.probes.check.tilemap import unpack_tiles
 from fp4tune.probes.data import draw, exact
 from fp4tune.probes.formats import quantise
 from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.launch.item import Item
-from fp4tune.probes.launch.outcome import Budget, NotApplicable
+from fp4tune.probes.launch.outcome import Budget, NotApplicable, Outcome
+from fp4tune.probes.launch.summary import summarise
 from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES
 from fp4tune.probes.regimes.mlp.judge import ByTiles, TileJudge
@@ -306,3 +308,18 @@ def test_a_layer_reports_the_stage():
     layer = OpenLayer(WrongSecond(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
     (result,) = layer.regime("mlp-chain", [Item((2, 5), "default")], TWICE)["items"]
     assert {bad["stage"] for bad in result["bad"]} == {f"second GEMM, n=256, k={K2}"}
+
+
+def test_each_stage_that_is_wrong_is_described_whatever_its_shape():
+    layer = OpenLayer(WrongSecond(), Device("cpu"), PROBLEM, 3, 1 << 28, lambda text: None)
+    cases = layer.cases(8)[:1]
+    launches = [Launch(0, 0, 2, "default", 0)] * 6
+    own = SlotReport(1, 0, 0, 1, 0, None, ((0, 0, 1),))
+    wide = SlotReport(5, 0, 0, 1, 0, None, ((2, 9, 5),), stage="gemm1", shape=(300, 1200))
+    reports = tuple(zip(launches, [own] * 5 + [wide], strict=True))
+    found = summarise(0, [Outcome(1, reports, 0, 0.1)], cases)
+    assert found["bad_launches"] == 6
+    assert [bad.get("stage") for bad in found["bad"]] == [None, None, None, "gemm1"]
+    seen = unpack_tiles(found["bad"][-1]["map"])
+    assert (seen.m, seen.n, seen.bad) == (300, 1200, {(2, 9)})
+    assert unpack_tiles(found["bad"][0]["map"]).n == PROBLEM.n

@@ -274,7 +274,10 @@ def test_large_numbers_of_float16_are_judged_while_they_are_finite(size):
     assert int(seen.suspicious.sum()) >= 60 and not seen.beyond.any()
     if size < 2.0**9:
         y[:, 128:256] = math.nan
-        assert layer.check(replace(call, y=y)).suspicious.all()
+        seen = layer.check(replace(call, y=y))
+        # A row whose sum happens to be large may have overflowed: it is counted apart.
+        assert (seen.suspicious | seen.beyond).all()
+        assert seen.beyond.sum() <= (0 if size == 1.0 else 16)
 
 
 # -- experts

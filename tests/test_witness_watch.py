@@ -274,6 +274,7 @@ def test_processes_begin_at_different_calls():
         return next(call for call in range(200) if plan.choose(call))
 
     assert len({first(turn) for turn in range(8)}) == 8
+    assert first(0) == 0 and all(first(turn) < ONE_OF for turn in range(100))
 
 
 @given(st.lists(st.integers(0, 5)))

@@ -41,8 +41,8 @@ class WatchPlan(Generic[Key]):
     def __post_init__(self) -> None:
         if self.share not in SHARES:
             raise ValueError(f"a share of calls is {' or '.join(SHARES)}, not {self.share!r}")
-        # The first of all calls is not the one that every process watches.
-        self._calls = (self.turn * 11) % ONE_OF
+        # A process of few calls watches one, too; of several processes each begins elsewhere.
+        self._calls = ONE_OF - 1 - (self.turn * 11) % ONE_OF
 
     def choose(self, key: Key) -> bool:
         """Whether this call is watched.

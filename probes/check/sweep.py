@@ -58,6 +58,8 @@ class SlotReport:
     """How often rows had been drawn again before that sweep."""
     stage: str = ""
     """Which of several layers in a row this is the output of; empty for the one under test."""
+    shape: tuple[int, int] | None = None
+    """(m, n) of the output; None: as the launch under test has it."""
 
     @property
     def clean(self) -> bool:
@@ -198,6 +200,7 @@ class Checker:
                 tiles=tuple(tiles),
                 first=0 if count[5] == _NONE else count[5],
                 draw=0 if count[5] == _NONE else bisect_left(marks, count[5]),
+                shape=(s.out.shape[0], s.out.shape[1]),
             )
             for s, count, guard, packed, tiles in zip(
                 self.slots, counts, guards, witness, marked, strict=True

@@ -11,7 +11,7 @@ from .case import Case, Launch
 from .outcome import Outcome
 
 MOST_BAD = 3
-"""Failures described in full per item; all are counted."""
+"""Failures described in full per item, and per stage of it; all are counted."""
 
 BEFORE, AFTER = 8, 7
 """Launches of the chain around a failing one that are kept with it."""
@@ -44,10 +44,12 @@ def summarise(item: int, outcomes: Sequence[Outcome], cases: Sequence[Case]) -> 
             if not report.clean:
                 # A guard zone is read once, at the end: at least one launch wrote there.
                 result["bad_launches"] += max(1, report.bad_launches)
-                if len(result["bad"]) < MOST_BAD:
-                    n = cases[launch.case].problem.n
+                alike = [bad for bad in result["bad"] if bad.get("stage", "") == report.stage]
+                if len(alike) < MOST_BAD:
+                    # A stage, or another layer behind, has an output of a shape of its own.
+                    m, n = report.shape or (launch.m, cases[launch.case].problem.n)
                     found = {**launched(launch, cases, report.draw), **describe(report)}
-                    found["map"] = tilemap.tiles_of(launch.m, n, report.tiles).pack()
+                    found["map"] = tilemap.tiles_of(m, n, report.tiles).pack()
                     found.update(around(chain, at, cases))
                     result["bad"].append(found)
     failed = [*result["bad"]]

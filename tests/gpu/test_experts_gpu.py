@@ -16,7 +16,7 @@ from fp4tune.probes.problem import Device
 from fp4tune.probes.worker.experts import OpenExperts
 
 pytestmark = pytest.mark.gpu
-MUCH = LaunchAim(launches=6000, problems=300, seconds=10.0)
+MUCH = LaunchAim(launches=6000, problems=300, seconds=30.0)
 REGIMES_HERE = (
     "graph",
     "side-stream",
@@ -62,7 +62,8 @@ def test_right_ones_pass(name, format_):
 
 @pytest.mark.parametrize("name", zoo.names(right=False, gpu=True))
 def test_mutants_are_found(name):
-    layer = opened(name)
+    # MXFP4 has no global scales to confuse.
+    layer = opened(name, "nvfp4" if name.endswith("next-global") else "mxfp4")
     found = wrong(layer.grade([*ITEMS, Item((37, 40), "default", 8)]))
     if name.endswith("count-of-8-bits"):
         found += wrong(opened(name, m=320).grade([Item((256,), "default", 8)]))

@@ -46,7 +46,8 @@ def opened(name, problem):
     build_kernels(backend, sizes, device, 8)
     layer = OpenExperts(backend, device, problem, 3, 1 << 30, lambda text: None)
     every = dict.fromkeys(t for p in sizes for t in tactics(backend, p, device))
-    return layer, [Item((0, 1, 3, 17, 129, 300), tactic, 8) for tactic in every]
+    ms = tuple(m for m in (0, 1, 3, 17, 129, 300) if m <= problem.m)
+    return layer, [Item(ms, tactic, 8) for tactic in every]
 
 
 def wrong(results):

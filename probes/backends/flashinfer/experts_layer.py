@@ -196,8 +196,14 @@ def _missing_package(name: str) -> str | None:
 
 
 def _cutile() -> bool:
-    """Whether FlashInfer finds cuTile and a compiler for the GPU that is there."""
-    return bool(importlib.import_module("flashinfer.cutile").is_cuda_tile_available())
+    """Whether FlashInfer finds cuTile and a compiler for the GPU that is there.
+
+    FlashInfer asks for a module within ``cuda.tile``, which raises where only ``cuda`` is there.
+    """
+    try:
+        return bool(importlib.import_module("flashinfer.cutile").is_cuda_tile_available())
+    except ImportError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def _tile_report(subject: ByTiles, bad: list[list[int]], launches: int, draw: in
                 tiles.append((row, column, times * size))
     wrong = sum(count for _, _, count in tiles)
     draw = 0 if draw == _NEVER else draw
-    return SlotReport(wrong, 0, 0, launches, 0, None, tuple(tiles), draw=draw)
+    return SlotReport(wrong, 0, 0, launches, 0, None, tuple(tiles), draw=draw, shape=(m, n))
 
 
 class Judge:
