@@ -15,7 +15,8 @@ from math import inf
 from .verdict.buckets import MRange
 
 ENOUGH = 2
-"""Proven candidates of a bucket, after which the slower ones are left."""
+"""Proven candidates of a bucket, after which the slower ones are left; of a plan that does not say
+otherwise."""
 SLOWER = "slower than two that are proven"
 OVER = "the time budget had ended"
 FOR_BUILDS = 0.5
@@ -61,8 +62,9 @@ def next_wave(
     tried: Mapping[MRange, Sequence[str]],
     proven: Callable[[str, MRange], bool],
     also: Collection[str] = (),
+    enough: int = ENOUGH,
 ) -> dict[str, list[MRange]]:
-    """Who goes through the regimes next, in which ranges: as many as a range lacks of `ENOUGH`, and
+    """Who goes through the regimes next, in which ranges: as many as a range lacks of `enough`, and
     those in `also` wherever they come.
 
     `orders` has each range's candidates, the fastest first; `tried` those that did already. Empty
@@ -71,7 +73,7 @@ def next_wave(
     wave: dict[str, list[MRange]] = {}
     for m, names in orders.items():
         done = tried.get(m, ())
-        short = ENOUGH - sum(proven(name, m) for name in done)
+        short = enough - sum(proven(name, m) for name in done)
         left = [n for n in names if n not in done]
         for name in [n for at, n in enumerate(left) if at < short or n in also]:
             wave.setdefault(name, []).append(m)

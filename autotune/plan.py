@@ -13,6 +13,7 @@ from ..probes.grouped.families import ODD_ROUTING
 from ..probes.launch.item import LaunchAim
 from ..probes.problem import Problem
 from ..words import CERTAIN, CHANCE
+from .budget import ENOUGH
 from .choice.layouts import Comparison
 from .levels import Level
 from .runner import Patience
@@ -58,6 +59,8 @@ class Plan:
     """Seconds that bounding failure rates may take, over all backends and layers."""
     max_launches: int | None = None
     """Launches of one kernel in one regime, to the same end."""
+    enough: int = ENOUGH
+    """Proven candidates of a bucket, after which slower ones are left where time is limited."""
     budget: float | None = None
     """Seconds that the probe may take, from its start; None for what it needs. See `budget`."""
     again: bool = False

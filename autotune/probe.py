@@ -383,7 +383,15 @@ class Probe:
         also = frozenset({*FLOORS, *([usual] if usual else [])})
         end = now + max(0.0, until - now) / max(1, layers)
         least = plan.least_seconds / max(1, layers)
-        return Wanted(plan.aim, plan.profile.required, self._is_right(doubts), also, end, least)
+        return Wanted(
+            plan.aim,
+            plan.profile.required,
+            self._is_right(doubts),
+            also,
+            end,
+            least,
+            plan.enough,
+        )
 
     def _measure(
         self, layers: Layers, recalled: Mapping[Problem, Recalled], doubts: Doubts

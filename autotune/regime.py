@@ -12,7 +12,7 @@ from ..probes.regimes import COSTLY, HARDER, NOT_DENSE, SAME_START, SHARED_EXPER
 from ..probes.worker.supervisor import WorkerFailed
 from ..words import EVERY_M
 from . import chains, steps
-from .budget import OVER
+from .budget import ENOUGH, OVER
 from .evidence.recorder import Recorder
 from .layer import Entrant, Item, ProbedLayer, not_tried
 from .retest import try_again
@@ -28,7 +28,8 @@ class Wanted:
 
     `right` says of a tactic in a bucket whether its verdict, as far as known, is safe; `also` are
     backends of which a little is wanted wherever they come. `until` is of `time.monotonic`; `least`
-    are seconds for launches at length that there are even after that.
+    are seconds for launches at length that there are even after that. `enough` are the proven ones
+    of a bucket after which slower ones are left.
     """
 
     aim: LaunchAim
@@ -37,6 +38,7 @@ class Wanted:
     also: frozenset[str]
     until: float
     least: float = 0.0
+    enough: int = ENOUGH
 
 
 @dataclass(frozen=True, slots=True)

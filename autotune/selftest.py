@@ -7,6 +7,7 @@ nothing is published.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from ..cache.ledger import Ledger
 from ..cache.rows import Evidence
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE
 from ..machine.devices import Target
+from ..machine.hardware import hardware
 from ..probes import zoo
 from ..probes.problem import Device, Problem
 from ..probes.zoo import Mutant
@@ -34,8 +36,11 @@ N, K = 320, 272
 MAX_M = 2
 MANY_M = 40
 """The largest m for mutants that show over many different m only."""
-AT_ONCE = 8
-"""Mutants in one probe: each has a process of its own, and its share of the machine's memory."""
+AT_ONCE, MOST_AT_ONCE = 8, 24
+"""Mutants in one probe, and those on a GPU that has room for them: each has processes of its own,
+and its share of the memory."""
+_GPU_BYTES = 4 << 30
+"""A GPU's memory for each, of which torch's context takes half a gigabyte a process."""
 SEED = 20
 """The same data everywhere, so that what two nodes show can be compared."""
 HANG_SECONDS = {"cpu": 4.0, "cuda": 10.0}
@@ -113,27 +118,37 @@ def plan(target: Target, mutants: Sequence[Mutant]) -> Plan:
         seed=SEED,
         hang_seconds=HANG_SECONDS[target.device.kind] if first.ends else None,
         argv=("selftest",),
+        enough=len(mutants),
     )
 
 
-def _groups(mutants: Sequence[Mutant]) -> Iterator[list[Mutant]]:
-    """Mutants that one probe can run together, few at a time."""
+def at_once(target: Target) -> int:
+    """How many mutants one probe runs here: as many as a GPU's memory and the cores have room for.
+    On a CPU they wait for each other."""
+    if target.device.kind == "cpu":
+        return AT_ONCE
+    memory = hardware(target.uuid).get("memory_bytes") or 0
+    room = min(memory // _GPU_BYTES, 3 * len(os.sched_getaffinity(0)) // 2)
+    return max(AT_ONCE, min(MOST_AT_ONCE, room))
+
+
+def _groups(mutants: Sequence[Mutant], most: int) -> Iterator[list[Mutant]]:
+    """Mutants that one probe can run together, at most so many at a time."""
     kinds: dict[tuple[Any, ...], list[Mutant]] = {}
     for mutant in mutants:
         kind = (mutant.ends, mutant.many, mutant.activation, mutant.level)
         kinds.setdefault(kind, []).append(mutant)
     for mine in kinds.values():
-        for start in range(0, len(mine), AT_ONCE):
-            yield mine[start : start + AT_ONCE]
+        for start in range(0, len(mine), most):
+            yield mine[start : start + most]
 
 
-def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> list[Row]:
-    """Probe `mutants` on `target`: one row each, in their order.
+def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> Iterator[Row]:
+    """Probe `mutants` on `target`: a row each, as they are known.
 
     `watching` shows a probe's progress. Raises what a probe raises.
     """
-    rows: dict[str, Row] = {}
-    for mine in _groups(mutants):
+    for mine in _groups(mutants, at_once(target)):
         wanted = plan(target, mine)
         with (
             TemporaryDirectory(prefix="fp4tune-selftest-") as place,
@@ -142,10 +157,11 @@ def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> l
         ):
             report = probe(wanted, ledger, Path(place), progress)
             unsafe = {v.backend for v in ledger.verdicts(run=report.run) if v.status == "unsafe"}
-            for mutant in mine:
-                evidence = ledger.evidence(backend=mutant.name)
-                rows[mutant.name] = _selftest_row(mutant, report, evidence, mutant.name in unsafe)
-    return [rows[mutant.name] for mutant in mutants]
+            rows = [
+                _selftest_row(m, report, ledger.evidence(backend=m.name), m.name in unsafe)
+                for m in mine
+            ]
+        yield from rows
 
 
 def _selftest_row(

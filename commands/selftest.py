@@ -29,10 +29,17 @@ def selftest(
         from ..report.terminal.selftest import print_rows
 
         chosen = [(t, testing.choose(t.device, mutant or ())) for t in targets]
-        results = [(t, testing.selftest(t, mutants, watching)) for t, mutants in chosen]
+        results = [(t, list[testing.Row]()) for t, _ in chosen]
+        try:
+            for (target, mutants), (_, rows) in zip(chosen, results, strict=True):
+                for row in testing.selftest(target, mutants, watching):
+                    rows.append(row)  # one by one: what is known is shown however this ends
+                order = {mutant.name: place for place, mutant in enumerate(mutants)}
+                rows.sort(key=lambda row: order[row.mutant])
+        finally:
+            for (target, mutants), (_, rows) in zip(chosen, results, strict=True):
+                if rows and not as_json:
+                    print_rows(target, rows, len(mutants) - len(rows))
         if as_json:
             print_json([testing.document(target, rows) for target, rows in results])
-        else:
-            for target, rows in results:
-                print_rows(target, rows)
         raise typer.Exit(testing.exit_code(row for _, rows in results for row in rows))

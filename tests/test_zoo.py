@@ -287,6 +287,43 @@ def test_exit_codes(results, code):
     assert selftest.exit_code(rows) == code
 
 
+def test_an_interrupted_one_shows_what_is_known(monkeypatch):
+    found = selftest.Row("zoo-rows-swapped", "", "", "", "unsafe", None, 7, OK)
+
+    def interrupted(target, mutants, watching):
+        yield found
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selftest, "selftest", interrupted)
+    names = ("zoo-last-tile-skipped", found.mutant, "zoo-shared-lock")
+    asked = [word for name in names for word in ("--mutant", name)]
+    said = command(*asked)
+    assert said.exit_code == errors.NOT_ASSESSED
+    assert "1 of 1 as expected" in said.stdout and "2 were not reached" in said.stdout
+    assert not command("--json", *asked).stdout
+
+
+@pytest.mark.parametrize(
+    ("gib", "cores", "count"),
+    [(None, 16, 8), (16, 16, 8), (80, 16, 20), (140, 64, 24), (140, 4, 8)],
+)
+def test_as_many_at_once_as_there_is_room_for(gib, cores, count, monkeypatch):
+    memory = None if gib is None else gib << 30
+    monkeypatch.setattr(selftest, "hardware", lambda which: {"memory_bytes": memory})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    gpu = devices.Target(Device("cuda", 90), "a GPU", "GPU-1")
+    mutants = selftest.choose(gpu.device, ())
+    assert (
+        selftest.at_once(gpu) == count
+        and selftest.at_once(devices.Target(Device("cpu"), "a CPU")) == 8
+    )
+    groups = list(selftest._groups(mutants, count))
+    assert max(map(len, groups)) <= count
+    assert sorted(m.name for mine in groups for m in mine) == sorted(m.name for m in mutants)
+    # Right ones are no reason to leave others untried.
+    assert all(selftest.plan(gpu, mine).enough == len(mine) for mine in groups)
+
+
 # -- the zoo as backends
 
 

@@ -109,16 +109,19 @@ def _from_the_fastest(
     def proven(name: str, m: MRange) -> bool:
         return wanted.right(where(name, m))
 
+    def next_wave() -> dict[str, list[MRange]]:
+        return budget.next_wave(orders, done, proven, wanted.also, wanted.enough)
+
     def over() -> bool:
         return layer.time is not None and layer.time.over
 
-    while not over() and (wave := budget.next_wave(orders, done, proven, wanted.also)):
+    while not over() and (wave := next_wave()):
         run(wave)
         for name, ranges in wave.items():
             for m in ranges:
                 done[m].append(name)
     for m, names in orders.items():
-        enough = sum(proven(name, m) for name in done[m]) >= budget.ENOUGH
+        enough = sum(proven(name, m) for name in done[m]) >= wanted.enough
         for name in names:
             if name not in done[m] and not by_name[name].known:
                 not_tried(where(name, m), SLOWER if enough else OVER, record)

@@ -12,8 +12,8 @@ from ...machine.devices import Target
 from .console import console, styled
 
 
-def print_rows(target: Target, rows: Sequence[Row]) -> None:
-    """A table of all rows, and how many came out as expected."""
+def print_rows(target: Target, rows: Sequence[Row], missing: int = 0) -> None:
+    """A table of all rows, and how many came out as expected; `missing` were not reached."""
     out = console()
     out.print()
     out.print(styled((target.name, "bold"), f" ({target.device.arch})"))
@@ -30,3 +30,5 @@ def print_rows(target: Target, rows: Sequence[Row]) -> None:
     out.print(made)
     good = sum(row.result == OK for row in rows)
     out.print(f"{good} of {len(rows)} as expected")
+    if missing:
+        out.print(f"{missing} were not reached")

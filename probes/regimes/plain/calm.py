@@ -21,7 +21,7 @@ from ...launch.outcome import (
 )
 
 SHORTEST, LONGEST = 0.001, 0.02
-"""Seconds, about, that an input is late by: as many as a call needs to return before it is there."""
+"""Seconds, about, that an input is late by: what a call needs to return before it is there."""
 
 
 def serial(
