@@ -38,7 +38,7 @@ from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
 from .probed import Done, entered, probed
 from .regime import Wanted
-from .runner import Progress, Runner, Stopped
+from .runner import Progress, Runner, Stopped, close_all
 from .stages import recall
 from .stages.audit import Auditor
 from .stages.build import Built, build, start
@@ -187,8 +187,7 @@ class Probe:
         self.progress("survey", "asking every backend what it supports")
         taking = enrol(self.plan, self.progress)
         self.progress("survey", taking_part(taking))
-        for runner in taking.runners:
-            self._open.callback(runner.close)
+        self._open.callback(close_all, taking.runners)
         self.report.unsupported.update(taking.unsupported)
         self.report.broken.update(taking.broken)
         return taking

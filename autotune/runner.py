@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import inf
@@ -190,6 +191,12 @@ class Runner:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def close_all(runners: Sequence[Runner]) -> None:
+    """Close these at once: each takes a third of a second to give back what it has of a GPU."""
+    with ThreadPoolExecutor(max_workers=max(1, len(runners))) as pool:
+        list(pool.map(Runner.close, runners))
 
 
 def _same_layer(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ drawn anew now and then, and suspicions are judged as in production. What is tru
 that is false: where a float64 reference finds a backend's answers wrong on a family (Marlin drops
 subnormal scales), two launches are watched, and counted apart.
 
-    python benchmarks/witness_alarms.py --out DIR [--seconds 300] [--rows 1e8] [--device cuda]
+    python benchmarks/witness_alarms.py --out DIR [--seconds 300] [--rows 1e8] [--first 0]
 
 Partial results are in DIR/witness_alarms.json every few seconds.
 """
@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--rows", type=float, default=1e8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", action="append")
+    parser.add_argument("--first", type=int, default=0, help="number of the first turn: other data")
     options = parser.parse_args()
+    torch.set_num_threads(min(4, torch.get_num_threads()))
     start = time.monotonic()
     gpu = options.device == "cuda"
     report: dict[str, Any] = {"machine": machine(), "device": options.device, "found": {}}
@@ -124,7 +126,7 @@ def main() -> None:
         write(options.out / "witness_alarms.json", json.dumps(report, indent=1) + "\n")
 
     dead: dict[str, str] = {}
-    turn = 0
+    turn = options.first
     while total["rows"] < options.rows and time.monotonic() - start < options.seconds:
         n, k = SHAPES[turn % len(SHAPES)] if gpu else (256, 256)
         for dtype in DTYPES:

@@ -14,6 +14,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -174,6 +175,13 @@ def test_a_side_effect_is_a_fault_where_it_decides_and_told_elsewhere(what, name
     assert found["kind"] == ("side effect" if grave else "setting changed")
     assert name in found["message"] and bool(outcome.errors) == grave
     assert all(report.clean for _, report in outcome.reports)
+
+
+@pytest.mark.parametrize("seed", [random.seed, torch.manual_seed, numpy.random.seed])
+def test_a_state_that_each_call_sets_alike_is_found_though_it_was_set_before(seed):
+    seed(7)  # as a call before did, since when nobody drew a number
+    (error,) = run("effects", Touches(lambda: seed(7)), (1,)).errors.values()
+    assert error["kind"] == "side effect" and "random state" in error["message"]
 
 
 def test_what_an_import_changes_is_told(tmp_path):

@@ -196,6 +196,17 @@ def snapshot(device: torch.device) -> Snapshot:
     return found
 
 
+def stir(device: torch.device) -> None:
+    """Draw a number from every random state: one that is set by a constant each time is told from
+    one that is left alone by having been moved in between."""
+    random.random()
+    torch.rand((), device="cpu")
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.random()
+    if device.type == "cuda":
+        torch.rand((), device=device)
+
+
 def restore(device: torch.device, before: Snapshot, names: Collection[str]) -> None:
     """Set these settings back to what they were, as far as there is a way to."""
     for name in sorted(_WAYS_BACK.keys() & set(names)):

@@ -99,7 +99,7 @@ FLOOR = (
         "overflow inside",
         "partial sums are kept in fp16",
         wrong.Fp16Sums,
-        ("max-scales",),
+        ("max-scales", "outliers"),
     ),
     Mutant(
         "zoo-padding-leak",

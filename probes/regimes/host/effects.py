@@ -10,7 +10,7 @@ from ...backends import Backend
 from ...check.sweep import Checker
 from ...launch.case import Case, Launch, bind, prepared_again
 from ...launch.outcome import Budget, Outcome, device_of, outcome, wait
-from ...launch.process import DECIDES, LASTING, differences, restore, snapshot
+from ...launch.process import DECIDES, LASTING, differences, restore, snapshot, stir
 from ...registry import effects_of, settings_of
 
 KIND, TOLD = "side effect", "setting changed"
@@ -39,6 +39,7 @@ def effects(
     def watch(step: str, run: Callable[[], None], settled: bool) -> None:
         nonlocal steps
         steps += 1
+        stir(device)
         before = snapshot(device)
         run()
         wait(device)

@@ -40,6 +40,9 @@ _LEAST = 9
 """Weights alive at once where memory or time allow no more: one more than a table of 8."""
 _TIMES = 3
 """How many budgets of seconds the crowd may take."""
+_GPU_SECONDS = 3.0
+"""Of this thread's own time, those that it may take on a GPU in any case: 1,056 weights take one or
+two, and where others keep the cores busy it must not end at forty."""
 _SMALL_SECONDS = 1.0
 _SHARE = 8
 """One part in so many of a device's free memory may be taken by the crowd: others of ours may do
@@ -184,8 +187,10 @@ def _crowd(
     before = live_bytes(device)
     crowd: list[_Prepared] = []
     calls: list[Call] = []
+    own = time.thread_time() + (_GPU_SECONDS if device.type == "cuda" else 0.0)
     while len(crowd) < MOST:
-        enough = time.perf_counter() > end or _grown(before, device) > room
+        late = time.perf_counter() > end and time.thread_time() > own
+        enough = late or _grown(before, device) > room
         if len(crowd) >= _LEAST and enough:
             break
         crowd.append(_prepared(backend, case, len(crowd) + 1))
