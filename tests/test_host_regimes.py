@@ -33,7 +33,7 @@ from fp4tune.probes.launch.outcome import Budget, NotApplicable
 from fp4tune.probes.launch.variants import variant
 from fp4tune.probes.problem import MXFP4, NVFP4, Problem
 from fp4tune.probes.regimes import REGIMES
-from fp4tune.probes.regimes.host import child, own_process, scratch
+from fp4tune.probes.regimes.host import child, first_calls, own_process, scratch
 from fp4tune.probes.regimes.host import weights as crowding
 from fp4tune.probes.regimes.host.own_process import NoAnswer, Question
 from fp4tune.probes.regimes.memory.addresses import ALIGNMENTS, aligned, allowed, output_at
@@ -236,6 +236,14 @@ def test_a_question_is_what_it_was(tmp_path):
     from dataclasses import asdict
 
     assert Question.of(json.dumps(asdict(QUESTION))) == QUESTION
+
+
+def test_a_process_of_its_own_judges_by_what_its_parent_does():
+    asked = replace(QUESTION, spec="zoo-output-cut", tactics=("default", "default"))
+    assert "error" in first_calls.answer(asked)
+    assert "error" not in first_calls.answer(replace(asked, to_nearest=False))
+    asked = replace(asked, spec="zoo-output-cut-a-bit-short", to_nearest=False)
+    assert "error" in first_calls.answer(asked)
 
 
 @pytest.mark.slow

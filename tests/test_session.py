@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from fp4tune.probes import zoo
 from fp4tune.probes.backends.torch.dequant import torch_dequant
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget
@@ -84,3 +85,18 @@ def test_the_width_is_found_in_few_tries(width):
         next_ = next_width(best, missed)
     assert (best or 0) == width
     assert len(tried) <= 4 and len(set(tried)) == len(tried)
+
+
+@pytest.mark.parametrize("ms", [((0,), (1,), (2, 5)), ((2, 5), (1,), (0,))])
+@pytest.mark.parametrize("graded", [True, False])
+def test_rounding_that_is_not_to_nearest_is_known_whichever_m_comes_first(ms, graded):
+    """A second worker of a backend runs regimes without having graded it."""
+    device, problem = Device("cpu"), Problem("nvfp4", 8, 64, 64)
+    layer = OpenLayer(zoo.named("zoo-output-cut"), device, problem, 1, 1 << 28, lambda _: None)
+    items = [Item(each, "default") for each in ms]
+    if graded:
+        layer.grade(items)
+    result = layer.regime("streams", items, Budget(1, 1, 0.0))
+    assert not any(item["bad"] for item in result["items"])
+    exact = OpenLayer(zoo.named("zoo-random-order"), device, problem, 1, 1 << 28, lambda _: None)
+    assert not exact._judged_by_neighbours(items[0]) and not exact._otherwise.get("default")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -192,6 +194,33 @@ def capture(
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
+    with capturing(captured, stream):
         chain()
     return captured
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """`torch.cuda.graph` on `stream`, which leaves nothing behind where a capture fails.
+
+    torch then keeps the capture's stream as the current one, and its allocator goes on recording;
+    where a call left another stream current, the capture does not even end. What is run next would
+    be blamed for what follows from that.
+    """
+    before = torch.cuda.current_stream()
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        for end in (graph.capture_end, partial(_stop_recording, pool)):
+            with suppress(RuntimeError):  # it may have come so far by itself
+                end()
+        raise
+    finally:
+        torch.cuda.set_stream(before)
+
+
+def _stop_recording(pool: tuple[int, int]) -> None:
+    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)

@@ -18,6 +18,7 @@ from ..backends import Backend
 from ..data import Operands
 from ..problem import Fp4Tensor, Problem
 from .case import prepared_activation
+from .outcome import capturing
 
 COLD = 2
 """How many times the last-level cache the rotating weights fill, so that none is still cached."""
@@ -131,7 +132,7 @@ class Sampler:
                 each()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            with capturing(graph, stream):
                 each()
             self._each = graph.replay
             self._each()

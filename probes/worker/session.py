@@ -241,7 +241,8 @@ class OpenLayer:
         """
         result_wide = (result["width"] or 0) > WIDTHS[-1]
         grave = "error" in result or any(bad["kind"] != "wrong" for bad in result["bad"])
-        self._otherwise[item.tactic] = False
+        # Other m of the tactic may have shown it: few outputs are too few to tell.
+        self._otherwise.setdefault(item.tactic, False)
         if result_wide or grave or not self._rounds_otherwise(item):
             return
         self._otherwise[item.tactic] = True
@@ -265,8 +266,8 @@ class OpenLayer:
     def _judged_by_neighbours(self, item: Item) -> bool:
         """Whether the item's outputs are rounded otherwise: known from its grading, or found out
         where another worker graded it."""
-        if item.width != WIDTHS[0]:
-            return False
+        if item.width != WIDTHS[0] or not max(item.ms):
+            return False  # nothing is rounded, and an empty output tells nothing of others
         if item.tactic not in self._otherwise:
             edges = replace(item, ms=tuple(dict.fromkeys((item.ms[0], item.ms[-1]))))
             self._otherwise[item.tactic] = self._rounds_otherwise(edges)

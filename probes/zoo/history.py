@@ -115,7 +115,8 @@ class RareOnTheDevice(Right):
         last.copy_(torch.where(self._fails(self.count), -last - 1, last))
 
     def _fails(self, count: torch.Tensor) -> torch.Tensor:
-        return count % self.every == 0
+        # 0 where another stream has it begin again.
+        return (count % self.every == 0) & (count > 0)
 
 
 class CountsOnTheDevice(RareOnTheDevice):

@@ -33,6 +33,7 @@ _ALPHA = "a dynamic global scale taken for a static one"
 _RARE = "a launch in thousands"
 _EFFECT = "side effect on the process"
 _AT_LENGTH = ("serial", "graph", "churn", "streams", "graph-streams", "threads", "mlp-chain")
+_ANYWHERE = (*_AT_LENGTH, "history")
 _WEIGHTS, _HISTORY, _EFFECTS = ("weights",), ("history",), ("effects",)
 SLOTS = (8, 60, 1024)
 WRAPS = 15
@@ -345,7 +346,7 @@ HOST = (
         _RARE,
         "every 997th launch of more than one row has one wrong element",
         partial(history.RareOnTheDevice, every=997),
-        _AT_LENGTH,
+        _ANYWHERE,
         level="standard",
     ),
     Mutant(
@@ -453,6 +454,7 @@ HOST = (
         "each thread computes in a buffer of its own",
         callers.BufferByThread,
         passes=True,
+        devices=("cpu",),  # on a GPU it waits in each call, which no graph may hold
     ),
     Mutant(
         "zoo-copies-what-is-odd",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 
-from fp4tune.probes import quantisers
+from fp4tune.probes import quantisers, zoo
 from fp4tune.probes.data import exact
 from fp4tune.probes.launch.case import Launch, case
+from fp4tune.probes.launch.outcome import NotApplicable
 from fp4tune.probes.problem import Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget
 from fp4tune.probes.regimes.memory.allocator import (
@@ -213,3 +215,41 @@ def test_quantisers_on_their_own(name):
             assert kinds == {"unwritten"} or "error" in result, result
         else:
             assert not kinds and "error" not in result
+
+
+class NotInAGraph(Good):
+    """Waits for its stream when it is captured: the capture fails. Right everywhere else."""
+
+    def run(self, state, a, out, tactic):
+        super().run(state, a, out, tactic)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+
+
+class OnAnotherStream(Good):
+    """Leaves another stream the current one when it is captured: the capture does not end."""
+
+    def run(self, state, a, out, tactic):
+        super().run(state, a, out, tactic)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+
+@pytest.mark.parametrize("backend", [NotInAGraph, OnAnotherStream])
+def test_a_capture_that_fails_spoils_nothing_behind_it(backend):
+    with pytest.raises(Exception, match="captur"):
+        run("graph", backend())
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert not torch.cuda.is_current_stream_capturing()
+    for regime in ("callers", "churn", "regrow", "graph"):
+        assert not caught(run(regime, Good())), regime
+
+
+def test_the_floor_of_fp4_activations_is_right_behind_captures_that_fail():
+    """Its quantiser in torch cannot be captured; what was run behind that came out unwritten."""
+    problem = Problem("nvfp4", 192, 512, 1024, "fp4")
+    backend = zoo.named("zoo-own-quantiser")
+    with suppress(NotApplicable):
+        run("pdl-raw", backend, problem=problem)
+    for regime in ("callers", "churn", "history", "regrow", "graph"):
+        assert not caught(run(regime, backend, problem=problem)), regime

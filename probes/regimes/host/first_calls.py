@@ -151,6 +151,7 @@ def _own_processes(
             ms,
             (launch.tactic,) * len(ms),
             name_of(device_of(cases)),
+            case.expectation.exact,
         )
         try:
             _asked[key] = backend, ask(question, budget.beat)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ....machine.last_words import LastWords
 from ....machine.memory import ended_for_want, kills
 from ... import settings
 from ...backends import Backend
+from ...check.reference import faithful
 from ...data import exact
 from ...grouped.backend import AsDense
 from ...grouped.problem import ExpertsProblem, is_grouped, of_fields
@@ -50,7 +51,8 @@ STARTS = 600.0
 class Question:
     """What a child is asked: a task of `child.TASKS`, a backend, and a problem to draw.
 
-    `ms` and `tactics` go together: what is called. `device` is torch's name of it. `told` is where
+    `ms` and `tactics` go together: what is called. `device` is torch's name of it. `to_nearest`
+    says that answers are rounded so; else a neighbour of the sum is right, too. `told` is where
     its kernels are kept, and what else its environment does not say (`settings`).
     """
 
@@ -62,6 +64,7 @@ class Question:
     ms: tuple[int, ...]
     tactics: tuple[str, ...]
     device: str
+    to_nearest: bool = True
     told: dict[str, str] = field(default_factory=settings.told)
 
     @staticmethod
@@ -101,7 +104,9 @@ def case_there(backend: Backend, question: Question, device: torch.device) -> Ca
         assert isinstance(backend, AsDense)
         backend.problem = problem
         return balanced_case(backend, problem, question.seed, device)
-    return case(backend, problem, exact(problem, question.width, question.seed, device))
+    drawn = exact(problem, question.width, question.seed, device)
+    made = case(backend, problem, drawn)
+    return made if question.to_nearest else replace(made, expectation=faithful(drawn, problem))
 
 
 def name_of(device: torch.device) -> str:

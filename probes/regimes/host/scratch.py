@@ -104,6 +104,7 @@ def _ask_of(
         tuple(m for m, _ in pairs),
         tuple(tactic for _, tactic in pairs),
         name_of(case.operands.weight.codes.device),
+        case.expectation.exact,
     )
     try:
         return ask(question, budget.beat)

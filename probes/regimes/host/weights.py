@@ -38,6 +38,8 @@ MOST = 1056
 """Weights alive at once: more than any table of 1,024 has slots."""
 _LEAST = 9
 """Weights alive at once where memory or time allow no more: one more than a table of 8."""
+_LOOK = 8
+"""Weights after which memory is looked at again."""
 _TIMES = 3
 """How many budgets of seconds the crowd may take."""
 _GPU_SECONDS = 3.0
@@ -188,10 +190,12 @@ def _crowd(
     crowd: list[_Prepared] = []
     calls: list[Call] = []
     own = time.thread_time() + (_GPU_SECONDS if device.type == "cuda" else 0.0)
+    full = False
     while len(crowd) < MOST:
         late = time.perf_counter() > end and time.thread_time() > own
-        enough = late or _grown(before, device) > room
-        if len(crowd) >= _LEAST and enough:
+        if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST:
+            full = _grown(before, device) > room  # asks the driver, which takes its time
+        if len(crowd) >= _LEAST and (late or full):
             break
         crowd.append(_prepared(backend, case, len(crowd) + 1))
         calls.append(crowd[-1].call(backend, launch, activation))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...launch.outcome import CYCLES, Budget, repeat
+from ...launch.outcome import CYCLES, Budget, capturing, repeat
 from . import edges
 from .chain import TURNS, Chain
 from .control import PairOfCopies
@@ -205,7 +205,7 @@ def _capture(
         tails[index, when] = edges.tail(stream.cuda_stream)
 
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
+    with capturing(captured, stream):
         chain.reset()
         try:
             edges.tail(stream.cuda_stream)
