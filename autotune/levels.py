@@ -21,6 +21,9 @@ class Level:
     most: int
     seconds: float
     """Time for the repeats of one regime; fewest repeats come first."""
+    long: bool
+    """Whether what takes seconds whatever the rest is done: pauses between calls, and the first
+    calls of a process of their own."""
     samples: int
     """Timing samples of each candidate in each bucket."""
     launches: int = 0
@@ -61,6 +64,7 @@ LEVELS = {
             least=3,
             most=20,
             seconds=0.1,
+            long=False,
             samples=5,
             launches=3_000,
             share=0.025,
@@ -73,6 +77,7 @@ LEVELS = {
             least=4,
             most=100,
             seconds=0.1,
+            long=True,
             samples=9,
             launches=30_000,
             share=0.25,
@@ -85,6 +90,7 @@ LEVELS = {
             least=50,
             most=10_000,
             seconds=1.0,
+            long=True,
             samples=15,
             launches=3_000_000,
             share=25.0,

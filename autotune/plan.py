@@ -118,6 +118,8 @@ class Plan:
         # A CPU computes in seconds what a GPU does in milliseconds. A real hang is waited for while
         # others go on, and a host that is busy must not be called one.
         run, regime = (120.0, 120.0) if self.on_cpu else (30.0, 10.0)
+        if any(problem.groups > 1 for problem in self.problems):
+            regime = run  # one call of the floor of routed experts takes a tenth of a second
         return Patience(self.hang_seconds or run, self.hang_seconds or regime)
 
 

@@ -78,7 +78,12 @@ def briefly(
                 record.status(each.where, Under(name), status, {"note": why})
         return
     level = layer.level
-    budget = {"least": level.least, "most": level.most, "seconds": level.seconds}
+    budget = {
+        "least": level.least,
+        "most": level.most,
+        "seconds": level.seconds,
+        "long": level.long,
+    }
     _run_chain(layer, entrant, step, won, {"name": name, "budget": budget}, record)
 
 

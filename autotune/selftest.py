@@ -46,11 +46,20 @@ SEED = 20
 HANG_SECONDS = {"cpu": 4.0, "cuda": 10.0}
 """Silence that counts as a hang among mutants that end their process; others get the usual time.
 A GPU's kernels may have to be compiled meanwhile."""
-LEVEL = replace(LEVELS["standard"], ragged=2, least=3, most=20, seconds=0.1, samples=3, launches=0)
+LEVEL = replace(
+    LEVELS["standard"],
+    ragged=2,
+    least=3,
+    most=20,
+    seconds=0.1,
+    long=False,
+    samples=3,
+    launches=0,
+)
 """Level ``standard`` in its regimes, and less of each: most mutants are caught at once or never."""
 BY_LEVEL = {
     "quick": LEVEL,
-    "standard": replace(LEVEL, launches=LEVELS["standard"].launches, on_cpu=60.0),
+    "standard": replace(LEVEL, long=True, launches=LEVELS["standard"].launches, on_cpu=60.0),
     "soak": replace(LEVELS["soak"], seconds=10.0, launches=0),
 }
 """What a mutant is probed at, by the least level that catches it: from ``standard`` on a fault is
@@ -95,7 +104,9 @@ def choose(device: Device, wanted: Sequence[str]) -> tuple[Mutant, ...]:
             raise ValueError(f"there is no mutant {name!r} for {device.kind}; nearest: {close[0]}")
     if wanted:
         return tuple(here[name] for name in dict.fromkeys(wanted))
-    return tuple(m for m in here.values() if m.level != "soak" and not lacking(m, device))
+    return tuple(
+        m for m in here.values() if m.level_on(device.kind) != "soak" and not lacking(m, device)
+    )
 
 
 def lacking(mutant: Mutant, device: Device) -> str | None:
@@ -113,7 +124,7 @@ def plan(target: Target, mutants: Sequence[Mutant]) -> Plan:
         target=target,
         backends=tuple(mutant.name for mutant in mutants),
         problems=(Problem("nvfp4", m, N, K, first.activation),),
-        level=BY_LEVEL[first.level],
+        level=BY_LEVEL[first.level_on(target.device.kind)],
         profile=PROFILES["strict"],
         seed=SEED,
         hang_seconds=HANG_SECONDS[target.device.kind] if first.ends else None,
@@ -132,12 +143,12 @@ def at_once(target: Target) -> int:
     return max(AT_ONCE, min(MOST_AT_ONCE, room))
 
 
-def _groups(mutants: Sequence[Mutant], most: int) -> Iterator[list[Mutant]]:
-    """Mutants that one probe can run together, at most so many at a time."""
+def _groups(mutants: Sequence[Mutant], most: int, kind: str) -> Iterator[list[Mutant]]:
+    """Mutants that one probe of such a device can run together, at most so many at a time."""
     kinds: dict[tuple[Any, ...], list[Mutant]] = {}
     for mutant in mutants:
-        kind = (mutant.ends, mutant.many, mutant.activation, mutant.level)
-        kinds.setdefault(kind, []).append(mutant)
+        alike = (mutant.ends, mutant.many, mutant.activation, mutant.level_on(kind))
+        kinds.setdefault(alike, []).append(mutant)
     for mine in kinds.values():
         for start in range(0, len(mine), most):
             yield mine[start : start + most]
@@ -148,7 +159,7 @@ def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> I
 
     `watching` shows a probe's progress. Raises what a probe raises.
     """
-    for mine in _groups(mutants, at_once(target)):
+    for mine in _groups(mutants, at_once(target), target.device.kind):
         wanted = plan(target, mine)
         with (
             TemporaryDirectory(prefix="fp4tune-selftest-") as place,

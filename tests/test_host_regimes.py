@@ -111,7 +111,7 @@ def test_the_call_that_came_out_wrong_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [history.ForgetsAfterAPause, history.AnswersLateAfterAPause])
 def test_what_a_pause_makes_of_it_is_seen(make):
-    outcome = run("history", make("x"), (1,), budget=Budget(1, 2, 0.2))
+    outcome = run("history", make("x"), (1,), budget=Budget(1, 2, 0.2, long=True))
     assert outcome.proof["pause_seconds"] > 1 and "1 of " in outcome.errors[0]["message"]
 
 
@@ -119,7 +119,7 @@ def test_what_a_pause_makes_of_it_is_seen(make):
 @pytest.mark.parametrize("make", [lambda: history.CounterWraps("x", 15),
                                   lambda: history.SwapsBuffers("x", 10_000)])  # fmt: skip
 def test_what_happens_once_in_ten_thousand_calls_is_seen(make):
-    outcome = run("history", make(), (1,), budget=Budget(1, 2, 10.0))
+    outcome = run("history", make(), (1,), budget=Budget(1, 2, 10.0, long=True))
     assert outcome.proof["calls"] > 1 << 17 and caught(outcome)
 
 
@@ -471,7 +471,7 @@ def test_what_is_called_under_canaries_begins_with_the_edges_and_leaves_nothing_
 def test_many_calls_and_a_pause_are_made_once_a_process_and_for_all_tactics_in_one_budget():
     backend = Right("right")
     drawn = [case(backend, PROBLEM, exact(PROBLEM, 24, seed, "cpu")) for seed in (1, 2)]
-    budget = Budget(1, 2, 0.2)
+    budget = Budget(1, 2, 0.2, long=True)
     launches = [Launch(0, 0, 1 + i, "abc"[i % 3], i) for i in range(9)]
     first = REGIMES["history"](backend, drawn, launches, budget)
     again = REGIMES["history"](backend, drawn, launches, budget)

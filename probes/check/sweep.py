@@ -240,11 +240,16 @@ def _unpack(packed: int, s: Slot) -> tuple[int, int, float, float, float] | None
 
 
 class Unchanged:
-    """Remembers tensors bit for bit, to tell later whether anything wrote into them."""
+    """Remembers tensors bit for bit, to tell later whether anything wrote into them.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    `shared` are others that this one's owner has in common with more: a large weight is remembered
+    once, however many tokens it is for. Each counts its own tensors only.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], shared: Sequence[Unchanged] = ()) -> None:
         self._pairs = [(t, t.detach().clone()) for t in tensors if t.numel()]
         self._seen: list[torch.Tensor] = []
+        self.shared = tuple(shared)
 
     def look(self, some: Sequence[torch.Tensor]) -> None:
         """Note which of `some` differ, before they are written on purpose; enqueues only."""

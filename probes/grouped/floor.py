@@ -19,7 +19,7 @@ from .tensors import ExpertWeights, Fp4Stack
 
 BLOCK = 128
 """Most slots of a block."""
-_AT_ONCE = 1 << 28
+_AT_ONCE = 1 << 26
 """Elements of dequantised weights at once."""
 
 

@@ -7,7 +7,7 @@ already known: the reference is computed once and serves every launch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +70,12 @@ class Case:
         """A poisoned place for the window's output, with what must appear there."""
         window = slice(offset, offset + m)
         return slot(self.expectation.lo[window], self.expectation.hi[window])
+
+
+def changed_inputs(cases: Iterable[Case]) -> int:
+    """How many tensors that these cases were given are, or were, changed; waits for the device."""
+    every = {id(u): u for each in cases for u in (each.unchanged, *each.unchanged.shared)}
+    return sum(unchanged.changed() for unchanged in every.values())
 
 
 def case(backend: Backend, problem: Problem, operands: Operands) -> Case:

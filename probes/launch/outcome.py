@@ -14,7 +14,7 @@ import torch
 
 from ..backends import Backend
 from ..check.sweep import POISON, Checker, Slot, SlotReport
-from .case import Call, Case, Launch
+from .case import Call, Case, Launch, changed_inputs
 from .redraw import Redraw
 
 DRAWING = 3
@@ -30,7 +30,8 @@ class Budget:
     """How long to repeat: at least `least` times, then until `seconds` or `most`.
 
     `beat` is called whenever the device has caught up: a long regime is not a silent one. With
-    `redraw`, all data are drawn anew `draws` times on the way, at even distances.
+    `redraw`, all data are drawn anew `draws` times on the way, at even distances. `long` says that
+    what takes seconds whatever the rest is done as well: pauses, and processes of their own.
     """
 
     least: int
@@ -39,6 +40,7 @@ class Budget:
     beat: Callable[[], None] = lambda: None
     redraw: Redraw | None = None
     draws: int = 1
+    long: bool = False
 
     def every(self, repeats: int, seconds: float, drawing: float) -> int:
         """Times between two draws, of `repeats` that take `seconds` each: so far apart that draws
@@ -158,7 +160,7 @@ def outcome(
     return Outcome(
         repeats=checker.sweeps,
         reports=tuple(zip(launches, checker.reports(), strict=True)),
-        changed_inputs=sum(c.unchanged.changed() for c in cases),
+        changed_inputs=changed_inputs(cases),
         seconds=seconds,
         not_exercised=missed,
         proof=proof or {},
@@ -200,21 +202,26 @@ def capture(
 
 
 @contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
-    """`torch.cuda.graph` on `stream`, which leaves nothing behind where a capture fails.
+def capturing(
+    graph: torch.cuda.CUDAGraph,
+    stream: torch.cuda.Stream,
+    pool: tuple[int, int] | None = None,
+) -> Iterator[None]:
+    """`torch.cuda.graph` on `stream`, which leaves nothing behind where a capture fails. Its memory
+    is of `pool`, or its own.
 
     torch then keeps the capture's stream as the current one, and its allocator goes on recording;
     where a call left another stream current, the capture does not even end. What is run next would
     be blamed for what follows from that.
     """
     before = torch.cuda.current_stream()
-    pool = torch.cuda.graph_pool_handle()
+    own: Any = pool or torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=own, stream=stream):
             yield
     except BaseException:
         torch.cuda.set_stream(stream)
-        for end in (graph.capture_end, partial(_stop_recording, pool)):
+        for end in (graph.capture_end, partial(_stop_recording, own)):
             with suppress(RuntimeError):  # it may have come so far by itself
                 end()
         raise

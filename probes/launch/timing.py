@@ -37,11 +37,28 @@ def weight_copies(problem: Problem, cache_bytes: int, kind: str = "cuda") -> int
 
 
 @dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """Memory that the graphs of many samplers have in common: they are replayed one after another,
+    and what they write lies elsewhere. The allocator keeps it by stream, so that is one, too."""
+
+    pool: tuple[int, int]
+    stream: torch.cuda.Stream
+
+
+def graph_memory(device: torch.device) -> GraphMemory | None:
+    """Some to share; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    return GraphMemory(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Buffers:
     """What the timed launches of a layer rotate through: activations (max m, k) and outputs."""
 
     activations: tuple[torch.Tensor | Fp4Tensor, ...]
     outs: tuple[torch.Tensor, ...]
+    graphs: GraphMemory | None = None
 
 
 def buffers(operands: Operands, problem: Problem, count: int = 2) -> Buffers:
@@ -51,6 +68,7 @@ def buffers(operands: Operands, problem: Problem, count: int = 2) -> Buffers:
     return Buffers(
         tuple(operands.a.clone() for _ in range(count)),
         tuple(torch.empty(size, dtype=problem.dtype, device=device) for _ in range(count)),
+        graph_memory(device),
     )
 
 
@@ -75,7 +93,8 @@ class Timed:
                 backend.run(state, activations[turn], outs[turn], tactic)
 
         self.tactic, self.m = tactic, m
-        self._sampler = Sampler(each, len(states), outs[0].device.type == "cuda")
+        on_cuda = outs[0].device.type == "cuda"
+        self._sampler = Sampler(each, len(states), on_cuda, shared.graphs)
         self.host_us = self._sampler.host_us
         self.eager: Callable[[], None] = each
         """All copies once, as they were captured."""
@@ -114,7 +133,13 @@ class Sampler:
     """Any calls, measured as an engine makes them: `each` makes `launches` of them, on the current
     stream. `sample` is microseconds per launch."""
 
-    def __init__(self, each: Callable[[], None], launches: int, on_cuda: bool) -> None:
+    def __init__(
+        self,
+        each: Callable[[], None],
+        launches: int,
+        on_cuda: bool,
+        memory: GraphMemory | None = None,
+    ) -> None:
         self._launches = launches
         self._on_cuda = on_cuda
         # A graph does not keep what it reads alive.
@@ -126,13 +151,13 @@ class Sampler:
         # On a CPU the call is all there is.
         self.host_us = self._host(each) if self._on_cuda else self._measure(1)
         if self._on_cuda:
-            stream = torch.cuda.Stream()
+            stream = memory.stream if memory else torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 each()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with capturing(graph, stream):
+            with capturing(graph, stream, memory.pool if memory else None):
                 each()
             self._each = graph.replay
             self._each()

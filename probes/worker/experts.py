@@ -7,6 +7,7 @@ that launches dense problems launches these, with `Routed` tokens where an activ
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, product
@@ -29,12 +30,12 @@ from ..grouped.tensors import ExpertWeights
 from ..grouped.units import WIDTH
 from ..launch.case import Case, Launch, bind, blame, tensors
 from ..launch.item import Item
-from ..launch.outcome import Budget, NotApplicable, Outcome
+from ..launch.outcome import Budget, NotApplicable, Outcome, wait
 from ..launch.redraw import Redraw
 from ..launch.routed_answers import RoutedAnswers
 from ..launch.routed_cases import prepared_case, seen_as_dense
 from ..launch.summary import MOST_BAD, Result, launched
-from ..launch.timing import COLD, Sampler
+from ..launch.timing import COLD, GraphMemory, Sampler, graph_memory
 from ..problem import Device
 from ..seeds import derive
 from .experts_stages import cut_at, routed_tokens, weights_of
@@ -59,6 +60,9 @@ _CUT_TOKENS = 24
 """Tokens that stages are graded on."""
 _MOST_ROUTES = 8
 """Batches that a sample rotates through, so that experts are cold."""
+_SLOW = 0.005
+"""Seconds of a call, from which on one batch of a range's largest m is timed: what takes so long
+has no experts in the cache, and the floor would else be timed for minutes."""
 
 
 class OpenExperts(OpenLayer):
@@ -107,11 +111,11 @@ class OpenExperts(OpenLayer):
 
     def _case(self, laws: Sequence[str], index: int, family: str, seed: int, rows: int) -> Case:
         """Tokens of a set of experts; drawn anew, their laws take turns."""
-        made, live, state, _ = self._weights(index)
+        made, live, state, weights = self._weights(index)
         self.progress(f"routing: {laws[0]}, set {index}")
         drawn, right = draw_tokens(self.experts.at(rows), made, live, laws, seed, family)
         operands: Any = drawn
-        unchanged = Unchanged([*_weight_tensors(made), *tensors(drawn.a)])
+        unchanged = Unchanged(tensors(drawn.a), [weights])
         return Case(self.problem.at(rows), operands, right, state, unchanged)
 
     def _strict_case(self, law: str, index: int, family: str) -> Case:
@@ -414,27 +418,58 @@ class OpenExperts(OpenLayer):
             more = [self.backend.prepare(made.clone(), self.experts) for _ in range(copies - 1)]  # type: ignore[arg-type]
         cases = {_law(c.operands): c for c in self.cases(WIDTH)[::SETS]}
         self._times, self._timed = [], []
-        for item in items:
-            self.progress(f"timing {item.ms[-1]} tokens")
-            self._times.append(
-                TimedLaws(
-                    [
-                        LawBatch(
-                            m,
-                            law,
-                            item.tactic,
-                            self._sampler(cases[law], [state, *more], m, item.tactic),
-                        )
-                        for m in item.ms
-                        for law in TIMED_LAWS
-                    ]
+        memory = graph_memory(self.device.torch)
+        try:
+            for item in items:
+                self.progress(f"timing {item.ms[-1]} tokens")
+                slow = self._call_seconds(cases[TIMED_LAWS[0]], state, item) > _SLOW
+                self._times.append(
+                    TimedLaws(
+                        [
+                            LawBatch(
+                                m,
+                                law,
+                                item.tactic,
+                                self._sampler(
+                                    cases[law],
+                                    [state, *more],
+                                    Item((m,), item.tactic),
+                                    1 if slow else _MOST_ROUTES,
+                                    memory,
+                                ),
+                            )
+                            for m in (item.ms[-1:] if slow else item.ms)
+                            for law in TIMED_LAWS
+                        ]
+                    )
                 )
-            )
+        except BaseException:
+            self._times = []  # what was captured so far holds memory
+            raise
         return [each.host_us() for each in self._times]
 
-    def _sampler(self, case: Case, states: Sequence[Any], m: int, tactic: str) -> Sampler:
-        rows = self.problem.m
-        count = max(len(states), min(_MOST_ROUTES, rows // max(1, m)))
+    def _call_seconds(self, case: Case, state: Any, item: Item) -> float:
+        """Seconds of a call of the item's largest m, by the host's clock."""
+        m = item.ms[-1]
+        tokens = case.rows(0, m)
+        out = torch.empty(m, self.problem.n, dtype=self.problem.dtype, device=self.device.torch)
+        for _ in range(2):
+            start = time.perf_counter()
+            self.backend.run(state, tokens, out, item.tactic)  # type: ignore[arg-type]
+            wait(self.device.torch)
+        return time.perf_counter() - start
+
+    def _sampler(
+        self,
+        case: Case,
+        states: Sequence[Any],
+        item: Item,
+        most: int,
+        memory: GraphMemory | None,
+    ) -> Sampler:
+        """A sampler of the item's m: `most` batches by turns, or as many as there are `states`."""
+        (m,), tactic, rows = item.ms, item.tactic, self.problem.m
+        count = max(len(states), min(most, rows // max(1, m)))
         batches = [case.rows(i * m % (rows - m + 1), m) for i in range(count)]
         outs = [
             torch.empty(m, self.problem.n, dtype=self.problem.dtype, device=self.device.torch)
@@ -446,7 +481,7 @@ class OpenExperts(OpenLayer):
                 state = states[index % len(states)]
                 self.backend.run(state, batch, outs[index % 2], tactic)  # type: ignore[arg-type]
 
-        return Sampler(each, count, self.device.kind == "cuda")
+        return Sampler(each, count, self.device.kind == "cuda", memory)
 
     def sample(self, indices: Sequence[int]) -> list[float]:
         """Microseconds of a call, the mean over both laws and the m, of each item."""

@@ -440,16 +440,33 @@ class OpenLayer:
             except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
                 alone = self._one_by_one(name, cases, batch, share)
-                if not any(o.errors for o in alone):
+                if failed := {item for o in alone for item in o.errors}:
+                    outcomes += [o for o in alone if o.errors]
+                    rest = [x for x in batch if x.item not in failed]
+                    outcomes += self._the_rest(name, cases, rest, share)
+                else:
                     # Raised together and never alone: the conditions of the regime are the cause.
                     blamed = {"kind": _kind(error), "message": sentence(error)}
                     errors = {x.item: {**launched(x, cases), **blamed} for x in batch}
-                    alone.append(Outcome(0, (), 0, 0.0, errors=errors))
-                outcomes.extend(alone)
+                    outcomes += [*alone, Outcome(0, (), 0, 0.0, errors=errors)]
             finally:
                 if budget.redraw:
                     budget.redraw.forget()
         return outcomes
+
+    def _the_rest(
+        self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+    ) -> list[Outcome]:
+        """What is left of a batch without the items that raised, together again: a launch alone
+        shows little of most regimes."""
+        if not launches:
+            return []
+        self.progress(f"{name}: {len(launches)} launches")
+        try:
+            return [WHOLE[name](self.backend, cases, launches, budget)]
+        except (RuntimeError, BackendRaised) as error:
+            _raise_if_poisoned(self.device, error)
+            return self._one_by_one(name, cases, launches, budget)
 
     def _one_by_one(
         self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
@@ -458,7 +475,8 @@ class OpenLayer:
         for launch in launches:
             self.progress(f"{name}: m={launch.m} alone")
             try:
-                outcomes.append(WHOLE[name](self.backend, cases, [launch], Budget(1, 1, 0.0)))
+                once = Budget(1, 1, 0.0, budget.beat)
+                outcomes.append(WHOLE[name](self.backend, cases, [launch], once))
             except (RuntimeError, BackendRaised) as error:
                 _raise_if_poisoned(self.device, error)
                 blamed = {"kind": _kind(error), "message": sentence(error)}
@@ -476,13 +494,17 @@ class OpenLayer:
             states = [self.backend.prepare(weight, self.problem) for weight in weights]
         shared = buffers(operands, self.problem)
         self._timed = []
-        for item in items:
-            self.progress(f"timing m={item.ms[-1]}")
-            parts = [
-                Timed(self.backend, states, shared, self.problem.at(m), item.tactic)
-                for m in item.ms
-            ]
-            self._timed.append(TimedRange(parts))
+        try:
+            for item in items:
+                self.progress(f"timing m={item.ms[-1]}")
+                parts = [
+                    Timed(self.backend, states, shared, self.problem.at(m), item.tactic)
+                    for m in item.ms
+                ]
+                self._timed.append(TimedRange(parts))
+        except BaseException:
+            self._timed = []  # what was captured so far holds memory
+            raise
         return [timed.host_us for timed in self._timed]
 
     def sample(self, indices: Sequence[int]) -> list[float]:

@@ -63,7 +63,7 @@ ON_GPU = (
         partial(PdlGemm, when="never", drop="clock", rarely=BY_THE_CLOCK, pdl=False),
         ("serial", "graph", "side-stream", "streams", "graph-streams", "threads", *RACES),
         devices=GPU,
-        level="soak",
+        level="standard",
     ),
     Mutant(
         "zoo-wrong-stream",

@@ -143,7 +143,7 @@ HOST = (
         "the second caller of a process does not wait for what the first one loads",
         callers.ProcessHalfMade,
         ("first-calls",),
-        level="soak",
+        level="standard",
     ),
     Mutant(
         "zoo-ready-in-one-thread",
@@ -316,6 +316,7 @@ HOST = (
         partial(history.CounterWraps, bits=WRAPS),
         _HISTORY,
         level="soak",
+        gpu_level="standard",
     ),
     Mutant(
         "zoo-swapped-once-in-ten-thousand",
@@ -324,6 +325,7 @@ HOST = (
         partial(history.SwapsBuffers, every=10_000),
         _HISTORY,
         level="soak",
+        gpu_level="standard",
     ),
     Mutant(
         "zoo-zeros-after-a-pause",
@@ -331,7 +333,7 @@ HOST = (
         "the first call after a second without one gives zeros",
         history.ForgetsAfterAPause,
         _HISTORY,
-        level="soak",
+        level="standard",
     ),
     Mutant(
         "zoo-stale-after-a-pause",
@@ -339,7 +341,7 @@ HOST = (
         "the first call after a second without one gives the result before",
         history.AnswersLateAfterAPause,
         _HISTORY,
-        level="soak",
+        level="standard",
     ),
     Mutant(
         "zoo-wrong-once-in-a-thousand",

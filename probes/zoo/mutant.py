@@ -35,6 +35,12 @@ class Mutant:
     """Whether it shows only over many different m."""
     level: str = "quick"
     """The least level that catches it; one that needs ``soak`` runs when it is asked for."""
+    gpu_level: str | None = None
+    """That of a GPU, where it is another."""
+
+    def level_on(self, kind: str) -> str:
+        """The least level that catches it on such a device."""
+        return self.gpu_level or self.level if kind == "cuda" else self.level
 
     @property
     def expected(self) -> str:

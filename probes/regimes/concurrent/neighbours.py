@@ -20,8 +20,10 @@ from ...launch.outcome import Budget, NotApplicable, Outcome, device_of, need_cu
 from ...problem import Device
 from ._neighbour import END, GO, PAUSE, SIZE
 
-_START = 90.0
+_START = 300.0
 """Seconds for a process to load torch and open the device."""
+_SWITCH = 20.0
+"""Seconds for it to get a round done on a GPU and a host that others use, too."""
 _ONE_ONLY = ("exclusive", "busy or unavailable")
 _SCRIPT = Path(__file__).with_name("_neighbour.py")
 
@@ -150,7 +152,7 @@ def neighbours(
         seconds = repeat(once, budget, device)
         if other.rounds == before:
             # Too short to be switched in between: for as long as one round of the neighbour.
-            end = time.monotonic() + 2.0
+            end = time.monotonic() + _SWITCH
             while other.rounds == before and other.alive and time.monotonic() < end:
                 seconds += repeat(once, Budget(1, 16, 0.05, budget.beat), device)
         done = other.rounds - before

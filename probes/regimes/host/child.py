@@ -18,7 +18,7 @@ from ...launch.outcome import wait
 from . import first_calls, scratch
 from .own_process import Question, begun_file
 
-TASKS: dict[str, Callable[[Question], dict[str, Any]]] = {
+TASKS: dict[str, Callable[[Question, Callable[[], None]], dict[str, Any]]] = {
     "first-calls": first_calls.answer,
     "scratch": scratch.answer,
 }
@@ -28,9 +28,10 @@ def main(asked: str, answer: str) -> None:
     """Read the question, and leave the answer; neither threads nor exit handlers hold it up."""
     question = Question.of(Path(asked).read_text())
     settings.tell(question.told)
-    begun_file(Path(answer)).touch()
+    alive = begun_file(Path(answer)).touch
+    alive()
     try:
-        found = TASKS[question.task](question)
+        found = TASKS[question.task](question, alive)
     except Exception as error:
         traceback.print_exc()
         found = {

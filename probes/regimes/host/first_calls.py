@@ -20,10 +20,18 @@ from ...backends import Backend
 from ...check.sweep import Checker, SlotReport
 from ...launch.case import Call, Case, Launch, prepared_activation, prepared_again
 from ...launch.outcome import Budget, Outcome, device_of, outcome, together, wait
-from ...registry import load_one
 from ..concurrent.lanes import LANES, Together, run_threads
-from .history import LONG
-from .own_process import NoAnswer, Question, ask, case_there, loaded_by, name_of, whole_problem
+from .own_process import (
+    NOBODYS,
+    NoAnswer,
+    Question,
+    ask,
+    backend_there,
+    case_there,
+    loaded_by,
+    name_of,
+    whole_problem,
+)
 from .weights import bound
 
 _ROUNDS = 200
@@ -134,7 +142,7 @@ def _own_processes(
 ) -> tuple[dict[int, dict[str, str]], dict[str, Any]]:
     """What processes of their own say of each tactic, and how many were asked."""
     spec = loaded_by(backend)
-    if spec is None or budget.seconds < LONG:
+    if spec is None or not budget.long:
         return {}, {"own_processes": 0}
     key = id(backend)
     if key not in _asked:
@@ -159,15 +167,21 @@ def _own_processes(
             _asked[key] = backend, {"error": {"kind": failure.kind, "message": str(failure)}}
     found = _asked[key][1]
     error = found.get("error")
+    if error and error["kind"] in NOBODYS:
+        del _asked[key]  # with the next layer it may be otherwise
     errors = {launch.item: error for launch in launches} if error else {}
     return errors, {"own_processes": 1, "overlapped_there": int(bool(found.get("overlapped")))}
 
 
-def answer(question: Question) -> dict[str, Any]:
-    """In the child: the first calls of all, by all threads at once, one m after the other."""
-    backend = load_one(question.spec)
+def answer(question: Question, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """In the child: the first calls of all, by all threads at once, one m after the other; `alive`
+    is called whenever it got on."""
+    backend = backend_there(question)
+    alive()
     device = torch.device(question.device)
     case = case_there(backend, question, device)
+    wait(device)  # the lanes' streams do not wait for what was prepared on this one
+    alive()
     pairs = zip(question.ms, question.tactics, strict=True)
     launches = [Launch(0, 0, m, tactic, 0) for m, tactic in pairs]
     rounds = [

@@ -19,8 +19,8 @@ from ...check.reference import Expectation
 from ...check.sweep import SlotReport
 from ...data import window
 from ...grouped.tensors import Routed
-from ...launch.case import Case, Launch, blame, prepared_activation
-from ...launch.outcome import Budget, Outcome, poison, wait
+from ...launch.case import Case, Launch, blame, changed_inputs, prepared_activation
+from ...launch.outcome import Budget, Outcome, device_of, poison, wait
 from .small import small_problem
 from .weights import smallest_of_each
 
@@ -37,13 +37,14 @@ _TURNS = 3
 _LEAST = 1 << 11
 """Calls of a tactic that are made whatever the time, up to `_GRACE` seconds beyond it."""
 _GRACE = 5.0
+"""Of this thread's own time: others may keep it waiting."""
 _FEW_ROWS = 64
 """The largest m that is called by the hundred thousand: more rows cost time and show no more."""
 _TIMES, _LONG_TIMES = 4, 8
-"""How many budgets of seconds the many calls of all tactics may take: the second from level
-`standard` on."""
-LONG = 0.2
-"""Seconds of a budget from which on calls go on for long, and pauses are made."""
+"""How many budgets of seconds the many calls of all tactics may take: the second where a budget is
+long."""
+_GPU_SECONDS = 5.0
+"""The same of a GPU, where they are to reach `CALLS`: 2^17 calls take a host two or three."""
 PAUSE = 2.5
 """Seconds between two calls, in which nothing is called."""
 _done: dict[tuple[int, str], Backend] = {}
@@ -66,13 +67,15 @@ def history(
     reports: list[tuple[Launch, SlotReport]] = []
     errors: dict[int, dict[str, str]] = {}
     proof: dict[str, Any] = {"calls": 0, "pause_seconds": 0.0}
-    long = budget.seconds >= LONG
+    long = budget.long
     waiting = {
         launch.tactic
         for launch in launches
         if launch.m and (id(backend), launch.tactic) not in _done
     }
     left = budget.seconds * (_LONG_TIMES if long else _TIMES)
+    if long and device_of(cases).type == "cuda":
+        left = max(left, _GPU_SECONDS)
     for launch in sorted(smallest_of_each(launches), key=lambda each: each.m):
         series, small = _series(backend, cases, launch)
         many = launch.tactic in waiting and (small or launch.m <= _FEW_ROWS)
@@ -105,7 +108,7 @@ def history(
     return Outcome(
         repeats=proof["calls"] // max(1, len(reports)),
         reports=tuple(reports),
-        changed_inputs=sum(case.unchanged.changed() for case in cases),
+        changed_inputs=changed_inputs(cases),
         seconds=time.perf_counter() - start,
         proof=proof,
         errors=errors,
@@ -174,9 +177,12 @@ class _Series:
         end = time.perf_counter() + limits.seconds
         first = self.made
         beaten = now = time.perf_counter()
-        while self.made - first < limits.calls and now < (
-            end + _GRACE if self.made - first < limits.least else end
-        ):
+        grace = time.thread_time() + limits.seconds + _GRACE
+
+        def go_on(made: int) -> bool:
+            return now < end or (made < limits.least and time.thread_time() < grace)
+
+        while self.made - first < limits.calls and go_on(self.made - first):
             self._round()
             wrong = ~((self._ring >= self._lo) & (self._ring <= self._hi)).flatten(1).all(dim=1)
             self._bad += wrong

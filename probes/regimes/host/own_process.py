@@ -32,7 +32,7 @@ from ...grouped.problem import ExpertsProblem, is_grouped, of_fields
 from ...launch.case import Case, case
 from ...launch.routed_cases import balanced_case
 from ...problem import Problem
-from ...registry import spec_of
+from ...registry import load_one, spec_of
 
 _BOOTSTRAP = Path(__file__).parents[2] / "worker" / "bootstrap.py"
 _PROGRAM = """
@@ -42,7 +42,7 @@ from fp4tune.probes.regimes.host.child import main
 main(sys.argv[2], sys.argv[3])
 """
 SECONDS = 120.0
-"""For a child to load the backend, and to answer."""
+"""Of silence: for a child to load the backend, to build one kernel, to make one tactic's calls."""
 STARTS = 600.0
 """For a child to load Python and torch: on a busy machine that says nothing of a backend."""
 
@@ -75,6 +75,10 @@ class Question:
         fields["problem"] = of_fields(problem) if is_grouped(problem) else Problem(**problem)
         fields["ms"], fields["tactics"] = tuple(fields["ms"]), tuple(fields["tactics"])
         return Question(**fields)
+
+
+NOBODYS = frozenset({"out of memory", "internal"})
+"""Kinds of no answer that say nothing of the backend: asked again, it may give one."""
 
 
 class NoAnswer(Exception):
@@ -114,14 +118,29 @@ def name_of(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
+def backend_there(question: Question) -> Backend:
+    """In the child: the backend, in a process that is set as a worker is."""
+    found = load_one(question.spec)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
 def begun_file(answer: Path) -> Path:
-    """What a child leaves beside its answer once it has torch."""
+    """What a child leaves beside its answer once it has torch, and touches whenever it got on."""
     return answer.with_suffix(".begun")
 
 
+def _touched(file: Path) -> int:
+    """When the file was last written to, in nanoseconds; 0 where it is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) -> dict[str, Any]:
-    """The child's answer. Raises NoAnswer where it died, or took longer than `seconds` from when it
-    had torch."""
+    """The child's answer. Raises NoAnswer where it died, or was silent for `seconds` once it had
+    torch."""
     with tempfile.TemporaryDirectory(prefix="fp4tune-own-process-") as folder:
         asked, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(asdict(question)))
@@ -137,10 +156,10 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
             try:
                 begun = begun_file(answer)
                 end = time.monotonic() + STARTS
-                started = False
+                started = 0
                 while child.poll() is None:
-                    if not started and begun.exists():
-                        started, end = True, time.monotonic() + seconds
+                    if (lately := _touched(begun)) != started:
+                        started, end = lately, time.monotonic() + seconds
                     if time.monotonic() > end:
                         if started:
                             why = f"silent for {seconds:.0f} s in a process of its own"

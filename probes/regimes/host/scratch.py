@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,16 @@ from ...launch.case import Case, Launch, bind, blame
 from ...launch.outcome import Budget, NotApplicable, Outcome, need_cuda
 from ...launch.routed_cases import uniform_case
 from ...problem import FORMATS, Fp4Tensor, Problem
-from ...registry import load_one
-from .own_process import NoAnswer, Question, ask, loaded_by, name_of, whole_problem
+from .own_process import (
+    NOBODYS,
+    NoAnswer,
+    Question,
+    ask,
+    backend_there,
+    loaded_by,
+    name_of,
+    whole_problem,
+)
 
 SOURCE = Path(__file__).with_name("canaries.c")
 _ROWS = 512
@@ -74,6 +82,10 @@ def scratch(
                 told[launch.tactic] = by_tactic.get(launch.tactic) or found.get("error")
         else:
             missed = "no memory came from the allocator"
+    errors = {x.item: error for x in mine if (error := told.get(x.tactic))}
+    for launch in mine:
+        if (told.get(launch.tactic) or {}).get("kind") in NOBODYS:
+            del told[launch.tactic]  # asked again, it may be otherwise
     clean = SlotReport(0, 0, 0, 0, 0, None, ())
     called = {launch.item for launch in mine}
     return Outcome(
@@ -83,7 +95,7 @@ def scratch(
         seconds=time.perf_counter() - start,
         not_exercised=missed,
         proof=proof,
-        errors={x.item: error for x in mine if (error := told.get(x.tactic))},
+        errors=errors,
         exempt={
             x.item: f"no m of it is from 1 to {_ROWS}" for x in launches if x.item not in called
         },
@@ -165,8 +177,9 @@ def read(library: ctypes.CDLL) -> Damage:
     return Damage(*found)
 
 
-def answer(question: Question) -> dict[str, Any]:
-    """In the child: every launch with canaries in place, looked at after each tactic."""
+def answer(question: Question, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """In the child: every launch with canaries in place, looked at after each tactic; `alive` is
+    called whenever it got on."""
     with tempfile.TemporaryDirectory(prefix="fp4tune-canaries-") as folder:
         try:
             path = build(Path(folder))
@@ -180,7 +193,7 @@ def answer(question: Question) -> dict[str, Any]:
         library = ctypes.CDLL(str(path))
         by_tactic: dict[str, dict[str, str]] = {}
         try:
-            _under_canaries(library, question, by_tactic)
+            _under_canaries(library, question, by_tactic, alive)
         except Exception as error:
             # Torch takes what such an allocator gives, nothing too, and a kernel then fails at it.
             if not isinstance(error, MemoryError) and not read(library).refused:
@@ -191,11 +204,15 @@ def answer(question: Question) -> dict[str, Any]:
 
 
 def _under_canaries(
-    library: ctypes.CDLL, question: Question, by_tactic: dict[str, dict[str, str]]
+    library: ctypes.CDLL,
+    question: Question,
+    by_tactic: dict[str, dict[str, str]],
+    alive: Callable[[], None],
 ) -> None:
     """Every launch of the question, and the zones looked at after each tactic; what was wrong comes
     into `by_tactic`. Raises MemoryError where an allocation was refused."""
-    backend = load_one(question.spec)
+    backend = backend_there(question)
+    alive()
     device = torch.device(question.device)
     problem = question.problem
     if isinstance(problem, ExpertsProblem):
@@ -203,6 +220,7 @@ def _under_canaries(
         case = uniform_case(backend, problem, device)
     else:
         case = _any_case(backend, problem, device)
+    alive()
     if (damage := read(library)).zones:
         by_tactic |= dict.fromkeys(question.tactics, _error(damage, "`prepare`"))
         return
@@ -218,6 +236,7 @@ def _under_canaries(
             with blame(backend):
                 call.enqueue()
             del call
+            alive()
         damage = read(library)
         if damage.zones > before:
             by_tactic.setdefault(tactic, _error(damage, f"calls of {tactic}"))

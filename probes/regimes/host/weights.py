@@ -40,6 +40,8 @@ _LEAST = 9
 """Weights alive at once where memory or time allow no more: one more than a table of 8."""
 _LOOK = 8
 """Weights after which memory is looked at again."""
+_BEAT = 0.5
+"""Seconds after which it is told that the crowd grows."""
 _TIMES = 3
 """How many budgets of seconds the crowd may take."""
 _GPU_SECONDS = 3.0
@@ -190,7 +192,7 @@ def _crowd(
     crowd: list[_Prepared] = []
     calls: list[Call] = []
     own = time.thread_time() + (_GPU_SECONDS if device.type == "cuda" else 0.0)
-    full = False
+    full, beaten = False, start
     while len(crowd) < MOST:
         late = time.perf_counter() > end and time.thread_time() > own
         if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST:
@@ -204,9 +206,10 @@ def _crowd(
         if len(crowd) == _ONCE:
             wait(device)
             before = live_bytes(device)
-        if len(crowd) % 64 == 0:
+        if time.perf_counter() > beaten + _BEAT:
             wait(device)
             budget.beat()
+            beaten = time.perf_counter()
     wait(device)
     errors = _holding(_grown(before, device), size, calls[_ONCE:])
     for other in launches[1:]:

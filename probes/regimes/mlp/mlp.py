@@ -37,7 +37,7 @@ import torch
 
 from ...backends import Backend
 from ...check.sweep import SlotReport
-from ...launch.case import Case, Launch, own_quantiser
+from ...launch.case import Case, Launch, changed_inputs, own_quantiser
 from ...launch.outcome import Budget, NotApplicable, Outcome, capture, device_of, repeat
 from ..pdl.chain import Chain, DelayClock, Move, Step
 from ..pdl.control import PairOfCopies
@@ -92,9 +92,7 @@ def mlp_chain(
     return Outcome(
         repeats=judge.sweeps,
         reports=tuple(reports),
-        changed_inputs=sum(
-            c.unchanged.changed() for c in [*cases, *(s.case for s in seconds.values())]
-        ),
+        changed_inputs=changed_inputs([*cases, *(s.case for s in seconds.values())]),
         seconds=seconds_taken,
         not_exercised=missed,
         proof=proof,

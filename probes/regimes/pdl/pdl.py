@@ -49,7 +49,15 @@ import torch
 from ...backends import Backend
 from ...check.sweep import Checker, SlotReport, slot
 from ...formats import dequantise
-from ...launch.case import Case, Launch, bind, own_quantiser, quantise_and_run, rebind
+from ...launch.case import (
+    Case,
+    Launch,
+    bind,
+    changed_inputs,
+    own_quantiser,
+    quantise_and_run,
+    rebind,
+)
 from ...launch.outcome import Budget, NotApplicable, Outcome, device_of, need_cuda
 from ...problem import Fp4Tensor
 from .adversaries import Adversary
@@ -264,7 +272,7 @@ def _outcome(
     return Outcome(
         repeats=checker.sweeps,
         reports=tuple((x, r) for x, r in pairs if x.item not in exempt),
-        changed_inputs=sum(c.unchanged.changed() for c in cases),
+        changed_inputs=changed_inputs(cases),
         seconds=ran.seconds,
         not_exercised=ran.missed,
         proof=proof,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -23,6 +23,8 @@ MOST = 48
 _BYTES = 256 << 20
 """Memory for the outputs of m that were not asked for, at most."""
 _PASSES = 8
+_LONG = 0.05
+"""Seconds of a call after which it is told that calls are made."""
 PLAN_SECONDS = 0.005
 """A first call of an m that takes this much longer than the second prepares something for it."""
 
@@ -50,9 +52,10 @@ def off_bucket(
     warm = sorted(largest.values(), key=lambda call: -call.launch.m)
     for call in [*warm, *warm]:
         call.enqueue()
+        budget.beat()
     first = [call for call in calls if largest[call.launch.item] is not call]
     rng.shuffle(first)
-    new = _call_each(first, device, checker)
+    new = _call_each(first, device, checker, budget.beat)
     known: list[CallSeries] = []
     while len(known) < 2 or (
         len(known) < min(budget.most, _PASSES) and time.perf_counter() - start < budget.seconds
@@ -124,8 +127,14 @@ def _sample(numbers: range, most: int, rng: random.Random) -> list[int]:
     return rng.sample(numbers, min(most, len(numbers)))
 
 
-def _call_each(calls: Sequence[Call], device: torch.device, checker: Checker) -> CallSeries:
-    """Make every call, reading the counters of memory in between, and check what came out."""
+def _call_each(
+    calls: Sequence[Call],
+    device: torch.device,
+    checker: Checker,
+    beat: Callable[[], None] = lambda: None,
+) -> CallSeries:
+    """Make every call, reading the counters of memory in between, and check what came out; `beat`
+    is called where calls take long."""
     wait(device)
     before = open_handles()
     names = live_bytes(device).keys()
@@ -137,6 +146,8 @@ def _call_each(calls: Sequence[Call], device: torch.device, checker: Checker) ->
         start = time.perf_counter()
         call.enqueue()
         seconds[index] = time.perf_counter() - start
+        if seconds[index] > _LONG:
+            beat()
         for name, value in live_bytes(device).items():
             memory[name][index + 1] = value
     checker.sweep()
