@@ -1,6 +1,7 @@
 """Routed experts on a GPU: gpt-oss-20b's by what is installed, and the mutants.
 
     python benchmarks/experts_gpu.py --out DIR --seconds 540
+    python benchmarks/experts_gpu.py --out DIR --seconds 500 --only probe [--backend NAME ...]
 
 Makes experts.json in DIR: versions, verdicts, times by tokens and law, the best single backend with
 its loss, and what found each mutant, with regimes, launches and seconds.
@@ -41,25 +42,29 @@ AT_LENGTH = ("graph", "churn", "shared-expert")
 LAUNCHES = 30_000
 
 
-def probe(out: Path, seconds: float, model: str, tokens: int) -> dict[str, object]:
+def probe(given: argparse.Namespace, seconds: float) -> dict[str, object]:
     """A whole probe by the command line, with what it printed."""
     begun = time.monotonic()
-    state = out / "state"
+    state = given.out / "state"
     command = [
-        sys.executable, "-m", "fp4tune.cli", "probe", "--preset", model, "--state", str(state),
-        "--level", "standard", "--max-m", str(tokens), "--profile", "sglang", "--json",
-        "--budget", str(seconds),
+        sys.executable, "-m", "fp4tune.cli", "probe", "--preset", given.model,
+        "--state", str(state), "--level", given.level, "--max-m", str(given.tokens),
+        "--profile", "sglang", "--json", "--budget", str(seconds),
+        *(word for name in given.backend or () for word in ("--backend", name)),
     ]  # fmt: skip
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120)
-    except subprocess.TimeoutExpired as late:
-        return {"timed_out": True, "stderr": str(late.stderr)[-4000:]}
-    (out / f"{model}.stderr").write_text(ran.stderr[-200_000:])
+    told = given.out / f"{given.model}.stderr"  # written as it comes: it is there if this is late
+    with told.open("w") as stderr:
+        try:
+            ran = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=seconds + 60
+            )
+        except subprocess.TimeoutExpired:
+            return {"timed_out": True, "stderr": told.read_text()[-4000:]}
     found: dict[str, object] = {"rc": ran.returncode, "seconds": time.monotonic() - begun}
     try:
         found["probe"] = json.loads(ran.stdout)
     except ValueError:
-        found["stdout"], found["stderr"] = ran.stdout[-4000:], ran.stderr[-4000:]
+        found["stdout"], found["stderr"] = ran.stdout[-4000:], told.read_text()[-4000:]
     return found
 
 
@@ -142,6 +147,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--model", default="gpt-oss-20b")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--level", default="standard")
+    parser.add_argument("--only", choices=("mutants", "probe"))
+    parser.add_argument("--backend", action="append")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
@@ -156,16 +164,18 @@ def main() -> int:
     def save() -> None:
         (given.out / "experts.json").write_text(json.dumps(result, indent=1, default=str))
 
-    result["mutants"] = mutants(begun + 0.4 * given.seconds)
+    share = 1.0 if given.only else 0.4
+    result["mutants"] = mutants(begun + share * given.seconds) if given.only != "probe" else []
     save()
-    left = given.seconds - (time.monotonic() - begun) - 20
-    result[given.model] = probe(given.out, max(60.0, left - 60), given.model, given.tokens)
+    left = given.seconds - (time.monotonic() - begun)
+    if given.only != "mutants":
+        result[given.model] = probe(given, max(60.0, left - 60))
     save()
     right = [m for m in result["mutants"] if m.get("right")]  # type: ignore[attr-defined]
     wrong = [m for m in result["mutants"] if not m.get("right")]  # type: ignore[attr-defined]
     print(f"right and clean: {sum(not m.get('flagged') for m in right)} of {len(right)}")
     print(f"wrong and found: {sum(bool(m.get('flagged')) for m in wrong)} of {len(wrong)}")
-    print(json.dumps(result[given.model], default=str)[:6000])
+    print(json.dumps(result.get(given.model), default=str)[:6000])
     return 0
 
 

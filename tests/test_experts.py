@@ -23,9 +23,11 @@ from fp4tune.probes.grouped.reference import activate, rows_out, slots_by_expert
 from fp4tune.probes.grouped.shapes import grouped_layers
 from fp4tune.probes.grouped.tensors import matrix
 from fp4tune.probes.grouped.units import simple_scaling, units_of
+from fp4tune.probes.launch.case import changed_inputs
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.models.shapes import preset_layers
 from fp4tune.probes.problem import Device, Problem
+from fp4tune.probes.worker import experts as experts_worker
 from fp4tune.probes.worker.experts import OpenExperts
 
 CPU = Device("cpu")
@@ -283,6 +285,39 @@ def test_times_are_taken_under_both_laws():
     (by_m,) = layer.close_timing()
     assert [m for m, _ in by_m] == [2, 4]
     assert mean == pytest.approx(sum(us for _, us in by_m) / 2)
+
+
+def test_what_is_slow_is_timed_at_its_largest_m_only(monkeypatch):
+    monkeypatch.setattr(experts_worker, "_SLOW", 0.0)
+    layer = opened()
+    layer.open_timing([Item((2, 3, 4), "default", 8), Item((8,), "default", 8)], 1 << 20)
+    layer.sample([0, 1])
+    assert [[m for m, _ in found] for found in layer.close_timing()] == [[4], [8]]
+
+
+def test_what_was_timed_is_let_go_where_there_is_no_room_for_more(monkeypatch):
+    layer = opened()
+    made = []
+
+    def sampler(*args):
+        made.append(args)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(layer, "_sampler", sampler)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.open_timing([Item((2,), "default", 8), Item((4,), "default", 8)], 1 << 20)
+    assert layer.timed == []
+
+
+def test_a_set_of_experts_is_remembered_once_and_seen_to_change():
+    layer = opened()
+    cases = layer.cases(8)
+    shared = {id(u) for each in cases for u in each.unchanged.shared}
+    assert len(shared) == 2 < len(cases) and changed_inputs(cases) == 0
+    cases[0].operands.weight.w13.codes[0, 0, 0] ^= 1
+    cases[1].operands.a.x[0, 0] += 1
+    assert changed_inputs(cases) == 2
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

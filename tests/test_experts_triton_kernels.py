@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,3 +155,35 @@ def test_two_copies_in_one_process_are_told(tmp_path, monkeypatch):
         package._package_loaded(tmp_path / "other")
     monkeypatch.delitem(sys.modules, package.PACKAGE)
     package._package_loaded.cache_clear()
+
+
+@pytest.mark.parametrize("gate", ["swiglu-oai", "relu2"])
+def test_what_is_called_at_a_size_is_compiled_for_it(gate):
+    called: dict[str, list[int]] = {"run": [], "gemm1": [], "activate": [], "gemm2": []}
+
+    class Recorded(VllmOgsUnfused):
+        def prepare(self, weights, of):
+            assert weights.w13.codes.shape == (4, of.rows13, 80) and of.m == 0
+            assert (weights.b2 is None) == (gate == "relu2")
+            return SimpleNamespace(problem=of)
+
+        def run(self, state, x, ids, weights, out, tactic):
+            assert ids.shape == weights.shape == (len(x), 2) and int(ids.max()) < 4
+            called["run"].append(len(x))
+
+        def gemm1(self, state, x, ids, tactic):
+            called["gemm1"].append(len(x))
+            return x
+
+        def activate(self, state, h13, tactic):
+            called["activate"].append(len(h13))
+            return h13
+
+        def gemm2(self, state, h, ids, tactic):
+            called["gemm2"].append(len(h))
+            return h
+
+    of = problem(gate=gate)
+    Recorded().build([of.at(m) for m in (0, 1, 8, 300)], Device("cpu"), 4)
+    assert called["run"] == [1, 5, 7, 8, 151, 299, 300]
+    assert called["gemm1"] == called["activate"] == called["gemm2"] == [1, 5, 7, 8]

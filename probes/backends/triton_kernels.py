@@ -35,8 +35,9 @@ from ..grouped.slots import (
     sort_slots,
     spread_rows,
 )
-from ..grouped.tensors import ExpertWeights
+from ..grouped.tensors import ExpertWeights, zero_experts
 from ..problem import MXFP4, Device
+from . import DEFAULT_TACTIC
 from . import _triton_kernels as package
 
 FUSED_GATE = "swiglu-oai"
@@ -55,6 +56,10 @@ class HopperExperts:
     precision2: Any
     b13: torch.Tensor | None
     b2: torch.Tensor | None
+
+
+_STAGED = 32
+"""The largest m whose stages are called one by one when they are built."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,32 @@ class _TritonKernels(ABC):
     """Blocks that scales are padded to a multiple of."""
     pad_scale = 0
     """Byte that they are padded with."""
+
+    def build(self, problems: Sequence[ExpertsProblem], device: Device, workers: int) -> None:
+        """Compile what calls of these need, by calling: the library compiles for how many rows a
+        block has and whether sizes are multiples of 16, for each GEMM."""
+        ms: dict[ExpertsProblem, set[int]] = {}
+        for problem in problems:
+            around = (problem.m, problem.m - 1, problem.m // 2 + 1)
+            ms.setdefault(problem.at(0), set()).update(m for m in around if m > 0)
+        for problem, every in ms.items():
+            state = self.prepare(zero_experts(problem, device.torch), problem)
+            for m in sorted(every):
+                self._call(state, m, device.torch)
+        if device.kind == "cuda":
+            torch.cuda.synchronize(device.torch)
+
+    def _call(self, state: HopperExperts, m: int, device: torch.device) -> None:
+        """One call, and each stage by itself where they are few: they are graded so."""
+        problem = state.problem
+        x = torch.zeros(m, problem.k, dtype=problem.dtype, device=device)
+        slots = torch.arange(m * problem.top_k, device=device, dtype=torch.int32)
+        ids = (slots % problem.groups).view(m, problem.top_k)
+        router = torch.ones(m, problem.top_k, device=device)
+        self.run(state, x, ids, router, torch.empty_like(x), DEFAULT_TACTIC)
+        if m <= _STAGED:
+            h = self.activate(state, self.gemm1(state, x, ids, DEFAULT_TACTIC), DEFAULT_TACTIC)
+            self.gemm2(state, h, ids, DEFAULT_TACTIC)
 
     def prepare(self, weights: ExpertWeights, problem: ExpertsProblem) -> HopperExperts:
         fused = self._fuses(problem)

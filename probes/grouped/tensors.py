@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..formats import dequantise
-from ..problem import Format, Fp4Tensor
+from ..problem import FORMATS, Format, Fp4Tensor
+from .problem import ExpertsProblem
 
 SIGNS = 0x88
 """The sign bits of both e2m1 codes of a byte."""
@@ -127,3 +128,22 @@ class Routed:
 def matrix(stack: Fp4Stack, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """One expert's values (rows, k), global scale included."""
     return dequantise(stack.expert(expert), dtype)
+
+
+def zero_experts(problem: ExpertsProblem, device: torch.device) -> ExpertWeights:
+    """Experts of zeros, for what is compiled for a layer before it has any."""
+    fmt, groups = FORMATS[problem.format], problem.groups
+
+    def stack(rows: int, k: int) -> Fp4Stack:
+        codes, scales = (
+            torch.zeros(groups, rows, k // per, dtype=torch.uint8, device=device)
+            for per in (2, fmt.block)
+        )
+        return Fp4Stack(fmt, codes, scales, torch.ones(groups, device=device))
+
+    def bias(rows: int) -> torch.Tensor | None:
+        return torch.zeros(groups, rows, device=device) if problem.act.biased else None
+
+    rows13, rows2 = problem.rows13, problem.k
+    w13, w2 = stack(rows13, problem.k), stack(rows2, problem.n)
+    return ExpertWeights(w13, w2, bias(rows13), bias(rows2))

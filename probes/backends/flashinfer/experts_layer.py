@@ -26,8 +26,8 @@ import torch
 
 from ...formats import dequantise
 from ...grouped.problem import ExpertsProblem, Gate
-from ...grouped.tensors import ExpertWeights, Fp4Stack
-from ...problem import FORMATS, Device
+from ...grouped.tensors import ExpertWeights, Fp4Stack, zero_experts
+from ...problem import Device
 from ._support import Unavailable, version
 from .experts_cutlass import up_first
 
@@ -279,7 +279,7 @@ class LayerExperts:
         for p in problems:
             if p.m == 0 or self.unsupported(p, device) is not None:
                 continue
-            state = self.prepare(_zeros(p, device.torch), p)
+            state = self.prepare(zero_experts(p, device.torch), p)
             x = torch.zeros(p.m, p.k, dtype=p.dtype, device=device.torch)
             ids = torch.arange(p.m * p.top_k, device=device.torch).view(p.m, p.top_k) % p.groups
             router = torch.ones(p.m, p.top_k, device=device.torch)
@@ -351,20 +351,6 @@ def _values(stack: Fp4Stack, problem: ExpertsProblem) -> torch.Tensor:
     for expert in range(len(made)):
         made[expert] = dequantise(stack.expert(expert), problem.dtype)
     return made
-
-
-def _zeros(problem: ExpertsProblem, device: torch.device) -> ExpertWeights:
-    """Experts of zeros."""
-    fmt = FORMATS[problem.format]
-
-    def stack(rows: int, k: int) -> Fp4Stack:
-        codes, scales = (
-            torch.zeros(problem.groups, rows, k // per, dtype=torch.uint8, device=device)
-            for per in (2, fmt.block)
-        )
-        return Fp4Stack(fmt, codes, scales, torch.ones(problem.groups, device=device))
-
-    return ExpertWeights(stack(problem.rows13, problem.k), stack(problem.k, problem.n))
 
 
 def backends() -> list[LayerExperts]:

@@ -58,29 +58,46 @@ def cut_stages(
     firsts = {x.item: x for x in reversed(launches) if 0 < x.m <= _MOST_ROWS}
     found = []
     for launch in list(firsts.values())[:MOST_CUT]:
-        for name in stages_of(backend):
-            found.append(_cut_stage(backend, backend.problem, cases[launch.case], launch, name))
+        found += _cut_launch(backend, backend.problem, cases[launch.case], launch)
     return found
 
 
-def _cut_stage(
-    backend: AsDense, problem: ExpertsProblem, case: Case, launch: Launch, name: str
-) -> CutStage:
+def _cut_launch(
+    backend: AsDense, problem: ExpertsProblem, case: Case, launch: Launch
+) -> list[CutStage]:
+    """Every stage of one launch; what all are given and must give is computed together."""
     weights: Any = case.operands.weight
     routed: Any = case.rows(launch.offset, launch.m)
-    right = stages(problem, weights, routed)
     window = slice(launch.offset, launch.offset + launch.m)
-    given, wanted = _inputs(name, routed, right, case.expectation.lo[window])
+
+    def by_stage() -> dict[str, Inputs]:
+        right = stages(problem, weights, routed)
+        lo = case.expectation.lo[window]
+        return {name: _inputs(name, routed, right, lo) for name in stages_of(backend)}
+
+    inputs = by_stage()
 
     def renewed() -> None:
-        again = stages(problem, weights, routed)
-        lo = case.expectation.lo[window]
-        for to, origin in zip(
-            (*given, wanted), _flat(_inputs(name, routed, again, lo)), strict=True
-        ):
-            to.copy_(origin)
+        for mine, again in zip(inputs.values(), by_stage().values(), strict=True):
+            for to, origin in zip(_flat(mine), _flat(again), strict=True):
+                to.copy_(origin)
 
     case.derive(renewed)
+    return [
+        _cut_stage((backend, problem, case), launch, routed, name, mine)
+        for name, mine in inputs.items()
+    ]
+
+
+def _cut_stage(
+    of: tuple[AsDense, ExpertsProblem, Case],
+    launch: Launch,
+    routed: Any,
+    name: str,
+    inputs: Inputs,
+) -> CutStage:
+    backend, problem, case = of
+    given, wanted = inputs
     own: Any = backend.own
     run = getattr(own, name)
 
