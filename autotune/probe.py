@@ -302,9 +302,10 @@ class Probe:
     ) -> Layers:
         """Every layer with its entrants, those that are known brought to where they were."""
         plan = self.plan
+        engine = plan.profile.name if plan.profile.name in names.ENGINES else None
         dead: dict[str, dict[str, str]] = {runner.name: {} for runner in there}
         asked = {
-            runner: _tactics(runner, {p: recalled[p] for p in taking.of(runner)})
+            runner: _tactics(runner, {p: recalled[p] for p in taking.of(runner)}, engine)
             for runner in there
         }
         begins = self._begins(taking)
@@ -322,7 +323,7 @@ class Probe:
                 cache_bytes=int(seen.get("l2_bytes", _CPU_CACHE)),
                 agreement=self.agreement,
                 begins_mlp=begins[problem],
-                engine=plan.profile.name if plan.profile.name in names.ENGINES else None,
+                engine=engine,
                 timed=recalled[problem].timed,
             )
             entrants = []
@@ -458,9 +459,10 @@ class Probe:
 
 
 def _tactics(
-    runner: Runner, layers: Mapping[Problem, Recalled]
+    runner: Runner, layers: Mapping[Problem, Recalled], engine: str | None
 ) -> dict[Problem, dict[MRange, list[str]]]:
-    """The backend's tactics for every layer it takes part in, by range of m.
+    """The backend's tactics for every layer it takes part in, by range of m; where choices are made
+    for an engine, of routed experts those that it could come to run, if there are any.
 
     Asked once, and before any layer: a worker that died in one must not be waited for before the
     next begins. Raises WorkerFailed.
@@ -477,5 +479,6 @@ def _tactics(
             found[problem] = {m: tried[m] for m in ranges(problem.m)}
     answers = runner.tactics([problem.at(m.hi) for problem, m in pairs]) if pairs else []
     for (problem, m), tactics in zip(pairs, answers, strict=True):
-        found.setdefault(problem, {})[m] = tactics
+        ours = [t for t in tactics if engine is None or names.runs_tactic(runner.name, t)]
+        found.setdefault(problem, {})[m] = ours or tactics
     return found

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from fp4tune import cli
 from fp4tune.autotune import request
+from fp4tune.autotune.history import Recalled
+from fp4tune.autotune.probe import _tactics
+from fp4tune.probes.grouped.problem import ExpertsProblem
 
 EXPERTS = "4,2,32,64"
 WRONG = """
@@ -107,6 +111,23 @@ def test_dense_backends_are_not_asked_about_experts_alone():
     routed = request.experts([EXPERTS], (), (), 4)
     assert "torch-dequant" not in request.backends_for((), routed)
     assert "torch-experts" in request.backends_for((), routed)
+
+
+@pytest.mark.parametrize(
+    ("engine", "there", "asked"),
+    [
+        (None, ["default", "block=8", "ep"], ["default", "block=8", "ep"]),
+        ("sglang", ["default", "block=8", "ep"], ["default"]),
+        ("sglang", ["block=8"], ["block=8"]),
+    ],
+)
+def test_where_an_engine_chooses_its_own_tactics_are_probed(engine, there, asked):
+    problem = ExpertsProblem("mxfp4", 1, 64, 128, groups=4, top_k=2)
+    runner = SimpleNamespace(
+        name="marlin-experts", tactics=lambda problems: [there for _ in problems]
+    )
+    found = _tactics(runner, {problem: Recalled()}, engine)
+    assert set(map(tuple, found[problem].values())) == {tuple(asked)}
 
 
 def test_the_page_shows_experts_by_tokens_and_routing_laws(probed):
