@@ -174,10 +174,11 @@ class Trial:
                 for tactic in sorted({*self.tactics[0]})
             ]
             self.ask("census", "census", items=every)
-        budgets = [{"least": 10, "most": 100, "seconds": LEVELS["standard"].seconds}]
+        seconds = LEVELS["standard"].seconds
+        budget = {"least": 10, "most": 100, "seconds": seconds, "long": True}
         for name in regimes if alive else ():
-            self.ask(name, "regime", name=name, items=alive, budget=budgets[0])
-        if self.mutant.level == "soak" and alive:
+            self.ask(name, "regime", name=name, items=alive, budget=budget)
+        if self.mutant.level != "quick" and alive:
             for seconds in SOAK_SECONDS:
                 budget = {"least": 50, "most": 10_000_000, "seconds": seconds}
                 cell = f"graph, {seconds:g} s"

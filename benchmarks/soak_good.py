@@ -112,7 +112,7 @@ class Soak:
         self.seconds = round(time.monotonic() - start, 2)
 
     def _turn(self, name: str, chosen: list[dict[str, Any]], seconds: float) -> None:
-        budget = {"least": 4, "most": 1_000_000, "seconds": seconds}
+        budget = {"least": 4, "most": 1_000_000, "seconds": seconds, "long": True}
         aim = {"launches": 1_000_000, "problems": 10_000, "seconds": seconds / len(chosen)}
         length = {"aim": aim} if name in CHANCE | CERTAIN else {}
         try:

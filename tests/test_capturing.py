@@ -18,6 +18,8 @@ class Cuda:
 
     def __init__(self, monkeypatch) -> None:
         self.current, self.open, self.recording, self.broken = MAIN, False, False, False
+        self.of_a_graph = False
+        """Whether random numbers are taken for a graph's, until a capture ends well."""
         names = {
             "current_stream": lambda: self.current,
             "set_stream": self.set,
@@ -28,7 +30,13 @@ class Cuda:
         for name, function in names.items():
             monkeypatch.setattr(torch.cuda, name, function)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.stop, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: None, raising=False)
+        monkeypatch.setattr(outcome, "_capture_one", self.one)
         self.graph = SimpleNamespace(capture_end=self.end)
+
+    def one(self, stream: str) -> None:
+        assert stream == SIDE == self.current and not self.open
+        self.of_a_graph = False
 
     def set(self, stream: str) -> None:
         self.current = stream
@@ -44,14 +52,14 @@ class Cuda:
         was_open, self.open = self.open, False
         if self.broken or not was_open:
             raise RuntimeError("the capture is invalid")
-        self.recording = False
+        self.recording = self.of_a_graph = False
 
     def within(self, graph, stream: str):
         cuda = self
 
         class Graph:
             def __enter__(self) -> None:
-                cuda.current, cuda.open, cuda.recording = stream, True, True
+                cuda.current, cuda.open, cuda.recording, cuda.of_a_graph = stream, True, True, True
 
             def __exit__(self, *args: object) -> None:
                 graph.capture_end()
@@ -79,6 +87,16 @@ def test_a_capture_that_fails_leaves_nothing_behind(call, monkeypatch):
     with pytest.raises(RuntimeError), outcome.capturing(cuda.graph, SIDE):
         call(cuda)
     assert (cuda.current, cuda.open, cuda.recording) == (MAIN, False, False)
+    assert not cuda.of_a_graph
+
+
+@pytest.mark.parametrize("name", ["_cuda_endAllocateToPool", "_cuda_releasePool"])
+def test_an_older_torch_has_other_names(name, monkeypatch):
+    cuda = Cuda(monkeypatch)
+    monkeypatch.delattr(torch._C, name)
+    with pytest.raises(ValueError), outcome.capturing(cuda.graph, SIDE):
+        raise ValueError("a call that fails")
+    assert cuda.current == MAIN
 
 
 def test_one_that_ends_is_left_alone(monkeypatch):

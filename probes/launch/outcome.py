@@ -210,9 +210,10 @@ def capturing(
     """`torch.cuda.graph` on `stream`, which leaves nothing behind where a capture fails. Its memory
     is of `pool`, or its own.
 
-    torch then keeps the capture's stream as the current one, and its allocator goes on recording;
-    where a call left another stream current, the capture does not even end. What is run next would
-    be blamed for what follows from that.
+    torch then keeps the capture's stream as the current one, its allocator goes on recording, and
+    its random numbers are taken for a graph's; where a call left another stream current, the
+    capture does not even end. What is run next would be blamed for what follows from that. A pool
+    is not used again after a failure.
     """
     before = torch.cuda.current_stream()
     own: Any = pool or torch.cuda.graph_pool_handle()
@@ -221,13 +222,28 @@ def capturing(
             yield
     except BaseException:
         torch.cuda.set_stream(stream)
-        for end in (graph.capture_end, partial(_stop_recording, own)):
-            with suppress(RuntimeError):  # it may have come so far by itself
+        for end in (
+            graph.capture_end,
+            partial(_stop_recording, own),
+            partial(_capture_one, stream),
+        ):
+            # It may have come so far by itself, and an older torch has other names.
+            with suppress(RuntimeError, AttributeError):
                 end()
         raise
     finally:
         torch.cuda.set_stream(before)
 
 
-def _stop_recording(pool: tuple[int, int]) -> None:
-    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+def _stop_recording(pool: Any) -> None:
+    """Have the allocator record no longer, and let go of what it recorded."""
+    device = torch.cuda.current_device()
+    torch._C._cuda_endAllocateToPool(device, pool)
+    torch._C._cuda_releasePool(device, pool)
+
+
+def _capture_one(stream: torch.cuda.Stream) -> None:
+    """A capture that succeeds: it leaves the state of random numbers as one does."""
+    place = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        place.fill_(1)

@@ -445,10 +445,7 @@ class OpenLayer:
                     rest = [x for x in batch if x.item not in failed]
                     outcomes += self._the_rest(name, cases, rest, share)
                 else:
-                    # Raised together and never alone: the conditions of the regime are the cause.
-                    blamed = {"kind": _kind(error), "message": sentence(error)}
-                    errors = {x.item: {**launched(x, cases), **blamed} for x in batch}
-                    outcomes += [*alone, Outcome(0, (), 0, 0.0, errors=errors)]
+                    outcomes += [*alone, _together_only(error, batch, cases)]
             finally:
                 if budget.redraw:
                     budget.redraw.forget()
@@ -462,11 +459,20 @@ class OpenLayer:
         if not launches:
             return []
         self.progress(f"{name}: {len(launches)} launches")
+        before = 0
+        if budget.redraw:
+            budget.redraw.forget()  # what the attempt before had drawn anew
+            before = budget.redraw.draws
         try:
-            return [WHOLE[name](self.backend, cases, launches, budget)]
+            found = WHOLE[name](self.backend, cases, launches, budget)
+        except NotApplicable:
+            return []
         except (RuntimeError, BackendRaised) as error:
             _raise_if_poisoned(self.device, error)
-            return self._one_by_one(name, cases, launches, budget)
+            alone = self._one_by_one(name, cases, launches, budget)
+            failed = any(o.errors for o in alone)
+            return alone if failed else [*alone, _together_only(error, launches, cases)]
+        return [_of_draws(found, before, budget.redraw.draws) if budget.redraw else found]
 
     def _one_by_one(
         self, name: str, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
@@ -574,6 +580,15 @@ def _of_draws(found: Outcome, first: int, last: int) -> Outcome:
 def _kind(error: BaseException) -> str:
     """What an exception is: having no memory left is nobody's fault."""
     return "out of memory" if is_out_of_memory(error) else "error"
+
+
+def _together_only(
+    error: RuntimeError | BackendRaised, launches: Sequence[Launch], cases: Sequence[Case]
+) -> Outcome:
+    """What raised together and never alone: the conditions of the regime are the cause."""
+    blamed = {"kind": _kind(error), "message": sentence(error)}
+    errors = {x.item: {**launched(x, cases), **blamed} for x in launches}
+    return Outcome(0, (), 0, 0.0, errors=errors)
 
 
 def next_width(best: int | None, missed: set[int]) -> int | None:

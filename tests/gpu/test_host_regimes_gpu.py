@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,16 @@ def caught(outcome) -> bool:
 def test_the_right_one_passes_and_the_regime_was_exercised(regime):
     outcome = run(regime, Right("right"))
     assert outcome.not_exercised is None and not caught(outcome), outcome.errors
+
+
+@pytest.mark.parametrize("regime", ["history", "first-calls"])
+def test_what_takes_seconds_is_done_from_standard_on(regime):
+    outcome = run(regime, registry.load_one("zoo-random-order"), budget=replace(BUDGET, long=True))
+    assert outcome.not_exercised is None and not caught(outcome), outcome.errors
+    if regime == "history":
+        assert outcome.proof["pause_seconds"] > 2 and outcome.proof["calls"] > 1 << 16
+    else:
+        assert outcome.proof["own_processes"] == 1
 
 
 @pytest.mark.parametrize("regime", LANES)

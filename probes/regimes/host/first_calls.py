@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ...backends import Backend
 from ...check.sweep import Checker, SlotReport
 from ...launch.case import Call, Case, Launch, prepared_activation, prepared_again
 from ...launch.outcome import Budget, Outcome, device_of, outcome, together, wait
+from ...problem import Problem
 from ..concurrent.lanes import LANES, Together, run_threads
 from .own_process import (
     NOBODYS,
@@ -41,8 +42,25 @@ _STAGGER = (2e-3, 2e-4, 0.0, 5e-3)
 """Seconds between two threads' first calls, by turns of rounds."""
 _ROWS = 64
 """Rows of the pool that a process of its own draws, and the largest m that is called there."""
-_asked: dict[int, tuple[Backend, dict[str, Any]]] = {}
-"""By the backend's id: what a process of its own answered; it is asked once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """What a process of its own answered of a backend, asked with a layer."""
+
+    backend: Backend
+    """Kept, so that no other has its id."""
+    layer: Problem
+    found: dict[str, Any]
+
+    @property
+    def is_nobodys(self) -> bool:
+        """Whether it says nothing of the backend."""
+        return self.found.get("error", {}).get("kind") in NOBODYS
+
+
+_asked: dict[int, _Answered] = {}
+"""By the backend's id; it is asked once."""
 
 
 def first_calls(
@@ -144,7 +162,9 @@ def _own_processes(
     spec = loaded_by(backend)
     if spec is None or not budget.long:
         return {}, {"own_processes": 0}
-    key = id(backend)
+    key, layer = id(backend), replace(cases[0].problem, m=0)
+    if key in _asked and _asked[key].layer != layer and _asked[key].is_nobodys:
+        del _asked[key]  # with another layer it may be otherwise
     if key not in _asked:
         launch = next((x for x in launches if x.m), launches[0])
         case = cases[launch.case]
@@ -162,13 +182,12 @@ def _own_processes(
             case.expectation.exact,
         )
         try:
-            _asked[key] = backend, ask(question, budget.beat)
+            found = ask(question, budget.beat)
         except NoAnswer as failure:
-            _asked[key] = backend, {"error": {"kind": failure.kind, "message": str(failure)}}
-    found = _asked[key][1]
+            found = {"error": {"kind": failure.kind, "message": str(failure)}}
+        _asked[key] = _Answered(backend, layer, found)
+    found = _asked[key].found
     error = found.get("error")
-    if error and error["kind"] in NOBODYS:
-        del _asked[key]  # with the next layer it may be otherwise
     errors = {launch.item: error for launch in launches} if error else {}
     return errors, {"own_processes": 1, "overlapped_there": int(bool(found.get("overlapped")))}
 

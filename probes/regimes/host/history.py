@@ -38,6 +38,8 @@ _LEAST = 1 << 11
 """Calls of a tactic that are made whatever the time, up to `_GRACE` seconds beyond it."""
 _GRACE = 5.0
 """Of this thread's own time: others may keep it waiting."""
+_MOST_GRACES = 6
+"""Times as long by the clock, where a call sleeps or others keep the thread from running."""
 _FEW_ROWS = 64
 """The largest m that is called by the hundred thousand: more rows cost time and show no more."""
 _TIMES, _LONG_TIMES = 4, 8
@@ -180,7 +182,8 @@ class _Series:
         grace = time.thread_time() + limits.seconds + _GRACE
 
         def go_on(made: int) -> bool:
-            return now < end or (made < limits.least and time.thread_time() < grace)
+            late = time.thread_time() >= grace or now >= end + _MOST_GRACES * _GRACE
+            return now < end or (made < limits.least and not late)
 
         while self.made - first < limits.calls and go_on(self.made - first):
             self._round()

@@ -25,7 +25,6 @@ from ...launch.outcome import Budget, NotApplicable, Outcome, need_cuda
 from ...launch.routed_cases import uniform_case
 from ...problem import FORMATS, Fp4Tensor, Problem
 from .own_process import (
-    NOBODYS,
     NoAnswer,
     Question,
     ask,
@@ -83,9 +82,6 @@ def scratch(
         else:
             missed = "no memory came from the allocator"
     errors = {x.item: error for x in mine if (error := told.get(x.tactic))}
-    for launch in mine:
-        if (told.get(launch.tactic) or {}).get("kind") in NOBODYS:
-            del told[launch.tactic]  # asked again, it may be otherwise
     clean = SlotReport(0, 0, 0, 0, 0, None, ())
     called = {launch.item for launch in mine}
     return Outcome(

@@ -195,7 +195,7 @@ def _crowd(
     full, beaten = False, start
     while len(crowd) < MOST:
         late = time.perf_counter() > end and time.thread_time() > own
-        if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST:
+        if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST or _LOOK * size > room // 4:
             full = _grown(before, device) > room  # asks the driver, which takes its time
         if len(crowd) >= _LEAST and (late or full):
             break

@@ -75,7 +75,8 @@ def _cut_launch(
         lo = case.expectation.lo[window]
         return {name: _inputs(name, routed, right, lo) for name in stages_of(backend)}
 
-    inputs = by_stage()
+    # What a stage gives is what the next is given, and may change in place.
+    inputs = {name: (given, wanted.clone()) for name, (given, wanted) in by_stage().items()}
 
     def renewed() -> None:
         for mine, again in zip(inputs.values(), by_stage().values(), strict=True):
