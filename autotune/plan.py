@@ -19,7 +19,7 @@ from .levels import Level
 from .runner import Patience
 from .verdict.bounds import A_PROBLEM, Aim
 from .verdict.profiles import Profile
-from .verdict.rules import Excuse, Rules
+from .verdict.rules import Doubts, Excuse, Rules
 from .verdict.statistics import DEFAULT_CONFIDENCE
 
 EXCUSES = {
@@ -65,6 +65,8 @@ class Plan:
     """Seconds that the probe may take, from its start; None for what it needs. See `budget`."""
     again: bool = False
     """Measure what is known, too."""
+    doubts: Doubts | None = None
+    """What the controls showed of this device shortly before; None where they are to be run."""
     seed_given: bool = False
     """The seed was asked for: what is known from another does not answer that."""
 
@@ -133,6 +135,8 @@ class Report:
     choices: list[Choice] = field(default_factory=list)
     layers: list[Comparison] = field(default_factory=list)
     """The weight layouts of every layer probed, and the one chosen."""
+    doubts: Doubts = field(default_factory=Doubts)
+    """What the controls showed."""
     candidates: list[Candidate] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)

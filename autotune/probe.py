@@ -151,7 +151,8 @@ class Probe:
         taking = self._survey()
         # Neither is timed, so both run while backends are compiled.
         known = all(self.history.of(problem) for problem in taking.able)
-        controlled = None if known else self._control()
+        before = self.plan.doubts
+        controlled = None if known or before is not None else self._control()
         quantised = self._pool.submit(
             probe_quantisers, self.plan, self.ledger, self.record, self.history, self.progress
         )
@@ -164,9 +165,10 @@ class Probe:
         audits = self._audit(there)
         layers = self._layers(taking, there, recalled)
         measured = any(not entrant.known for _, entrants in layers for entrant in entrants)
-        if measured and controlled is None:
+        if measured and controlled is None and before is None:
             controlled = self._control()
-        doubts = controlled.result() if controlled else Doubts()
+        doubts = controlled.result() if controlled else before or Doubts()
+        self.report.doubts = doubts
         self.report.build_wall_seconds = round(time.monotonic() - self._start, 1)
         if measured and quantised.result().environments:
             self.progress("quantisers", "timing side by side")

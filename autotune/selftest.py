@@ -28,6 +28,7 @@ from .plan import Plan, Report
 from .probe import probe
 from .runner import Progress
 from .verdict.profiles import PROFILES
+from .verdict.rules import Doubts
 
 OK, MISSED, FALSE_ALARM, UNDECIDED = "ok", "MISSED", "FALSE ALARM", "UNDECIDED"
 
@@ -159,14 +160,18 @@ def selftest(target: Target, mutants: Sequence[Mutant], watching: Watching) -> I
 
     `watching` shows a probe's progress. Raises what a probe raises.
     """
+    doubts: dict[tuple[str, ...], Doubts] = {}
     for mine in _groups(mutants, at_once(target), target.device.kind):
         wanted = plan(target, mine)
+        # The controls are the same ones, minutes later.
+        wanted = replace(wanted, doubts=doubts.get(wanted.level.without))
         with (
             TemporaryDirectory(prefix="fp4tune-selftest-") as place,
             Ledger.open(place) as ledger,
             watching(wanted) as progress,
         ):
             report = probe(wanted, ledger, Path(place), progress)
+            doubts[wanted.level.without] = report.doubts
             unsafe = {v.backend for v in ledger.verdicts(run=report.run) if v.status == "unsafe"}
             rows = [
                 _selftest_row(m, report, ledger.evidence(backend=m.name), m.name in unsafe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from fp4tune.autotune import request as planning
 from fp4tune.autotune import selftest
 from fp4tune.autotune.plan import Report
 from fp4tune.autotune.selftest import FALSE_ALARM, MISSED, OK, UNDECIDED, judge
+from fp4tune.autotune.verdict.rules import Doubt, Doubts
 from fp4tune.cache.rows import BucketKey, Candidate, Finding
 from fp4tune.machine import devices
 from fp4tune.probes import registry, zoo
@@ -305,6 +307,20 @@ def test_an_interrupted_one_shows_what_is_known(monkeypatch):
     assert said.exit_code == errors.NOT_ASSESSED
     assert "1 of 1 as expected" in said.stdout and "2 were not reached" in said.stdout
     assert not command("--json", *asked).stdout
+
+
+def test_the_controls_are_run_once(monkeypatch):
+    seen, found = [], Doubts(dense={"graph": Doubt("the controls did not finish")})
+
+    def probe(plan, ledger, place, progress):
+        seen.append(plan.doubts)
+        return replace(Report("run", plan.seed, plan.target), doubts=found)
+
+    monkeypatch.setattr(selftest, "probe", probe)
+    names = ("zoo-rows-swapped", "zoo-segmentation-fault", "zoo-wrong-once-in-a-thousand")
+    mutants = selftest.choose(Device("cpu"), names)
+    rows = list(selftest.selftest(devices.cpu(), mutants, lambda plan: nullcontext(print)))
+    assert [row.mutant for row in rows] == list(names) and seen == [None, found, found]
 
 
 @pytest.mark.parametrize(
