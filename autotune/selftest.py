@@ -130,7 +130,7 @@ def plan(target: Target, mutants: Sequence[Mutant]) -> Plan:
         seed=SEED,
         hang_seconds=HANG_SECONDS[target.device.kind] if first.ends else None,
         argv=("selftest",),
-        enough=len(mutants),
+        enough=len(mutants) + 1,  # all are launched as the first is, however many are right
     )
 
 

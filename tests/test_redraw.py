@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fp4tune.autotune.evidence.wording import shown
+from fp4tune.autotune.regime import Wanted
 from fp4tune.autotune.stages.prove import LESS, LongRun, _lacking, share_of
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.probes.backends import tactics
@@ -277,13 +278,26 @@ TWO = MRange(2, 2)
 names = st.lists(st.sampled_from("abcdef"), max_size=6, unique=True)
 
 
+def wanting(also=(), enough=2) -> Wanted:
+    """What a probe wants of a layer, as far as it says who is launched at length."""
+    aim = LaunchAim(30_000, 300, 1.0)
+    return Wanted(aim, (), lambda where: True, frozenset(also), 0.0, 0.0, enough)
+
+
+@given(names)
+def test_where_all_are_to_be_proven_each_gets_all(order):
+    wave = _lacking({TWO: order}, {}, wanting(enough=len(order) + 1))
+    assert wave == {(name, TWO): 1 for name in order}
+    assert not _lacking({TWO: order}, wave, wanting(enough=len(order) + 1))
+
+
 @given(names, st.sets(st.sampled_from("abcdef")), st.sets(st.sampled_from("abcdef")))
 def test_the_first_that_is_right_gets_all_and_the_second_some(order, wrong, also):
     """Whoever turns out wrong on the way makes place, and nobody is launched twice for one aim."""
     done: dict = {}
     for _ in range(20):
         right = [n for n in order if n not in wrong or (n, TWO) not in done]
-        wave = _lacking({TWO: right}, done, also)
+        wave = _lacking({TWO: right}, done, wanting(also))
         assert all(done.get(key, LESS + 1) > less for key, less in wave.items())
         if not wave:
             break

@@ -341,7 +341,7 @@ def test_as_many_at_once_as_there_is_room_for(gib, cores, count, monkeypatch):
     assert max(map(len, groups)) <= count
     assert sorted(m.name for mine in groups for m in mine) == sorted(m.name for m in mutants)
     # Right ones are no reason to leave others untried.
-    assert all(selftest.plan(gpu, mine).enough == len(mine) for mine in groups)
+    assert all(selftest.plan(gpu, mine).enough > len(mine) for mine in groups)
 
 
 # -- the zoo as backends

@@ -9,7 +9,7 @@ here makes way for the next.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -63,7 +63,7 @@ def prove(
 
     while time.monotonic() < wanted.until:
         orders = _fastest_first(layer, tried, right)
-        wave = _lacking(orders, done, wanted.also)
+        wave = _lacking(orders, done, wanted)
         if not wave:
             return
         _prove_wave(layer, by_name, wave, wanted, (record, say, pool))
@@ -86,15 +86,16 @@ def _fastest_first(
     return {m: [name for name in names if right(name, m)] for m, names in orders.items()}
 
 
-def _lacking(orders: Mapping[MRange, Sequence[str]], done: Depths, also: Collection[str]) -> Depths:
+def _lacking(orders: Mapping[MRange, Sequence[str]], done: Depths, wanted: Wanted) -> Depths:
     """What is to be launched now: who comes first in a range and has less than all of the aim, and
-    who comes second, or is wanted anyway, and has nothing."""
+    who comes second, or is wanted anyway, and has nothing. Where more than two are to be proven,
+    all but the last of these come first."""
     wave: Depths = {}
     for m, names in orders.items():
         for place, name in enumerate(names):
-            if place > 1 and name not in also:
+            if place >= wanted.enough and name not in wanted.also:
                 continue
-            less = 1 if place == 0 else LESS
+            less = 1 if place < wanted.enough - 1 else LESS
             if done.get((name, m), LESS + 1) > less:
                 wave[name, m] = less
     return wave
