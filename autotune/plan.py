@@ -65,10 +65,10 @@ class Plan:
     """Seconds that the probe may take, from its start; None for what it needs. See `budget`."""
     again: bool = False
     """Measure what is known, too."""
-    doubts: Doubts | None = None
-    """What the controls showed of this device shortly before; None where they are to be run."""
     seed_given: bool = False
     """The seed was asked for: what is known from another does not answer that."""
+    doubts: Doubts | None = None
+    """What the controls showed of this device shortly before; None where they are to be run."""
 
     @property
     def on_cpu(self) -> bool:
@@ -135,8 +135,6 @@ class Report:
     choices: list[Choice] = field(default_factory=list)
     layers: list[Comparison] = field(default_factory=list)
     """The weight layouts of every layer probed, and the one chosen."""
-    doubts: Doubts = field(default_factory=Doubts)
-    """What the controls showed."""
     candidates: list[Candidate] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
@@ -161,6 +159,8 @@ class Report:
     """Where the time of each layer went: see `clock`."""
     set_aside: list[str] = field(default_factory=list)
     """Runs that are not as they were stored, and of which nothing is used: a sentence each."""
+    doubts: Doubts = field(default_factory=Doubts)
+    """What the controls showed."""
 
     @property
     def runs(self) -> list[str]:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from itertools import islice
 
+from ..machine import files
 from . import quarantine, state
 from .errors import Busy, ReadOnly, StateError, translate
 
@@ -209,6 +210,7 @@ class _Pass:
         self._names: dict[int, deque[str]] = {}
         self._folder = -1
         self._folder = _opened_box(box, store)
+        self._is_a_box = _is_a_box(self._folder, store)
         self._place = f"/proc/self/fd/{self._folder}"
         self._entries = os.scandir(self._place)
 
@@ -222,7 +224,8 @@ class _Pass:
 
     def batch(self, ours: bool) -> list[tuple[int, Quarantine, str]]:
         """The reports among the next files: user, report, path. In a box of our own what is no
-        report is removed; elsewhere it is left."""
+        report is removed; elsewhere it is left, and so it is in a folder that is no drop box."""
+        ours = ours and self._is_a_box
         if not self._listed:
             self._list(ours)
             return []
@@ -235,11 +238,11 @@ class _Pass:
                 found.append((user, report_, path))
             except FileNotFoundError:
                 continue
-            except ValueError:
-                if ours:
-                    _discard(path)
             except OSError:
                 continue  # not to be read by this user: of nobody's use
+            except Exception:  # whatever it is: one file must not keep the others from being read
+                if ours:
+                    _discard(path)
         self.ended = not self._names
         return found
 
@@ -275,12 +278,24 @@ class _Pass:
                 yield path
 
 
+def _is_a_box(folder: int, store: str) -> bool:
+    """Whether an open folder is one that everyone may write to, and only owners remove from, of
+    root's or the state's owner."""
+    about = os.fstat(folder)
+    return about.st_mode & 0o1002 == 0o1002 and about.st_uid in state.trusted(
+        os.path.dirname(store)
+    )
+
+
 def _opened_box(box: str, store: str) -> int:
-    """A descriptor of the folder `box`. Raises OSError."""
+    """A descriptor of the folder `box`; a link is followed where root named that box. Raises
+    OSError."""
     about = os.lstat(box)
-    follows = about.st_uid in state.trusted(os.path.dirname(store))
-    how = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follows else os.O_NOFOLLOW)
-    folder = os.open(box, how)
+    own = os.path.dirname(box) == os.path.dirname(store)
+    if own or about.st_uid not in {0, os.geteuid()}:
+        folder = files.folder(box)
+    else:
+        folder = os.open(box, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if os.path.exists(store) and os.path.samestat(os.fstat(folder), os.stat(store)):
             raise OSError(errno.EINVAL, "the store of quarantines is no drop box")

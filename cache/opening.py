@@ -69,7 +69,7 @@ def to_read(path: str) -> sqlite3.Connection:
 
 def _to_write(path: str) -> sqlite3.Connection:
     place = os.path.dirname(path)
-    os.makedirs(place, exist_ok=True)
+    os.makedirs(place, 0o755, exist_ok=True)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ReadOnly(place, "the state directory cannot be written")
     if not os.path.exists(path):

@@ -9,9 +9,11 @@ is published and used for nothing else. Standard library only.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
+from ..errors import printable
 from ..machine import files
 from . import state
 from .errors import Missing, StateError, translate
@@ -28,8 +30,8 @@ SCOPES = ("backend", "layer", "bucket")
 EVERYTHING = "node"
 """The scope of what stands for quarantines that cannot be known; no file has it."""
 
-BYTES = 4096
-"""Of one file."""
+BYTES = 1 << 15
+"""Of one file: more than the longest texts take, each of their characters as an escape of JSON."""
 MOST = 4096
 """Quarantines of the state's owner at once."""
 OF_ONE_USER = 64
@@ -77,7 +79,7 @@ class Quarantine:
     by: str
     at: float
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         """Raises ValueError, one sentence, for a field that is missing, foreign or malformed."""
         unknown = values.keys() ^ set(self.__slots__)
         if unknown:
@@ -179,14 +181,14 @@ def make(
     by: str = "report",
 ) -> Quarantine:
     """A new quarantine of now. Raises ValueError, one sentence, for what cannot be one."""
-    at = time.time()
+    at = max(0.0, time.time())  # a clock that was never set
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(at))
     return Quarantine(
         id=f"{stamp}-{os.urandom(4).hex()}",
         backend=backend,
         tactic=tactic,
         fingerprint=fingerprint,
-        reason=_printable(str(reason)),
+        reason=_printable(printable(reason)),
         by=by,
         at=at,
         **reach.fields,
@@ -413,12 +415,20 @@ def write(entry: Quarantine, folder: str) -> str:
 
 
 def make_folder(folder: str, mode: int) -> None:
-    """Make one folder with that mode, whatever the umask. Raises OSError."""
+    """Make one folder with that mode, whatever the umask, for the owner of what it lies in where
+    root makes it. Raises OSError, also where another's has taken its place meanwhile."""
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:
         return  # by another process, just now
-    os.chmod(folder, mode)
+    fd = files.folder(folder)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise OSError(errno.EPERM, "another user's folder has taken the place of this one")
+        os.fchmod(fd, mode)
+        state.give_to_owner(fd, os.path.dirname(folder))
+    finally:
+        os.close(fd)
 
 
 def put(entry: Quarantine, folder: str) -> str:
@@ -427,19 +437,35 @@ def put(entry: Quarantine, folder: str) -> str:
 
     path = os.path.join(folder, f"{entry.id}.json")
     temporary = os.path.join(folder, f".{entry.id[:100]}.{os.urandom(4).hex()}")
+    data = json.dumps(entry.json(), sort_keys=True).encode()
+    if len(data) > BYTES:
+        raise StateError(path, f"a quarantine of {len(data)} bytes would not be read; shorten it")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(fd, 0o644)
-            os.write(fd, json.dumps(entry.json(), sort_keys=True).encode())
+            files.write_all(fd, data)
             os.fsync(fd)
         finally:
             os.close(fd)
         os.rename(temporary, path)
+        _sync(folder)
     except OSError as error:
         forget(temporary)
         raise translate(error, folder) from error
     return path
+
+
+def _sync(folder: str) -> None:
+    """Have the folder's names outlive a power cut, where it may be opened. Raises OSError."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return  # a drop box that its users cannot list
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def take_over(folder: str) -> list[str]:
@@ -460,21 +486,29 @@ def take_over(folder: str) -> list[str]:
     if not may_write(folder):
         return []
     entries, _ = read(folder)
+    fd = -1
     try:
-        if about.st_uid in ours:
-            os.chmod(folder, 0o755)
-        else:  # who made it can remove what is in it
+        if about.st_uid not in ours:  # who made it can remove what is in it
             os.rename(folder, f"{folder}.of-user-{about.st_uid}-{os.urandom(4).hex()}")
             make_folder(folder, 0o755)
+        # From here on by its descriptor: its owner may put something else in its place.
+        fd = files.folder(folder)
+        if os.fstat(fd).st_uid not in ours:
+            raise StateError(folder, "another user's folder has taken its place; remove it")
+        os.fchmod(fd, 0o755)
+        place = files.within(fd)
         taken = [entry for entry in entries if entry.scope != EVERYTHING]
         for entry in taken:
-            if _owner_of(os.path.join(folder, f"{entry.id}.json")) not in ours:
-                put(entry, folder)
-        for name in os.listdir(folder):
-            if _owner_of(os.path.join(folder, name)) not in ours:
-                forget(os.path.join(folder, name))
+            if _owner_of(os.path.join(place, f"{entry.id}.json")) not in ours:
+                put(entry, place)
+        for name in os.listdir(place):
+            if _owner_of(os.path.join(place, name)) not in ours:
+                forget(os.path.join(place, name))
     except OSError as error:
         raise translate(error, folder) from error
+    finally:
+        if fd >= 0:
+            os.close(fd)
     return [f"{folder} could be written by others: it cannot any more, and keeps all {len(taken)}"]
 
 

@@ -33,6 +33,9 @@ __all__ = ["FALLBACK", "Decision", "Reader", "choose", "open", "pin", "report_fa
 
 INTERVAL = 1.0
 """Seconds between two looks at the file."""
+RETRY = 30.0
+"""Seconds after which quarantines that could not be read are looked at again."""
+_NEVER = float("inf")
 VARIABLE = "FP4TUNE_GENERATION"
 """The generation that readers pin, so that all ranks of a start have the same."""
 
@@ -62,6 +65,7 @@ class Reader:
         self._view = View(None, *self._defaults)
         self._seen: tuple[int, int, int] | None = None
         self._stored: object = None
+        self._retry = _NEVER
         self._shared: list[Quarantine] = []
         self._due = 0.0
         self._lock = allocate_lock()
@@ -200,12 +204,15 @@ class Reader:
     def _look_at_quarantines(self) -> None:
         store = self.store()
         stamp = quarantine.stamp(store)
-        if stamp != self._stored:
-            self._stored = stamp
+        if stamp != self._stored or _monotonic() >= self._retry:
             self._shared, ignored = quarantine.read(store)
+            self._apply()
+            # Where some could not be read: what went wrong may be over in a while.
+            known = all(q.scope != quarantine.EVERYTHING for q in self._shared)
+            self._retry = _NEVER if known else _monotonic() + RETRY
+            self._stored = stamp
             for sentence in ignored:
                 _warn(sentence)
-            self._apply()
 
     def _apply(self) -> None:
         """Answer by the quarantines there are now; the next call of `choose` knows them."""
@@ -285,7 +292,7 @@ def _named_generation() -> int | None:
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return None
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:
         raise Missing("choices.db", f"{VARIABLE} is {text[:40]!r}, which is no generation")
     return int(text)
 

@@ -232,6 +232,7 @@ def load_pages(path: str) -> Pages:
     try:
         conn = sqlite3.connect(sqlitefile.uri(path, "mode=ro&immutable=1"), uri=True)
         try:
+            sqlitefile.plain_only(conn, path)
             meta = dict(conn.execute("SELECT key, value FROM meta"))
             own = meta.get(PAGE_DIGEST)
             if own is None:
@@ -270,6 +271,7 @@ def load(path: str) -> Snapshot:
     try:
         conn = sqlite3.connect(sqlitefile.uri(path, "mode=ro&immutable=1"), uri=True)
         try:
+            sqlitefile.plain_only(conn, path)
             tables = read_tables(conn)
         finally:
             conn.close()

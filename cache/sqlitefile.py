@@ -91,10 +91,20 @@ def pending_wal(path: str) -> bool:
 
 def uri(path: str, parameters: str) -> str:
     """The ``file:`` URI of `path` with `parameters`; by hand, since urllib is slow to import."""
-    plain = os.path.abspath(path)
+    plain = "/" + os.path.abspath(path).lstrip("/")  # two slashes would begin a host's name
     for char, code in (("%", "%25"), ("?", "%3f"), ("#", "%23")):
         plain = plain.replace(char, code)
     return f"file:{plain}?{parameters}"
+
+
+def plain_only(conn: sqlite3.Connection, path: str) -> None:
+    """Raise Corrupt where the database has more than tables and indices of plain columns: what is
+    computed as it is read (views, generated columns, virtual tables) may take for ever."""
+    for kind, name, sql in conn.execute("SELECT type, name, sql FROM sqlite_master"):
+        text = str(sql or "").upper()
+        odd = kind == "table" and ("GENERATED" in text or " AS (" in text or "VIRTUAL" in text)
+        if kind not in ("table", "index") or odd:
+            raise Corrupt(path, f"it holds {str(name)[:40]!r}, which is computed as it is read")
 
 
 def verify(path: str, version: int, what: str) -> None:

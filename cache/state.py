@@ -143,8 +143,12 @@ class exclusive:  # noqa: N801 - used as ``with exclusive(path):``
     def acquire(self) -> exclusive:
         deadline = time.monotonic() + self.wait
         try:
-            _make_lock_folder(os.path.dirname(self.path))
+            folder = os.path.dirname(self.path)
+            _make_lock_folder(folder)
+            made = not os.path.lexists(self.path)
             fd = files.descriptor(self.path, flags=os.O_RDWR | os.O_CREAT)
+            if made and os.path.basename(folder) == LOCKS:
+                give_to_owner(fd, folder)
         except OSError as error:
             raise translate(error, self.path) from error
         while True:
@@ -214,6 +218,14 @@ def held(path: str | os.PathLike[str], shared: bool = False) -> bool:
     return False
 
 
+def give_to_owner(fd: int, place: str) -> None:
+    """Have what root made in a state belong to who owns that: it would lock them out. Does nothing
+    for others. Raises OSError."""
+    if os.geteuid() == 0:
+        about = os.stat(place)
+        os.fchown(fd, about.st_uid, about.st_gid)
+
+
 def _make_lock_folder(folder: str) -> None:
     """Make the folder of writers' locks, which its owner alone can enter. Raises StateError."""
     if os.path.basename(folder) != LOCKS:
@@ -228,7 +240,11 @@ def _make_lock_folder(folder: str) -> None:
             folder, f"user {found.st_uid} made this folder and could stop every writer; remove it"
         )
     if found.st_mode & 0o077:
-        os.chmod(folder, 0o700)
+        fd = files.folder(folder)
+        try:
+            os.fchmod(fd, 0o700)
+        finally:
+            os.close(fd)
 
 
 def _make_folder_once(folder: str) -> None:
@@ -236,6 +252,12 @@ def _make_folder_once(folder: str) -> None:
         os.mkdir(folder, 0o700)
     except FileExistsError:
         return  # by another process, just now
+    fd = files.folder(folder)
+    try:
+        if os.fstat(fd).st_uid == os.geteuid():
+            give_to_owner(fd, os.path.dirname(folder))
+    finally:
+        os.close(fd)
 
 
 def _held_by_older(path: str, tidy: bool = False) -> int | None:

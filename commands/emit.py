@@ -282,9 +282,18 @@ def _beside(python: str | None) -> str:
 
 
 def write(files: dict[str, Any], folder: Path) -> None:
-    """All of `files` as JSON, or none: each is put in place when all are written."""
+    """All of `files` as JSON, or none: each is put in place when all are written.
+
+    What is written first has names that cannot be foreseen: others may make files in the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / f".{name}").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for name in files:
-        os.replace(folder / f".{name}", folder / name)
+    beside = {name: folder / f".{name}.{os.urandom(6).hex()}.writing" for name in files}
+    try:
+        for name, content in files.items():
+            with beside[name].open("x", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+        for name in files:
+            os.replace(beside[name], folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)

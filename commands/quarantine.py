@@ -103,7 +103,7 @@ def add(
         )
         place = _place(state)
         try:
-            os.makedirs(place, exist_ok=True)
+            os.makedirs(place, 0o755, exist_ok=True)
         except OSError as error:
             raise translate(error, place) from None
         _collect(place)

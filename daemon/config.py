@@ -331,12 +331,18 @@ def load(path: Path | None) -> DaemonConfig:
         try:
             config = TypeAdapter(DaemonConfig).validate_python(document)
         except ValidationError as error:
-            mistakes = _sentences(error, document)
+            try:
+                mistakes = _sentences(error, document)
+            except RecursionError:
+                raise Refused(f"{path}: {_TOO_DEEP}") from None
     if not mistakes:
         mistakes = list(_beyond(config))
     if mistakes:
         raise Refused("\n".join(f"{path or 'the defaults'}: {mistake}" for mistake in mistakes))
     return config
+
+
+_TOO_DEEP = "this is no configuration: it is nested too deeply"
 
 
 def _toml_document(path: Path) -> dict[str, Any]:
@@ -347,6 +353,8 @@ def _toml_document(path: Path) -> dict[str, Any]:
         raise Refused(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Refused(f"{path}: this is not TOML: {error}") from None
+    except RecursionError:
+        raise Refused(f"{path}: {_TOO_DEEP}") from None
 
 
 def _sentences(error: ValidationError, document: Mapping[str, Any]) -> list[str]:
@@ -414,6 +422,8 @@ def _siblings(table: list[str]) -> list[str]:
 
 def _beyond(config: DaemonConfig) -> Iterator[str]:
     """Mistakes that show only when what is named is looked up."""
+    if "\0" in (config.state or ""):
+        yield "state: a path has no NUL in it"
     try:
         layers, experts = config.layers(), config.experts()
         if layers and not experts and not any(map(config.probe.kinds, layers)):

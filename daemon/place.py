@@ -29,7 +29,7 @@ class StatePlace:
     def take(self) -> None:
         """Make the directory where it is not there, and be its only daemon. Raises Refused."""
         try:
-            os.makedirs(self.path, exist_ok=True)
+            os.makedirs(self.path, 0o755, exist_ok=True)
             self._acquire()
         except Busy as error:
             raise Refused(str(error)) from None

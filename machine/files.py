@@ -61,6 +61,24 @@ def descriptor(
     return fd
 
 
+def folder(path: str | os.PathLike[str]) -> int:
+    """A descriptor of the folder at `path`, which is no link; the caller closes it. What is done
+    through it is done there, whatever is put in its place meanwhile. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def within(fd: int) -> str:
+    """A path of the folder that `fd` is a descriptor of."""
+    return f"/proc/self/fd/{fd}"
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`: a disk or a limit may take a part of it. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
 def opened(path: str | os.PathLike[str], links: bool = True) -> BinaryIO:
     """The regular file at `path`, to be read in pieces; `descriptor` says what is refused.
 

@@ -120,8 +120,10 @@ def write(report: WatchReport, folder: str) -> str:
     path = os.path.join(folder, name)
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        os.write(fd, json.dumps(document).encode())
-        os.close(fd)
+        try:
+            files.write_all(fd, json.dumps(document).encode())
+        finally:
+            os.close(fd)
         os.rename(aside, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -345,13 +347,20 @@ def by_backend(reports: Iterable[WatchReport]) -> dict[tuple[str, str, str], dic
 
 
 def forget_old(folder: str | os.PathLike[str], days: float = 7.0) -> None:
-    """Remove the files of processes that have told nothing for so long, as far as one may."""
+    """Remove the files of processes that have told nothing for so long, as far as one may; of a
+    folder that is a drop box, and no link to another."""
     before = time.time() - 86400 * days
     with contextlib.suppress(OSError):
-        for path in Path(folder).iterdir():
-            with contextlib.suppress(OSError):
-                if path.name.endswith(".json") and path.lstat().st_mtime < before:
-                    path.unlink()
+        fd = files.folder(folder)
+        try:
+            if os.fstat(fd).st_mode & 0o1002 != 0o1002:
+                return
+            for path in Path(files.within(fd)).iterdir():
+                with contextlib.suppress(OSError):
+                    if path.name.endswith(".json") and path.lstat().st_mtime < before:
+                        path.unlink()
+        finally:
+            os.close(fd)
 
 
 def merged(layers: Sequence[WatchedLayer]) -> tuple[WatchedLayer, ...]:

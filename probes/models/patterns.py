@@ -8,12 +8,17 @@ wildcards names a module and all that is inside it; a glob likewise.
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=$|\.|\*)")
 _WRAPPER = re.compile(r"^(?:model\.|language_model\.)+")
 _LONGEST = 1000
+_MOST_DOTS = 5
+"""Repeats of any character in one expression: each more may make a match some hundred times as
+long."""
 _MOST_LAYERS = 4096
 
 
@@ -45,8 +50,10 @@ class NamePatterns:
 
     def _add(self, layer: str | None, expression: str, pattern: str) -> None:
         try:
+            if pattern.startswith("re:") and not ends_soon(expression):
+                raise re.error("it may take for ever")
             self._by_layer.setdefault(layer, []).append(re.compile(expression))
-        except re.error:
+        except (re.error, RecursionError, OverflowError):
             self.odd.append(pattern[:80])
 
     def match(self, name: str) -> bool:
@@ -59,6 +66,41 @@ class NamePatterns:
         if found:
             patterns = patterns + self._by_layer.get(found.group(1), [])
         return any(pattern.match(name) or pattern.match(plain) for pattern in patterns)
+
+
+def ends_soon(expression: str) -> bool:
+    """Whether a match by this expression takes a time that a name's length bounds: within what it
+    repeats nothing is left to choose, and few of its repeats are of any character. Raises
+    re.error."""
+    parser: Any = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
+    dots = 0
+
+    def bounded(parts: Any, repeated: bool) -> bool:
+        nonlocal dots
+        for op, given in parts:
+            name = str(op)
+            if name.endswith("_REPEAT"):
+                least, most, inner = given
+                varies, many = int(least) != int(most), int(most) > 1
+                if varies and repeated:
+                    return False
+                dots += many and any(str(each[0]) == "ANY" for each in inner)
+                if not bounded(inner, repeated or many):
+                    return False
+            elif name == "BRANCH":
+                if repeated or not all(bounded(each, repeated) for each in given[1]):
+                    return False
+            elif any(not bounded(each, repeated) for each in _expressions_in(given)):
+                return False
+        return True
+
+    return bounded(parser.parse(expression), False) and dots <= _MOST_DOTS
+
+
+def _expressions_in(given: Any) -> list[Any]:
+    """The parsed expressions within what an operation is given."""
+    every = given if isinstance(given, tuple) else (given,)
+    return [each for each in every if type(each).__name__ == "SubPattern"]
 
 
 def unwrapped(name: str) -> str:
