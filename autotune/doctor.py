@@ -126,6 +126,9 @@ def _state_lines(state_dir: Path | None) -> Iterator[Line]:
     place = state.directory(state_dir)
     if why := _unwritable(os.fspath(place)):
         yield Line(BAD, "state", f"{place} {why}", "choose another with --state or mount it")
+    elif who := _others_who_write(os.fspath(place)):
+        why = f"{place} can be written by {who}, who can put any choice there"
+        yield Line(BAD, "state", why, "chmod go-w it")
     else:
         yield Line(GOOD, "state", str(place))
     holding = [place] if state_dir else state.holding()
@@ -169,6 +172,15 @@ def _unwritable(place: str) -> str:
     if not os.path.isdir(there):
         return "is no folder" if there == place else f"cannot be made: {there} is no folder"
     return "" if os.access(there, os.W_OK | os.X_OK) else "cannot be written"
+
+
+def _others_who_write(place: str) -> str:
+    """Who besides its owner may write to a folder, in words; empty where nobody may."""
+    try:
+        mode = os.stat(place).st_mode
+    except OSError:
+        return ""
+    return "everyone" if mode & 0o002 else "a group" if mode & 0o020 else ""
 
 
 def _ledger(place: Path) -> Iterator[Line]:

@@ -37,6 +37,13 @@ def test_a_published_choice_is_found(tmp_path):
     assert found.status == "good" and "generation 1, 3 choices" in found.found
 
 
+@pytest.mark.parametrize(("mode", "who"), [(0o777, "everyone"), (0o775, "a group"), (0o755, "")])
+def test_a_state_that_others_may_write_is_bad(tmp_path, mode, who):
+    tmp_path.chmod(mode)
+    line = lines(tmp_path)["state"]
+    assert (line.status == "bad") == bool(who) and who in line.found
+
+
 def test_a_place_without_a_choice_is_a_note(tmp_path):
     assert lines(tmp_path)["choices.db"].status == "note"
 
