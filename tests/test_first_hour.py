@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import engine_store
@@ -340,6 +341,8 @@ def end(place: Path, number: signal.Signals) -> tuple[int, str]:
         stdout=subprocess.DEVNULL,
         stderr=follower,
         env=environment(OMP_NUM_THREADS="1", TERM="xterm", COLUMNS="200"),
+        # Shells have what they start behind them ignore it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     os.close(follower)
     said, sent, deadline = b"", False, time.monotonic() + 270
