@@ -27,7 +27,6 @@ from fp4tune.probes.launch.case import changed_inputs
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.models.shapes import preset_layers
 from fp4tune.probes.problem import Device, Problem
-from fp4tune.probes.worker import experts as experts_worker
 from fp4tune.probes.worker.experts import OpenExperts
 
 CPU = Device("cpu")
@@ -288,8 +287,8 @@ def test_times_are_taken_under_both_laws():
 
 
 def test_what_is_slow_is_timed_at_its_largest_m_only(monkeypatch):
-    monkeypatch.setattr(experts_worker, "_SLOW", 0.0)
     layer = opened()
+    monkeypatch.setattr(layer, "_is_slow", lambda *call: True)
     layer.open_timing([Item((2, 3, 4), "default", 8), Item((8,), "default", 8)], 1 << 20)
     layer.sample([0, 1])
     assert [[m for m, _ in found] for found in layer.close_timing()] == [[4], [8]]
