@@ -121,7 +121,7 @@ class Plan:
         # others go on, and a host that is busy must not be called one.
         run, regime = (120.0, 120.0) if self.on_cpu else (30.0, 10.0)
         if any(problem.groups > 1 for problem in self.problems):
-            regime = run  # one call of the floor of routed experts takes a tenth of a second
+            regime = run  # a call of the floor of routed experts is long, and a chain has many
         return Patience(self.hang_seconds or run, self.hang_seconds or regime)
 
 

@@ -52,7 +52,6 @@ LEVEL = replace(
     ragged=2,
     least=3,
     most=20,
-    seconds=0.1,
     long=False,
     samples=3,
     launches=0,

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import __version__
+from ..machine import files
 from . import codec, snapshot, state
 from .errors import Corrupt, Missing, StateError, translate
 from .ledger import Ledger
@@ -317,14 +318,8 @@ def _insert(conn: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> Non
 
 def _replace(temporary: str, target: str) -> None:
     os.rename(temporary, target)
-    # It is there for everyone now, and what fails from here on does not take it back: where the
-    # rename cannot be made to survive a power cut, such a cut brings the one before back, whole.
-    with contextlib.suppress(OSError):
-        fd = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    # Where that cannot survive a power cut, such a cut brings the one before back, whole.
+    files.settle(os.path.dirname(target))
 
 
 def _keep(target: str, generation: int) -> None:

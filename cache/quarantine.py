@@ -449,23 +449,11 @@ def put(entry: Quarantine, folder: str) -> str:
         finally:
             os.close(fd)
         os.rename(temporary, path)
-        _sync(folder)
+        files.settle(folder)
     except OSError as error:
         forget(temporary)
         raise translate(error, folder) from error
     return path
-
-
-def _sync(folder: str) -> None:
-    """Have the folder's names outlive a power cut, where it may be opened. Raises OSError."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        return  # a drop box that its users cannot list
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def take_over(folder: str) -> list[str]:

@@ -7,6 +7,7 @@ any of them, or a file that grows for ever. Standard library only: the engine's 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -77,6 +78,17 @@ def write_all(fd: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]
+
+
+def settle(folder: str) -> None:
+    """Have a rename within the folder outlive a power cut, as far as that can be: it is there for
+    everyone already, and what fails here does not take it back."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def opened(path: str | os.PathLike[str], links: bool = True) -> BinaryIO:

@@ -26,7 +26,7 @@ LARGEST = {"bf16": (2 - 2.0**-7) * 2.0**127, "fp16": 65504.0}
 FAR = 4.0
 """A sum is far from overflow where it is below the largest number over this: one element that may
 overflow makes both vectors' sums larger than that, but where all the others happen to take three
-quarters of it away again (of rows that overflowed float16 on an H200, one of 20,000 took half).
+quarters of it away again (of rows that overflow float16, one of some 50,000 on an H200).
 Asked only where an output is not finite: a group's sum is often 32 times as large as its elements
 are (1,024 columns), so that in float16 a NaN goes unjudged from elements of size 500 on, and finite
 rows would from size 8 on."""

@@ -46,7 +46,7 @@ _TIMES, _LONG_TIMES = 4, 8
 """How many budgets of seconds the many calls of all tactics may take: the second where a budget is
 long."""
 _GPU_SECONDS = 5.0
-"""The same of a GPU, where they are to reach `CALLS`: 2^17 calls take a host two or three."""
+"""The same of a GPU, where they are to reach `CALLS` if calls are cheap."""
 PAUSE = 2.5
 """Seconds between two calls, in which nothing is called."""
 _done: dict[tuple[int, str], Backend] = {}

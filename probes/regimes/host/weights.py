@@ -45,8 +45,8 @@ _BEAT = 0.5
 _TIMES = 3
 """How many budgets of seconds the crowd may take."""
 _GPU_SECONDS = 3.0
-"""Of this thread's own time, those that it may take on a GPU in any case: 1,056 weights take one or
-two, and where others keep the cores busy it must not end at forty."""
+"""Of this thread's own time, those that it may take on a GPU in any case: where others keep the
+cores busy it must not end at forty weights."""
 _SMALL_SECONDS = 1.0
 _SHARE = 8
 """One part in so many of a device's free memory may be taken by the crowd: others of ours may do
