@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
+from ..machine import files
 from . import opening, schema, seal, sqlitefile, state
 from .errors import translate
 from .sealed import SEALS
@@ -24,6 +25,8 @@ def salvage(damaged: str, state_dir: str) -> int:
 
     Raises StateError where they cannot be written.
     """
+    if any(files.is_special(damaged + suffix) for suffix in ("", "-wal", "-journal")):
+        return 0  # a pipe would be waited for
     path = os.path.join(state_dir, state.LEDGER)
     try:
         with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -22,6 +23,7 @@ from fp4tune.cache import state as states
 from fp4tune.cache.errors import Corrupt, Missing, StateError
 from fp4tune.cache.ledger import Ledger
 from fp4tune.commands import emit
+from fp4tune.daemon.mend import mend
 from fp4tune.errors import Refused
 from fp4tune.machine import files
 from fp4tune.probes.models.patterns import NamePatterns, ends_soon
@@ -274,6 +276,17 @@ def test_a_choices_database_that_computes_is_damaged(tmp_path, made):
     for load in (snapshot.load, snapshot.load_pages):
         with pytest.raises(Corrupt):
             load(str(path))
+
+
+@pytest.mark.parametrize("name", ["ledger.db", "ledger.db-wal"])
+def test_a_pipe_that_was_the_ledger_is_not_waited_for(tmp_path, name):
+    state = store(tmp_path / "state", *SWIZZLED)
+    for there in state.glob(f"{name}*"):
+        there.unlink()
+    os.mkfifo(state / name)
+    with contextlib.suppress(StateError):
+        mend(state)
+    Ledger.open(state).close()
 
 
 def test_two_slashes_begin_no_host(tmp_path):
