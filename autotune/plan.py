@@ -16,7 +16,7 @@ from ..words import CERTAIN, CHANCE
 from .budget import ENOUGH
 from .choice.layouts import Comparison
 from .levels import Level
-from .runner import Patience
+from .runner import SILENCE, Patience
 from .verdict.bounds import A_PROBLEM, Aim
 from .verdict.profiles import Profile
 from .verdict.rules import Doubts, Excuse, Rules
@@ -117,12 +117,7 @@ class Plan:
 
     @property
     def patience(self) -> Patience:
-        # A CPU computes in seconds what a GPU does in milliseconds. A real hang is waited for while
-        # others go on, and a host that is busy must not be called one.
-        run, regime = (120.0, 120.0) if self.on_cpu else (30.0, 10.0)
-        if any(problem.groups > 1 for problem in self.problems):
-            regime = run  # a call of the floor of routed experts is long, and a chain has many
-        return Patience(self.hang_seconds or run, self.hang_seconds or regime)
+        return Patience(self.hang_seconds or SILENCE[self.target.device.kind])
 
 
 @dataclass(slots=True)

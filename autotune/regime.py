@@ -210,14 +210,11 @@ def _run_chain(
 ) -> bool:
     """One chain of these items in one regime, which is a step; whether all of it passed."""
     name, runner = how["name"], entrant.runner_of(how["name"])
-    patience = runner.patience
-    # A chain's second GEMM may load code that nothing before it did.
-    silence = patience.run if name == chains.REGIME else patience.regime
     under = Under(name)
     asked = {"items": [each.item for each in won], **how}
     places, launches = [each.place for each in won], how.get("aim", {}).get("launches", 0)
     try:
-        result = runner.ask("regime", silence, **asked)
+        result = runner.ask("regime", **asked)
     except WorkerFailed as failure:
         if failure.fatal:
             entrant.dead[name] = f"{failure.kind} ({failure})"

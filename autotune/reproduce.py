@@ -27,7 +27,7 @@ from ..words import COLLECTIVE
 from .environment import environment_of
 from .evidence.wording import describe
 from .retest import summary
-from .runner import Patience, Progress, Runner
+from .runner import SILENCE, Patience, Progress, Runner
 from .stages.survey import survey
 
 REPRODUCED, GONE, OTHERWISE, UNABLE = (
@@ -130,9 +130,7 @@ def reproduce(
     why = answer.get("error") or answer["reasons"][0]
     if why:
         raise Refused(f"{finding.backend} cannot run this here: {why}")
-    on_cpu = target.device.kind == "cpu"
-    usual = 120.0 if on_cpu else 30.0
-    patience = Patience(hang_seconds or usual, hang_seconds or usual)
+    patience = Patience(hang_seconds or SILENCE[target.device.kind])
     runner = Runner(spec, target, patience, python, progress, hello=answer)
     result = Result(finding, UNABLE)
     try:

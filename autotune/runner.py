@@ -16,6 +16,10 @@ from ..probes.worker.supervisor import Worker, WorkerFailed
 Progress = Callable[[str, str], None]
 """Called with a backend's name and what it is doing."""
 
+SILENCE = {"cpu": 120.0, "cuda": 30.0}
+"""Seconds of silence that count as a hang. A CPU computes in seconds what a GPU does in
+milliseconds; a GPU that two dozen processes share, or a busy host, must not be called hung: 10 s
+called right kernels that."""
 MOST_DEATHS = 8
 """A backend whose worker died this often is not started again."""
 
@@ -28,11 +32,12 @@ class Stopped(Exception):
 class Patience:
     """Seconds of silence that count as a hang, by kind of work.
 
-    A regime tells that it lives each time the device has caught up, so `regime` is short.
+    What is run tells that it lives each time the device has caught up. That takes a fraction of a
+    second where the device is ours alone, and seconds where others take turns on it; a real hang is
+    waited for while others go on.
     """
 
     run: float
-    regime: float
     build: float = 1800.0
     start: float = 180.0
 

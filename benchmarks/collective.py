@@ -56,7 +56,7 @@ def tried(spec: str, problem: Problem, targets: tuple[Target, Target]) -> dict[s
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
 
         def one(rank: int) -> dict[str, Any]:
-            patience = Patience(120.0, 120.0)
+            patience = Patience(120.0)
             runner = Runner(spec, targets[rank], patience, None, lambda who, text: None)
             try:
                 runner.build([problem.at(m.hi) for m in ranges(problem.m)], 4)

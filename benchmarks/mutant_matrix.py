@@ -359,7 +359,7 @@ def main() -> int:
         ahead: dict[str, tuple[Trial, Future[None]]] = {}
 
         def prefetch(mutant: Mutant) -> None:
-            patience = Patience(20.0, 8.0)
+            patience = Patience(20.0)
             trial = Trial(
                 mutant, target, Runner(mutant.name, target, patience, None, lambda *_: None)
             )

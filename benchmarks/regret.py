@@ -75,7 +75,7 @@ class Bench:
             if why:
                 self.unable[name] = why
                 continue
-            patience = Patience(120.0, 120.0)
+            patience = Patience(120.0)
             runner = Runner(name, target, patience, None, lambda *_: None, hello=answer)
             self.runners[runner.name] = runner
 

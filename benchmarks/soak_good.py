@@ -67,7 +67,7 @@ class Soak:
     def __init__(self, name: str, n: int, k: int, target: devices.Target) -> None:
         self.name = name
         self.problem = Problem("nvfp4", ROWS, n, k)
-        self.runner = Runner(name, target, Patience(60.0, 15.0), None, lambda *_: None)
+        self.runner = Runner(name, target, Patience(60.0), None, lambda *_: None)
         self.launches: dict[str, int] = defaultdict(int)
         self.problems: dict[str, int] = defaultdict(int)
         self.statuses: dict[str, str] = {}
@@ -116,14 +116,7 @@ class Soak:
         aim = {"launches": 1_000_000, "problems": 10_000, "seconds": seconds / len(chosen)}
         length = {"aim": aim} if name in CHANCE | CERTAIN else {}
         try:
-            result = self.runner.ask(
-                "regime",
-                self.runner.patience.regime,
-                name=name,
-                items=chosen,
-                budget=budget,
-                **length,
-            )
+            result = self.runner.ask("regime", name=name, items=chosen, budget=budget, **length)
         except WorkerFailed as failure:
             if failure.kind == "not applicable":
                 self.statuses[name] = failure.kind

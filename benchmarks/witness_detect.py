@@ -1,12 +1,14 @@
 """After how many launches the witness speaks: the zoo's kernels that give wrong numbers, served.
 
 A chain of layers with weights of their own serves requests of varying m on real-looking data (a
-graph for each m on a GPU, eagerly where capture fails and on a CPU). Each mutant serves it twice:
-with every call watched, and with a few. What is truly wrong is told apart by a float64 reference of
-every launch; one that is right in the first hundred rounds of real-looking data is left. First the
-racy kernel of 2026 under the stress of that time: rounds of 64 requests, each on a stream of its
-own, m from 1 to 500, outputs and activations poisoned; in every second round they queue up behind a
-kernel that keeps all streams waiting, since a host in Python is slower than the GPU.
+graph for each m on a GPU, eagerly where capture fails and on a CPU). On a GPU a kernel that lets
+the next one begin early writes each layer's activation, as norms with PDL do. Each mutant serves it
+twice: with every call watched, and with a few. What is truly wrong is told apart by a float64
+reference of every launch; one that is right in the first hundred rounds of real-looking data is
+left. First the racy kernel of 2026 under the stress of that time: rounds of 64 requests, each on a
+stream of its own, m from 1 to 500, outputs and activations poisoned, behind a producer of that
+kind; in every second round they queue up behind a kernel that keeps all streams waiting, since a
+host in Python is slower than the GPU.
 
     python benchmarks/witness_detect.py --out DIR [--seconds 240] [--device cuda] [--only race]
 
@@ -82,8 +84,14 @@ class Served:
         build_kernels(self.backend, [self.problem.at(m) for m in MS], kind, 4)
         self.states = [self.backend.prepare(w, self.problem) for w in self.weights]
         self.calls: dict[int, list[tuple[Any, torch.Tensor]]] = {}
+        self.sources: dict[int, list[torch.Tensor]] = {}
+        """What a producer makes the activations of, on a GPU."""
         self.graphs: dict[int, Any] = {}
         self.eager = device != "cuda"
+        if device == "cuda":
+            from _producer_triton import produce
+
+            self.produce = produce
 
     def watch(self, share: str) -> tuple[Witness, list[Any], list[Any]]:
         judged: list[Any] = []
@@ -105,11 +113,13 @@ class Served:
                 out = torch.zeros(m, self.n, dtype=torch.bfloat16, device=self.device)
                 made.append((a, out))
             self.calls[m] = made
+            if self.device == "cuda" and not self.fp4:
+                self.sources[m] = [torch.zeros_like(a) for a, _ in made]
         return self.calls[m]
 
     def fill(self, m: int, seed: int) -> None:
         g = torch.Generator().manual_seed(seed)
-        for a, _ in self.buffers(m):
+        for index, (a, _) in enumerate(self.buffers(m)):
             x = real_looking(m, self.k, self.device, g)
             if isinstance(a, Fp4Tensor):
                 q = quantise(x, NVFP4)
@@ -117,11 +127,13 @@ class Served:
                 a.scales.copy_(q.scales)
                 a.global_scale.copy_(q.global_scale)
             else:
-                a.copy_(x.bfloat16())
+                self.sources.get(m, [a] * LAYERS)[index].copy_(x.bfloat16())
 
     def once(self, m: int, see: Callable[[int, Any, torch.Tensor], None]) -> None:
         prepare = getattr(self.backend, "prepare_activation", None)
         for index, (a, out) in enumerate(self.buffers(m)):
+            if m in self.sources:
+                self.produce(self.sources[m][index], a)
             given = prepare(a) if prepare and self.fp4 else a
             self.backend.run(self.states[index], given, out, "default")
             see(index, a, out)
@@ -214,6 +226,8 @@ GATE = 40_000_000
 
 def race(rounds: int, until: float) -> dict[str, Any]:
     """The 2026 stress on the racy kernel, every call watched."""
+    from _producer_triton import produce
+
     n = k = 4096
     backend = zoo.named("zoo-wait-missing")
     w = quantise(torch.randn(n, k) * 0.02, NVFP4).to("cuda")
@@ -243,8 +257,7 @@ def race(rounds: int, until: float) -> dict[str, Any]:
         for stream, left, right, m in zip(streams, a, out, ms, strict=True):
             stream.wait_event(opened)
             with torch.cuda.stream(stream):
-                # By a kernel, as an engine's norms are: a copy by the driver has no PDL edge.
-                torch.mul(source[:m], 1.0, out=left[:m])
+                produce(source[:m], left[:m])
                 backend.run(state, left[:m], right[:m], "default")
                 witness.see(watched, WatchedCall(left[:m], right[:m]))
         torch.cuda.synchronize()

@@ -20,7 +20,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     from ..probes.worker import nursery
 
     nursery.warm(asked["python"])  # while this process loads what it needs itself
-    from ..autotune.runner import Patience, Runner
+    from ..autotune.runner import SILENCE, Patience, Runner
     from ..autotune.stages.survey import survey
     from ..machine import devices
     from ..probes.grouped.problem import is_grouped, of_fields
@@ -42,11 +42,10 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     spec = next((s for s, a in answers.items() if a.get("name") == candidate["backend"]), None)
     if spec is None or answers[spec]["reasons"][0]:
         return {"outcome": "not assessed", "note": "the backend cannot be run here"}
-    slow = 120.0 if asked["cpu"] else 30.0
+    patience = Patience(SILENCE[target.device.kind])
     runner = Runner(
-        spec, target, Patience(slow, slow), asked["python"], lambda who, text: None,
-        hello=answers[spec],
-    )  # fmt: skip
+        spec, target, patience, asked["python"], lambda who, text: None, hello=answers[spec]
+    )
     ran = False
     try:
         runner.build([problem], 1)

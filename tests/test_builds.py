@@ -22,7 +22,7 @@ class Compiling:
     """What `build` uses of a runner: it compiles for `seconds`, or until it is `closed`."""
 
     target = SimpleNamespace(device=SimpleNamespace(arch="cpu"))
-    patience = Patience(start=1, run=1, regime=1, build=60)
+    patience = Patience(start=1, run=1, build=60)
 
     def __init__(self, name: str, seconds: float, failure: WorkerFailed | None = None) -> None:
         self.name, self.seconds, self.failure = name, seconds, failure

@@ -36,7 +36,7 @@ def together(place: Path, backend: str) -> list:
     """What came of each of two ranks: its part, or how its worker failed."""
 
     def one(rank: int):
-        target, patience = devices.cpu(), Patience(60.0, 60.0)
+        target, patience = devices.cpu(), Patience(60.0)
         runner = Runner(f"{ROGUES}:{backend}", target, patience, None, lambda who, text: None)
         problem = asdict(Problem("nvfp4", 40, 64, 128, "bf16", "bf16"))
         try:
@@ -134,7 +134,7 @@ class Scripted:
 
     def __init__(self, name, answer):
         self.name, self.answer = name, answer
-        self.patience = Patience(1.0, 1.0)
+        self.patience = Patience(1.0)
         self.asked = []
 
     def ask(self, do, silence, **asked):

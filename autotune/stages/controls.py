@@ -143,7 +143,7 @@ def run(
 
 def _once(runner: Runner, regime: str, tactic: str, kind: Kind) -> dict[str, Any]:
     items = [{"ms": list(kind.ms), "tactic": tactic, "width": kind.width}]
-    result = runner.ask("regime", runner.patience.regime, name=regime, items=items, budget=BUDGET)
+    result = runner.ask("regime", name=regime, items=items, budget=BUDGET)
     (part,) = result["items"]
     return {**part, **{k: result[k] for k in ("seconds", "not_exercised")}}
 

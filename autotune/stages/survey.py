@@ -26,7 +26,7 @@ from ..runner import Patience, Progress, Runner
 
 Answer = dict[str, Any]
 
-_START = Patience(0, 0).start
+_START = Patience(0).start
 
 
 @dataclass(slots=True)

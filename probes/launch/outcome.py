@@ -101,6 +101,31 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class OwnTime:
+    """Seconds that this thread worked since the first call of a device's others kept it waiting or
+    not: `seconds` is its time on a core, less what it waited for the device in `wait`.
+
+    For limits that a busy node must not reach earlier: there two dozen processes take turns on a
+    core and on a GPU, and most of a second is theirs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begun = time.thread_time()
+        self._waited = 0.0
+
+    def wait(self) -> None:
+        """Wait until the device has done all work; a queue that is never long makes no call wait
+        for room in it."""
+        begun = time.thread_time()
+        wait(self._device)
+        self._waited += time.thread_time() - begun
+
+    @property
+    def seconds(self) -> float:
+        return time.thread_time() - self._begun - self._waited
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fill with NaN where the type has one, with a conspicuous byte where not."""
     if tensor.dtype in (torch.bfloat16, torch.float16):

@@ -39,6 +39,8 @@ MOST_M = 16
 MORE = 3
 """Rounds more, with gates that hold work back for longer, where streams did not overlap: a busy
 host enqueues more slowly than the GPU computes."""
+_BEAT = 0.3
+"""Seconds of enqueueing after which the device is waited for and a sign of life is given."""
 _LONGEST_GATES = (0.1, 0.4)
 """Seconds, usually and then."""
 ROUNDS = 200
@@ -87,6 +89,7 @@ def streams(
     gate, longest = [0.01], [_LONGEST_GATES[0]]
 
     def gated() -> None:
+        beaten = time.perf_counter()
         for number, together in enumerate(rounds):
             # A closed gate lets the work queue up, so that the lanes overlap on the GPU even where
             # the host enqueues more slowly than the GPU computes.
@@ -94,9 +97,11 @@ def streams(
             start = time.perf_counter()
             forks.enqueue(number, together)
             gate[0] = min(1.5 * (time.perf_counter() - start), longest[0])
-            if longest[0] > _LONGEST_GATES[0]:
+            # Where others take turns on the device, a round takes many gates' time.
+            if longest[0] > _LONGEST_GATES[0] or time.perf_counter() > beaten + _BEAT:
                 wait(device)
                 budget.beat()
+                beaten = time.perf_counter()
         checker.sweep()
 
     seconds = repeat(gated, budget, device)

@@ -20,7 +20,7 @@ from ...check.sweep import SlotReport
 from ...data import window
 from ...grouped.tensors import Routed
 from ...launch.case import Case, Launch, blame, changed_inputs, prepared_activation
-from ...launch.outcome import Budget, Outcome, device_of, poison, wait
+from ...launch.outcome import Budget, Outcome, OwnTime, device_of, poison
 from .small import small_problem
 from .weights import smallest_of_each
 
@@ -37,16 +37,17 @@ _TURNS = 3
 _LEAST = 1 << 11
 """Calls of a tactic that are made whatever the time, up to `_GRACE` seconds beyond it."""
 _GRACE = 5.0
-"""Of this thread's own time: others may keep it waiting."""
-_MOST_GRACES = 6
-"""Times as long by the clock, where a call sleeps or others keep the thread from running."""
+"""Of this thread's own time (`OwnTime`): others may keep it waiting."""
+_BUSY = 4
+"""Times as long by the clock, where a call sleeps, or others keep the thread or the device busy."""
 _FEW_ROWS = 64
 """The largest m that is called by the hundred thousand: more rows cost time and show no more."""
 _TIMES, _LONG_TIMES = 4, 8
 """How many budgets of seconds the many calls of all tactics may take: the second where a budget is
 long."""
 _GPU_SECONDS = 5.0
-"""The same of a GPU, where they are to reach `CALLS` if calls are cheap."""
+"""The same of a GPU, of this thread's own time (`OwnTime`): they are to reach `CALLS` if calls are
+cheap, on a busy node, too."""
 PAUSE = 2.5
 """Seconds between two calls, in which nothing is called."""
 _done: dict[tuple[int, str], Backend] = {}
@@ -81,16 +82,14 @@ def history(
     for launch in sorted(smallest_of_each(launches), key=lambda each: each.m):
         series, small = _series(backend, cases, launch)
         many = launch.tactic in waiting and (small or launch.m <= _FEW_ROWS)
-        began = time.perf_counter()
         if many:
             waiting.discard(launch.tactic)
             if long:
                 _done[id(backend), launch.tactic] = backend
             seconds = max(left / 2 if waiting else left, 0.02)
-            series.run(_Limits(CALLS, _LEAST, seconds, budget.beat))
+            left -= series.run(_Limits(CALLS, _LEAST, seconds, budget.beat))
         else:
-            series.run(_few(series, budget))
-        left -= time.perf_counter() - began
+            left -= series.run(_few(series, budget))
         if long and id(backend) not in _paused:
             _paused[id(backend)] = backend
             end = time.monotonic() + PAUSE
@@ -173,17 +172,19 @@ class _Series:
         self._round = round_
         self.made = 0
 
-    def run(self, limits: _Limits) -> None:
-        """Call, and check each output, until a limit is reached."""
+    def run(self, limits: _Limits) -> float:
+        """Call, and check each output, until a limit is reached; the seconds that count."""
         device = self._ring.device
-        end = time.perf_counter() + limits.seconds
-        first = self.made
-        beaten = now = time.perf_counter()
-        grace = time.thread_time() + limits.seconds + _GRACE
+        own, first = OwnTime(device), self.made
+        start = beaten = now = time.perf_counter()
+
+        def counted() -> float:
+            return now - start if device.type == "cpu" else own.seconds
 
         def go_on(made: int) -> bool:
-            late = time.thread_time() >= grace or now >= end + _MOST_GRACES * _GRACE
-            return now < end or (made < limits.least and not late)
+            late = max(own.seconds, (now - start) / _BUSY) >= limits.seconds + _GRACE
+            in_time = counted() < limits.seconds and now - start < _BUSY * limits.seconds
+            return in_time or (made < limits.least and not late)
 
         while self.made - first < limits.calls and go_on(self.made - first):
             self._round()
@@ -193,12 +194,12 @@ class _Series:
             self._first = torch.minimum(self._first, at.min())
             poison(self._ring)
             self.made += self.round
+            own.wait()
             now = time.perf_counter()
             if now > beaten + 0.5:
-                wait(device)
                 limits.beat()
-                beaten = now = time.perf_counter()
-        wait(device)
+                beaten = now
+        return counted()
 
     @property
     def bad(self) -> int:

@@ -21,6 +21,7 @@ from ...launch.case import Call, Case, Launch, bind, blame, prepared_activation,
 from ...launch.outcome import (
     Budget,
     Outcome,
+    OwnTime,
     capture,
     device_of,
     outcome,
@@ -45,8 +46,10 @@ _BEAT = 0.5
 _TIMES = 3
 """How many budgets of seconds the crowd may take."""
 _GPU_SECONDS = 3.0
-"""Of this thread's own time, those that it may take on a GPU in any case: where others keep the
-cores busy it must not end at forty weights."""
+"""Of this thread's own time (`OwnTime`), those that it may take on a GPU in any case: where others
+keep it and the cores busy it must not end at forty weights."""
+_GPU_PATIENCE = 20.0
+"""Times as long by the clock, then."""
 _SMALL_SECONDS = 1.0
 _SHARE = 8
 """One part in so many of a device's free memory may be taken by the crowd: others of ours may do
@@ -188,15 +191,17 @@ def _crowd(
     activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
     size = sum(t.nbytes for t in tensors(case.operands.weight))
     room = _room(device)
-    before = live_bytes(device)
+    before = _held(device)
     crowd: list[_Prepared] = []
     calls: list[Call] = []
-    own = time.thread_time() + (_GPU_SECONDS if device.type == "cuda" else 0.0)
+    own, seconds = OwnTime(device), _GPU_SECONDS if device.type == "cuda" else 0.0
     full, beaten = False, start
     while len(crowd) < MOST:
-        late = time.perf_counter() > end and time.thread_time() > own
+        took = time.perf_counter() - start
+        late = start + took > end and (own.seconds > seconds or took > _GPU_PATIENCE * seconds)
         if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST or _LOOK * size > room // 4:
-            full = _grown(before, device) > room  # asks the driver, which takes its time
+            own.wait()
+            full = _held(device) - before > room
         if len(crowd) >= _LEAST and (late or full):
             break
         crowd.append(_prepared(backend, case, len(crowd) + 1))
@@ -205,13 +210,13 @@ def _crowd(
         calls[-1].enqueue()
         if len(crowd) == _ONCE:
             wait(device)
-            before = live_bytes(device)
+            before = _held(device)
         if time.perf_counter() > beaten + _BEAT:
-            wait(device)
+            own.wait()
             budget.beat()
             beaten = time.perf_counter()
     wait(device)
-    errors = _holding(_grown(before, device), size, calls[_ONCE:])
+    errors = _holding(_held(device) - before, size, calls[_ONCE:])
     for other in launches[1:]:
         # Tactics share what was prepared.
         if other.case == launch.case:
@@ -222,9 +227,13 @@ def _crowd(
         call.enqueue()
     checker.sweep()
     _again(calls[::-1], checker)
+    wait(device)
+    budget.beat()
     small = _small_ones(backend, cases, launch)
     budget.beat()
     _again(calls, checker)
+    wait(device)
+    budget.beat()
     if time.perf_counter() < end:
         _again(calls[::2] + calls[1::2], checker)
     proof = {"alive": len(crowd)}
@@ -317,11 +326,11 @@ def _rows_moved(weight: Any, rows: torch.Tensor, negated: bool) -> Any:
     return replace(weight, codes=codes, scales=weight.scales[rows])
 
 
-def _grown(before: dict[str, int], device: torch.device) -> int:
-    """Bytes in use more than `before`, by torch's account on a GPU, by `malloc`'s on a CPU."""
-    now = live_bytes(device)
-    name = "allocator" if "allocator" in now else "host"
-    return now.get(name, 0) - before.get(name, 0)
+def _held(device: torch.device) -> int:
+    """Bytes in use, by torch's account on a GPU, by `malloc`'s on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return live_bytes(device).get("host", 0)
 
 
 def _again(calls: Sequence[Call], checker: Checker) -> None:
