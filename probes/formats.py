@@ -63,6 +63,11 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     """
     if torch.isnan(x).any():
         raise ValueError("e2m1 has no NaN, and the values to encode hold one")
+    return _nearest_e2m1(x)
+
+
+def _nearest_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """`encode_e2m1` of what holds no NaN; does not wait for the device."""
     size = x.abs()
     # A tie goes to the even one of two neighbours: `>` keeps the lower, `>=` takes the upper.
     code = (size > 0.25).to(torch.uint8)
@@ -139,7 +144,9 @@ def global_scale_for(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax > 0, 1 / gsf, torch.ones_like(gsf))
 
 
-def quantise(x: torch.Tensor, fmt: Format, global_scale: torch.Tensor | None = None) -> Fp4Tensor:
+def quantise(
+    x: torch.Tensor, fmt: Format, global_scale: torch.Tensor | None = None, check: bool = True
+) -> Fp4Tensor:
     """Quantise x (rows, k), floating and finite, to `fmt`; k is a multiple of its block.
 
     NVFP4: a block's scale is e4m3(amax_block / 6 / global_scale), with `global_scale` the
@@ -149,14 +156,15 @@ def quantise(x: torch.Tensor, fmt: Format, global_scale: torch.Tensor | None = N
     has the scale 2**-127. Everything is IEEE fp32, so a CPU and a GPU agree bit for bit.
 
     Raises ValueError for NaN or infinity, a k that is no multiple of the block, or a global scale
-    where the format has none.
+    where the format has none. Without `check` nothing is said of NaN and infinity, and NVFP4 can be
+    captured in a graph: nothing waits for the device.
     """
     rows, k = x.shape
     if k % fmt.block:
         raise ValueError(f"k={k} is not a multiple of {fmt.name}'s block of {fmt.block}")
     blocks = x.float().reshape(rows, k // fmt.block, fmt.block)
     amax = blocks.abs().amax(dim=-1) if rows else blocks.new_zeros(blocks.shape[:2])
-    if not torch.isfinite(amax).all():
+    if check and not torch.isfinite(amax).all():
         raise ValueError("only finite values can be quantised")
     if fmt.has_global:
         if global_scale is None:
@@ -172,7 +180,7 @@ def quantise(x: torch.Tensor, fmt: Format, global_scale: torch.Tensor | None = N
         scales = encode_scale(amax.double() / 4, fmt)
     step = (decode_scale(scales, fmt) * global_scale).unsqueeze(-1)
     ratio = torch.where((step > 0) & (amax > 0).unsqueeze(-1), blocks / step, blocks * 0)
-    return Fp4Tensor(fmt, pack(encode_e2m1(ratio).reshape(rows, k)), scales, global_scale)
+    return Fp4Tensor(fmt, pack(_nearest_e2m1(ratio).reshape(rows, k)), scales, global_scale)
 
 
 def dequantise(

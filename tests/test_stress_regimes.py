@@ -25,7 +25,7 @@ from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
 from fp4tune.probes.regimes.concurrent._neighbour import GO, PAUSE
 from fp4tune.probes.regimes.concurrent.neighbours import Neighbour
-from fp4tune.probes.regimes.leaks import grows
+from fp4tune.probes.regimes.leaks import CallSeries, grows, leaks
 from fp4tune.probes.regimes.plain.huge import past
 from fp4tune.probes.worker.session import OpenLayer
 from fp4tune.probes.zoo import good
@@ -403,6 +403,16 @@ def test_an_m_between_those_asked_for_is_run():
     bad = {launch.m for launch, report in outcome.reports if not report.clean}
     assert bad <= {23}
     assert bad or 23 not in {launch.m for launch, _ in outcome.reports}
+
+
+@pytest.mark.parametrize(("others", "said"), [(0, "device leak"), (30 << 20, None)])
+def test_what_others_take_of_a_device_is_no_leak_of_ours(others, said):
+    """A process that starts takes its memory in small pieces, too."""
+    grown = [piece << 21 for piece in range(41)]
+    calls = CallSeries([1] * 40, [1e-3] * 40, {"device": grown}, {"device": grown[-1]}, {}, others)
+    flat = CallSeries([1] * 40, [1e-3] * 40, {"device": [0] * 41}, {"device": 0}, {})
+    assert leaks(calls, [flat], 40)[0].get("kind") == said
+    assert leaks(flat, [calls, calls], 40)[0].get("kind") == said
 
 
 @given(st.lists(st.integers(0, 100), min_size=9, max_size=60))

@@ -23,6 +23,8 @@ _PIECE = 2 << 20
 """Bytes that a driver gives out at once, at least."""
 _PAGE = mmap.PAGESIZE
 _QUARTERS = 4
+_FAR_MORE = 4
+"""Times as much as others take; they do it in bursts, and may in any gap between two calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class CallSeries:
 
     ``kept`` is what was still there when the device had caught up: work that waits takes memory.
     ``handles`` is how many more open files and threads there are after all calls than before.
+    ``others`` are bytes of the device that other processes took meanwhile, about: what was taken
+    while nothing was called, for as long as calls took.
     """
 
     ms: list[int]
@@ -38,6 +42,7 @@ class CallSeries:
     memory: dict[str, list[int]]
     kept: dict[str, int]
     handles: dict[str, int]
+    others: float = 0.0
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -117,6 +122,12 @@ def slope(series: Sequence[int]) -> float:
     return median(pairs) if pairs else 0.0
 
 
+def _outgrows_others(series: CallSeries) -> bool:
+    """Whether what was taken of the device is far more than others took of it meanwhile."""
+    taken = series.memory["device"]
+    return taken[-1] - taken[0] > _FAR_MORE * series.others
+
+
 def leaks(
     new: CallSeries, steady: Sequence[CallSeries], distinct: int
 ) -> tuple[dict[str, str], dict[str, Any]]:
@@ -124,7 +135,8 @@ def leaks(
 
     A leak is growth in each quarter of the calls, by more than `LEAK_PER_M` bytes for each of the
     `distinct` m that were `new`, or `LEAK_PER_CALL` for each call of a known one, in every one of
-    the `steady` series; or open files or threads that stay of more than every second call.
+    the `steady` series; or open files or threads that stay of more than every second call. Where
+    others took memory of the device at a like rate, its growth says nothing.
     """
     found: list[tuple[float, dict[str, str]]] = []
     proof: dict[str, Any] = {"new_m": distinct}
@@ -134,7 +146,7 @@ def leaks(
         proof[f"{name}_bytes_per_m"] = round(rate)
         total = series[-1] - series[0]
         limit = LEAK_PER_M * max(1, len(series) - 1)
-        ours = name != "device" or stepwise(series)
+        ours = name != "device" or (stepwise(series) and _outgrows_others(new))
         # The code of a kernel for a new m is mapped, and stays.
         ours &= name != "mapped"
         if grows(series) and min(total, new.kept[name]) > limit and ours:
@@ -146,9 +158,10 @@ def leaks(
         total = sum(each.memory[name][-1] - each.memory[name][0] for each in steady)
         # Other processes may take memory on the device, in steps; ours alone moves the rest.
         limit = LEAK_PER_CALL if name != "device" else LEAK_PER_M
-        alone = [grows(each.memory[name]) for each in steady]
+        ours = name != "device" or all(map(_outgrows_others, steady))
+        alone = ours and all(grows(each.memory[name]) for each in steady)
         kept = sum(each.kept[name] for each in steady)
-        if calls and all(alone) and min(total, kept) > limit * calls:
+        if calls and alone and min(total, kept) > limit * calls:
             text = f"{total / calls / 1024:.1f} KiB stay of each of {calls} calls ({name})"
             found.append((total / calls, {"kind": kind, "message": text}))
     calls = sum(len(each.ms) for each in steady)

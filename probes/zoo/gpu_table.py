@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from . import dying, hosts
-from .mutant import GPU, RACES, Mutant
+from .mutant import ANY_LAUNCH, GPU, RACES, Mutant
 from .pdl import PdlGemm
 
 _RACE = "race under overlap"
@@ -61,7 +61,7 @@ ON_GPU = (
         "rare missing output",
         f"a tile stays unwritten in one of {BY_THE_CLOCK} launches, chosen by the clock",
         partial(PdlGemm, when="never", drop="clock", rarely=BY_THE_CLOCK, pdl=False),
-        ("serial", "graph", "side-stream", "streams", "graph-streams", "threads", *RACES),
+        ANY_LAUNCH,
         devices=GPU,
         level="standard",
     ),

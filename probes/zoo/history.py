@@ -115,8 +115,9 @@ class RareOnTheDevice(Right):
         last.copy_(torch.where(self._fails(self.count), -last - 1, last))
 
     def _fails(self, count: torch.Tensor) -> torch.Tensor:
-        # 0 where another stream has it begin again.
-        return (count % self.every == 0) & (count > 0)
+        # Read once: another stream may have it begin again at any time.
+        seen = count.clone()
+        return (seen % self.every == 0) & (seen > 0)
 
 
 class CountsOnTheDevice(RareOnTheDevice):

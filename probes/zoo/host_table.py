@@ -18,7 +18,7 @@ from . import (
     wrong,
 )
 from .floor import twin
-from .mutant import GPU, Mutant
+from .mutant import ANY_LAUNCH, GPU, RACES, Mutant
 
 _AT_ONCE = "workspace shared by concurrent calls"
 _ONE_M = ("streams", "graph-streams", "threads")
@@ -32,8 +32,6 @@ _COUNTED = "depends on how many calls there were"
 _ALPHA = "a dynamic global scale taken for a static one"
 _RARE = "a launch in thousands"
 _EFFECT = "side effect on the process"
-_AT_LENGTH = ("serial", "graph", "churn", "streams", "graph-streams", "threads", "mlp-chain")
-_ANYWHERE = (*_AT_LENGTH, "history")
 _WEIGHTS, _HISTORY, _EFFECTS = ("weights",), ("history",), ("effects",)
 SLOTS = (8, 60, 1024)
 WRAPS = 15
@@ -348,7 +346,7 @@ HOST = (
         _RARE,
         "every 997th launch of more than one row has one wrong element",
         partial(history.RareOnTheDevice, every=997),
-        _ANYWHERE,
+        ANY_LAUNCH,
         level="standard",
     ),
     Mutant(
@@ -356,7 +354,7 @@ HOST = (
         _RARE,
         "every 9,973rd launch of more than one row has one wrong element",
         partial(history.RareOnTheDevice, every=9973),
-        _AT_LENGTH,
+        ANY_LAUNCH,
         devices=GPU,
         level="standard",
     ),
@@ -365,7 +363,7 @@ HOST = (
         _RARE,
         "the 5,003rd replay of a graph without a call between has one wrong element",
         partial(history.RareOnTheDevice, every=5003, resets=True),
-        ("graph", "mlp-chain", "graph-streams"),
+        ("graph", "graph-streams", "churn", "regrow", "rewrite", *RACES),
         devices=GPU,
         level="standard",
     ),

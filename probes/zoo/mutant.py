@@ -56,4 +56,9 @@ SERIAL = ("serial",)
 VALUES = ("exact", "realistic")
 LANES = ("streams", "graph-streams", "threads", "neighbours")
 RACES = ("pdl-raw", "pdl-war", "pdl-waw", "mlp-chain")
+ANY_LAUNCH = (
+    *SERIAL, "graph", "side-stream", "rewrite", "padding", "strided", "addresses", "weights",
+    "callers", "history", "churn", "regrow", "first-calls", *LANES, *RACES,
+)  # fmt: skip
+"""Where a fault that chance or a counter chooses can come, whatever is being varied."""
 GPU = ("cuda",)

@@ -76,7 +76,7 @@ class OwnQuantiser:
 
     def quantise(self, a: torch.Tensor, global_scale: torch.Tensor) -> Any:
         """The activation (m, k) in NVFP4."""
-        return quantise(a, NVFP4, global_scale)
+        return quantise(a, NVFP4, global_scale, check=False)
 
     def run(self, state: Any, a: Any, out: torch.Tensor, tactic: str) -> None:
         self.floor.run(state[0], a, out, "fp32")

@@ -191,7 +191,7 @@ def _crowd(
     activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
     size = sum(t.nbytes for t in tensors(case.operands.weight))
     room = _room(device)
-    before = _held(device)
+    before = _bytes_in_use(device)
     crowd: list[_Prepared] = []
     calls: list[Call] = []
     own, seconds = OwnTime(device), _GPU_SECONDS if device.type == "cuda" else 0.0
@@ -201,7 +201,7 @@ def _crowd(
         late = start + took > end and (own.seconds > seconds or took > _GPU_PATIENCE * seconds)
         if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST or _LOOK * size > room // 4:
             own.wait()
-            full = _held(device) - before > room
+            full = _bytes_in_use(device) - before > room
         if len(crowd) >= _LEAST and (late or full):
             break
         crowd.append(_prepared(backend, case, len(crowd) + 1))
@@ -210,13 +210,13 @@ def _crowd(
         calls[-1].enqueue()
         if len(crowd) == _ONCE:
             wait(device)
-            before = _held(device)
+            before = _bytes_in_use(device)
         if time.perf_counter() > beaten + _BEAT:
             own.wait()
             budget.beat()
             beaten = time.perf_counter()
     wait(device)
-    errors = _holding(_held(device) - before, size, calls[_ONCE:])
+    errors = _holding(_bytes_in_use(device) - before, size, calls[_ONCE:])
     for other in launches[1:]:
         # Tactics share what was prepared.
         if other.case == launch.case:
@@ -326,7 +326,7 @@ def _rows_moved(weight: Any, rows: torch.Tensor, negated: bool) -> Any:
     return replace(weight, codes=codes, scales=weight.scales[rows])
 
 
-def _held(device: torch.device) -> int:
+def _bytes_in_use(device: torch.device) -> int:
     """Bytes in use, by torch's account on a GPU, by `malloc`'s on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)

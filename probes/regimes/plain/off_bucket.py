@@ -25,6 +25,8 @@ _BYTES = 256 << 20
 _PASSES = 8
 _LONG = 0.05
 """Seconds of a call after which it is told that calls are made."""
+_LONGEST_GAP = 0.02
+"""Seconds behind a call, at most, in which nothing is called: who takes memory then is another."""
 PLAN_SECONDS = 0.005
 """A first call of an m that takes this much longer than the second prepares something for it."""
 
@@ -142,6 +144,7 @@ def _call_each(
     seconds = [0.0] * len(calls)
     for name, value in live_bytes(device).items():
         memory[name][0] = value
+    others, idle = 0, 0.0
     for index, call in enumerate(calls):
         start = time.perf_counter()
         call.enqueue()
@@ -150,11 +153,18 @@ def _call_each(
             beat()
         for name, value in live_bytes(device).items():
             memory[name][index + 1] = value
+        if device.type == "cuda":
+            gap = min(seconds[index], _LONGEST_GAP)
+            time.sleep(gap)
+            idle += gap
+            others += max(0, live_bytes(device)["device"] - memory["device"][index + 1])
     checker.sweep()
     wait(device)
     kept = {name: value - memory[name][0] for name, value in live_bytes(device).items()}
     handles = {name: value - before[name] for name, value in open_handles().items()}
-    return CallSeries([call.launch.m for call in calls], seconds, memory, kept, handles)
+    ms = [call.launch.m for call in calls]
+    theirs = others * sum(seconds) / max(idle, 1e-9)
+    return CallSeries(ms, seconds, memory, kept, handles, theirs)
 
 
 def _plan_times(new: CallSeries, again: CallSeries, proof: dict[str, Any]) -> list[dict[str, Any]]:
