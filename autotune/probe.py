@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 from ..cache import state
 from ..cache.errors import Full, StateError
@@ -54,6 +55,8 @@ from .stages.timing import time_layer
 from .steps import BEGUN
 from .verdict.buckets import MRange, ranges
 from .verdict.rules import SAFE, Doubts, judge
+
+T = TypeVar("T")
 
 _CPU_CACHE = 32 << 20
 """Last-level cache that weights are rotated through on a CPU, in bytes."""
@@ -157,7 +160,7 @@ class Probe:
             probe_quantisers, self.plan, self.ledger, self.record, self.history, self.progress
         )
         there, unbuilt = self._ready(taking)
-        self._environments(there, quantised)
+        there = self._environments(there, quantised)
         recalled = self._recall(taking, there)
         needed = [r for r in unbuilt if any(recalled[p].times is None for p in taking.of(r))]
         built = self._build(taking, needed)
@@ -258,10 +261,23 @@ class Probe:
             self.ledger.add_build(Build(run, name, 0.0, detail))
         return built.runners
 
-    def _environments(self, there: Sequence[Runner], quantised: Future[Quantised]) -> None:
-        """The environments that evidence of this run holds for."""
-        for runner in there:
-            environment = environment_of(runner)
+    def _answers(
+        self, runners: Iterable[Runner], what: str, ask: Callable[[Runner], T]
+    ) -> dict[Runner, T]:
+        """What each of these answered, before any layer; one that fails takes part no longer, and
+        that is told."""
+        found: dict[Runner, T] = {}
+        for runner in runners:
+            try:
+                found[runner] = ask(runner)
+            except WorkerFailed as failure:
+                self.report.broken[runner.name] = f"{failure.kind} while {what}: {failure}"
+        return found
+
+    def _environments(self, there: Sequence[Runner], quantised: Future[Quantised]) -> list[Runner]:
+        """The environments that evidence of this run holds for; the runners that have one."""
+        known = self._answers(there, "naming its files", environment_of)
+        for runner, environment in known.items():
             self.report.environments.append(environment)
             self.ledger.add_environment(environment)
             self.record.knows(runner.name, environment.fingerprint)
@@ -269,6 +285,7 @@ class Probe:
         self.report.environments += found.environments
         self.report.unsupported.update(found.unsupported)
         self.report.broken.update(found.broken)
+        return list(known)
 
     def _begins(self, taking: Field) -> dict[Problem, bool]:
         """Which layers ``mlp-chain`` is run with as its first."""
@@ -288,7 +305,8 @@ class Probe:
 
     def _audit(self, runners: Sequence[Runner]) -> Auditor:
         """The audit of what these backends have compiled, begun beside everything else."""
-        files = {runner.name: list(runner.ask("files")) for runner in runners}
+        answers = self._answers(runners, "naming its files", lambda each: each.ask("files"))
+        files = {runner.name: list(names) for runner, names in answers.items()}
         device = self.plan.target.device
         auditor = Auditor(files, device.sm, self.ledger, partial(self.progress, "audit"))
         self._open.callback(auditor.close)
@@ -306,10 +324,11 @@ class Probe:
         plan = self.plan
         engine = plan.profile.name if plan.profile.name in names.ENGINES else None
         dead: dict[str, dict[str, str]] = {runner.name: {} for runner in there}
-        asked = {
-            runner: _tactics(runner, {p: recalled[p] for p in taking.of(runner)}, engine)
-            for runner in there
-        }
+        asked = self._answers(
+            there,
+            "saying its tactics",
+            lambda each: _tactics(each, {p: recalled[p] for p in taking.of(each)}, engine),
+        )
         begins = self._begins(taking)
         seen = there[0].hello["device"] if there else {}
         memory = int(0.3 * seen.get("free", free_memory()) / max(1, len(there)))
@@ -329,7 +348,7 @@ class Probe:
                 timed=recalled[problem].timed,
             )
             entrants = []
-            for runner in (r for r in able if r in there):
+            for runner in (r for r in able if r in asked):
                 line = bool(runner.hello.get("reference_line"))
                 entrant = Entrant(runner, asked[runner][problem], line, dead[runner.name])
                 before = recalled[problem]

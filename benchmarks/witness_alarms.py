@@ -46,6 +46,10 @@ SHORT = ("humming",)
 """Backends whose accumulator is known to be short: judged by tiles."""
 
 
+class NotThis(Exception):
+    """This backend does not take such a problem; the message says why."""
+
+
 class Right:
     """One backend on one family's weight, watched."""
 
@@ -63,7 +67,7 @@ class Right:
             backend = registry.load_one(name)
             why = backend.unsupported(problem, kind)
             if why:
-                raise RuntimeError(why)
+                raise NotThis(why)
             build_kernels(backend, [problem], kind, 8)
             state = backend.prepare(operands.weight, problem)
             tactic = tactics(backend, problem, kind)[0]
@@ -143,7 +147,7 @@ def main() -> None:
                             if index == each // 2:
                                 served.witness.redraw(served.watched)
                         served.witness.look()
-                    except Unreadable as error:
+                    except (NotThis, Unreadable) as error:
                         report["found"][f"{name} {family.name} {dtype}"] = {"left": str(error)}
                         continue
                     except Exception as error:

@@ -132,6 +132,23 @@ class RaisesWhenAsked(Good):
         raise KeyError("sm_999")
 
 
+class HasNoTactics(Good):
+    """Cannot say what its kernels are: what lists them is not there."""
+
+    def tactics(self, problem, device):
+        raise ValueError("the list of kernels is missing")
+
+
+class HasNoFiles(Good):
+    def files(self):
+        raise OSError("its cache is gone")
+
+
+class DiesOfItsTactics(Good):
+    def tactics(self, problem, device):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
 # -- failures that take the process with them
 
 

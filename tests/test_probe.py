@@ -253,6 +253,16 @@ def test_what_cannot_be_loaded_or_asked_is_broken_and_says_why(answering):
     assert "sm_999" in broken["rogues.py:RaisesWhenAsked"]
 
 
+def test_what_fails_before_any_layer_takes_part_no_longer_and_the_others_do(tmp_path, one_thread):
+    names = ["Good", "HasNoTactics", "HasNoFiles", "DiesOfItsTactics"]
+    report = run(make_plan([spec(name) for name in names], 1), tmp_path)
+    broken = {name: report.broken.get(name_of(name), "") for name in names}
+    assert "list of kernels is missing" in broken["HasNoTactics"]
+    assert "its cache is gone" in broken["HasNoFiles"]
+    assert "crash while saying its tactics: ended by SIGSEGV" in broken["DiesOfItsTactics"]
+    assert {c.backend for c in report.choices} == {"good"} and not report.findings
+
+
 def test_only_safe_backends_are_chosen_and_the_reader_agrees(answering):
     judged = {(c.backend, c.tactic, c.bucket): c.verdict for c in answering.report.candidates}
     chosen = answering.report.choices
