@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..cache import quarantine
+from ..cache import quarantine_store
 from ..cache.ledger import Ledger
 from ..cache.rows import (
     BucketKey,
@@ -101,7 +101,7 @@ class History:
     def __init__(self, plan: Plan, ledger: Ledger, state_dir: Path) -> None:
         self._plan = plan
         self._ledger = ledger
-        self._quarantines, _ = quarantine.read(quarantine.store(state_dir))
+        self._quarantines, _ = quarantine_store.read(quarantine_store.place(state_dir))
         self._rows: dict[LayerKey, list[Probed]] = {}
         self._steps: dict[tuple[LayerKey, str], list[FinishedStep]] = {}
         self._evidence = lru_cache(maxsize=None)(self._read_evidence)

@@ -40,7 +40,7 @@ import _clock as clock
 import _node as node
 import psutil
 
-from fp4tune.cache import quarantine, reader, state
+from fp4tune.cache import quarantine_store, reader, state
 from fp4tune.cache.errors import StateError
 
 INSIDE = "SOAK_INSIDE"
@@ -219,7 +219,9 @@ class Soak:
             self.http[f"/v1/faults {answer.status}"] += 1
             if answer.status == 201:
                 time.sleep(3)
-                quarantine.lift(document["quarantine"]["id"], quarantine.store(self.state))
+                quarantine_store.lift(
+                    document["quarantine"]["id"], quarantine_store.place(self.state)
+                )
         except (OSError, ValueError, StateError):
             self.http["/v1/faults 0"] += 1
         finally:

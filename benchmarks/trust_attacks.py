@@ -34,7 +34,16 @@ from strangers import OTHER, STRANGER, Staying, as_user
 from test_quarantine import SWIZZLED, K, N, store
 
 import fp4tune
-from fp4tune.cache import dropbox, facts, gpulock, publish, quarantine, reader, state
+from fp4tune.cache import (
+    dropbox,
+    facts,
+    gpulock,
+    publish,
+    quarantine,
+    quarantine_store,
+    reader,
+    state,
+)
 from fp4tune.cache.errors import StateError
 from fp4tune.cache.ledger import Ledger
 from fp4tune.daemon.config import DaemonConfig
@@ -75,7 +84,7 @@ def fresh() -> Iterator[Path]:
         os.chmod(base, 0o755)
         place = store(Path(base) / "state", *SWIZZLED)
         dropbox.prepare(place)
-        quarantine.write(entry("cutlass", by="operator"), quarantine.store(place))
+        quarantine_store.write(entry("cutlass", by="operator"), quarantine_store.place(place))
         yield place
 
 
@@ -114,7 +123,7 @@ def quarantines() -> Score:
             (box / f".{name}").write_text("{")
 
     def same_id(box: Path) -> None:
-        known = [p.stem for p in (box.parent / quarantine.FOLDER).iterdir()]
+        known = [p.stem for p in (box.parent / quarantine_store.FOLDER).iterdir()]
         for name in known:
             drop(box, {**entry("cudnn").json(), "id": name, "scope": "bucket"})
             drop(box, {**entry("cudnn").json(), "id": f"u0.{name}", "scope": "bucket"})
@@ -151,7 +160,7 @@ def quarantines() -> Score:
             drop(box, {**entry("all").json(), "scope": scope})
 
     def removes(box: Path) -> None:
-        kept = box.parent / quarantine.FOLDER
+        kept = box.parent / quarantine_store.FOLDER
         for path in [*kept.iterdir(), kept, box.parent / state.CHOICES, box]:
             for act in (os.unlink, os.rmdir, lambda p: os.rename(p, f"{p}-"),
                         lambda p: os.chmod(p, 0o777), lambda p: os.truncate(p, 0)):  # fmt: skip
@@ -159,9 +168,9 @@ def quarantines() -> Score:
                     act(path)
 
     def lifts(box: Path) -> None:
-        for path in (box.parent / quarantine.FOLDER).iterdir():
+        for path in (box.parent / quarantine_store.FOLDER).iterdir():
             with contextlib.suppress(StateError):
-                quarantine.lift(path.stem, str(path.parent))
+                quarantine_store.lift(path.stem, str(path.parent))
 
     attacks = (empty, junk, same_id, many, invented, future, node_wide, removes, lifts)
     for attack in attacks:
@@ -179,7 +188,7 @@ def quarantines() -> Score:
                 )
     for owner in (0, STRANGER):  # the spool of an earlier fp4tune
         with fresh() as place:
-            kept = place / quarantine.FOLDER
+            kept = place / quarantine_store.FOLDER
             os.chmod(kept, 0o1777)
             os.chown(kept, owner, owner)
             as_user(lambda: empty(kept))  # noqa: B023
@@ -260,7 +269,9 @@ def writes(place: Path) -> dict[str, Callable[[], object]]:
         "rollback": lambda: publish.rollback(place),
         "a run in the ledger": run,
         "a GPU's lock": turn,
-        "quarantine": lambda: quarantine.write(entry("marlin"), quarantine.store(place)),
+        "quarantine": lambda: quarantine_store.write(
+            entry("marlin"), quarantine_store.place(place)
+        ),
         "take up reports": lambda: dropbox.collect(place, KNOWN),
         **{f"the lock {kind}": lock(kind) for kind in ("probe", "build", "daemon", "join")},
     }
@@ -332,7 +343,7 @@ def uses(place: Path) -> None:
         lambda: facts.gather(place),
         lambda: Ledger.open(place, readonly=True).close(),
         lambda: Ledger.open(place).close(),
-        lambda: quarantine.read(quarantine.store(place)),
+        lambda: quarantine_store.read(quarantine_store.place(place)),
         lambda: dropbox.collect(place, KNOWN),
         lambda: taken.load(place),
         lambda: export.node_id(place),

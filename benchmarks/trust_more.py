@@ -44,7 +44,7 @@ from trust_attacks import KINDS, KNOWN, Score, chosen, drop, entry, fresh
 
 import fp4tune
 from fp4tune import cli
-from fp4tune.cache import dropbox, quarantine, reader, schema, state
+from fp4tune.cache import dropbox, quarantine_store, reader, schema, state
 from fp4tune.cache.errors import StateError
 from fp4tune.cache.ledger import Ledger
 from fp4tune.errors import Refused
@@ -115,7 +115,7 @@ def reports() -> Score:
             shared = place.parent / "shared"
             shared.mkdir()
             shared.chmod(0o1777)
-            box, kept = shared / "box", quarantine.store(place)
+            box, kept = shared / "box", quarantine_store.place(place)
             where = {"the store": kept, "itself": str(box)}.get(to, to)
             as_user(lambda: box.symlink_to(where))  # noqa: B023
             before = sorted(os.listdir(kept))

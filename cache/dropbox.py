@@ -15,7 +15,7 @@ from collections import deque
 from itertools import islice
 
 from ..machine import files
-from . import quarantine, state
+from . import quarantine, quarantine_store, state
 from .errors import Busy, ReadOnly, StateError, translate
 
 TYPE_CHECKING = False
@@ -54,10 +54,10 @@ def report(entry: Quarantine, state_dir: str | None) -> str:
     written."""
     problem = StateError(state_dir or "reports", "there is no state directory")
     if state_dir is not None:
-        store = quarantine.store(state_dir)
+        store = quarantine_store.place(state_dir)
         try:
-            if quarantine.may_write(store):
-                return quarantine.write(entry, store)
+            if quarantine_store.may_write(store):
+                return quarantine_store.write(entry, store)
         except ReadOnly as error:
             problem = error  # a state that is mounted read-only, even for root
         except StateError as error:
@@ -68,21 +68,23 @@ def report(entry: Quarantine, state_dir: str | None) -> str:
         try:
             if not os.path.isdir(box):
                 _make_box(box)
-            return quarantine.put(entry, box)
+            return quarantine_store.put(entry, box)
         except StateError as error:
             problem = error
-    if state_dir is not None and _open_to_all(quarantine.store(state_dir)):
-        return quarantine.put(entry, quarantine.store(state_dir))  # an earlier fp4tune's spool
+    if state_dir is not None and _open_to_all(quarantine_store.place(state_dir)):
+        return quarantine_store.put(
+            entry, quarantine_store.place(state_dir)
+        )  # an earlier fp4tune's spool
     raise problem
 
 
 def prepare(state_dir: str | os.PathLike[str]) -> list[str]:
     """Make the store and the drop boxes of a state ready, for who may; what was done or is to be
     known, in sentences. Raises StateError."""
-    store = quarantine.store(state_dir)
-    if not quarantine.may_write(store):
+    store = quarantine_store.place(state_dir)
+    if not quarantine_store.may_write(store):
         return []
-    said = quarantine.take_over(store)
+    said = quarantine_store.take_over(store)
     for box in boxes(state_dir):
         if not os.path.isdir(box):
             _make_box(box)
@@ -92,7 +94,7 @@ def prepare(state_dir: str | os.PathLike[str]) -> list[str]:
 
 def _make_box(box: str) -> None:
     try:
-        quarantine.make_folder(box, MODE)
+        quarantine_store.make_folder(box, MODE)
     except OSError as error:
         raise translate(error, box) from error
 
@@ -138,7 +140,7 @@ class Collector:
         are published. Raises StateError where the store cannot be written (Busy, at once, while
         a command does the same); what was found lies there for the next step."""
         said: list[str] = []
-        if not quarantine.may_write(quarantine.store(self.state_dir)):
+        if not quarantine_store.may_write(quarantine_store.place(self.state_dir)):
             return said
         deadline = time.monotonic() + seconds
         every = boxes(self.state_dir)
@@ -162,7 +164,7 @@ class Collector:
         every = boxes(self.state_dir)
         for box in every:
             try:
-                going = _Pass(box, quarantine.store(self.state_dir))
+                going = _Pass(box, quarantine_store.place(self.state_dir))
             except OSError:
                 continue
             while not going.ended and time.monotonic() < deadline:
@@ -184,7 +186,7 @@ class Collector:
                 return None
             # Time stamps are coarse: one of just now may hide what comes a moment later.
             self._seen[box] = stamp if time.time() - about.st_mtime > 1.0 else None
-            self._passes[box] = _Pass(box, quarantine.store(self.state_dir))
+            self._passes[box] = _Pass(box, quarantine_store.place(self.state_dir))
         except OSError:
             return None
         return self._passes[box]
@@ -232,7 +234,7 @@ class _Pass:
         found: list[tuple[int, Quarantine, str]] = []
         for path in islice(self._next_paths(), _BATCH):
             try:
-                user, report_ = quarantine.read_one(path)
+                user, report_ = quarantine_store.read_one(path)
                 if os.lstat(path).st_nlink > 1:
                     user = quarantine.OTHERS  # it need not be who wrote it that has put it here
                 found.append((user, report_, path))
@@ -261,7 +263,7 @@ class _Pass:
                 continue
             if entry.name.startswith("."):
                 if ours and time.time() - about.st_mtime > _STALE:
-                    quarantine.forget(entry.path)
+                    quarantine_store.forget(entry.path)
                 continue
             names = self._names.setdefault(about.st_uid, deque())
             if self._count < _MOST or len(names) < _FEW:
@@ -309,7 +311,7 @@ def _discard(path: str) -> None:
     try:
         os.rmdir(path)
     except OSError:
-        quarantine.forget(path)
+        quarantine_store.forget(path)
 
 
 def _take_up(
@@ -321,9 +323,9 @@ def _take_up(
     """Put reports into the store and take them out of the box; a sentence for each new one."""
     if not found:
         return []
-    store = quarantine.store(state_dir)
+    store = quarantine_store.place(state_dir)
     with state.exclusive(state.lock_file(state_dir, "quarantine"), "the quarantines", wait):
-        before, _ = quarantine.read(store)
+        before, _ = quarantine_store.read(store)
         kept = {each.id: each for each in before if _user(each) is not None}
         tally = quarantine.ReportTally(known)
         for each in kept.values():
@@ -334,12 +336,12 @@ def _take_up(
         said = []
         for name, each in wanted.items():
             if name not in kept:
-                quarantine.write(each, store)
+                quarantine_store.write(each, store)
                 said.append(f"{each.where()} is quarantined as {name}, as was reported")
         for name in kept.keys() - wanted.keys():
-            quarantine.forget(os.path.join(store, f"{name}.json"))
+            quarantine_store.forget(os.path.join(store, f"{name}.json"))
         for _, _, path in found:
-            quarantine.forget(path)
+            quarantine_store.forget(path)
     return said
 
 
@@ -357,7 +359,7 @@ def collect(
     """`prepare`, and take up all that was reported, for who may write the state: for commands,
     where no daemon does. Never raises StateError; what cannot be done is a sentence."""
     place = os.path.abspath(state_dir)
-    if not os.path.isdir(place) or not quarantine.may_write(quarantine.store(place)):
+    if not os.path.isdir(place) or not quarantine_store.may_write(quarantine_store.place(place)):
         return []
     said: list[str] = []
     try:

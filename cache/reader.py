@@ -18,7 +18,7 @@ from _thread import allocate_lock
 from _weakref import ref
 
 from ..errors import printable
-from . import quarantine, snapshot, state
+from . import quarantine, quarantine_store, snapshot, state
 from .decision import FALLBACK, Decision
 from .errors import Corrupt, Foreign, Missing, NewerSchema, StateError, translate
 from .view import View
@@ -203,9 +203,9 @@ class Reader:
 
     def _look_at_quarantines(self) -> None:
         store = self.store()
-        stamp = quarantine.stamp(store)
+        stamp = quarantine_store.stamp(store)
         if stamp != self._stored or _monotonic() >= self._retry:
-            self._shared, ignored = quarantine.read(store)
+            self._shared, ignored = quarantine_store.read(store)
             self._apply()
             # Where some could not be read: what went wrong may be over in a while.
             known = all(q.scope != quarantine.EVERYTHING for q in self._shared)
@@ -237,7 +237,7 @@ class Reader:
     def store(self) -> str | None:
         """The folder this reader learns quarantines from."""
         place = os.path.dirname(os.path.abspath(self.path)) if self.path else None
-        return quarantine.store(place) if place is not None else None
+        return quarantine_store.place(place) if place is not None else None
 
 
 def open(

@@ -34,11 +34,11 @@ app = typer.Typer(
 def list_(state: State = None, as_json: Json = False) -> None:
     """Print what is quarantined, and where."""
     with one_sentence():
-        from ..cache import quarantine as quarantines
+        from ..cache import quarantine_store
 
         place = _place(state)
         _collect(place)
-        found, ignored = quarantines.read(quarantines.store(place))
+        found, ignored = quarantine_store.read(quarantine_store.place(place))
         if as_json:
             print_json({"quarantines": [q.json() for q in found], "ignored": ignored})
             return
@@ -68,7 +68,7 @@ def add(
 ) -> None:
     """Quarantine a backend, for every engine on this node that reads this state."""
     with one_sentence():
-        from ..cache import quarantine as quarantines
+        from ..cache import quarantine, quarantine_store
         from ..cache.errors import translate
 
         if m is not None and layer is None:
@@ -84,7 +84,7 @@ def add(
 
             registry.known(backend)
         prints = {row["fingerprint"] for row in rows if row["backend"] == backend}
-        reach = quarantines.Reach(
+        reach = quarantine.Reach(
             m or 0,
             n,
             k,
@@ -93,7 +93,7 @@ def add(
             activation=activation,
             out_dtype=out_dtype,
         )
-        entry = quarantines.make(
+        entry = quarantine.make(
             backend,
             reach,
             tactic=tactic,
@@ -107,7 +107,7 @@ def add(
         except OSError as error:
             raise translate(error, place) from None
         _collect(place)
-        where = quarantines.write(entry, quarantines.store(place))
+        where = quarantine_store.write(entry, quarantine_store.place(place))
         if as_json:
             print_json(entry.json())
         else:
@@ -122,14 +122,13 @@ def lift(
 ) -> None:
     """Lift quarantines: the backends may be chosen again."""
     with one_sentence():
-        from ..cache import dropbox
-        from ..cache import quarantine as quarantines
+        from ..cache import dropbox, quarantine_store
         from ..fleet import taken
 
         place = _place(state)
         _collect(place)
         for identity in ids:
-            quarantines.lift(identity, quarantines.store(place))
+            quarantine_store.lift(identity, quarantine_store.place(place))
         taken.note_lifted(ids, Path(place))
         for identity in ids:
             dropbox.withdrawn(identity, place)
@@ -140,9 +139,9 @@ def lift(
 
 
 def _place(state: Path | None) -> str:
-    from ..cache import quarantine as quarantines
+    from ..cache import quarantine_store
 
-    return quarantines.state_dir(os.fspath(state) if state else None)
+    return quarantine_store.state_dir(os.fspath(state) if state else None)
 
 
 def _collect(place: str) -> None:

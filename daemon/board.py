@@ -14,7 +14,7 @@ from typing import Any
 from .. import __version__
 from ..autotune.publication import published
 from ..autotune.publication.environment import withdrawn
-from ..cache import codec, facts, quarantine, state
+from ..cache import codec, facts, quarantine_store, state
 from ..cache.errors import StateError
 from ..cache.ledger import Ledger
 from ..words import STATUS_WORDS
@@ -151,9 +151,9 @@ class Board:
         self.beat = time.monotonic()
         self.state_dir = report.state_dir
         stands = report.stands
-        store = quarantine.store(self.state_dir)
+        store = quarantine_store.place(self.state_dir)
         content = (stands.generation, stands.meta.get("digest")) if stands else None
-        key = (content, quarantine.stamp(store), tuple(sorted(report.stale.items())))
+        key = (content, quarantine_store.stamp(store), tuple(sorted(report.stale.items())))
         if key != self._key or self.beat - self._looked >= STATUS_SECONDS:
             self._looked = self.beat
             self.status = _status_of_facts(facts.gather(self.state_dir))
@@ -196,7 +196,7 @@ class Board:
 
     def _rebuild(self, report: NodeReport, store: str) -> None:
         stands = report.stands
-        entries, ignored = quarantine.read(store)
+        entries, ignored = quarantine_store.read(store)
         choices = stands.choices if stands else ()
         candidates = stands.candidates if stands else ()
         known = {(c.gpu, c.profile, c.bucket, c.backend, c.tactic): c for c in candidates}

@@ -79,7 +79,7 @@ def _edges_and_middle(lo: int, hi: int, turn: int) -> list[int]:
 
 
 def main() -> None:
-    from ..cache import quarantine
+    from ..cache import quarantine, quarantine_store
     from ..cache.errors import StateError
 
     asked = json.load(sys.stdin)
@@ -94,7 +94,7 @@ def main() -> None:
             reason=f"canary: {answer['note']}", by="canary",
         )  # fmt: skip
         try:
-            quarantine.write(entry, quarantine.store(asked["state"]))
+            quarantine_store.write(entry, quarantine_store.place(asked["state"]))
             answer["quarantine"] = entry.id
         except StateError as error:
             answer["note"] += f"; not quarantined: {error}"

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..cache import quarantine
+from ..cache import quarantine, quarantine_store
 from ..cache import reader as reading
 from ..cache.errors import StateError
 from ..errors import Refused
@@ -147,9 +147,9 @@ def application(board: Board, token: Callable[[], str | None]) -> Starlette:
             return _no(400, "the request ended early")
         except ValueError as error:
             return _no(400, str(error))
-        folder = quarantine.store(board.state_dir)
+        folder = quarantine_store.place(board.state_dir)
         try:
-            where = await files.work(quarantine.write, entry, folder)
+            where = await files.work(quarantine_store.write, entry, folder)
         except StateError as error:
             return _no(507, str(error))
         return AsciiJson({"quarantine": entry.json(), "shared": where}, 201)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..autotune.publication import published
-from ..cache import quarantine, state
+from ..cache import quarantine, quarantine_store, state
 from ..cache.quarantine import Quarantine
 from ..errors import Refused
 from ..machine import files
@@ -160,11 +160,11 @@ def _entry(advisory: Advisory, fingerprint: str) -> Quarantine:
 
 
 def _present(where: Path) -> list[Quarantine]:
-    return quarantine.read(quarantine.store(where))[0]
+    return quarantine_store.read(quarantine_store.place(where))[0]
 
 
 def _quarantine(entry: Quarantine, where: Path) -> None:
-    quarantine.write(entry, quarantine.store(where))
+    quarantine_store.write(entry, quarantine_store.place(where))
 
 
 def _put_prior(generation: FleetGeneration | None, node: str, where: Path) -> int:

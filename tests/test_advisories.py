@@ -18,7 +18,7 @@ from commands import call
 pytest.importorskip("fsspec")
 pytest.importorskip("cryptography")
 
-from fp4tune.cache import quarantine  # noqa: E402
+from fp4tune.cache import quarantine_store  # noqa: E402
 from fp4tune.cache.errors import Corrupt  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import adopt, advisories, signing, taken  # noqa: E402
@@ -187,11 +187,13 @@ def test_one_that_was_stopped_half_way_is_taken_whole_and_its_lift_holds(
         patched.setattr(adopt, "_quarantine", dies)
         with pytest.raises(KeyboardInterrupt):
             adopt.adopt(str(path), node)
-    (first,) = quarantine.read(quarantine.store(node))[0]
+    (first,) = quarantine_store.read(quarantine_store.place(node))[0]
     assert len(adopt.adopt(str(path), node)["quarantined"]) == 1
     assert call("quarantine", "lift", first.id, "--state", node).exit_code == 0
     adopt.adopt(str(put(tmp_path, document(1001, advisories=[advisory(first.backend)]))), node)
-    assert first.backend not in {q.backend for q in quarantine.read(quarantine.store(node))[0]}
+    assert first.backend not in {
+        q.backend for q in quarantine_store.read(quarantine_store.place(node))[0]
+    }
 
 
 def test_a_memory_that_is_damaged_is_not_taken_for_none(node, tmp_path):

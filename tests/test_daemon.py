@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from fp4tune import cli
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.verdict.profiles import PROFILES
-from fp4tune.cache import gpulock, quarantine, reader
+from fp4tune.cache import gpulock, quarantine_store, reader
 from fp4tune.daemon import child as children
 from fp4tune.daemon import config as configuring
 from fp4tune.daemon import work
@@ -531,7 +531,7 @@ def test_a_fault_that_cannot_be_is_refused_in_one_sentence(node, document, sente
     service, serving = node
     status, answer = report(serving, document)
     assert status == 400 and sentence in answer["error"]
-    assert quarantine.read(quarantine.store(service.config.state_dir)) == ([], [])
+    assert quarantine_store.read(quarantine_store.place(service.config.state_dir)) == ([], [])
 
 
 def test_nothing_is_written_without_the_token(node, tmp_path):

@@ -22,7 +22,7 @@ from stores import BUCKET, ENVIRONMENT, put, rows_for
 from typer.testing import CliRunner
 
 from fp4tune import cli
-from fp4tune.cache import facts, facts_text, publish, quarantine, reader, state
+from fp4tune.cache import facts, facts_text, publish, quarantine, quarantine_store, reader, state
 from fp4tune.cache.errors import StateError
 from fp4tune.cache.rows import Environment
 from fp4tune.daemon import ask
@@ -97,7 +97,7 @@ def test_facts_count_what_a_reader_answers(tmp_path):
     entry = quarantine.make(
         "marlin", quarantine.Reach(8, BUCKET.n, BUCKET.k, "bucket"), reason="NaN"
     )
-    quarantine.write(entry, str(tmp_path / quarantine.FOLDER))
+    quarantine_store.write(entry, str(tmp_path / quarantine_store.FOLDER))
     found = facts.gather(tmp_path)
     view = reader.open(tmp_path)
     statuses = [view.choose(m, BUCKET.n, BUCKET.k).status for m in (0, 16, 64)]

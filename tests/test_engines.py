@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 import fp4tune
 from fp4tune import cli
-from fp4tune.cache import quarantine, reader
+from fp4tune.cache import quarantine_store, reader
 from fp4tune.cache.errors import Missing
 from fp4tune.engines import (
     applied,
@@ -635,7 +635,7 @@ def test_a_fault_takes_effect_at_the_next_call(wrapped, tmp_path):
     told = fp4tune.report_fault("flashinfer-cutlass", 3, N, K, activation="fp4")
     wrapped(*operands(3), backend="b12x")
     assert [backend for _, backend, _ in calls] == ["cutlass", "cudnn"]
-    quarantine.lift(told.quarantine.id, quarantine.store(tmp_path))
+    quarantine_store.lift(told.quarantine.id, quarantine_store.place(tmp_path))
 
 
 @pytest.mark.slow

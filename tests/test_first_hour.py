@@ -28,7 +28,7 @@ from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan, Report
 from fp4tune.autotune.publication.published import Standing
 from fp4tune.autotune.verdict.profiles import PROFILES
-from fp4tune.cache import facts, facts_text, publish, quarantine, state
+from fp4tune.cache import facts, facts_text, publish, quarantine, quarantine_store, state
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Finding, Probed, Stamp
 from fp4tune.commands._help import GROUPS
@@ -75,7 +75,7 @@ def stale(place: Path) -> Path:
 def quarantined(place: Path) -> Path:
     put(place)
     entry = quarantine.make("marlin", quarantine.Reach(1, B.n, B.k), reason="NaN in the logits")
-    quarantine.write(entry, quarantine.store(place))
+    quarantine_store.write(entry, quarantine_store.place(place))
     return place
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("fsspec")
 pytest.importorskip("cryptography")
 
 from fp4tune.autotune import request as planning  # noqa: E402
-from fp4tune.cache import publish, quarantine, reader, rows, state  # noqa: E402
+from fp4tune.cache import publish, quarantine_store, reader, rows, state  # noqa: E402
 from fp4tune.errors import Refused  # noqa: E402
 from fp4tune.fleet import adopt, advise, attribution, export, merge, promote, slow  # noqa: E402
 from fp4tune.fleet import report as reporting  # noqa: E402
@@ -227,7 +227,7 @@ def test_what_the_fleet_found_protects_a_node_at_once(fleet, tmp_path):
     assert (after.status, after.backend) == ("safe", "plain")
     again = json.loads(call("import", file, "--state", where, "--json").stdout)
     assert again["quarantined"] == []
-    assert len(quarantine.read(str(where / quarantine.FOLDER))[0]) == 1
+    assert len(quarantine_store.read(str(where / quarantine_store.FOLDER))[0]) == 1
 
 
 def test_another_environment_with_the_same_code_is_quarantined_too(fleet, tmp_path):
@@ -238,7 +238,7 @@ def test_another_environment_with_the_same_code_is_quarantined_too(fleet, tmp_pa
     file.write_text(json.dumps(document))
     where = node_state(tmp_path, 1)
     adopt.adopt(str(file), where)
-    found, _ = quarantine.read(str(where / quarantine.FOLDER))
+    found, _ = quarantine_store.read(str(where / quarantine_store.FOLDER))
     assert {q.fingerprint for q in found} == {"0" * 64, fleets.sha("fast")}
 
 
@@ -261,7 +261,7 @@ def test_advice_that_does_not_verify_changes_nothing(fleet, tmp_path, change):
     where = node_state(tmp_path, 1)
     result = call("import", file, "--keys", public, "--state", where)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
-    assert not (where / quarantine.FOLDER).exists() and not (where / adopt.PRIOR).exists()
+    assert not (where / quarantine_store.FOLDER).exists() and not (where / adopt.PRIOR).exists()
 
 
 def test_the_breaker_holds_advice_that_would_stop_a_fleet(tmp_path):

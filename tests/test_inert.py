@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_report import check as whole_page
 
 from commands import call
-from fp4tune.cache import facts, facts_text, publish, quarantine, reader
+from fp4tune.cache import facts, facts_text, publish, quarantine_store, reader
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Finding
 from fp4tune.daemon.board import Board
@@ -123,7 +123,7 @@ def filled(place: Path, names: list[str]) -> Path:
         ledger.finish_run(run)
     meta = {"unsupported": dict.fromkeys(texts, texts[0]), "published_by": texts[1]}
     publish.publish(place, choices, candidates, environments, meta)
-    spool = place / quarantine.FOLDER
+    spool = place / quarantine_store.FOLDER
     spool.mkdir(exist_ok=True)
     for text in ("\x1b]0;owned\x07.json", "right\u202eleft.json"):
         (spool / text).write_text("{}")

@@ -34,7 +34,7 @@ from fp4tune.autotune.probed import Done, probed
 from fp4tune.autotune.publication.publish import publish
 from fp4tune.autotune.verdict.buckets import ranges
 from fp4tune.autotune.verdict.profiles import PROFILES
-from fp4tune.cache import quarantine
+from fp4tune.cache import quarantine, quarantine_store
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Audit, Environment, Under
 from fp4tune.machine import devices
@@ -269,11 +269,11 @@ def test_a_failure_seen_while_a_control_was_in_doubt_does_not_count(tmp_path):
 
 def test_a_fault_reported_since_has_it_measured_again_and_one_before_does_not(tmp_path):
     store = Store(tmp_path)
-    spool = quarantine.store(tmp_path)
+    spool = quarantine_store.place(tmp_path)
     entry = quarantine.make(
         "x", quarantine.Reach(1, *SHAPES[0], "layer"), reason="NaN", by="report"
     )
-    quarantine.write(entry, spool)
+    quarantine_store.write(entry, spool)
     assert not store.recall().entries
     assert Store(tmp_path).recall().entries  # measured after it
 

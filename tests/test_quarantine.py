@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import fp4tune
 from fp4tune import cli
-from fp4tune.cache import dropbox, quarantine, reader
+from fp4tune.cache import dropbox, quarantine, quarantine_store, reader
 from fp4tune.cache.errors import Missing, StateError
 from fp4tune.cache.rows import Candidate, Environment
 
@@ -131,7 +131,7 @@ def test_other_processes_hear_of_it_and_of_its_lifting(tmp_path):
     told = fp4tune.report_fault("cutlass", 3, N, K)
     assert kept.choose(3, N, K).backend == "marlin"
     assert other.stdout.readline() == "marlin\n"
-    quarantine.lift(told.quarantine.id, quarantine.store(place))
+    quarantine_store.lift(told.quarantine.id, quarantine_store.place(place))
     out, err = other.communicate(timeout=30)
     assert (other.returncode, out) == (0, "cutlass\n"), err
 
@@ -157,7 +157,9 @@ def test_where_nothing_can_be_written_this_process_alone_knows_and_says_so(
     tmp_path, monkeypatch, caplog
 ):
     place = store(tmp_path / "s", *SWIZZLED)
-    (place / quarantine.FOLDER).write_text("no folder")  # root may write anywhere, but not in this
+    (place / quarantine_store.FOLDER).write_text(
+        "no folder"
+    )  # root may write anywhere, but not in this
     found = reader.open(place)
     told = fp4tune.report_fault("cutlass", 3, N, K)
     assert told.shared is None and found.choose(3, N, K).backend == "marlin"
@@ -168,7 +170,7 @@ def test_where_nothing_can_be_written_this_process_alone_knows_and_says_so(
     assert fp4tune.report_fault("cutlass", 3, N, K).shared
     monkeypatch.setattr(reader, "_own", ())
     assert reader.open(place).choose(3, N, K).backend == "cutlass", "a drop box is nobody's word"
-    (place / quarantine.FOLDER).unlink()
+    (place / quarantine_store.FOLDER).unlink()
     assert len(dropbox.collect(place, {"cutlass"})) == 1
     assert reader.open(place).choose(3, N, K).backend == "marlin"
 
@@ -225,7 +227,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_file_that_is_not_ours_is_ignored_with_a_warning(tmp_path, kind, caplog):
     place = store(tmp_path / "s", *SWIZZLED)
-    folder = place / quarantine.FOLDER
+    folder = place / quarantine_store.FOLDER
     folder.mkdir()
     content = HOSTILE[kind]
     try:
@@ -239,7 +241,7 @@ def test_a_file_that_is_not_ours_is_ignored_with_a_warning(tmp_path, kind, caplo
 
 def test_links_pipes_and_folders_in_the_spool_are_ignored(tmp_path):
     place = store(tmp_path / "s", *SWIZZLED)
-    folder = place / quarantine.FOLDER
+    folder = place / quarantine_store.FOLDER
     folder.mkdir()
     entry = good()
     (tmp_path / "real").write_text(json.dumps(entry))
@@ -247,7 +249,7 @@ def test_links_pipes_and_folders_in_the_spool_are_ignored(tmp_path):
     os.mkfifo(folder / "pipe.json")
     (folder / "folder.json").mkdir()
     (folder / ".unfinished").write_text("{")
-    found, ignored = quarantine.read(str(folder))
+    found, ignored = quarantine_store.read(str(folder))
     assert found == [] and len(ignored) == 3
     assert reader.open(place).choose(3, N, K).backend == "cutlass"
 
@@ -261,7 +263,7 @@ def test_no_content_and_no_name_breaks_the_reading(content, name):
             (Path(place) / f"{plain}.json").write_bytes(content)
         except OSError:
             return
-        assert quarantine.read(place)[0] == []
+        assert quarantine_store.read(place)[0] == []
 
 
 @settings(max_examples=15, deadline=None)
@@ -281,7 +283,7 @@ def test_a_quarantine_never_makes_a_backend_chosen_that_was_not_proven(reports):
         root = store(Path(place), *SWIZZLED)
         for name, scope, m in reports:
             entry = quarantine.make(name, quarantine.Reach(m, N, K, scope))
-            quarantine.write(entry, quarantine.store(root))
+            quarantine_store.write(entry, quarantine_store.place(root))
         found = reader.open(root)
         for m in (1, 16, 17, 32):
             gone = {

@@ -137,7 +137,7 @@ OPENS_ITSELF = {
     "cache/facts_text.py": OWN,
     "cache/opening.py": OWN,
     "cache/publish.py": "its own file, or a choices.db that it has just loaded",
-    "cache/quarantine.py": OWN,
+    "cache/quarantine_store.py": OWN,
     "commands/_streams.py": KERNEL,
     "daemon/place.py": "a folder",
     "fleet/places.py": "a server's; on a disk it goes through machine.files",

@@ -23,7 +23,7 @@ from test_quarantine import SWIZZLED, K, N, store
 import fp4tune
 from commands import call
 from fp4tune.autotune.evidence.kept import with_what_is_kept
-from fp4tune.cache import dropbox, gpulock, publish, quarantine, reader, state
+from fp4tune.cache import dropbox, gpulock, publish, quarantine, quarantine_store, reader, state
 from fp4tune.cache.errors import Busy, Corrupt, Full, StateError
 from fp4tune.cache.ledger import Ledger
 from fp4tune.machine import files, holders
@@ -55,7 +55,7 @@ def chosen(place: Path) -> str:
 
 def ban(backend: str, place: Path, **other) -> quarantine.Quarantine:
     entry = quarantine.make(backend, quarantine.Reach(3, N, K), by="operator", **other)
-    quarantine.write(entry, quarantine.store(place))
+    quarantine_store.write(entry, quarantine_store.place(place))
     return entry
 
 
@@ -88,7 +88,7 @@ def test_files_by_the_thousand_press_nothing_out(place):
     assert chosen(place) == "marlin"
     collect(place)
     assert chosen(place) == "marlin" and os.listdir(box) == []
-    found, ignored = quarantine.read(quarantine.store(place))
+    found, ignored = quarantine_store.read(quarantine_store.place(place))
     assert ignored == [] and len(found) <= 1 + quarantine.OF_ONE_USER
 
 
@@ -98,7 +98,7 @@ def test_an_id_is_its_owners(place):
     as_user(lambda: drop(place / dropbox.FOLDER, harmless))
     as_user(lambda: drop(place / dropbox.FOLDER, {**harmless, "id": mine.id + "x"}), OTHER)
     collect(place)
-    found = {q.id: q.backend for q in quarantine.read(quarantine.store(place))[0]}
+    found = {q.id: q.backend for q in quarantine_store.read(quarantine_store.place(place))[0]}
     assert found == {
         mine.id: "cutlass",
         f"u{STRANGER}.{mine.id}": "cudnn",
@@ -109,7 +109,7 @@ def test_an_id_is_its_owners(place):
 
 def test_one_who_may_only_report_can_neither_write_nor_remove_nor_replace_the_store(place):
     entry = ban("cutlass", place)
-    kept = quarantine.store(place)
+    kept = quarantine_store.place(place)
 
     def attacks() -> None:
         for attack in (
@@ -118,8 +118,8 @@ def test_one_who_may_only_report_can_neither_write_nor_remove_nor_replace_the_st
             lambda: os.rename(f"{kept}/{entry.id}.json", f"{kept}/x.json"),
             lambda: Path(kept, "x.json").write_text("{}"),
             lambda: os.open(f"{kept}/{entry.id}.json", os.O_WRONLY),
-            lambda: quarantine.lift(entry.id, kept),
-            lambda: quarantine.write(entry, kept),
+            lambda: quarantine_store.lift(entry.id, kept),
+            lambda: quarantine_store.write(entry, kept),
         ):
             with pytest.raises((OSError, StateError)):
                 attack()
@@ -139,7 +139,7 @@ def test_a_report_acts_here_at_once_and_elsewhere_once_it_is_taken_up(place):
     assert chosen(place) == "cutlass"
     assert "as was reported" in collect(place)[0]
     assert chosen(place) == "marlin"
-    (found,) = quarantine.read(quarantine.store(place))[0]
+    (found,) = quarantine_store.read(quarantine_store.place(place))[0]
     assert found.id.startswith(f"u{STRANGER}.") and found.reason == "NaN"
 
 
@@ -154,15 +154,15 @@ def test_one_user_s_flood_does_not_press_out_another_s_report_or_the_users_own(p
 
     as_user(floods)
     collect(place)
-    found = quarantine.read(quarantine.store(place))[0]
+    found = quarantine_store.read(quarantine_store.place(place))[0]
     assert {q.backend for q in found if q.id.startswith(f"u{OTHER}.")} == {"cutlass"}
     wide = {q.backend for q in found if q.id.startswith(f"u{STRANGER}.") and q.scope == "backend"}
     assert wide == {"marlin", "cudnn"}, "what is over the quota reaches further, and not less far"
     assert reader.open(place).choose(3, N, K).status == "quarantined"
-    before = sorted(os.listdir(quarantine.store(place)))
+    before = sorted(os.listdir(quarantine_store.place(place)))
     as_user(floods)
     collect(place)
-    assert sorted(os.listdir(quarantine.store(place))) == before, "and costs nothing more"
+    assert sorted(os.listdir(quarantine_store.place(place))) == before, "and costs nothing more"
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,13 +198,13 @@ def test_whatever_is_reported_nothing_reported_of_what_is_published_is_lost(repo
 @pytest.mark.parametrize("harm", ["unreadable store", "unreadable file", "too many"])
 def test_where_it_cannot_be_known_everything_is_taken_away(place, harm, monkeypatch):
     entry = ban("cudnn", place)
-    kept = Path(quarantine.store(place))
+    kept = Path(quarantine_store.place(place))
     if harm == "unreadable store":
         kept.chmod(0o700)
     elif harm == "unreadable file":
         (kept / f"{entry.id}.json").chmod(0o600)
     else:
-        monkeypatch.setattr(quarantine, "MOST", 2)
+        monkeypatch.setattr(quarantine_store, "MOST", 2)
         for _ in range(3):
             ban("cudnn", place)
 
@@ -217,11 +217,11 @@ def test_where_it_cannot_be_known_everything_is_taken_away(place, harm, monkeypa
 def test_links_to_others_files_are_no_reports(place):
     box = place / dropbox.FOLDER
     entry = ban("cutlass", place)
-    (box / f"{entry.id}.json").symlink_to(f"{quarantine.store(place)}/{entry.id}.json")
+    (box / f"{entry.id}.json").symlink_to(f"{quarantine_store.place(place)}/{entry.id}.json")
     os.mkfifo(box / "pipe.json")
     (box / "folder.json").mkdir()
     collect(place)
-    assert len(os.listdir(quarantine.store(place))) == 1
+    assert len(os.listdir(quarantine_store.place(place))) == 1
 
 
 def test_a_second_name_hides_no_report_and_puts_none_into_anothers_mouth(place):
@@ -232,7 +232,7 @@ def test_a_second_name_hides_no_report_and_puts_none_into_anothers_mouth(place):
     os.link(report, place / "kept by a stranger")
     collect(place)
     assert chosen(place) == "marlin"
-    (found,) = quarantine.read(quarantine.store(place))[0]
+    (found,) = quarantine_store.read(quarantine_store.place(place))[0]
     assert found.id.startswith("others.")
 
 
@@ -247,7 +247,7 @@ def test_what_a_stranger_puts_in_the_place_of_a_drop_box_is_none(
     (shared_place / "open").chmod(0o1777)
     box = shared_place / "open" / "box"
     monkeypatch.setenv(dropbox.VARIABLE, str(box))
-    kept = quarantine.store(place)
+    kept = quarantine_store.place(place)
     ban("cutlass", place)
     before = os.listdir(kept)
     as_user(
@@ -270,21 +270,21 @@ def test_a_drop_box_is_gone_through_as_it_was_opened(place, shared_place):  # no
     entry = ban("cutlass", place)
     box = shared_place / "box"
     box.mkdir()
-    going = dropbox._Pass(str(box), quarantine.store(place))
+    going = dropbox._Pass(str(box), quarantine_store.place(place))
     drop(box, entry.json())
     box.rename(shared_place / "away")
-    box.symlink_to(quarantine.store(place))
+    box.symlink_to(quarantine_store.place(place))
     assert going.batch(True) == [] and len(going.batch(True)) == 1
     dropbox._take_up(str(place), [], frozenset())
     going.close()
-    assert os.listdir(quarantine.store(place)) == [f"{entry.id}.json"]
+    assert os.listdir(quarantine_store.place(place)) == [f"{entry.id}.json"]
 
 
 def test_every_users_first_report_is_reached_before_the_second_of_one(place):
     box = place / dropbox.FOLDER
     as_user(lambda: [(box / f"{n}.json").touch() for n in range(3000)])
     as_user(lambda: drop(box, entry_for("cutlass")), OTHER)
-    going = dropbox._Pass(str(box), quarantine.store(place))
+    going = dropbox._Pass(str(box), quarantine_store.place(place))
     while not (found := going.batch(False)) and not going.ended:
         pass
     assert [user for user, _, _ in found] == [OTHER]
@@ -310,7 +310,7 @@ def test_a_folder_of_the_users_is_left_as_it_is_where_it_is_named_as_a_drop_box(
 def test_a_lift_that_would_not_last_says_so(place, shared_place, monkeypatch):  # noqa: F811
     as_user(lambda: drop(place / dropbox.FOLDER, entry_for("cutlass")))
     collect(place)
-    (found,) = quarantine.read(quarantine.store(place))[0]
+    (found,) = quarantine_store.read(quarantine_store.place(place))[0]
     assert call("quarantine", "lift", found.id, "--state", place).exit_code == 0
     assert chosen(place) == "cutlass"
     collect(place)
@@ -323,11 +323,11 @@ def test_a_lift_that_would_not_last_says_so(place, shared_place, monkeypatch):  
 @pytest.mark.parametrize("owner", [0, STRANGER])
 def test_a_spool_of_an_earlier_fp4tune_is_read_and_taken_over(place, owner):
     """Everyone could write to it, and whoever made it owns it."""
-    kept = Path(quarantine.store(place))
+    kept = Path(quarantine_store.place(place))
     kept.mkdir()
     kept.chmod(0o1777)
     entry = quarantine.make("cutlass", quarantine.Reach(3, N, K), by="operator")
-    quarantine.put(entry, str(kept))
+    quarantine_store.put(entry, str(kept))
     as_user(lambda: drop(kept, entry_for("marlin", id=entry.id + "x")), OTHER)
     for number in range(50):
         as_user(lambda number=number: (kept / f"0{number}.json").touch())
@@ -336,7 +336,10 @@ def test_a_spool_of_an_earlier_fp4tune_is_read_and_taken_over(place, owner):
     (said,) = [each for each in collect(place) if "could be written by others" in each]
     assert "keeps all 2" in said and chosen(place) == "cudnn"
     assert os.stat(kept).st_uid == 0 and stat.S_IMODE(os.stat(kept).st_mode) == 0o755
-    assert {q.id for q in quarantine.read(str(kept))[0]} == {entry.id, f"u{OTHER}.{entry.id}x"}
+    assert {q.id for q in quarantine_store.read(str(kept))[0]} == {
+        entry.id,
+        f"u{OTHER}.{entry.id}x",
+    }
 
 
 def test_a_lock_of_an_earlier_fp4tune_holds_and_one_of_a_stranger_does_not(place):

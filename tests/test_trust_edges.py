@@ -18,7 +18,7 @@ from test_quarantine import SWIZZLED, K, N, store
 from test_trust import KNOWN, alone, ban, chosen, collect, drop, entry_for, place  # noqa: F401
 
 from commands import call
-from fp4tune.cache import dropbox, quarantine, reader, snapshot, sqlitefile
+from fp4tune.cache import dropbox, quarantine, quarantine_store, reader, snapshot, sqlitefile
 from fp4tune.cache import state as states
 from fp4tune.cache.errors import Corrupt, Missing, StateError
 from fp4tune.cache.ledger import Ledger
@@ -106,16 +106,16 @@ def test_the_longest_reason_is_read_again(tmp_path, char):
     state = store(tmp_path / "state", *SWIZZLED)
     first = chosen(state)
     entry = ban(first, state, reason=char * 600)
-    found, ignored = quarantine.read(quarantine.store(state))
+    found, ignored = quarantine_store.read(quarantine_store.place(state))
     assert found == [entry] and not ignored and chosen(state) != first
 
 
 def test_what_would_not_be_read_is_not_written(tmp_path, monkeypatch):
     state = store(tmp_path / "state", *SWIZZLED)
-    monkeypatch.setattr(quarantine, "BYTES", 300)
+    monkeypatch.setattr(quarantine_store, "BYTES", 300)
     with pytest.raises(StateError, match="would not be read"):
         ban("cutlass", state, reason="x" * 300)
-    assert not list((state / quarantine.FOLDER).glob("*"))
+    assert not list((state / quarantine_store.FOLDER).glob("*"))
 
 
 def test_a_part_that_was_written_is_not_the_whole(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_part_that_was_written_is_not_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda fd, data: plain(fd, bytes(data[:7])))
     entry = ban("cutlass", state, reason="y" * 200)
     monkeypatch.undo()
-    assert quarantine.read(quarantine.store(state))[0] == [entry]
+    assert quarantine_store.read(quarantine_store.place(state))[0] == [entry]
 
 
 def test_a_reader_that_could_not_look_looks_again(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_reader_that_could_not_look_looks_again(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(reader, "_monotonic", lambda: now[0])
     asked._due = -1.0
-    plain, listdir = quarantine.read, os.listdir
+    plain, listdir = quarantine_store.read, os.listdir
 
     def none_left(folder):
         raise OSError(errno.EMFILE, "Too many open files")
@@ -143,7 +143,7 @@ def test_a_reader_that_could_not_look_looks_again(tmp_path, monkeypatch):
     ban(first, state)
     assert asked.choose(3, N, K).backend == "torch-dequant"  # nothing is known: nothing is safe
     monkeypatch.setattr(os, "listdir", listdir)
-    assert quarantine.read is plain
+    assert quarantine_store.read is plain
     now[0] = 2 * reader.RETRY
     assert asked.choose(3, N, K).backend not in (first, "torch-dequant")
 
@@ -152,8 +152,8 @@ def test_a_warning_that_fails_hides_no_quarantine(tmp_path, monkeypatch):
     state = store(tmp_path / "state", *SWIZZLED)
     first = chosen(state)
     asked = reader.open(state)
-    (state / quarantine.FOLDER).mkdir(exist_ok=True)
-    (state / quarantine.FOLDER / "odd.json").write_text("{")
+    (state / quarantine_store.FOLDER).mkdir(exist_ok=True)
+    (state / quarantine_store.FOLDER / "odd.json").write_text("{")
     ban(first, state)
 
     def fails(sentence):
@@ -191,10 +191,10 @@ def test_a_generation_of_too_many_digits_is_none(tmp_path, monkeypatch):
 def test_a_store_that_is_swapped_for_a_link_is_not_taken_over(tmp_path, victim, monkeypatch):
     state = store(tmp_path / "state", *SWIZZLED)
     ban("cutlass", state)
-    folder = Path(quarantine.store(state))
+    folder = Path(quarantine_store.place(state))
     folder.chmod(0o777)
     before = looks(victim)
-    plain = quarantine.read
+    plain = quarantine_store.read
 
     def swapped(path):
         found = plain(path)
@@ -202,9 +202,9 @@ def test_a_store_that_is_swapped_for_a_link_is_not_taken_over(tmp_path, victim, 
         folder.symlink_to(victim)
         return found
 
-    monkeypatch.setattr(quarantine, "read", swapped)
+    monkeypatch.setattr(quarantine_store, "read", swapped)
     with pytest.raises(StateError):
-        quarantine.take_over(str(folder))
+        quarantine_store.take_over(str(folder))
     assert looks(victim) == before
 
 
@@ -212,16 +212,16 @@ def test_what_root_makes_is_the_owners_of_the_state(shared_place):  # noqa: F811
     state = store(shared_place / "state", *SWIZZLED)
     for each in (state, *state.rglob("*")):
         os.chown(each, STRANGER, STRANGER)
-    for folder in (quarantine.FOLDER, "locks", dropbox.FOLDER):
+    for folder in (quarantine_store.FOLDER, "locks", dropbox.FOLDER):
         if (state / folder).is_dir():
             os.rename(state / folder, shared_place / f"old-{folder}")
     entry = ban("cutlass", state)
     collect(state)
     with states.exclusive(states.lock_file(state, "publish")):
         pass
-    for folder in (quarantine.FOLDER, "locks", "locks/publish.lock", dropbox.FOLDER):
+    for folder in (quarantine_store.FOLDER, "locks", "locks/publish.lock", dropbox.FOLDER):
         assert (state / folder).stat().st_uid == STRANGER, folder
-    as_user(lambda: quarantine.lift(entry.id, quarantine.store(state)))
+    as_user(lambda: quarantine_store.lift(entry.id, quarantine_store.place(state)))
     as_user(lambda: ban("marlin", state))
 
 

@@ -14,7 +14,7 @@ import test_daemon_evidence as evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4tune.cache import quarantine, reader
+from fp4tune.cache import quarantine_store, reader
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey
 from fp4tune.daemon.board import Board
@@ -177,7 +177,7 @@ def test_what_came_through_the_drop_box_changes_no_choice(node):
     board._witness.look(str(node))
     after = reader.open(node).choose(8, 4096, 2048)
     assert (before.backend, before.status, before.bounds) == ("fast", "safe", after.bounds)
-    assert after.backend == "fast" and not quarantine.read(quarantine.store(node))[0]
+    assert after.backend == "fast" and not quarantine_store.read(quarantine_store.place(node))[0]
 
 
 # -- bundles and the fleet

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...autotune.publication import published
 from ...autotune.publication.published import Standing
-from ...cache import facts, quarantine
+from ...cache import facts, quarantine, quarantine_store
 from ...cache.rows import Finding, Run, Timing
 from ...engines import names
 from ...words import STATUS_WORDS, UNREADABLE
@@ -56,7 +56,7 @@ def document(place: Path) -> str:
     now = published.load(place)
     found, runs = documents.stored_findings(place)
     old, unread = changes.previous(place, now.generation)
-    entries, _ = quarantine.read(quarantine.store(place))
+    entries, _ = quarantine_store.read(quarantine_store.place(place))
     problem = documents.ledger_problem(place)
     told = facts.gather(place)
     timings = documents.stored_timings(place)
