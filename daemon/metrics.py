@@ -127,6 +127,8 @@ _WITNESSED = {
     "suspicions": "Groups of rows that were suspicious",
     "faults": "Suspicions that were confirmed",
     "suspected": "Suspicions that could not be judged",
+    "cleared": "Suspicions that were right after all",
+    "beyond": "Groups of rows too near overflow to be judged",
 }
 
 

@@ -93,6 +93,7 @@ class WitnessBoard:
                     "arch": report.arch,
                     "uuid": report.uuid,
                     "unwatched": report.unwatched,
+                    "left": list(report.left),
                     "watched": [_watched(each) for each in report.watched],
                 }
                 for report in self.reports

@@ -8,6 +8,7 @@ in no known form is told once and left alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -241,6 +242,8 @@ def _register(layer: Any, raw: tuple[str, Any, Any], backend: str) -> None:
     name, weight, bias = raw
     prepared = getattr(layer, "weight", None)
     if not isinstance(prepared, torch.Tensor) or not isinstance(weight, Fp4Tensor):
+        if process.mine().witness.leave(name, why := "prepared, it has no weight to know it by"):
+            say_once(f"fp4tune: {name} is not watched: {why}", logging.WARNING)
         return
     n, k = weight.shape
     dtype = getattr(layer, "params_dtype", None) or getattr(layer, "orig_dtype", torch.bfloat16)
@@ -271,12 +274,10 @@ def _register(layer: Any, raw: tuple[str, Any, Any], backend: str) -> None:
 
 def _checkpoint_folder() -> str | None:
     """The checkpoint that this process loads, as its engine says; None where it does not."""
-    try:
+    with contextlib.suppress(Exception):  # whatever it does where there is no such thing
         if "vllm.config" in sys.modules:
             config = sys.modules["vllm.config"].get_current_vllm_config()
             return str(config.model_config.model)
-    except Exception:  # whatever an engine's own function does where there is no such thing
-        return None
     return os.environ.get(CHECKPOINT) or None
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,13 @@ from fp4tune.cache import reader
 from fp4tune.probes.formats import dequantise, quantise
 from fp4tune.probes.problem import NVFP4, Fp4Tensor, Problem
 from fp4tune.witness import counts, here, launch, process, rows, sources, vectors
-from fp4tune.witness.confirm import CLEARED, FAULT, SUSPECTED
+from fp4tune.witness.confirm import CLEARED, FAULT, SUSPECTED, Confirmation
+from fp4tune.witness.forms import weight_of
+from fp4tune.witness.limits import Limit
 from fp4tune.witness.linear import Known, Watched, watch
 from fp4tune.witness.plan import ONE_OF, WatchPlan
 from fp4tune.witness.respond import Responder
+from fp4tune.witness.ring import Record, RingReader
 from fp4tune.witness.watcher import WatchDevice, WatchSubject, Witness, WitnessOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded_signs")
@@ -107,7 +111,7 @@ def test_without_the_weight_it_is_suspected_only():
 def test_a_suspicion_that_is_right_after_all_is_cleared():
     heard, layer = Heard(), Packed()
     watched = watch(layer, witness=heard.witness)
-    watched.weight.sums.sums[:] *= 1.5  # what the check goes by is wrong, and the layer is not
+    watched.weight.limit = Limit(0.0, 0.0, 0.0, inf)  # everything is suspicious
     layer(activation())
     assert heard.statuses and set(heard.statuses) == {CLEARED}
 
@@ -168,6 +172,137 @@ def test_torch_compile_keeps_one_graph_and_the_witness_sees_its_calls():
     assert counted.frame_count == 1
     heard.witness.look()
     assert heard.witness.layers()[0].counts["rows"] == 17
+
+
+def test_what_is_kept_of_a_weight_condemns_nobody_once_it_is_another():
+    """A copy that has changed, or whose rows lie in another order, is not what was loaded."""
+    heard, layer = Heard(), Packed()
+    watched = watch(layer, witness=heard.witness)
+    (kept,) = watched.weight.source.weights
+    order = torch.arange(N)
+    order[4 : N - 4] = order[4 : N - 4].flip(0)
+    kept.codes.copy_(kept.codes[order])
+    watched.weight.limit = Limit(0.0, 0.0, 0.0, inf)
+    layer(activation())
+    assert set(heard.statuses) == {SUSPECTED}
+    heard.witness.redraw(watched.weight)
+    assert watched.weight.source is None and watched.weight.drawn == 1 and watched.weight.sums.gate
+
+
+def test_a_file_that_was_replaced_is_not_read_for_the_one_that_was_loaded(tmp_path):
+    weight = quantise(torch.randn(N, K), NVFP4)
+    path = safetensors(tmp_path / "a.safetensors", {"w": weight.codes})
+    found = sources.stored_tensors(path)["w"]
+    assert torch.equal(found.read(slice(0, N), slice(0, K // 2)), weight.codes)
+    safetensors(tmp_path / "b.safetensors", {"w": weight.codes.flip(0)}).rename(path)
+    with pytest.raises(sources.SourceGone, match="not the file any more"):
+        found.read(slice(0, N), slice(0, K // 2))
+
+
+def test_a_layer_that_quantises_its_activations_is_left_alone():
+    heard, layer = Heard(), Packed()
+    layer.input_scale = torch.ones(())
+    assert "quantises its activations" in watch(layer, witness=heard.witness).why
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_plain_layer_is_watched_in_its_own_type_however_it_is_called(dtype):
+    heard, layer = Heard(), torch.nn.Linear(K, N, dtype=dtype)
+    watched = watch(layer, witness=heard.witness)
+    a = torch.randn(8, K, dtype=dtype)
+    layer(input=a)
+    watched(a)
+    assert not heard.statuses
+    heard.witness.look()
+    assert heard.witness.layers()[0].counts["rows"] == 16
+    assert heard.witness.layers()[0].m_lo == 8
+
+
+def test_a_plain_layer_s_signs_are_drawn_anew_from_itself():
+    heard, layer = Heard(redraw=1e-9, host_copies=False), torch.nn.Linear(K, N).bfloat16()
+    watched = watch(layer, witness=heard.witness)
+    heard.witness._redraw()
+    heard.witness._redraw()
+    assert watched.weight.drawn == 2
+    layer.weight.data.mul_(2)
+    heard.witness._redraw()
+    heard.witness._redraw()
+    assert watched.weight.drawn == 2 and watched.weight.held is None
+
+
+def test_calls_of_another_type_than_was_said_are_told_once(caplog):
+    heard, layer = Heard(), torch.nn.Linear(K, N).bfloat16()
+    watched = watch(layer, "odd", dtype=torch.float16, witness=heard.witness)
+    for _ in range(2):
+        watched(torch.randn(1, K).bfloat16())
+    assert caplog.text.count("odd is not watched in a call of torch.bfloat16") == 1
+
+
+def test_an_activation_s_own_global_scale_counts_once():
+    heard = Heard()
+    weight, a = (quantise(torch.randn(rows, K), NVFP4) for rows in (N, 8))
+    problem = Problem("nvfp4", 1, N, K, "fp4", "bf16")
+    watched = heard.witness.add(WatchSubject("l", "b", problem), [weight])
+    y = (dequantise(a, torch.float64) @ dequantise(weight, torch.float64).T).bfloat16()
+    heard.witness.see(watched, rows.WatchedCall(a, y))
+    assert heard.statuses == []
+    y[3, :4] += 100
+    heard.witness.see(watched, rows.WatchedCall(a, y))
+    assert set(heard.statuses) == {FAULT} and heard.judged[0][2].wrong < 200
+
+
+def test_a_bias_first_seen_in_a_call_is_there_when_it_is_judged():
+    heard, layer = Heard(), Packed()
+    problem = Problem("nvfp4", 1, N, K, "bf16", "bf16")
+    weight = weight_of(layer)
+    watched = heard.witness.add(WatchSubject("l", "b", problem), [weight])
+    watched.limit = Limit(0.0, 0.0, 0.0, inf)
+    a = activation()
+    heard.witness.see(watched, rows.WatchedCall(a, layer(a), bias=layer.bias))
+    assert heard.statuses and set(heard.statuses) == {CLEARED}
+
+
+def test_confirmed_faults_are_not_crowded_out_by_suspicions():
+    subject = WatchSubject("l", "b", Problem("nvfp4", 1, N, K))
+    record = Record(0, 4, 1, 0, 0, 0, 1.0, 0.1, 1.0, torch.zeros(1, dtype=torch.uint8))
+    responder = Responder("log")
+    responder(subject, record, Confirmation(FAULT, "bad", 3, (0, 2)))
+    for _ in range(2 * counts.MOST_FAULTS):
+        responder(subject, record, Confirmation(SUSPECTED, "the weight has changed since"))
+    kept = [each["status"] for each in responder.faults]
+    assert len(kept) == counts.MOST_FAULTS and kept.count(FAULT) == 1
+
+
+def test_a_process_is_ended_once():
+    ends = []
+    responder = Responder("stop", None, lambda: ends.append(1))
+    subject = WatchSubject("l", "b" * 300, Problem("nvfp4", 1, N, K))
+    record = Record(0, 4, 1, 0, 0, 0, 1.0, 0.1, 1.0, torch.zeros(1, dtype=torch.uint8))
+    for _ in range(3):
+        responder(subject, record, Confirmation(FAULT, "bad", 3, (0, 2)))
+    assert ends == [1] and len(responder.faults[0]["backend"]) <= 200
+
+
+def test_a_storm_of_suspicions_is_read_on_and_on():
+    bench = launch.bench(torch.device("cpu"), 4, 32, 1024)
+    reader = RingReader(bench)
+
+    def claim(count):
+        for _ in range(count):
+            number = int(bench.ring_state[0])
+            bench.ring_state[0] += 1
+            if number < int(bench.ring_state[1]):
+                bench.ring[number % 32, :8].view(torch.int64)[0] = number + 1
+
+    claim(40)
+    reader.counters()
+    claim(20)  # before there is room again
+    seen = [len(reader.records())]
+    for _ in range(8):
+        claim(1000)
+        reader.counters()
+        seen.append(len(reader.records()))
+    assert seen[0] == 32 and min(seen[1:]) > 0
 
 
 # -- drawing anew, and sources

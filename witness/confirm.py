@@ -15,12 +15,12 @@ from ..probes.check.rounding import OVERFLOW, UNIT_ROUNDOFF
 from ..probes.check.tiles import TILE, tile_limit
 from ..probes.formats import dequantise
 from ..probes.problem import Fp4Tensor
-from .groups import Groups
 from .ring import Record, RowEvidence
 from .sources import SourceGone, WeightSource
-from .vectors import rows_of
+from .vectors import Sums, agree, rows_of
 
 FAULT, CLEARED, SUSPECTED = "fault", "cleared", "suspected"
+NOT_AS_LOADED = "what is kept of the weight is not what was loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,12 @@ def confirm(
     record: Record,
     found: RowEvidence,
     source: WeightSource | None,
-    groups: Groups,
+    sums: Sums,
     width: int | None = None,
     bias: torch.Tensor | None = None,
 ) -> Confirmation:
-    """A suspicion against the reference, float64 on the host.
+    """A suspicion against the reference, float64 on the host. `sums` are those of the weight, which
+    say whether `source` still gives what was loaded.
 
     With a `width` of 24 bits, as a probe measured it, each element may be off by what design calls
     the tolerance, with the factor as it is or rounded to 16 bits, and rounded twice; with a shorter
@@ -61,11 +62,13 @@ def confirm(
         return Confirmation(
             SUSPECTED, "neither the checkpoint's file nor a copy of the weight is at hand"
         )
-    columns = groups.columns(record.group)
+    columns = sums.groups.columns(record.group)
     try:
-        weight = rows_of(source.rows(record.expert, columns), slice(0, groups.n))
+        weight = rows_of(source.rows(record.expert, columns), slice(0, sums.groups.n)).cpu()
     except SourceGone as gone:
         return Confirmation(SUSPECTED, f"the weight cannot be read any more: {gone}")
+    if not agree(sums, record.expert, record.group, weight):
+        return Confirmation(SUSPECTED, NOT_AS_LOADED)
     a = found.a
     left = (
         dequantise(a, torch.float64, with_global=False) if isinstance(a, Fp4Tensor) else a.double()

@@ -38,6 +38,8 @@ _PASSES = 64
 _MOST_CALLS = 512
 MOST_FAULTS = 32
 """Faults, and suspicions that could not be confirmed, kept of one process."""
+MOST_LEFT = 32
+"""Sentences about what is not watched, told of one process."""
 _TEXT = 200
 _LARGEST = 1 << 62
 COUNTED = ("rows", "skipped", "suspicions", "beyond", "faults", "suspected", "cleared", "launches")
@@ -87,6 +89,8 @@ class WatchReport:
     faults: tuple[Mapping[str, Any], ...] = ()
     unwatched: int = 0
     """Pairs of a layer and a kernel that are watched nowhere in that process."""
+    left: tuple[str, ...] = ()
+    """The first of what is watched nowhere, in words: these, and layers that are left alone."""
     uid: int = field(default=0, compare=False)
 
     @property
@@ -254,6 +258,7 @@ def parse(data: bytes, uid: int) -> WatchReport:
             watched=tuple(_watched_layer(each) for each in watched),
             faults=tuple(_fault(each) for each in faults[:MOST_FAULTS]),
             unwatched=_a_count(given["unwatched"]),
+            left=tuple(map(_text, given.get("left", ())[:MOST_LEFT])),
             uid=uid,
         )
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -371,7 +376,8 @@ def merged(layers: Sequence[WatchedLayer]) -> tuple[WatchedLayer, ...]:
     return tuple(
         replace(
             same[0],
-            m_lo=min(each.m_lo for each in same),
+            # A layer's calls outside of graphs are counted from before there are any, with m = 0.
+            m_lo=min((each.m_lo for each in same if each.m_lo), default=0),
             m_hi=max(each.m_hi for each in same),
             layers=sum(each.layers for each in same),
             counts={name: sum(each.counts[name] for each in same) for name in COUNTED},

@@ -52,7 +52,7 @@ def foresee(
     size, guess = _size(kind, facts, detail.get("worst"))
     spread = max(1, min(_groups_wrong(detail), groups.count))
     columns = max(1.0, min(groups.width, wrong / rows / spread))
-    found = limit(out_dtype, groups.width, k, 0.0)
+    found = limit(out_dtype, groups.width, k, 0.0)  # as of a wide accumulator
     chance = in_a_row(columns, size, groups.width, found)
     whole = 1.0 - (1.0 - chance) ** (rows * spread)
     return Foreseen(round(whole, 4), _foreseen_words(whole, rows, columns, size, guess))

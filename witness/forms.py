@@ -14,6 +14,7 @@ _CODES = ("weight_packed", "weight")
 _SCALES = ("weight_scale",)
 _GLOBAL = ("weight_scale_2",)
 _INVERSE = ("weight_global_scale",)
+_OF_ACTIVATIONS = ("input_scale", "input_global_scale", "input_scale_inv")
 
 
 def weight_of(layer: Any, inverse: bool | None = None) -> Weight:
@@ -44,6 +45,16 @@ def weight_of(layer: Any, inverse: bool | None = None) -> Weight:
     if fmt.has_global:
         scale = _global_scale(layer, scale, inverse)
     return Fp4Tensor(fmt, codes.detach(), scales.detach().view(torch.uint8), scale)
+
+
+def sixteen_bit_only(layer: Any) -> None:
+    """Raises Unreadable for a layer that quantises its activations: what it multiplies is not what
+    it is called with."""
+    for name in _OF_ACTIVATIONS:
+        if isinstance(getattr(layer, name, None), torch.Tensor):
+            raise Unreadable(
+                f"it quantises its activations (it has {name}): an engine's plugin can"
+            )
 
 
 def _global_scale(layer: Any, one: torch.Tensor, inverse: bool | None) -> torch.Tensor:

@@ -30,9 +30,10 @@ quarters of it away again (of rows that overflow float16, one of some 50,000 on 
 Asked only where an output is not finite: a group's sum is often 32 times as large as its elements
 are (1,024 columns), so that in float16 a NaN goes unjudged from elements of size 500 on, and finite
 rows would from size 8 on."""
-_OWN = 96 * 2.0**-24
+_DEEP = 160
+_OWN = _DEEP * 2.0**-24
 """Rounding of the check's own float32 sums, relative to the sum of magnitudes: the kernel adds in
-a tree, at most 96 additions deep (see `deep_enough`), to what was rounded once."""
+a tree, at most so many additions deep (see `deep_enough`), to what was rounded once."""
 _OWN_Y = 24 * 2.0**-24 * 32
 """The same of r @ y relative to norm2(y): 24 additions deep, and norm1 <= 32 * norm2 of 1,024."""
 
@@ -85,9 +86,9 @@ def chance_of_a_false_alarm(t: float = T) -> float:
 
 
 def deep_enough(k: int, block: int) -> bool:
-    """Whether sums over k in blocks of `block` (one sum a lane, then a tree) stay within what
-    `limit` allows for: at most 96 additions one after the other."""
-    return -(-k // block) + block.bit_length() + 2 <= 96
+    """Whether sums over k in blocks of `block` (one sum a lane, of FP4 twice a block, then a tree)
+    stay within what `limit` allows for."""
+    return 2 * -(-k // block) + block.bit_length() + 2 <= _DEEP
 
 
 def smallest_seen(out_dtype: str, width: int, k: int, measured: float | None = None) -> float:

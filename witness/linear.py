@@ -13,7 +13,7 @@ from ..errors import printable
 from ..probes.formats import DTYPES
 from ..probes.problem import Fp4Tensor, Problem
 from . import operator, process
-from .forms import weight_of
+from .forms import sixteen_bit_only, weight_of
 from .sources import Weight, WeightSource
 from .watcher import Unreadable, WatchedWeight, WatchSubject, Witness
 
@@ -56,8 +56,8 @@ class Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.linear(*args, **kwargs)
-        if self._hook is None and args:
-            self._see(args[0], out)
+        if self._hook is None and (a := _first_tensor_given(args, kwargs)) is not None:
+            self._see(a, out)
         return out
 
     def remove(self) -> None:
@@ -69,22 +69,33 @@ class Watched:
         self._hook = self._key = None
 
     def _begin(self, subject: WatchSubject, weight: Weight, source: WeightSource | None) -> None:
-        self.weight = self._witness.add(subject, [weight], source)
+        bias = getattr(self.linear, "bias", None)
+        bias = bias.detach() if isinstance(bias, torch.Tensor) else None
+        self.weight = self._witness.add(subject, [weight], source, bias)
         self._key = self.weight.sums.signs
         operator.know(self._key, self._witness, self.weight)
         held = getattr(self.linear, "weight", None)
         if isinstance(held, torch.Tensor):
             self._witness.hold(self.weight, held)
+            if isinstance(weight, torch.Tensor) and held.shape == weight.shape:
+                self._witness.redraw_from(self.weight, held)
         if isinstance(self.linear, torch.nn.Module):
             key, dtype = self._key, subject.problem.dtype
             mark = operator.mark(key.device)  # made before anything is traced
 
-            def after(module: Any, given: tuple[Any, ...], out: Any) -> None:
-                if given and isinstance(out, torch.Tensor) and out.dtype == dtype:
-                    a, bias = given[0], getattr(module, "bias", None)
-                    torch.ops.fp4tune.witness(a.detach(), out.detach(), key, mark, bias)
+            compiling = torch.compiler.is_compiling
 
-            self._hook = self.linear.register_forward_hook(after)
+            def after(module: Any, given: Any, named: Any, out: Any) -> None:
+                a = _first_tensor_given(given, named)
+                if a is None or not isinstance(out, torch.Tensor):
+                    return
+                if out.dtype == dtype and a.dtype == dtype:
+                    bias = getattr(module, "bias", None)
+                    torch.ops.fp4tune.witness(a.detach(), out.detach(), key, mark, bias)
+                elif not compiling():
+                    self._tell_unfit(a, out)
+
+            self._hook = self.linear.register_forward_hook(after, with_kwargs=True)
 
     def _see(self, a: Any, out: Any) -> None:
         if self._key is None or self.weight is None or not isinstance(out, torch.Tensor):
@@ -92,26 +103,45 @@ class Watched:
         if out.dtype == self.weight.subject.problem.dtype and a.dtype == out.dtype:
             mark, bias = operator.mark(self._key.device), getattr(self.linear, "bias", None)
             torch.ops.fp4tune.witness(a, out, self._key, mark, bias)
+        else:
+            self._tell_unfit(a, out)
+
+    def _tell_unfit(self, a: torch.Tensor, out: torch.Tensor) -> None:
+        """Say once that calls of other types than were said are not watched."""
+        assert self.weight is not None
+        why = (
+            f"a call of {a.dtype} to {out.dtype}, and {self.weight.subject.problem.dtype} was said"
+        )
+        if self._witness.leave(self.name, why):
+            log.warning("%s", printable(f"fp4tune: {self.name} is not watched in {why}"))
+
+
+def _first_tensor_given(args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The first tensor that a layer is called with, by place or by name."""
+    given = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+    return next(given, None)
 
 
 def watch(
     linear: Callable[..., Any],
     name: str = "",
     known: Known | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     witness: Witness | None = None,
 ) -> Watched:
     """Check what ``linear(a)`` gives, a call now and then, from now on.
 
     `linear` is a module or any callable that gives ``a @ weight.T + bias`` for a (..., k) in
     `dtype`, 16-bit, and holds its weight in a form that can be read (`forms.weight_of`) or that
-    `known` gives. A layer that cannot be read is told once and left alone. Without a `witness` it
-    is the process's, which tells the node (docs/witness.md).
+    `known` gives. Without a `dtype` it is a floating weight's own, and bf16 for FP4. A layer that
+    cannot be read, or that quantises its activations, is told once and left alone. Without a
+    `witness` it is the process's, which tells the node (docs/witness.md).
     """
     own = witness or process.mine().witness
     about = known or Known()
     found = Watched(linear, own, name or type(linear).__name__)
     try:
+        sixteen_bit_only(linear)
         weight = about.weight if about.weight is not None else weight_of(linear)
         found._begin(_subject(found.name, weight, dtype, about), weight, about.source)
     except (Unreadable, ValueError) as error:
@@ -121,7 +151,9 @@ def watch(
     return found
 
 
-def _subject(name: str, weight: Weight, dtype: torch.dtype, known: Known) -> WatchSubject:
+def _subject(name: str, weight: Weight, dtype: torch.dtype | None, known: Known) -> WatchSubject:
+    if dtype is None:
+        dtype = torch.bfloat16 if isinstance(weight, Fp4Tensor) else weight.dtype
     if dtype not in _NAMES:
         raise Unreadable(f"its activation is {dtype}, not 16-bit")
     n, k = weight.shape

@@ -5,15 +5,18 @@ What it is given is looked up when it runs: one compiled graph serves many layer
 
 from __future__ import annotations
 
+import logging
 import weakref
 from functools import lru_cache
 
 import torch
 
+from ..errors import printable
 from ..probes.problem import FORMATS, Fp4Tensor
-from .rows import WatchedCall
+from .rows import WatchedCall, one_on
 from .watcher import WatchedWeight, Witness
 
+log = logging.getLogger("fp4tune")
 _known: dict[int, tuple[Witness, WatchedWeight, weakref.ref[torch.Tensor]]] = {}
 """By the address of a weight as its backend has it."""
 
@@ -46,7 +49,9 @@ def see_call(weight: torch.Tensor, call: WatchedCall) -> bool:
     except Exception as error:
         # What watches must never stop what it watches.
         forget(weight.data_ptr())
-        witness.leave(watched.subject.layer, f"{type(error).__name__}: {error}"[:160])
+        layer, why = watched.subject.layer, f"{type(error).__name__}: {error}"[:160]
+        if witness.leave(layer, why):
+            log.warning("%s", printable(f"fp4tune: {layer} is not watched any more: {why}"))
         return False
 
 
@@ -137,14 +142,9 @@ def see_fp4(
     name, _, layout = form.partition(" ")
     if not known(weight.data_ptr()):
         return False
-    factor = _one(codes.device) if alpha is None else alpha.reshape(-1)
-    packed = Fp4Tensor(FORMATS[name], codes, scales.view(torch.uint8), _one(codes.device))
+    factor = one_on(codes.device) if alpha is None else alpha.reshape(-1)
+    packed = Fp4Tensor(FORMATS[name], codes, scales.view(torch.uint8), one_on(codes.device))
     return see_call(weight, WatchedCall(packed, y, factor, scale_layout=layout))
-
-
-@lru_cache(maxsize=16)
-def _one(device: torch.device) -> torch.Tensor:
-    return torch.ones(1, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=16)

@@ -32,29 +32,43 @@ class WatchPlan(Generic[Key]):
 
     share: str = FEW
     turn: int = 0
+    layers: int = 0
+    """Weights that may be called, as far as they are known."""
     asked: Counter[Key] = field(default_factory=Counter)
     watched: Counter[Key] = field(default_factory=Counter)
     _by_count: Counter[int] = field(default_factory=Counter)
     _calls: int = 0
     _owed: int = 0
+    _graph: int | None = None
+    _graphs: int = 0
 
     def __post_init__(self) -> None:
         if self.share not in SHARES:
             raise ValueError(f"a share of calls is {' or '.join(SHARES)}, not {self.share!r}")
         # A process of few calls watches one, too; of several processes each begins elsewhere.
-        self._calls = ONE_OF - 1 - (self.turn * 11) % ONE_OF
+        self._begin(self.turn * 11, ONE_OF)
 
-    def choose(self, key: Key) -> bool:
-        """Whether this call is watched.
+    def _begin(self, turn: int, spread: int) -> None:
+        """Have one come due within `spread` calls from now on, `turn` says with which."""
+        self._calls = ONE_OF - 1 - turn % spread
+
+    def choose(self, key: Key, graph: int | None = None) -> bool:
+        """Whether this call is watched; `graph` is a number of the capture that it is part of.
 
         One comes due with each `ONE_OF` calls, and is given to the first call from then on that is
-        watched as seldom as any; at the latest to the last before the next one comes due.
+        watched as seldom as any; at the latest to the last before the next one comes due. Each
+        graph begins to count one call further on than the graph before, and no further than it has
+        layers: none is without.
         """
         if key not in self.asked:
             self._by_count[0] += 1
         self.asked[key] += 1
         if self.share == EVERY:
             return self._watch(key)
+        if graph is not None and graph != self._graph:
+            self._graph = graph
+            self._graphs += 1
+            self._begin(self._graphs + self.turn, min(ONE_OF, max(1, self.layers)))
         self._calls += 1
         if self._calls >= ONE_OF:
             self._calls = 0

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,8 @@ class ProcessWitness:
         self.told, self.known = time.monotonic(), len(self.responder.faults)
         try:
             return counts.write(
-                self.witness.report(self.responder.faults, this_device()), self.folder
+                self.witness.report(self.responder.faults, described(self.witness.devices)),
+                self.folder,
             )
         except OSError as error:
             folder, self.folder = self.folder, None
@@ -124,13 +125,14 @@ def _rank(environ: Mapping[str, str]) -> int:
     return os.getpid()
 
 
-def this_device() -> WatchDevice:
-    """What torch computes on in this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        facts = torch.cuda.get_device_properties(torch.cuda.current_device())
-        arch = f"sm{facts.major}{facts.minor}"
-        return WatchDevice(facts.name, arch, f"GPU-{getattr(facts, 'uuid', '')}")
-    return WatchDevice("cpu", "cpu", "")
+def described(devices: Sequence[torch.device]) -> WatchDevice:
+    """What the weights that are watched lie on; of several GPUs the first one's name, and the UUID
+    of each. (What is current in the witness's own thread says nothing.)"""
+    gpus = [torch.cuda.get_device_properties(d) for d in devices if d.type == "cuda"]
+    if not gpus:
+        return WatchDevice("cpu", "cpu", "")
+    uuids = [f"GPU-{getattr(facts, 'uuid', '')}" for facts in gpus]
+    return WatchDevice(gpus[0].name, f"sm{gpus[0].major}{gpus[0].minor}", ",".join(uuids)[:200])
 
 
 def after_fork() -> None:

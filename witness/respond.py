@@ -34,7 +34,8 @@ def end_this_process() -> None:
 
 @dataclass(slots=True)
 class Responder:
-    """Answers what was judged, by `on_fault`; `faults` are the newest documents of what it was."""
+    """Answers what was judged, by `on_fault`; `faults` are documents of what it was, confirmed ones
+    before others, and the newest of these."""
 
     on_fault: str = QUARANTINE
     state_dir: str | None = None
@@ -44,6 +45,7 @@ class Responder:
     """What became of each fault that was reported, one a backend and tactic."""
     _said: set[tuple[str, str, str]] = field(default_factory=set)
     _condemned: set[tuple[str, str]] = field(default_factory=set)
+    _ended: bool = False
 
     def __post_init__(self) -> None:
         if self.on_fault not in ON_FAULT:
@@ -53,7 +55,7 @@ class Responder:
         if judged.status == CLEARED:
             return
         found = document(subject, record, judged)
-        self.faults = [*self.faults, found][-MOST_FAULTS:]
+        self.faults = _kept([*self.faults, found])
         self._say(subject, judged, found)
         if judged.status != FAULT or self.on_fault == LOG:
             return
@@ -61,7 +63,8 @@ class Responder:
         if key not in self._condemned:
             self._condemned.add(key)
             self._condemn(subject, record, found)
-        if self.on_fault == STOP:
+        if self.on_fault == STOP and not self._ended:
+            self._ended = True  # once: a second signal ends many programs out of order
             self.end()
 
     def _say(self, subject: WatchSubject, judged: Confirmation, found: dict[str, Any]) -> None:
@@ -96,6 +99,15 @@ class Responder:
         log.warning("%s", printable(f"fp4tune: {reported.quarantine.where()} is quarantined"))
 
 
+def _kept(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most `MOST_FAULTS`: of more, the oldest that is not confirmed is left out, and then the
+    oldest."""
+    while len(found) > MOST_FAULTS:
+        odd = next((i for i, each in enumerate(found) if each["status"] != FAULT), 0)
+        del found[odd]
+    return found
+
+
 def document(subject: WatchSubject, record: Record, judged: Confirmation) -> dict[str, Any]:
     """What is told of a suspicion: as `counts` reads it back. Numbers that are not finite are None.
 
@@ -106,8 +118,8 @@ def document(subject: WatchSubject, record: Record, judged: Confirmation) -> dic
     return {
         "status": judged.status,
         "layer": printable(subject.layer, 200),
-        "backend": subject.backend,
-        "tactic": subject.tactic[:200],
+        "backend": printable(subject.backend, 200),
+        "tactic": printable(subject.tactic, 200),
         "format": p.format,
         "activation": p.activation,
         "out_dtype": p.out_dtype,

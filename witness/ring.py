@@ -78,7 +78,8 @@ class RingReader:
         self._device = bench.counters.device
         self._done = 0
         self._open = bench.slots
-        self._late: set[int] = set()
+        self._settled = 0
+        """Of the claims before this one, those without a record never get one."""
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None
         self._event = torch.cuda.Event() if on_gpu else None
@@ -98,19 +99,25 @@ class RingReader:
         if claimed == self._done:
             return []
         self._copy(((self._ring, self._bench.ring),))
-        found, late = [], None
+        there, late = [], None
         # What was claimed when there was no room for it has no record, and never will.
         for claim in range(self._done, min(claimed, self._open)):
-            raw = self._ring[claim % self._bench.slots]
-            if int(raw[:8].view(torch.int64)) == claim + 1:
-                found.append(_read_record(raw))
-            elif claim not in self._late:
+            slot = claim % self._bench.slots
+            if int(self._ring[slot, :8].view(torch.int64)) == claim + 1:
+                there.append(slot)
+            elif claim >= self._settled:
                 late = claim  # being written just now; the next time it is there or was never
                 break
-        self._late = set() if late is None else {late}
+        # Once more: a head that was there stands for a record that is whole from then on.
+        self._copy(((self._ring, self._bench.ring),))
+        found = [_read_record(self._ring[slot]) for slot in there]
+        self._settled = claimed
         self._done = claimed if late is None else late
         if late is None or claimed <= self._open:
             self._make_room(self._done + self._bench.slots)
+            # What was claimed until there was room again may have found none.
+            self._copy(((self._state, self._bench.ring_state),))
+            self._settled = int(self._state[0])
         return found
 
     def _make_room(self, until: int) -> None:

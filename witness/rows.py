@@ -6,6 +6,7 @@ It is the kernel's twin (`_kernels`): same limits, same counts. Sums are float64
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -14,6 +15,13 @@ from ..probes.layouts import unswizzle
 from ..probes.problem import Fp4Tensor
 from .limits import Limit
 from .vectors import VECTORS, Sums
+
+
+@lru_cache(maxsize=16)
+def one_on(device: torch.device) -> torch.Tensor:
+    """float32 (1,) on `device`: the factor of what has none, and known by being this tensor."""
+    return torch.ones(1, dtype=torch.float32, device=device)
+
 
 ELSEWHERE = -1
 """The expert of a row that is another process's: it is not looked at."""
@@ -43,8 +51,8 @@ class WatchedCall:
 
     a        (m, k) 16-bit floats, or an `Fp4Tensor`
     y        (m, n) 16-bit floats
-    alpha    the activation's share of the factor, a float or a float32 tensor (); the weight's
-             global scale comes with its `Sums`
+    alpha    the activation's share of the factor but for its own global scale, a float or a
+             float32 tensor (); the weight's global scale comes with its `Sums`
     bias     (n,) or None
     experts  int32 (m,): the expert of each row, `ELSEWHERE` for none; None: all of expert 0
     scale_layout  of an FP4 activation: ``linear``, ``128x4`` or ``8x4``

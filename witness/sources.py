@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -62,13 +63,33 @@ def host_copy(weights: Sequence[Weight]) -> HostCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldWeight:
+    """A weight that its layer holds as it was loaded: signs may be drawn anew from it, and nothing
+    is confirmed by it, since what computes with it may have written there."""
+
+    weight: weakref.ref[torch.Tensor]
+    where: str = "the layer"
+
+    def rows(self, expert: int, rows: slice) -> Weight:
+        """Raises SourceGone."""
+        held = self.weight()
+        if held is None:
+            raise SourceGone("the layer is gone")
+        return held.detach()[rows]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A 2-d tensor of bytes in a safetensors file: where it begins, its rows and bytes a row."""
+    """A 2-d tensor of bytes in a safetensors file: where it begins, its rows and bytes a row.
+
+    stamp  which file it was when its header was read (`stamp_of_file`)
+    """
 
     path: str
     offset: int
     rows: int
     row_bytes: int
+    stamp: tuple[int, ...] = ()
 
     def read(self, rows: slice, columns: slice) -> torch.Tensor:
         """uint8 (rows, columns) of it. Raises SourceGone."""
@@ -76,10 +97,13 @@ class StoredTensor:
         size = (rows.stop - rows.start) * self.row_bytes
         try:
             with files.opened(self.path) as file:
+                now = stamp_of_file(file.fileno())
                 file.seek(start)
                 data = file.read(size)
         except OSError as error:
             raise SourceGone(f"{self.path}: {error.strerror}") from None
+        if self.stamp and now != self.stamp:
+            raise SourceGone(f"{self.path} is not the file any more that was loaded")
         if len(data) != size:
             raise SourceGone(f"{self.path} is shorter than it was")
         whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -124,12 +148,19 @@ class CheckpointSource:
         return Fp4Tensor(self.format, torch.cat(codes), torch.cat(scales), one)
 
 
+def stamp_of_file(fd: int) -> tuple[int, ...]:
+    """Device, inode, size and time of an open file: another where other content was put."""
+    about = os.fstat(fd)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
 def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """The 2-d tensors of one byte an element in a safetensors file, by name. Raises SourceGone."""
     place = os.fspath(path)
     try:
-        size = os.stat(place).st_size
         with files.opened(place) as file:
+            stamp = stamp_of_file(file.fileno())
+            size = stamp[2]
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size, 1 << 28):
                 raise ValueError
@@ -140,7 +171,7 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
                 continue
             shape, (start, end) = about["shape"], about["data_offsets"]
             if len(shape) == 2 and end - start == shape[0] * shape[1] and 8 + length + end <= size:
-                found[name] = StoredTensor(place, 8 + length + start, shape[0], shape[1])
+                found[name] = StoredTensor(place, 8 + length + start, shape[0], shape[1], stamp)
         return found
     except OSError as error:
         raise SourceGone(f"{place}: {error.strerror}") from None
@@ -149,7 +180,8 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 
 def agrees(source: WeightSource, weights: Sequence[Weight]) -> bool:
-    """Whether a source holds what was loaded: the first and the last rows of each, bit for bit."""
+    """Whether a source may hold what was loaded: the first and the last rows of each, bit for bit.
+    What lies between is held against the sums before anything is judged by it (`vectors.agree`)."""
     for expert, weight in enumerate(weights):
         n = weight.shape[0]
         for rows in (slice(0, min(4, n)), slice(max(0, n - 4), n)):

@@ -115,6 +115,31 @@ def remake(
     return replace(into, finite=fresh.finite)
 
 
+_AGREE = 2.0**-20
+"""Of the sum of magnitudes: float64 in another order, kept in float32."""
+
+
+def agree(sums: Sums, expert: int, group: int, rows: torch.Tensor) -> bool:
+    """Whether `rows`, float64 (columns of the group, k), are what the sums of a group were made of:
+    rows that differ, or lie in another order, have other sums with signs that nobody knows."""
+    columns = sums.groups.columns(group)
+    signs = sums.signs[:, columns].to(rows.device).double()
+    held = sums.sums[expert, group].to(rows.device).double()
+    if rows.shape != (signs.shape[1], held.shape[1]):
+        return False
+    slack = _AGREE * rows.abs().sum(dim=0)
+    return bool(((signs @ rows - held).abs() <= slack).all())
+
+
+def agree_all(sums: Sums, weights: Sequence[Fp4Tensor | torch.Tensor]) -> bool:
+    """`agree` of every group of every expert."""
+    return all(
+        agree(sums, expert, group, rows_of(weight, columns))
+        for expert, weight in enumerate(weights)
+        for group, columns in enumerate(sums.groups)
+    )
+
+
 def _sum(weight: Fp4Tensor | torch.Tensor, signs: torch.Tensor, columns: slice) -> torch.Tensor:
     """float64 (VECTORS, k): the signed sum of a weight's rows `columns`, in slices of them."""
     total = torch.zeros(VECTORS, weight.shape[1], dtype=torch.float64, device=signs.device)

@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 
+from ..errors import printable
 from ..probes.problem import Fp4Tensor, Problem
 from . import here, launch
-from .confirm import CLEARED, FAULT, SUSPECTED, Confirmation, confirm
-from .counts import COUNTED, WatchedLayer, WatchReport, merged
+from .confirm import CLEARED, FAULT, NOT_AS_LOADED, SUSPECTED, Confirmation, confirm
+from .counts import COUNTED, MOST_LEFT, WatchedLayer, WatchReport, merged
 from .launch import Bench, CallSite
 from .limits import Limit, limit
 from .plan import EVERY, FEW, PERIOD, WatchPlan
 from .ring import Record, RingReader, evidence
-from .rows import WatchedCall
-from .sources import SourceGone, Weight, WeightSource, agrees, host_copy
-from .vectors import Sums, draw_signs, remake, sums_of
+from .rows import WatchedCall, one_on
+from .sources import HeldWeight, SourceGone, Weight, WeightSource, agrees, host_copy
+from .vectors import Sums, agree_all, draw_signs, remake, sums_of
 
 MOST_SITES = 4096
 SLOTS = 32
@@ -87,10 +88,12 @@ class WatchedWeight:
     eager: int
     """The site of its calls outside of graphs."""
     bias: torch.Tensor | None = None
-    """On the host."""
-    loaded_bias: torch.Tensor | None = None
-    """As it was loaded, on the weight's device: what its backend prepared of it may lie in another
-    order."""
+    """What is added where a call has a bias, as it was loaded or as the first call had it."""
+    held: HeldWeight | None = None
+    """What signs may be drawn anew from where there is no source."""
+    biased: bool = False
+    """Whether `bias` is as it was loaded: what its backend prepared of it may lie in another order.
+    """
     remaking: bool = False
     drawn: int = 1
     prepared: weakref.ref[torch.Tensor] | None = None
@@ -156,7 +159,6 @@ class Witness:
         """Layer to why it is not watched."""
         self._handle = handle
         self._devices: dict[torch.device, DeviceWitness] = {}
-        self._ones: dict[torch.device, torch.Tensor] = {}
         self._lock = threading.RLock()
         self._looking = threading.Lock()
         self._wake = threading.Event()
@@ -175,8 +177,8 @@ class Witness:
     ) -> WatchedWeight:
         """Watch a weight (one per expert), from before its backend prepares it.
 
-        `source` counts only where it agrees with `weights`. `bias` is what is added where a call
-        has a bias; without it, what the call says. Raises Unreadable.
+        `source` counts only where it agrees with `weights`. `bias` (n,) is what is added where a
+        call has a bias; without it, what the call says. Raises Unreadable.
         """
         problem = subject.problem
         if problem.k > LONGEST_ROW:
@@ -199,17 +201,23 @@ class Witness:
             if eager is None:
                 raise Unreadable("more weights than the witness has counters for")
             made.eager = eager
-            if bias is not None:
-                made.loaded_bias, made.bias = bias, bias.cpu()
+            made.bias, made.biased = bias, bias is not None
             self.weights.append(made)
+            self.plan.layers = len(self.weights)
         if sums.signs.is_cuda:
-            launch.warm(sums, allowed, problem, device.bench, bias is not None)
+            with torch.cuda.device(sums.signs.device):
+                launch.warm(sums, allowed, problem, device.bench, bias is not None)
         return made
 
     def hold(self, weight: WatchedWeight, prepared: torch.Tensor) -> None:
         """Remember what a backend made of a weight: once that has changed (an engine that loads
         other weights into the same memory), nothing is confirmed any more."""
         weight.prepared, weight.stamp = weakref.ref(prepared), stamp_of(prepared)
+
+    def redraw_from(self, weight: WatchedWeight, layer: torch.Tensor) -> None:
+        """Signs may be drawn anew from `layer`, the weight (n, k) as its layer holds it, as long as
+        that is what was loaded."""
+        weight.held = HeldWeight(weakref.ref(layer))
 
     def _changed(self, weight: WatchedWeight) -> str | None:
         """Why a weight is not the one that was loaded any more; None where it is."""
@@ -231,7 +239,7 @@ class Witness:
     def _device(self, device: torch.device) -> DeviceWitness:
         if device not in self._devices:
             self._devices[device] = DeviceWitness(device)
-            self._ones[device] = torch.ones(1, dtype=torch.float32, device=device)
+            one_on(device)  # made before anything is captured
         return self._devices[device]
 
     # -- calls
@@ -242,6 +250,10 @@ class Witness:
         On a GPU this enqueues one kernel on the current stream at most, also into a graph. Raises
         Unreadable for a call that is not one of this weight.
         """
+        if call.y.is_cuda and torch.cuda.current_device() != call.y.device.index:
+            # Kernels are launched on the current device's current stream, which is not this call's.
+            with torch.cuda.device(call.y.device):
+                return self.see(weight, call)
         device = self._devices[weight.sums.signs.device]
         m = call.y.shape[0]
         if not m:
@@ -249,23 +261,21 @@ class Witness:
         capturing = call.y.is_cuda and torch.cuda.is_current_stream_capturing()
         with self._lock:
             bucket = 1 << max(0, m - 1).bit_length()
-            if not self.plan.choose((weight.number, bucket, capturing)):
+            graph = _capture_number(call.y.device) if capturing else None
+            if not self.plan.choose((weight.number, bucket, capturing), graph):
                 return False
             call = _call_of(weight, call)
             index = device.site(weight, True, m) if capturing else None
             site = index if index is not None else weight.eager
             own = device.sites[site]
             own.m_lo, own.m_hi = min(own.m_lo or m, m), max(own.m_hi, m)
-        if call.bias is not None and weight.loaded_bias is not None:
-            call = replace(call, bias=weight.loaded_bias)
-        elif call.bias is not None and weight.bias is None and not capturing:
-            weight.bias = call.bias.detach().cpu()
+        if call.bias is not None and weight.biased:
+            call = replace(call, bias=weight.bias)
+        elif call.bias is not None and weight.bias is None:
+            weight.bias = call.bias.detach()
         # Outside of graphs the plan decides, call by call; in them the device, replay by replay.
         place = CallSite(site, site, self.options.period if index is not None else 1)
-        alpha = call.alpha
-        if not isinstance(alpha, torch.Tensor):
-            alpha = self._ones[call.y.device] * alpha if alpha != 1.0 else self._ones[call.y.device]
-        call = replace(call, alpha=alpha)
+        call = _with_whole_factor(call)
         if call.y.is_cuda:
             launch.launch(call, weight.sums, weight.limit, device.bench, place)
         else:
@@ -290,6 +300,8 @@ class Witness:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(_STOP)
+            if thread.is_alive():
+                return  # it waits for a device that is gone; this thread need not, too
         self._thread = None
         self.look()
 
@@ -311,7 +323,9 @@ class Witness:
             for device in list(self._devices.values()):
                 device.counters = device.reader.counters().clone()
                 for record in device.reader.records():
-                    found.append(self._judge(device.sites[record.site], record))
+                    # One that cannot be judged takes none of the others along.
+                    with contextlib.suppress(Exception):
+                        found.append(self._judge(device.sites[record.site], record))
         return found
 
     def _judge(self, site: _Site, record: Record) -> Confirmation:
@@ -322,7 +336,9 @@ class Witness:
         seen = evidence(record, kind, problem.dtype, groups, problem.k)
         changed = self._changed(weight)
         if changed is None:
-            judged = confirm(record, seen, weight.source, groups, subject.width, weight.bias)
+            with self._devices[weight.sums.signs.device].reader.quietly():
+                bias = None if weight.bias is None else weight.bias.cpu()
+                judged = confirm(record, seen, weight.source, weight.sums, subject.width, bias)
         else:
             judged = Confirmation(SUSPECTED, changed)
             self.leave(subject.layer, changed)
@@ -338,36 +354,45 @@ class Witness:
         wanted = self.options.redraw
         for weight in self.weights:
             if weight.remaking:
-                self.redraw(weight)
                 weight.remaking = False
+                self.redraw(weight)
                 return
         if wanted <= 0 or time.monotonic() - self._redrawn < wanted or not self.weights:
             return
         self._redrawn = time.monotonic()
         self._next = (self._next + 1) % len(self.weights)
         weight = self.weights[self._next]
-        if weight.source is not None:
+        if weight.source is not None or weight.held is not None:
             with self._devices[weight.sums.signs.device].reader.quietly():
                 weight.sums.gate.zero_()
             weight.remaking = True
 
     def redraw(self, weight: WatchedWeight) -> None:
-        """Fresh signs for a weight that has a source; its check is closed meanwhile.
+        """Fresh signs for a weight that can be had again as it was loaded; its check is closed
+        meanwhile, and stays closed where making them fails half way.
 
         Kernels that began before must be done: on a GPU a second after it was closed."""
-        assert weight.source is not None
+        source = weight.source or weight.held
+        assert source is not None
         whole = slice(0, weight.sums.groups.n)
         with self._devices[weight.sums.signs.device].reader.quietly():
             weight.sums.gate.zero_()
             try:
-                raw = [weight.source.rows(e, whole) for e in range(weight.sums.experts)]
+                raw = [source.rows(e, whole) for e in range(weight.sums.experts)]
+                if not agree_all(weight.sums, raw):
+                    raise SourceGone(NOT_AS_LOADED)
                 remake(weight.sums, raw)
                 weight.drawn += 1
             except SourceGone:
-                weight.source = None
+                weight.source = weight.held = None
             weight.sums.gate.fill_(1)
 
     # -- saying
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """What weights are watched on, in order of their coming."""
+        return list(self._devices)
 
     def layers(self) -> tuple[WatchedLayer, ...]:
         """What was counted, by backend, tactic and shape."""
@@ -388,6 +413,7 @@ class Witness:
             watched=self.layers(),
             faults=tuple(faults),
             unwatched=len(self.plan.unwatched()),
+            left=tuple(printable(each, 200) for each in self.unwatched()[-MOST_LEFT:]),
             gpu=device.gpu,
             arch=device.arch,
             uuid=device.uuid,
@@ -400,6 +426,28 @@ class Witness:
             where = " in graphs" if captured else ""
             found.append(f"{self.weights[number].subject.layer} up to m={m}{where}")
         return found + [f"{layer}: {why}" for layer, why in sorted(self.left_alone.items())]
+
+
+def _capture_number(device: torch.device) -> int | None:
+    """Of the capture that the current stream is part of; None where the driver does not tell."""
+    from ..probes.regimes.pdl import edges  # with all regimes: only where something is captured
+
+    try:
+        return edges.capture_number(torch.cuda.current_stream(device).cuda_stream)
+    except edges.EdgesHidden:
+        return None
+
+
+def _with_whole_factor(call: WatchedCall) -> WatchedCall:
+    """`call` with a float32 tensor as its factor, the activation's own global scale included."""
+    a, one = call.a, one_on(call.y.device)
+    alpha = call.alpha
+    if not isinstance(alpha, torch.Tensor):
+        alpha = one * alpha if alpha != 1.0 else one
+    if isinstance(a, Fp4Tensor) and a.global_scale is not one:
+        alpha = alpha.reshape(-1) * a.global_scale.reshape(-1).to(alpha.device)
+        a = replace(a, global_scale=one)
+    return replace(call, a=a, alpha=alpha)
 
 
 _SAMPLE = 4096
@@ -434,8 +482,17 @@ def _call_of(weight: WatchedWeight, call: WatchedCall) -> WatchedCall:
         call = replace(call, y=call.y[:, :n])
     if wide > k or a.shape[0] > m:
         call = replace(call, a=_less(a, m, k))
-    if not isinstance(a, Fp4Tensor) and (a.dtype != call.y.dtype or a.stride(1) != 1):
+    if isinstance(a, Fp4Tensor):
+        if a.codes.stride(1) != 1 or not a.scales.is_contiguous():
+            raise Unreadable("an activation whose codes or scales do not lie row by row")
+    elif a.dtype != call.y.dtype or a.stride(1) != 1:
         raise Unreadable(f"an activation of {a.dtype} beside an output of {call.y.dtype}")
+    bias = call.bias
+    if bias is not None:
+        if bias.dtype != call.y.dtype or bias.dim() != 1 or bias.stride(0) != 1:
+            raise Unreadable(f"a bias of {bias.dtype}, {tuple(bias.shape)}")
+        if bias.shape[0] < n:
+            raise Unreadable(f"a bias of {bias.shape[0]} for {n} columns")
     return call
 
 
@@ -461,7 +518,8 @@ def _site_counts(site: _Site, counters: list[int]) -> WatchedLayer:
     counts["faults"] = site.judged[FAULT]
     counts["cleared"] = site.judged[CLEARED]
     counts["suspected"] = site.judged[SUSPECTED]
+    backend, tactic = (printable(name, 200) for name in (subject.backend, subject.tactic))
     return WatchedLayer(
-        subject.backend, subject.tactic, p.format, p.activation, p.out_dtype, p.groups, p.n, p.k,
+        backend, tactic, p.format, p.activation, p.out_dtype, p.groups, p.n, p.k,
         site.m_lo, site.m_hi, int(not site.graph), counts,
     )  # fmt: skip

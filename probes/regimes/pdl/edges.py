@@ -73,7 +73,7 @@ def _call(name: str, *arguments: Any) -> None:
         raise EdgesHidden(f"{name} failed with CUDA error {code}")
 
 
-def _state(stream: int) -> tuple[ctypes.c_void_p, tuple[Node, ...]]:
+def _state(stream: int) -> tuple[ctypes.c_void_p, tuple[Node, ...], int]:
     status, number = ctypes.c_int(), ctypes.c_uint64()
     graph, count = ctypes.c_void_p(), ctypes.c_size_t()
     nodes = ctypes.POINTER(ctypes.c_void_p)()
@@ -90,7 +90,13 @@ def _state(stream: int) -> tuple[ctypes.c_void_p, tuple[Node, ...]]:
     )
     if status.value != 1:
         raise EdgesHidden("the stream is not being captured")
-    return graph, tuple(nodes[i] or 0 for i in range(count.value))
+    return graph, tuple(nodes[i] or 0 for i in range(count.value)), number.value
+
+
+def capture_number(stream: int) -> int:
+    """The driver's number of the capture that `stream` (a CUDA handle) is part of: another for each
+    graph. Raises EdgesHidden."""
+    return _state(stream)[2]
 
 
 def tail(stream: int) -> tuple[Node, ...]:
@@ -100,7 +106,7 @@ def tail(stream: int) -> tuple[Node, ...]:
 
 def captured_edges(stream: int) -> tuple[Edge, ...]:
     """Every edge of the graph that `stream` is captured into, as it is now."""
-    graph, _ = _state(stream)
+    graph, _, _ = _state(stream)
     size = 1024
     while True:
         # Asking for the number alone fails where any edge is programmatic.
