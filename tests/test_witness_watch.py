@@ -246,7 +246,7 @@ def test_an_activation_s_own_global_scale_counts_once():
     y = (dequantise(a, torch.float64) @ dequantise(weight, torch.float64).T).bfloat16()
     heard.witness.see(watched, rows.WatchedCall(a, y))
     assert heard.statuses == []
-    y[3, :4] += 100
+    y[3, :4] += torch.tensor([100, 230, 470, 950]).bfloat16()
     heard.witness.see(watched, rows.WatchedCall(a, y))
     assert set(heard.statuses) == {FAULT} and heard.judged[0][2].wrong < 200
 
