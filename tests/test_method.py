@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fp4tune.autotune.evidence import method as methods
-from fp4tune.probes.bundle.closure import PACKAGE
+from fp4tune.probes.bundle.closure import PACKAGE, closure
 
 INSIDE = ("probes/check/reference.py", "probes/regimes/pdl/pdl.py", "autotune/stages/grade.py")
 OUTSIDE = ("report/terminal/tables.py", "commands/probe.py", "autotune/choice/rank.py")
@@ -52,6 +52,44 @@ def test_a_module_that_moves_is_another_method(tmp_path):
         (tmp_path / name).write_text("X = 1\n")
     one, other = ([tmp_path / name] for name in ("a.py", "b.py"))
     assert methods.digest(tmp_path, one) != methods.digest(tmp_path, other)
+
+
+NO_PART = {
+    "probes/__init__.py": "nothing in it",
+    "probes/audit": "has rules of its own, and what it keeps says by which",
+    "probes/backends/torch": "a backend: a part of its own evidence",
+    "probes/bundle": "repeats what was found",
+    "probes/decoding.py": "the floors' own, which share nothing with the reference",
+    "probes/grouped/__init__.py": "nothing in it",
+    "probes/grouped/floor.py": "a backend",
+    "probes/grouped/zoo": "backends that fail on purpose, controls among them",
+    "probes/registry.py": "finds backends",
+    "probes/settings.py": "variables of the environment",
+    "probes/zoo": "backends that fail on purpose, controls among them",
+}
+"""Of `probes`, what is imported by what measures and measures nothing itself, and why."""
+
+
+def test_what_measuring_code_imports_of_probes_is_a_part_of_the_method_or_is_said_not_to_be():
+    own = set(methods._measuring_files(PACKAGE))
+    imported = [
+        m.relative_to(PACKAGE) for m in closure(m for m in own if m.suffix == ".py") if m not in own
+    ]
+    left = [m for m in imported if m.parts[0] == "probes"]
+    said = {m for m in left for part in NO_PART if m.is_relative_to(part)}
+    assert not set(left) - said
+
+
+@pytest.mark.parametrize("file", ["probes/regimes/host/canaries.c", "probes/census/shim.c"])
+def test_c_that_measures_is_a_part_and_its_comments_are_none(tmp_path, file):
+    assert PACKAGE / file in set(methods._measuring_files(PACKAGE))
+    copy = tmp_path / "a.c"
+    shutil.copy(PACKAGE / file, copy)
+    before = methods.digest(tmp_path, [copy])
+    copy.write_text("/* a remark */\n" + copy.read_text() + "// another\n")
+    assert methods.digest(tmp_path, [copy]) == before
+    copy.write_text(copy.read_text() + "int changed = 1;\n")
+    assert methods.digest(tmp_path, [copy]) != before
 
 
 def test_every_part_is_there():

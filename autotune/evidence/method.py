@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from ...probes.bundle.closure import PACKAGE, closure
 MEASURES = (
     "autotune/census.py",
     "autotune/chains.py",
+    "autotune/clock_stability.py",
     "autotune/evidence/recorder.py",
     "autotune/layer.py",
     "autotune/race.py",
@@ -28,7 +30,10 @@ MEASURES = (
     "autotune/stages/stress.py",
     "autotune/stages/timing.py",
     "autotune/verdict/buckets.py",
+    "autotune/verdict/statistics.py",
+    "machine/memory.py",
     "probes/backends/__init__.py",
+    "probes/backends/_returned.py",
     "probes/census",
     "probes/check",
     "probes/data",
@@ -37,9 +42,12 @@ MEASURES = (
     "probes/grouped/exact.py",
     "probes/grouped/families.py",
     "probes/grouped/problem.py",
+    "probes/grouped/realistic.py",
     "probes/grouped/reference.py",
     "probes/grouped/routing.py",
     "probes/grouped/tensors.py",
+    "probes/grouped/tokens.py",
+    "probes/grouped/units.py",
     "probes/launch",
     "probes/layouts.py",
     "probes/problem.py",
@@ -51,6 +59,9 @@ MEASURES = (
 """What decides which launches are made, how they are checked and timed, and what is recorded of
 them. Verdicts and choices are made anew from evidence, so what makes them is no part of it; neither
 is what plans, prints, publishes, or another backend."""
+
+_CODE = ("*.py", "*.c")
+_C_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 
 REVOKED: Mapping[str, str] = {}
 """Methods whose failures no longer count, each with the reason: a check that was wrong. A failure
@@ -79,18 +90,25 @@ def method_of(backend: str) -> str:
 
 
 def digest(root: Path, modules: Iterable[Path]) -> str:
-    """SHA-256 (hex) over the syntax trees of `modules`, without docstrings, by their places below
-    `root`."""
+    """SHA-256 (hex) over the syntax trees of `modules`, without docstrings, and over C without its
+    comments, by their places below `root`."""
     sha = hashlib.sha256()
     for path in sorted(modules):
-        sha.update(f"{path.relative_to(root)}\0{_syntax(path.read_text('utf-8'))}\0".encode())
+        text = path.read_text("utf-8")
+        said = _syntax(text) if path.suffix == ".py" else _words_of_c(text)
+        sha.update(f"{path.relative_to(root)}\0{said}\0".encode())
     return sha.hexdigest()
 
 
 def _measuring_files(root: Path) -> Iterator[Path]:
     for part in MEASURES:
         place = root / part
-        yield from place.rglob("*.py") if place.is_dir() else (place,)
+        yield from (f for end in _CODE for f in place.rglob(end)) if place.is_dir() else (place,)
+
+
+def _words_of_c(source: str) -> str:
+    """C in words, without comments. (A string that looks like one goes with them.)"""
+    return " ".join(_C_COMMENT.sub(" ", source).split())
 
 
 def _syntax(source: str) -> str:
