@@ -38,6 +38,10 @@ class Missing(StateError):
     """There is no such database yet."""
 
 
+class Unpublished(Missing):
+    """Nothing is published in the place that was looked at, or in none."""
+
+
 class Foreign(StateError):
     """The file exists and is not one of fp4tune's."""
 

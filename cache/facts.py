@@ -50,6 +50,8 @@ DRIVER = "/sys/module/nvidia/version"
 """Where the kernel says which NVIDIA driver is loaded."""
 GPUS = "/proc/driver/nvidia/gpus"
 """Where the driver says which GPUs there are, without being asked through NVML."""
+ELSEWHERE = "look at it on its own host; a probe of this one keeps to a state of its own"
+"""What to do with the store of another host: a probe with that ``--state`` would take its place."""
 _MOST_SHAPES = 8
 """Of a command that is given to be copied."""
 
@@ -155,11 +157,29 @@ def _gathered(
         facts["reason"] += f"; {layer_words(first)}: {first['why']}"
     facts["do"] = next((s["do"] for s in same if s["do"]), "")
     if facts["elsewhere"] and facts["status"] == "stale":
-        every = [row["status"] for group in rows.values() for row in group]
-        then = _safe_of_all({"safe": sum(s != "none" for s in every), "": every.count("none")})
-        facts["reason"] = f"{then.replace('have', 'had')} when it was published; not so here"
-        facts["do"] = "fp4tune probe"
+        _as_of_elsewhere(facts, [row for group in rows.values() for row in group])
+    if facts["ledger"] and not facts["do"]:
+        facts["do"] = (
+            f"move {os.path.join(facts['state'], state.LEDGER)} away: the next probe measures anew"
+        )
     return facts
+
+
+def _as_of_elsewhere(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Say of everything that is stale here only since this is another host what it was there; a
+    probe of this host is none for the place of that one."""
+    layers = [layer for scope in facts["scopes"] for layer in scope["by_layer"]]
+    names = ("format", "activation", "out_dtype", "groups", "n", "k")
+    for said in (facts, *layers):
+        mine = [r for r in rows if said is facts or all(r[n] == said[n] for n in names)]
+        then = [row["status"] for row in mine]
+        had = _safe_of_all({"safe": sum(s != "none" for s in then), "": then.count("none")})
+        if said["status"] == "stale":
+            said["reason"] = f"{had.replace('have', 'had')} when it was published; not so here"
+            if said is not facts:
+                said["why"] = "this is another host"
+    for said in (facts, *facts["scopes"], *layers):
+        said["do"] = ELSEWHERE if said["status"] == "stale" else said["do"]
 
 
 def of_layer(

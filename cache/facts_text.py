@@ -57,13 +57,17 @@ def render(facts: dict[str, Any], form: str, expires: float = EXPIRES) -> str:
     if form == "line":
         return line(facts) + "\n"
     if form == "text":
-        lines = (*headline(facts), *map(_scope_line, facts["scopes"]))
-        return "".join(f"{printable(text)}\n" for text in lines)
+        return "".join(f"{text}\n" for text in text_lines(facts))
     if form == "nfd":
         return "".join(f"{text}\n" for text in _nfd(facts, time.time() + expires))
     if form == "textfile":
         return "".join(f"{text}\n" for text in _textfile(facts))
     raise ValueError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
+
+
+def text_lines(facts: dict[str, Any]) -> list[str]:
+    """What people read: the status, and a line for each scope."""
+    return [*headline(facts), *(printable(_scope_line(scope)) for scope in facts["scopes"])]
 
 
 def headline(facts: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import stat
 import struct
 
 from ..machine import files
-from .errors import Corrupt, Foreign, Missing, NewerSchema, Unusable, translate
+from .errors import Corrupt, Foreign, Missing, NewerSchema, Unpublished, Unusable, translate
 
 MAGIC = b"SQLite format 3\0"
 _BESIDE = ("-wal", "-shm", "-journal")
@@ -40,7 +40,11 @@ def inspect(
         ) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError):
-            raise Missing(path, f"there is no {what} here; run fp4tune probe") from error
+            import shlex
+
+            kind = Missing if what == "ledger" else Unpublished
+            how = f"run fp4tune probe --state {shlex.quote(os.path.dirname(path) or '.')}"
+            raise kind(path, f"there is no {what} here; {how}") from error
         raise translate(error, path) from error
     for suffix in _BESIDE:
         if _is_irregular(path + suffix):

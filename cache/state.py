@@ -14,7 +14,7 @@ import os
 import time
 
 from ..machine import files
-from .errors import Busy, Missing, StateError, translate
+from .errors import Busy, StateError, Unpublished, translate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,15 +56,15 @@ def holding_places() -> list[str]:
     return [p for p in _reading_places() if os.path.isfile(os.path.join(p, CHOICES))]
 
 
-def nothing_published() -> Missing:
+def nothing_published() -> Unpublished:
     """The error where no place that a reader looks holds a choices.db: which, and what to do."""
     first, *others = _reading_places()
     if os.environ.get(VARIABLE):
         why = f"nothing is published in this place, which {VARIABLE} names, and no other is looked"
-        return Missing(first, f"{why} at; run fp4tune probe, or name another")
+        return Unpublished(first, f"{why} at; run fp4tune probe, or name another")
     also = f" nor in {' nor in '.join(others)}" if others else ""
     how = f"run fp4tune probe, or name the place with --state or {VARIABLE}"
-    return Missing(first, f"nothing is published here{also}; {how}")
+    return Unpublished(first, f"nothing is published here{also}; {how}")
 
 
 def _reading_places() -> list[str]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..cache.errors import Corrupt, StateError
+from ..cache.errors import Corrupt, StateError, Unpublished
 from ..errors import NOT_ASSESSED, Refused, printable
 from ..machine.memory import is_out_of_memory
+from ..words import MISSING, STATUS_WORDS, UNREADABLE
 
 State = Annotated[
     Path | None,
@@ -191,6 +192,7 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(error.code) from None
     except StateError as error:
         word = "DAMAGED: " if isinstance(error, Corrupt) else ""
+        word = f"{STATUS_WORDS[MISSING]}: " if isinstance(error, Unpublished) else word
         say(f"fp4tune: {word}{error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except ValueError as error:
@@ -270,9 +272,14 @@ def say_status(found: dict[str, Any], prefix: str = "") -> None:
 
 
 def say_layer_status(
-    found: dict[str, Any], problem: Any, profile: str | None, state: Path | None
+    found: dict[str, Any],
+    problem: Any,
+    profile: str | None,
+    state: Path | None,
+    answer: Mapping[str, Any] | None = None,
 ) -> None:
-    """The status of the layer of one problem, or the node's where that layer is not known."""
+    """The status of the layer of one problem, or the node's where that layer is not known; that of
+    the `answer` at its m where the layer's is better."""
     from ..cache import facts, facts_text
     from ..cache.experts import layer_words
 
@@ -293,9 +300,18 @@ def say_layer_status(
         say_wrapped([f"UNPROVEN: {words} was not probed here", f"now: {probe}"])
         return
     words = layer_words(asdict(p))
+    do = layer["do"]
     lines = [f"{facts_text.said(layer)} ({words}, generation {found['generation']})"]
+    if answer is not None and layer["status"] == "safe" != answer["status"]:
+        lines[0] = (
+            f"{STATUS_WORDS[answer['status']]}: m={p.m} {words}: {answer['reason']}; of what was "
+            f"probed, {layer['reason']}"
+        )
+        probe = facts.probe_command(_first_scope(found, profile), [layer])
+        do = facts.at_place(f"{probe} --max-m {p.m}", state)
     lines += [found["elsewhere"]] if found["elsewhere"] else []
-    lines += [f"now: {layer['do']}"] if layer["do"] else []
+    lines += [f"{STATUS_WORDS[UNREADABLE]} ledger: {found['ledger']}"] if found["ledger"] else []
+    lines += [f"now: {do or found['do']}"] if do or found["ledger"] else []
     say_wrapped(lines)
 
 

@@ -25,9 +25,9 @@ from ._console import (
     print_json,
     problem_of,
     refuse_engine_options,
-    say,
     say_layer_status,
     say_lines,
+    say_wrapped,
     status,
 )
 
@@ -79,9 +79,9 @@ def choose(
             print_json(decision)
         else:
             place = documents.place_of(state)
-            say_layer_status(status(place, profile=profile), problem, profile, place)
-            for line in (*decision_lines(decision), *choice_lines(decision, layer)):
-                say(line)
+            found = status(place, profile=profile)
+            say_layer_status(found, problem, profile, place, decision)
+            say_wrapped((*decision_lines(decision), *choice_lines(decision, layer)))
             scope = documents.scope(state, profile)
             if scope is not None and decision["status"] == "safe":
                 sm = names.sm_of(scope[0])

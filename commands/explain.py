@@ -20,7 +20,7 @@ from ._console import (
     problem_of,
     say,
     say_layer_status,
-    say_lines,
+    say_wrapped,
     status,
 )
 
@@ -57,7 +57,7 @@ def explain(
             print_json(document)
         else:
             say_layer_status(status(place, profile=profile), problem, profile, place)
-            if unread := documents.ledger_problem(place):
-                say(f"DAMAGED ledger, so what failed is not known: {unread}")
-            say_lines(explained_lines(document))
+            if documents.ledger_problem(place):
+                say("What failed is not known, since the ledger is damaged.")
+            say_wrapped(explained_lines(document))
         raise typer.Exit(explanation.exit_code(document))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SAFE
-from ._console import Json, State, choice, one_sentence, refuse_beside
+from ._console import Json, State, choice, one_sentence, refuse_beside, say_wrapped
 
 
 def facts(
@@ -43,5 +43,8 @@ def facts(
             gathering.ask_driver()
         found = gathering.gather(state, gpu, profile)
         form = "json" if as_json else "line" if check else format_
-        facts_text.put(facts_text.render(found, form, expires), out)
+        if form == "text" and out is None:
+            say_wrapped(facts_text.text_lines(found))
+        else:
+            facts_text.put(facts_text.render(found, form, expires), out)
         raise typer.Exit(gathering.EXIT[found["status"]] if check else SAFE)

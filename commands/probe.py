@@ -157,6 +157,7 @@ def probe(
             level = level if given(ctx, "level") else demonstration.LEVEL
             shape, max_m = [demonstration.SHAPE], demonstration.MAX_M
             backend, activation = [*demonstration.backends()], [demonstration.ACTIVATION]
+            _refuse_to_demonstrate_in(directory(state))
             for sentence in demonstration.before():
                 say(sentence, err=True)
         chosen_level = named(LEVELS, level, "level")
@@ -178,6 +179,9 @@ def probe(
                 held if split == tp else shapes.checkpoint_layers(checkpoint, split, rules)
             )
         plans = []
+        if not (preset or model_config or shape or experts or held):
+            model = planning.DEFAULT_PRESET[targets[0].device.kind]
+            say(f"no layer was named: these are those of {model} at --tp {tp}", err=True)
         for target in targets:
             most = planning.max_m(max_m, target)
             named_models = planning.models(preset or (), model_config, tp, held)
@@ -294,7 +298,11 @@ def probe(
                     f"the {budget:g} s of --budget were over before anything was proven, and "
                     "nothing is published: give it more, what was measured is kept"
                 )
-            raise Refused("no backend could run any of these problems here; nothing is published")
+            why = [text for report in reports for text in report.broken.values()]
+            more = f" (the first says: {why[0]})" if why else ""
+            raise Refused(
+                f"no backend could run any of these problems here{more}; nothing is published"
+            )
         if failed or (backend and any(report.broken for report in reports)):
             raise typer.Exit(NOT_ASSESSED)
         if engine is not None:
@@ -331,6 +339,17 @@ def _refuse_idle(
         )
     if as_json:
         refuse_beside(ctx, ["verbose"], "prints tables, and --json has all that is in them")
+
+
+def _refuse_to_demonstrate_in(place: Path) -> None:
+    """A demonstration takes the place of nothing that a GPU showed. Raises Refused."""
+    scopes = status(place)["scopes"]
+    gpus = sorted({scope["gpu"] for scope in scopes if scope["arch"] != "cpu"})
+    if gpus:
+        raise Refused(
+            f"{place} holds what was published for {', '.join(gpus)}, and there is no GPU here: a "
+            "demonstration keeps to a place of its own (--state)"
+        )
 
 
 def _interrupted(known: tuple[int, int] | None) -> str:

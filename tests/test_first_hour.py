@@ -189,7 +189,7 @@ def test_a_damaged_ledger_is_not_a_missing_one(how, tmp_path):
     call("report", "--state", place, "--html", tmp_path / "page.html")
     assert "DAMAGED ledger" in (tmp_path / "page.html").read_text()
     ledger.unlink()
-    assert "No findings." in call("show", "--state", place).stdout
+    assert "No findings are kept here" in call("show", "--state", place).stdout
     assert not [x for x in doctor.examine(place) if x.what == "ledger.db"]
 
 
@@ -718,3 +718,45 @@ def test_where_nothing_is_known_fewer_backends_are_said_to_take_less(tmp_path):
 def plan_of(shapes: int) -> Plan:
     problems = tuple(Problem("nvfp4", 4, 64 * i, 128, "bf16", "bf16") for i in range(1, shapes + 1))
     return Plan(devices.cpu(), ("a",), problems, LEVELS["quick"], PROFILES["strict"], seed=1)
+
+
+def of_an_h200(place: Path) -> Path:
+    """A store as an H200 published it, of files that are not here."""
+    environment = Environment("f" * 64, "marlin", "sm90", {}, (Stamp("/nowhere/a.so", 1, 2, 3),))
+    publish.publish(
+        place, *stores.rows_for("a", gpu="NVIDIA H200"), [environment], {"run": "a", "devices": []}
+    )
+    return place
+
+
+def test_a_demonstration_takes_the_place_of_nothing_a_gpu_showed(tmp_path):
+    place = of_an_h200(tmp_path / "s")
+    before = sorted(p.name for p in place.iterdir())
+    said = call("probe", "--state", place)
+    assert said.exit_code == 2 and "a demonstration keeps to a place of its own" in said.stderr
+    assert sorted(p.name for p in place.iterdir()) == before
+
+
+def test_what_to_do_about_the_store_of_another_host_is_no_probe_in_its_place(tmp_path):
+    place = of_an_h200(tmp_path / "s")
+    found = facts.gather(place, driver=str(tmp_path / "none"), gpus=str(tmp_path / "none"))
+    layers = [layer for scope in found["scopes"] for layer in scope["by_layer"]]
+    stale = [said for said in (found, *layers) if said["status"] == "stale"]
+    assert found["elsewhere"] and all("probe" not in said["do"].split()[:2] for said in stale)
+
+
+def test_an_answer_that_is_worse_than_its_layer_is_what_is_said_first(tmp_path):
+    place = tmp_path / "s"
+    stores.put(place)
+    choice = stores.rows_for("a")[0][0]
+    m, n, k = 100_000, choice.bucket.n, choice.bucket.k
+    said = call("choose", m, n, k, "--state", place)
+    assert said.exit_code == 2 and said.stdout.startswith(f"UNPROVEN: m={m}")
+    assert "now: fp4tune probe" in said.stdout and f"--max-m {m}" in said.stdout
+
+
+def test_where_nothing_is_published_that_is_a_status_too(tmp_path):
+    for command in (("show",), ("choose", 1, 128, 256), ("explain", 1, 128, 256)):
+        said = call(*command, "--state", tmp_path / "none")
+        assert said.exit_code == 2 and "UNPROVEN: " in said.stderr
+        assert f"fp4tune probe --state {tmp_path / 'none'}" in said.stderr

@@ -44,6 +44,8 @@ ELSE_0 = " or vector(0)"
 EVENTS = "fp4tune_gpu_events_total"
 WIDTH = 24
 
+_WITNESSED = ("faults", "suspected", "suspicions", "cleared", "skipped", "beyond")
+
 
 def query(expr: str, legend: str = "", ref: str = "A", instant: bool = False) -> Any:
     made = prometheus.Dataquery().datasource(SOURCE).expr(expr).legend_format(legend).ref_id(ref)
@@ -274,9 +276,10 @@ ROWS: list[tuple[str, list[tuple[int, int, Any]]]] = [
                 7,
                 lines(
                     "What the witness said",
-                    " or ".join(map(witnessed, ("faults", "suspected", "suspicions", "skipped"))),
+                    " or ".join(map(witnessed, _WITNESSED)),
                     "{{backend}}: {{kind}}",
-                    "Faults, what could not be judged, suspicions, rows left out; in an hour.",
+                    "Faults, what could not be judged, suspicions and those that were right after all, rows "
+                    "left out, rows too near overflow; in an hour.",
                 ),
             ),
         ],

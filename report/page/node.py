@@ -176,7 +176,9 @@ def _node_glance(rows: NodeRows) -> list[tuple[str, object]]:
     choices, candidates = rows.now.choices, rows.now.candidates
     layers = {(c.arch, c.gpu, c.profile, c.bucket.groups, c.bucket.n, c.bucket.k) for c in choices}
     statuses = Counter(c.status for c in choices)
-    said = [("safe", "proven"), ("floor", "the floor"), ("none", "none safe")]
+    holds = rows.status is None or rows.status["status"] == "safe"
+    proven = "proven" if holds else "proven when published"
+    said = [("safe", proven), ("floor", "the floor"), ("none", "none safe")]
     unsafe = {c.backend for c in candidates if c.verdict == "unsafe"}
     glance: list[tuple[str, object]] = [
         ("Layers", f"{len(layers):,}"),

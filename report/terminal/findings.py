@@ -43,14 +43,15 @@ def print_finding(out: Console, finding: Finding) -> None:
             out.print(f"    {line}", style="dim")
 
 
-def print_findings(out: Console, findings: Sequence[Finding]) -> None:
-    """Findings of one kind together: where, how many, and one in full."""
+def print_findings(out: Console, findings: Sequence[Finding], known: bool = True) -> None:
+    """Findings of one kind together: where, how many, and one in full; `known`: there is a ledger
+    that would have them."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         key = (finding.backend, finding.kind, finding.regime, finding.data)
         groups.setdefault(key, []).append(finding)
     if not groups:
-        out.print("No findings.")
+        out.print("No findings." if known else "No findings are kept here: there is no ledger.")
         return
     headings = ("backend", "kind", "regime", "data", "buckets", "tactics", "first of them")
     made = table("Findings", headings)

@@ -111,7 +111,7 @@ def print_stored(place: Path, stored: published.Standing, every_finding: bool) -
         for finding in found:
             print_finding(out, finding)
     else:
-        print_findings(out, found)
+        print_findings(out, found, os.path.exists(place / state.LEDGER))
     for line in law_lines(stored_timings(place)):
         out.print(line)
     print_reasons(out, "Cannot run here", stored.meta.get("unsupported", {}))
