@@ -278,8 +278,8 @@ ROWS: list[tuple[str, list[tuple[int, int, Any]]]] = [
                     "What the witness said",
                     " or ".join(map(witnessed, _WITNESSED)),
                     "{{backend}}: {{kind}}",
-                    "Faults, what could not be judged, suspicions and those that were right after all, rows "
-                    "left out, rows too near overflow; in an hour.",
+                    "Faults, what could not be judged, suspicions and those that were right after "
+                    "all, rows left out, rows too near overflow; in an hour.",
                 ),
             ),
         ],
