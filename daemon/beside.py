@@ -16,7 +16,6 @@ import os
 import resource
 import signal
 import sys
-from importlib import import_module
 
 from ..machine.processes import adopt_orphans, die_with_parent
 
@@ -34,8 +33,7 @@ def main() -> None:
     if command:
         _outlive(command)
     die_with_parent(above)
-    sys.argv = ["fp4tune", *arguments]
-    import_module(f"fp4tune.{module}").main()
+    os.execv(sys.executable, [sys.executable, "-m", f"fp4tune.{module}", *arguments])
 
 
 def _outlive(command: int) -> None:

@@ -99,3 +99,7 @@ def main() -> None:
         except StateError as error:
             answer["note"] += f"; not quarantined: {error}"
     json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -105,3 +105,7 @@ def main() -> None:
     except StateError as error:
         answer["error"] = str(error)
     json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

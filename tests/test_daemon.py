@@ -183,15 +183,12 @@ def fleeing(tmp_path: Path, ends: str) -> dict[str, str]:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        "import atexit, os, sys, threading\n"
-        "if 'fp4tune.daemon.beside' in sys.orig_argv:\n"
-        "    def flee():\n"
-        f"        command = [sys.executable, '-S', '-c', {ESCAPES!r}]\n"
-        "        import subprocess\n"
-        "        subprocess.Popen(command, start_new_session=True)\n"
-        f"        {ends}\n"
-        "    import fp4tune.daemon.notify\n"
-        "    fp4tune.daemon.notify.main = flee\n"
+        "import os, sys\n"
+        "if sys.orig_argv[1:3] == ['-m', 'fp4tune.daemon.notify']:\n"
+        "    import subprocess, time\n"
+        f"    command = [sys.executable, '-S', '-c', {ESCAPES!r}]\n"
+        "    subprocess.Popen(command, start_new_session=True)\n"
+        f"    {ends}\n"
     )
     return {**os.environ, "PYTHONPATH": str(site)}
 
@@ -199,7 +196,7 @@ def fleeing(tmp_path: Path, ends: str) -> dict[str, str]:
 def test_a_child_is_ended_with_all_it_started(tmp_path):
     """A probe's workers are in sessions of their own, so the process group is not enough; nor is
     what they inherit, which a backend's helper need not keep."""
-    environ = fleeing(tmp_path, "import time; time.sleep(600)")
+    environ = fleeing(tmp_path, "time.sleep(600)")
     one = children.Child("daemon.notify", [], environ)
     # the child, its command, what that started, and the one that fled from there
     until(lambda: len(one.family()) == 4)
@@ -215,7 +212,7 @@ def test_a_child_is_ended_with_all_it_started(tmp_path):
 
 @pytest.mark.parametrize(
     ("ends", "code"),
-    [("pass", 0), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", -9), ("os.abort()", -6)],
+    [("pass", 0), ("os._exit(2)", 2), ("os.kill(os.getpid(), 9)", -9), ("os.abort()", -6)],
 )
 def test_a_child_ends_as_its_command_does_and_leaves_nothing(tmp_path, ends, code):
     one = children.Child("daemon.notify", [], fleeing(tmp_path, ends))

@@ -187,3 +187,10 @@ def test_files_that_others_made_are_opened_in_one_way():
     # A function of that name of the reader's own is no opening.
     assert found - {"cache/reader.py"} <= set(OPENS_ITSELF), "use machine.files, or say whose it is"
     assert set(OPENS_ITSELF) - found <= {"probes/bundle/harness.py"}
+
+
+def test_no_module_of_ours_is_imported_by_a_name_made_up_at_run_time():
+    """A contract sees imports that are written; the package's own exports are its door."""
+    made = re.compile(r"import_module\(\s*f?[\"']fp4tune|__import__\(")
+    found = [m for m in modules() if made.search((PACKAGE / m).read_text("utf-8"))]
+    assert [str(m) for m in found if m != Path("__init__.py")] == []
