@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ..cache import fingerprint
 from ..cache.rows import Environment
 from ..machine import codedigest
+from ..probes.worker.supervisor import WorkerFailed
 from .runner import Runner
 
 
@@ -19,8 +20,16 @@ def environment_of(runner: Runner) -> Environment:
 
     Raises WorkerFailed.
     """
-    hello, target = runner.hello, runner.target
     files = [Path(name) for name in runner.ask("files")]
+    try:
+        return _environment_of_files(runner, files)
+    except OSError as error:
+        # What a backend named, and is not there: a cache that was cleared meanwhile, say.
+        raise WorkerFailed("error", f"{error.filename}: {error.strerror}", "files") from error
+
+
+def _environment_of_files(runner: Runner, files: Sequence[Path]) -> Environment:
+    hello, target = runner.hello, runner.target
     hardware = fingerprint.hardware(target.uuid)
     on = fingerprint.Dependencies(
         device={**_lasting_facts(hello["device"]), **hardware},

@@ -165,7 +165,7 @@ class Probe:
         needed = [r for r in unbuilt if any(recalled[p].times is None for p in taking.of(r))]
         built = self._build(taking, needed)
         there = [runner for runner in there if runner not in needed or runner in built]
-        audits = self._audit(there)
+        audits, there = self._audit(there)
         layers = self._layers(taking, there, recalled)
         measured = any(not entrant.known for _, entrants in layers for entrant in entrants)
         if measured and controlled is None and before is None:
@@ -303,8 +303,9 @@ class Probe:
             self.progress("ledger", sentence)
         return found
 
-    def _audit(self, runners: Sequence[Runner]) -> Auditor:
-        """The audit of what these backends have compiled, begun beside everything else."""
+    def _audit(self, runners: Sequence[Runner]) -> tuple[Auditor, list[Runner]]:
+        """The audit of what these backends have compiled, begun beside everything else, and those
+        that said what that is: nobody else is measured."""
         answers = self._answers(runners, "naming its files", lambda each: each.ask("files"))
         files = {runner.name: list(names) for runner, names in answers.items()}
         device = self.plan.target.device
@@ -312,7 +313,7 @@ class Probe:
         self._open.callback(auditor.close)
         if device.kind == "cpu":
             auditor.result()  # the cores it takes are those that would be timed
-        return auditor
+        return auditor, list(answers)
 
     def _layers(
         self,

@@ -64,11 +64,12 @@ def confirm(
         )
     columns = sums.groups.columns(record.group)
     try:
-        weight = rows_of(source.rows(record.expert, columns), slice(0, sums.groups.n)).cpu()
+        kept = source.rows(record.expert, columns)
     except SourceGone as gone:
         return Confirmation(SUSPECTED, f"the weight cannot be read any more: {gone}")
-    if not agree(sums, record.expert, record.group, weight):
+    if not agree(sums, record.expert, record.group, kept):
         return Confirmation(SUSPECTED, NOT_AS_LOADED)
+    weight = rows_of(kept, slice(0, columns.stop - columns.start)).cpu()
     a = found.a
     left = (
         dequantise(a, torch.float64, with_global=False) if isinstance(a, Fp4Tensor) else a.double()

@@ -118,8 +118,10 @@ class Watched:
 
 def _first_tensor_given(args: Any, kwargs: Any) -> torch.Tensor | None:
     """The first tensor that a layer is called with, by place or by name."""
-    given = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
-    return next(given, None)
+    for each in (*args, *kwargs.values()):  # a plain loop: compilers trace it
+        if isinstance(each, torch.Tensor):
+            return each
+    return None
 
 
 def watch(

@@ -57,8 +57,8 @@ class WatchPlan(Generic[Key]):
 
         One comes due with each `ONE_OF` calls, and is given to the first call from then on that is
         watched as seldom as any; at the latest to the last before the next one comes due. Each
-        graph begins to count one call further on than the graph before, and no further than it has
-        layers: none is without.
+        graph begins to count one call further on than the graph before, and no further than there
+        are layers: none with a call of each of them, or of `ONE_OF`, is without.
         """
         if key not in self.asked:
             self._by_count[0] += 1

@@ -63,8 +63,10 @@ class ProcessWitness:
 
     def end_having_told(self) -> None:
         """End this process, but not before the node knows why."""
-        self.tell(now=True)
-        end_this_process()
+        try:
+            self.tell(now=True)
+        finally:
+            end_this_process()
 
 
 _mine: ProcessWitness | None = None

@@ -64,8 +64,8 @@ class Responder:
             self._condemned.add(key)
             self._condemn(subject, record, found)
         if self.on_fault == STOP and not self._ended:
-            self._ended = True  # once: a second signal ends many programs out of order
             self.end()
+            self._ended = True  # once: a second signal ends many programs out of order
 
     def _say(self, subject: WatchSubject, judged: Confirmation, found: dict[str, Any]) -> None:
         key = (subject.backend, subject.layer, judged.status)

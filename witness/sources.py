@@ -11,13 +11,14 @@ import os
 import struct
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ..machine import files
 from ..probes.problem import Format, Fp4Tensor
+from .vectors import part_of
 
 Weight = Fp4Tensor | torch.Tensor
 
@@ -35,13 +36,6 @@ class WeightSource(Protocol):
 
 class SourceGone(Exception):
     """The weight cannot be had any more; the message says why."""
-
-
-def part_of(weight: Weight, rows: slice) -> Weight:
-    """Rows of a weight; views."""
-    if isinstance(weight, Fp4Tensor):
-        return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])
-    return weight[rows]
 
 
 @dataclass(frozen=True, slots=True)

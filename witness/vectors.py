@@ -119,22 +119,29 @@ _AGREE = 2.0**-20
 """Of the sum of magnitudes: float64 in another order, kept in float32."""
 
 
-def agree(sums: Sums, expert: int, group: int, rows: torch.Tensor) -> bool:
-    """Whether `rows`, float64 (columns of the group, k), are what the sums of a group were made of:
-    rows that differ, or lie in another order, have other sums with signs that nobody knows."""
-    columns = sums.groups.columns(group)
-    signs = sums.signs[:, columns].to(rows.device).double()
-    held = sums.sums[expert, group].to(rows.device).double()
-    if rows.shape != (signs.shape[1], held.shape[1]):
+def agree(sums: Sums, expert: int, group: int, rows: Fp4Tensor | torch.Tensor) -> bool:
+    """Whether `rows` (columns of the group, k) of a weight are what the sums of a group were made
+    of: rows that differ, or lie in another order, have other sums with signs that nobody knows."""
+    columns, (count, k) = sums.groups.columns(group), rows.shape
+    if (count, k) != (columns.stop - columns.start, sums.k):
         return False
-    slack = _AGREE * rows.abs().sum(dim=0)
-    return bool(((signs @ rows - held).abs() <= slack).all())
+    device = _device(rows)
+    signs = sums.signs[:, columns].to(device).double()
+    far = -sums.sums[expert, group].to(device).double()
+    sizes = torch.zeros(k, dtype=torch.float64, device=device)
+    step = max(1, _CHUNK // k)
+    for start in range(0, count, step):
+        part = slice(start, min(count, start + step))
+        values = rows_of(rows, part)
+        far += signs[:, part] @ values
+        sizes += values.abs().sum(dim=0)
+    return bool((far.abs() <= _AGREE * sizes).all())
 
 
 def agree_all(sums: Sums, weights: Sequence[Fp4Tensor | torch.Tensor]) -> bool:
     """`agree` of every group of every expert."""
     return all(
-        agree(sums, expert, group, rows_of(weight, columns))
+        agree(sums, expert, group, part_of(weight, columns))
         for expert, weight in enumerate(weights)
         for group, columns in enumerate(sums.groups)
     )
@@ -150,12 +157,19 @@ def _sum(weight: Fp4Tensor | torch.Tensor, signs: torch.Tensor, columns: slice) 
     return total
 
 
+def part_of(weight: Fp4Tensor | torch.Tensor, rows: slice) -> Fp4Tensor | torch.Tensor:
+    """Rows of a weight; views."""
+    if isinstance(weight, Fp4Tensor):
+        return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])
+    return weight[rows]
+
+
 def rows_of(weight: Fp4Tensor | torch.Tensor, rows: slice) -> torch.Tensor:
     """float64 (rows, k): rows of a weight, dequantised without the global scale."""
-    if isinstance(weight, Fp4Tensor):
-        part = replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])
+    part = part_of(weight, rows)
+    if isinstance(part, Fp4Tensor):
         return dequantise(part, torch.float64, with_global=False)
-    return weight[rows].double()
+    return part.double()
 
 
 def _device(weight: Fp4Tensor | torch.Tensor) -> torch.device:

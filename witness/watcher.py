@@ -25,7 +25,7 @@ from .counts import COUNTED, MOST_LEFT, WatchedLayer, WatchReport, merged
 from .launch import Bench, CallSite
 from .limits import Limit, limit
 from .plan import EVERY, FEW, PERIOD, WatchPlan
-from .ring import Record, RingReader, evidence
+from .ring import Record, RingReader, RowEvidence, evidence
 from .rows import WatchedCall, one_on
 from .sources import HeldWeight, SourceGone, Weight, WeightSource, agrees, host_copy
 from .vectors import Sums, agree_all, draw_signs, remake, sums_of
@@ -108,6 +108,8 @@ class _Site:
     m_lo: int
     m_hi: int
     judged: dict[str, int] = field(default_factory=lambda: {FAULT: 0, CLEARED: 0, SUSPECTED: 0})
+    biased: set[bool] = field(default_factory=set)
+    """Whether its calls have a bias: both, where some have."""
 
 
 Handler = Callable[[WatchSubject, Record, Confirmation], None]
@@ -239,7 +241,9 @@ class Witness:
     def _device(self, device: torch.device) -> DeviceWitness:
         if device not in self._devices:
             self._devices[device] = DeviceWitness(device)
-            one_on(device)  # made before anything is captured
+            one_on(device)  # made before anything is captured, and imported before it, too
+            if device.type == "cuda":
+                from ..probes.regimes.pdl import edges  # noqa: F401
         return self._devices[device]
 
     # -- calls
@@ -250,6 +254,8 @@ class Witness:
         On a GPU this enqueues one kernel on the current stream at most, also into a graph. Raises
         Unreadable for a call that is not one of this weight.
         """
+        if call.y.device != weight.sums.signs.device:
+            raise Unreadable(f"it was on {weight.sums.signs.device}, and is on {call.y.device} now")
         if call.y.is_cuda and torch.cuda.current_device() != call.y.device.index:
             # Kernels are launched on the current device's current stream, which is not this call's.
             with torch.cuda.device(call.y.device):
@@ -269,9 +275,10 @@ class Witness:
             site = index if index is not None else weight.eager
             own = device.sites[site]
             own.m_lo, own.m_hi = min(own.m_lo or m, m), max(own.m_hi, m)
+            own.biased.add(call.bias is not None)
         if call.bias is not None and weight.biased:
             call = replace(call, bias=weight.bias)
-        elif call.bias is not None and weight.bias is None:
+        elif call.bias is not None and weight.bias is None and _stays(call.bias, capturing):
             weight.bias = call.bias.detach()
         # Outside of graphs the plan decides, call by call; in them the device, replay by replay.
         place = CallSite(site, site, self.options.period if index is not None else 1)
@@ -323,10 +330,20 @@ class Witness:
             for device in list(self._devices.values()):
                 device.counters = device.reader.counters().clone()
                 for record in device.reader.records():
-                    # One that cannot be judged takes none of the others along.
+                    site = device.sites[record.site]
+                    judged = self._judged(site, record)
+                    site.judged[judged.status] += 1
+                    found.append(judged)
+                    # Whom it is told may fail; what was found is counted, and the others are told.
                     with contextlib.suppress(Exception):
-                        found.append(self._judge(device.sites[record.site], record))
+                        self._handle(site.weight.subject, record, judged)
         return found
+
+    def _judged(self, site: _Site, record: Record) -> Confirmation:
+        try:
+            return self._judge(site, record)
+        except Exception as error:
+            return Confirmation(SUSPECTED, f"it cannot be judged: {type(error).__name__}: {error}")
 
     def _judge(self, site: _Site, record: Record) -> Confirmation:
         weight = site.weight
@@ -337,13 +354,25 @@ class Witness:
         changed = self._changed(weight)
         if changed is None:
             with self._devices[weight.sums.signs.device].reader.quietly():
-                bias = None if weight.bias is None else weight.bias.cpu()
-                judged = confirm(record, seen, weight.source, weight.sums, subject.width, bias)
-        else:
-            judged = Confirmation(SUSPECTED, changed)
-            self.leave(subject.layer, changed)
-        site.judged[judged.status] += 1
-        self._handle(subject, record, judged)
+                return self._confirmed(site, record, seen)
+        self.leave(subject.layer, changed)
+        return Confirmation(SUSPECTED, changed)
+
+    @staticmethod
+    def _confirmed(site: _Site, record: Record, seen: RowEvidence) -> Confirmation:
+        """What the evidence says, with the bias where this site's calls have one; of a site whose
+        calls have it now and then, what clears it counts."""
+        weight = site.weight
+        judged = None
+        for biased in sorted(site.biased):
+            if biased and weight.bias is None:
+                return Confirmation(SUSPECTED, "its bias is not at hand")
+            bias = weight.bias.cpu() if biased and weight.bias is not None else None
+            width = weight.subject.width
+            judged = confirm(record, seen, weight.source, weight.sums, width, bias)
+            if judged.status != FAULT:
+                break
+        assert judged is not None
         return judged
 
     # -- drawing anew
@@ -369,7 +398,7 @@ class Witness:
 
     def redraw(self, weight: WatchedWeight) -> None:
         """Fresh signs for a weight that can be had again as it was loaded; its check is closed
-        meanwhile, and stays closed where making them fails half way.
+        meanwhile.
 
         Kernels that began before must be done: on a GPU a second after it was closed."""
         source = weight.source or weight.held
@@ -385,6 +414,9 @@ class Witness:
                 weight.drawn += 1
             except SourceGone:
                 weight.source = weight.held = None
+            except Exception as error:  # before anything was written: see `remake`
+                weight.source = weight.held = None
+                self.leave(weight.subject.layer, f"no fresh signs: {type(error).__name__}")
             weight.sums.gate.fill_(1)
 
     # -- saying
@@ -406,13 +438,15 @@ class Witness:
 
     def report(self, faults: Sequence[Mapping[str, Any]], device: WatchDevice) -> WatchReport:
         """This process's report."""
+        with self._lock:
+            unwatched = len(self.plan.unwatched())
         return WatchReport(
             pid=os.getpid(),
             started=self.started,
             at=time.time(),
             watched=self.layers(),
             faults=tuple(faults),
-            unwatched=len(self.plan.unwatched()),
+            unwatched=unwatched,
             left=tuple(printable(each, 200) for each in self.unwatched()[-MOST_LEFT:]),
             gpu=device.gpu,
             arch=device.arch,
@@ -421,20 +455,27 @@ class Witness:
 
     def unwatched(self) -> list[str]:
         """What is watched nowhere in this process: layers and m, and layers that are left alone."""
+        with self._lock:
+            calls, left = self.plan.unwatched(), sorted(self.left_alone.items())
         found = []
-        for number, m, captured in self.plan.unwatched():
+        for number, m, captured in calls:
             where = " in graphs" if captured else ""
             found.append(f"{self.weights[number].subject.layer} up to m={m}{where}")
-        return found + [f"{layer}: {why}" for layer, why in sorted(self.left_alone.items())]
+        return found + [f"{layer}: {why}" for layer, why in left]
+
+
+def _stays(bias: torch.Tensor, capturing: bool) -> bool:
+    """Whether it is what it is when a record of this call is read: what a graph makes is not."""
+    return not capturing or isinstance(bias, torch.nn.Parameter)
 
 
 def _capture_number(device: torch.device) -> int | None:
     """Of the capture that the current stream is part of; None where the driver does not tell."""
-    from ..probes.regimes.pdl import edges  # with all regimes: only where something is captured
+    from ..probes.regimes.pdl import edges  # imported by `_device`, before anything is captured
 
     try:
         return edges.capture_number(torch.cuda.current_stream(device).cuda_stream)
-    except edges.EdgesHidden:
+    except Exception:  # a driver's or a torch's that is otherwise: all graphs are one then
         return None
 
 
@@ -445,7 +486,9 @@ def _with_whole_factor(call: WatchedCall) -> WatchedCall:
     if not isinstance(alpha, torch.Tensor):
         alpha = one * alpha if alpha != 1.0 else one
     if isinstance(a, Fp4Tensor) and a.global_scale is not one:
-        alpha = alpha.reshape(-1) * a.global_scale.reshape(-1).to(alpha.device)
+        if a.global_scale.device != alpha.device:
+            raise Unreadable("an activation whose global scale lies elsewhere")
+        alpha = alpha.reshape(-1) * a.global_scale.reshape(-1)
         a = replace(a, global_scale=one)
     return replace(call, a=a, alpha=alpha)
 

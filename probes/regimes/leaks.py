@@ -144,6 +144,8 @@ def leaks(
         kind = "host leak" if name in ("host", "mapped") else "device leak"
         rate = slope(series)
         proof[f"{name}_bytes_per_m"] = round(rate)
+        if name == "device" and new.others:
+            proof["others_bytes"] = round(new.others)
         total = series[-1] - series[0]
         limit = LEAK_PER_M * max(1, len(series) - 1)
         ours = name != "device" or (stepwise(series) and _outgrows_others(new))

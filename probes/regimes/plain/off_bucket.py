@@ -24,7 +24,7 @@ _BYTES = 256 << 20
 """Memory for the outputs of m that were not asked for, at most."""
 _PASSES = 8
 _LONG = 0.05
-"""Seconds of a call after which it is told that calls are made."""
+"""Seconds of calls after which it is told that they are made."""
 _LONGEST_GAP = 0.02
 """Seconds behind a call, at most, in which nothing is called: who takes memory then is another."""
 PLAN_SECONDS = 0.005
@@ -62,7 +62,7 @@ def off_bucket(
     while len(known) < 2 or (
         len(known) < min(budget.most, _PASSES) and time.perf_counter() - start < budget.seconds
     ):
-        known.append(_call_each(rng.sample(calls, len(calls)), device, checker))
+        known.append(_call_each(rng.sample(calls, len(calls)), device, checker, budget.beat))
         budget.beat()
     # The first of them makes the second call of each m, which may still settle something.
     errors, proof = leaks(new, known[1:], len(first))
@@ -73,7 +73,7 @@ def off_bucket(
         census.leave()
         later = []
         for _ in range(_PASSES):
-            later.append(_call_each(rng.sample(calls, len(calls)), device, checker))
+            later.append(_call_each(rng.sample(calls, len(calls)), device, checker, budget.beat))
             budget.beat()
         errors, proof = leaks(new, later, len(first))
     graded: list[dict[str, Any]] = []
@@ -144,26 +144,27 @@ def _call_each(
     seconds = [0.0] * len(calls)
     for name, value in live_bytes(device).items():
         memory[name][0] = value
-    others, idle = 0, 0.0
+    others, idle, beaten = 0, 0.0, time.perf_counter()
     for index, call in enumerate(calls):
         start = time.perf_counter()
         call.enqueue()
         seconds[index] = time.perf_counter() - start
-        if seconds[index] > _LONG:
+        if time.perf_counter() > beaten + _LONG:
             beat()
+            beaten = time.perf_counter()
         for name, value in live_bytes(device).items():
             memory[name][index + 1] = value
         if device.type == "cuda":
-            gap = min(seconds[index], _LONGEST_GAP)
-            time.sleep(gap)
-            idle += gap
-            others += max(0, live_bytes(device)["device"] - memory["device"][index + 1])
+            start = time.perf_counter()
+            time.sleep(min(seconds[index], _LONGEST_GAP))
+            others += live_bytes(device)["device"] - memory["device"][index + 1]
+            idle += time.perf_counter() - start
     checker.sweep()
     wait(device)
     kept = {name: value - memory[name][0] for name, value in live_bytes(device).items()}
     handles = {name: value - before[name] for name, value in open_handles().items()}
     ms = [call.launch.m for call in calls]
-    theirs = others * sum(seconds) / max(idle, 1e-9)
+    theirs = max(0, others) * sum(seconds) / max(idle, 1e-9)
     return CallSeries(ms, seconds, memory, kept, handles, theirs)
 
 
