@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import fsum, inf, log
 
 from .verdict.buckets import MRange
 
@@ -55,6 +55,22 @@ def order(times: Mapping[str, Mapping[MRange, float]], m: MRange) -> list[str]:
     if m.hi == 0:
         m = min((r for mine in times.values() for r in mine if r.hi), default=m)
     return sorted(times, key=lambda name: (times[name].get(m, inf), name))
+
+
+def best_of_all(
+    times: Mapping[str, Mapping[MRange, float]], ranges: Sequence[MRange]
+) -> str | None:
+    """The backend that is the least slower than the fastest, by the mean of the logarithms, of
+    those that have a time in every range; None where none has."""
+    whole = {name: mine for name, mine in times.items() if all(m in mine for m in ranges)}
+    if not ranges or not whole:
+        return None
+    fastest = {m: min(mine[m] for mine in times.values() if m in mine) for m in ranges}
+
+    def slower(name: str) -> float:
+        return fsum(log(whole[name][m] / fastest[m]) for m in ranges)
+
+    return min(whole, key=lambda name: (slower(name), name))
 
 
 def next_wave(

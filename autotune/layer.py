@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cache.rows import BucketKey, Under, Where
+from ..engines import names
 from ..machine.devices import Target
 from ..probes.problem import Problem
 from ..probes.regimes import ASIDE, REGIMES
@@ -119,6 +120,17 @@ class ProbedLayer:
 
     def bucket(self, m: MRange) -> BucketKey:
         return bucket_key(self.problem, m)
+
+    def is_named(self, backend: str) -> bool:
+        """Whether the engine that choices are made for has a word for it; all are where they are
+        made for none."""
+        sm = self.target.device.sm
+        return not self.engine or bool(names.named(self.engine, backend, self.problem.format, sm))
+
+    def named_first(self, backends: Sequence[str]) -> list[str]:
+        """These, in their order, but what the engine cannot run behind all that it can: it is shown
+        and never chosen, and proves nothing that is wanted."""
+        return sorted(backends, key=lambda name: not self.is_named(name))
 
     @contextmanager
     def step(

@@ -38,7 +38,7 @@ from .keys import bucket_key
 from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
 from .probed import Done, entered, probed
-from .regime import Wanted
+from .regime import Wanted, for_a_model
 from .runner import Progress, Runner, Stopped, close_all
 from .stages import recall
 from .stages.audit import Auditor
@@ -393,16 +393,21 @@ class Probe:
 
         return right
 
-    def _wanted(self, doubts: Doubts, layers: int, begun: float) -> Wanted:
+    def _wanted(self, problem: Problem, doubts: Doubts, layers: int, begun: float) -> Wanted:
         """What is to be proven of the next of so many layers, the first of which was `begun` then:
-        each has its part of the time, from when it begins."""
+        each has its part of the time, from when it begins.
+
+        The floor of routed experts takes a hundred times as long as others on a GPU, and is proven
+        where they are not.
+        """
         plan = self.plan
         now = time.monotonic()
         until = begun + plan.seconds_of_aim
         if plan.budget is not None:
             until = min(until, self._start + plan.budget)
-        usual = plan.profile.default(plan.target.device.sm)
-        also = frozenset({*FLOORS, *([usual] if usual else [])})
+        usual = plan.profile.default_of(plan.target.device.sm, bucket_key(problem))
+        floors = FLOORS if problem.groups == 1 or plan.on_cpu else ()
+        also = frozenset({*floors, *([usual] if usual else [])})
         end = now + max(0.0, until - now) / max(1, layers)
         least = plan.least_seconds / max(1, layers)
         return Wanted(
@@ -436,9 +441,10 @@ class Probe:
                 how = entered(self.plan, layer, entrant, self.record, done)
                 self.record.finished(entrant.name, bucket_key(p), BEGUN, how)
             left = sum(recalled[each.problem].times is None for each, _ in layers[number - 1 :])
-            wanted = self._wanted(doubts, left, begun)
+            wanted = self._wanted(p, doubts, left, begun)
             opened = grade(layer, entrants, self.record, say, pool)
             time_layer(layer, opened, self.record, say)
+            wanted = for_a_model(layer, opened, wanted)
             stress(layer, opened, self.record, say, wanted, pool)
             if wanted.aim.launches:
                 prove(layer, opened, self.record, say, wanted, pool)

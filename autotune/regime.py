@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..cache.rows import Under, Where
@@ -11,7 +11,7 @@ from ..probes.launch.item import LaunchAim
 from ..probes.regimes import COSTLY, HARDER, NOT_DENSE, SAME_START, SHARED_EXPERT
 from ..probes.worker.supervisor import WorkerFailed
 from ..words import EVERY_M
-from . import chains, steps
+from . import budget, chains, steps
 from .budget import ENOUGH, OVER
 from .evidence.recorder import Recorder
 from .layer import Entrant, Item, ProbedLayer, not_tried
@@ -52,6 +52,16 @@ class Tried:
     @property
     def place(self) -> steps.Item:
         return self.m, self.where.tactic
+
+
+def for_a_model(layer: ProbedLayer, entrants: Sequence[Entrant], wanted: Wanted) -> Wanted:
+    """`wanted`, for routed experts with the backend that is the fastest over all ranges, too:
+    engines take one for a whole model, and it has to be proven where others are faster."""
+    if layer.problem.groups == 1:
+        return wanted
+    tried = {e.name: e.median_us for e in entrants if layer.is_named(e.name)}
+    best = budget.best_of_all(tried, [m for m in layer.ranges if m.hi])
+    return replace(wanted, also=wanted.also | {best}) if best else wanted
 
 
 def briefly(

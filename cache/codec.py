@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ..errors import printable
 from . import rows
 from .errors import Undecodable
 from .rows import BucketKey
@@ -96,7 +97,7 @@ def decode(kind: type[T], values: Mapping[str, Any]) -> T:
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         what = kind.__name__.lower()
         raise Undecodable(
-            f"row {values.get('id', '')} of {what}".replace("  ", " "),
+            f"row {printable(values.get('id', ''), 40)} of {what}".replace("  ", " "),
             "this is stored in a way that fp4tune never writes",
         ) from error
 

@@ -19,10 +19,12 @@ from fp4tune.autotune.budget import (
     OVER,
     SLOWER,
     TimeBudget,
+    best_of_all,
     next_wave,
     order,
 )
 from fp4tune.autotune.evidence.wording import shown
+from fp4tune.autotune.layer import ProbedLayer
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan
 from fp4tune.autotune.probe import probe
@@ -31,7 +33,10 @@ from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
+from fp4tune.engines.names import named
 from fp4tune.machine import devices
+from fp4tune.machine.device import Device
+from fp4tune.probes.problem import Problem
 from fp4tune.probes.regimes import REGIMES
 
 HERE = Path(__file__).parent
@@ -211,3 +216,34 @@ def test_what_was_asked_for_is_not_exceeded_for_the_sake_of_a_level():
     assert asked.least_seconds == 0 and replace(asked, budget=None).least_seconds == 5
     assert replace(asked, budget=None, rate=1e-3).least_seconds == 0
     assert replace(asked, rate=1e-3, max_seconds=7.0).seconds_of_aim == 7
+
+
+TWO = [MRange(1, 1), MRange(2, 2)]
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.lists(st.floats(0.1, 1e4), min_size=0, max_size=2))
+)
+def test_the_best_of_all_has_every_range_and_nobody_is_less_slow(found):
+    times = {name: dict(zip(TWO, mine, strict=False)) for name, mine in found.items()}
+    best = best_of_all(times, TWO)
+    whole = {name: mine for name, mine in times.items() if len(mine) == len(TWO)}
+    assert (best is None) == (not whole)
+    if best is not None:
+        assert best in whole
+        products = {name: mine[TWO[0]] * mine[TWO[1]] for name, mine in whole.items()}
+        assert products[best] <= min(products.values()) * (1 + 1e-9)
+
+
+def test_what_an_engine_cannot_run_proves_nothing_before_what_it_can():
+    target = devices.Target(Device("cuda", 90, 0), "NVIDIA H200", "GPU-1")
+    layer = ProbedLayer(
+        target, Problem("nvfp4", 16, 128, 256), (MRange(1, 16),), LEVEL, 1, 1 << 20, 1 << 20
+    )
+    order = ["triton-w4a16", "marlin", "torch-dequant", "humming"]
+    assert layer.named_first(order) == order
+    for engine in ("sglang", "vllm"):
+        told = replace(layer, engine=engine).named_first(order)
+        can = [name for name in order if named(engine, name, "nvfp4", 90)]
+        assert can and told[: len(can)] == can
+        assert sorted(told) == sorted(order)

@@ -105,3 +105,15 @@ def test_router_weights_differ_from_token_to_token():
     a = case.operands.a
     mine = a.weights[a.ids == a.ids[0, 0]]
     assert len(mine.unique()) > 1
+
+
+def test_what_is_asked_for_by_turns_is_drawn_once_and_one_family_s_experts_are_kept():
+    layer = opened(m=128)
+    small, whole = layer._field(8, True, False), layer._field(8, False, False)
+    assert layer._field(8, True, False) is small and layer._field(8, False, False) is whole
+    for name in ("realistic", "duplicates", "outliers"):
+        layer._odd_cases(name)
+    assert set(layer._odd) == {"duplicates", "outliers"}
+    layer.memory = 1
+    layer._field(8, True, True)
+    assert set(layer._fields) == {(8, True, True)}

@@ -77,7 +77,7 @@ def _fastest_first(
     times = {entrant.name: entrant.median_us for entrant in tried}
     by_name = {entrant.name: entrant for entrant in tried}
     orders = {
-        m: [name for name in budget.order(times, m) if m in by_name[name].winner]
+        m: layer.named_first([n for n in budget.order(times, m) if m in by_name[n].winner])
         for m in layer.ranges
     }
     if layer.agreement:

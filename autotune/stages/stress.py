@@ -95,7 +95,7 @@ def _from_the_fastest(
     by_name = {entrant.name: entrant for entrant in tried}
     times = {entrant.name: entrant.median_us for entrant in tried}
     orders = {
-        m: [name for name in budget.order(times, m) if m in by_name[name].winner]
+        m: layer.named_first([n for n in budget.order(times, m) if m in by_name[n].winner])
         for m in layer.ranges
     }
     if layer.agreement:

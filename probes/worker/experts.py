@@ -133,12 +133,14 @@ class OpenExperts(OpenLayer):
 
     def _odd_cases(self, name: str) -> list[Case]:
         """The cases of a family; of those with experts of their own, one is kept at a time."""
-        if name in ODD and name not in self._odd:
-            self._odd[name] = [self._strict_case(name, index, name) for index in range(SETS)]
+        for other in [other for other in self._odd if other not in (name, *ODD)]:
+            del self._odd[other]
         if name not in self._odd:
-            for other in [other for other in self._odd if other not in ODD]:
-                del self._odd[other]
-            self._odd[name] = self._own_experts(name)
+            self._odd[name] = (
+                [self._strict_case(name, index, name) for index in range(SETS)]
+                if name in ODD
+                else self._own_experts(name)
+            )
         return self._odd[name]
 
     def _own_experts(self, name: str) -> list[Case]:
@@ -166,25 +168,30 @@ class OpenExperts(OpenLayer):
 
     def _field(self, width: int, small: bool, few: bool) -> _Field:
         """As many sets of experts as have room, with tokens that are drawn anew, and the laws by
-        turns. One field is kept at a time."""
+        turns. Earlier fields are kept as far as all fit in half of the memory: what is small and
+        what is large is asked for by turns, and both are of the same sets."""
         if (width, small, few) not in self._fields:
-            self._fields.clear()
-            for index in [index for index in self._sets if index >= SETS]:
-                del self._sets[index]
             rows = min(self.problem.m, SMALL_M + SPARE_ROWS) if small else self.problem.m
-            each = 2 * self.experts.parameters + rows * 8 * self.problem.k
+            tokens = rows * 8 * self.problem.k
+            each = 2 * self.experts.parameters + tokens
             most = MANY_WEIGHTS if small and not few else MANY_WEIGHTS // 4
             most = SETS if self.device.kind == "cpu" else most
             count = max(SETS, min(most, int(self.memory / 2 / each)))
             sparse = self.device.kind == "cuda" and count < MANY_WEIGHTS // 4
             copies = _COPIES if sparse else 1
+            more = max(0, count - SETS) * 2 * self.experts.parameters
+            size = copies * count * tokens + more
+            self._keep_fields(self.memory // 2 - size)
+            if not self._fields:
+                for index in [index for index in self._sets if index >= SETS]:
+                    del self._sets[index]
             drawn = [
                 self._fresh_case(index, copy, rows)
                 for copy in range(copies)
                 for index in range(count)
             ]
             again = Redraw(drawn, RoutedAnswers(self.experts.at(rows), drawn))
-            self._fields[width, small, few] = _Field(drawn, again)
+            self._fields[width, small, few] = _Field(drawn, again, size)
         return self._fields[width, small, few]
 
     def _fresh_case(self, index: int, copy: int, rows: int) -> Case:

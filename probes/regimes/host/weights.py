@@ -83,9 +83,8 @@ def weights(
         parts.append(_crowd(backend, cases, smallest, budget))
         budget.beat()
         parts.append(_loaded(backend, cases, smallest, budget))
-        update = getattr(backend, "update", None)
-        if update is not None:
-            parts.append(_updated(backend, cases, smallest, update))
+        if getattr(backend, "update", None) is not None:
+            parts.append(_updated(backend, cases, smallest, budget))
     return together(parts)
 
 
@@ -104,9 +103,12 @@ def _in_turn(
     """A, B, A on one activation, whose answers with both are known, and on one's own each; of an
     activation in FP4 on the same codes under another global scale, too."""
     calls: list[Call] = []
+    others: dict[int, _Prepared] = {}
     for launch in launches:
         budget.beat()
-        other = _sharing(backend, cases, launch)
+        if launch.case not in others:
+            others[launch.case] = _sharing(backend, cases, launch)
+        other = others[launch.case]
         own = bind(backend, cases, launch)
         calls += [own, other.call(backend, launch, own.activation)]
         calls += [bind(backend, cases, launch)]
@@ -405,12 +407,15 @@ def _updated(
     backend: Backend,
     cases: Sequence[Case],
     launches: Sequence[Launch],
-    update: Callable[[Any, Any, Any], None],
+    budget: Budget,
 ) -> Outcome:
-    """New values in a prepared weight, by the backend's own `update`; a graph stays what it is."""
+    """New values in a prepared weight, by the backend's own `update`; a graph stays what it is.
+    With the first launch of each tactic, as weights are loaded."""
     device = device_of(cases)
+    update: Callable[[Any, Any, Any], None] = backend.update  # type: ignore[attr-defined]
     parts: list[Outcome] = []
-    for launch in launches:
+    for launch in {x.tactic: x for x in reversed(launches)}.values():
+        budget.beat()
         case = cases[launch.case]
         made = _prepared(backend, case, 0)
         activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
@@ -418,6 +423,7 @@ def _updated(
         captured = capture(call.enqueue) if device.type == "cuda" else None
         poison(call.slot.out)
         for index in range(1, _LOADS):
+            budget.beat()
             chosen = variant(case, index)
             with blame(backend):
                 update(made.state, chosen.weight, case.problem)
