@@ -21,6 +21,8 @@ DRAWING = 3
 """Times longer than drawing data anew is what is launched between two draws, at least."""
 MOST_QUEUED = 64
 """Times that a chain is enqueued before the device is waited for."""
+PULSE = 0.5
+"""Seconds of a chain, after which a sign of life is given."""
 CYCLES = 2_000_000_000
 """Clock cycles that take about a second: for gates, where too long only costs time."""
 
@@ -46,6 +48,20 @@ class Budget:
         """Times between two draws, of `repeats` that take `seconds` each: so far apart that draws
         of `drawing` seconds take a quarter of the time at most."""
         return max(1, repeats // max(1, self.draws), ceil(DRAWING * drawing / seconds))
+
+    def pulse(self, device: torch.device) -> Callable[[], None]:
+        """To be called between the calls of a chain: twice a second it waits for the device, and
+        tells that it got on. A chain of long calls is no silent one."""
+        last = time.perf_counter()
+
+        def pulse() -> None:
+            nonlocal last
+            if time.perf_counter() > last + PULSE:
+                wait(device)
+                self.beat()
+                last = time.perf_counter()
+
+        return pulse
 
     def checker(self, slots: Sequence[Slot]) -> Checker:
         """A checker of these slots that knows which draw it saw."""

@@ -198,7 +198,10 @@ class CutlassExperts:
         seen = self._seen(problem, device)
         if seen is None:
             return (DEFAULT_TACTIC,)
-        return [DEFAULT_TACTIC, *pairs(*(_valid(seen, stage) for stage in (1, 2)))]
+        try:
+            return [DEFAULT_TACTIC, *pairs(*(_valid(seen, stage) for stage in (1, 2)))]
+        except ValueError:  # without its sources nobody says which numbers a library holds
+            return (DEFAULT_TACTIC,)
 
     def prepare(self, weights: ExpertWeights, problem: ExpertsProblem) -> CutlassExpertWeights:
         module, act = fused_moe(), problem.act

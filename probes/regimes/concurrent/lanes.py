@@ -39,8 +39,6 @@ MOST_M = 16
 MORE = 3
 """Rounds more, with gates that hold work back for longer, where streams did not overlap: a busy
 host enqueues more slowly than the GPU computes."""
-_BEAT = 0.3
-"""Seconds of enqueueing after which the device is waited for and a sign of life is given."""
 _LONGEST_GATES = (0.1, 0.4)
 """Seconds, usually and then."""
 ROUNDS = 200
@@ -88,8 +86,9 @@ def streams(
     forks = Forks(rounds, device)
     gate, longest = [0.01], [_LONGEST_GATES[0]]
 
+    pulse = budget.pulse(device)
+
     def gated() -> None:
-        beaten = time.perf_counter()
         for number, together in enumerate(rounds):
             # A closed gate lets the work queue up, so that the lanes overlap on the GPU even where
             # the host enqueues more slowly than the GPU computes.
@@ -97,11 +96,10 @@ def streams(
             start = time.perf_counter()
             forks.enqueue(number, together)
             gate[0] = min(1.5 * (time.perf_counter() - start), longest[0])
-            # Where others take turns on the device, a round takes many gates' time.
-            if longest[0] > _LONGEST_GATES[0] or time.perf_counter() > beaten + _BEAT:
+            if longest[0] > _LONGEST_GATES[0]:
                 wait(device)
                 budget.beat()
-                beaten = time.perf_counter()
+            pulse()  # where others take turns on the device, a round takes many gates' time
         checker.sweep()
 
     seconds = repeat(gated, budget, device)

@@ -30,10 +30,12 @@ def serial(
     """One launch after the other on the current stream."""
     calls = [bind(backend, cases, launch) for launch in launches]
     checker = budget.checker([c.slot for c in calls])
+    pulse = budget.pulse(device_of(cases))
 
     def once() -> None:
         for call in calls:
             call.enqueue()
+            pulse()
         checker.sweep()
 
     seconds = repeat(once, budget, device_of(cases))
@@ -48,12 +50,20 @@ def graph(
     calls = [bind(backend, cases, launch) for launch in launches]
     checker = budget.checker([c.slot for c in calls])
 
+    pulse = budget.pulse(device_of(cases))
+
     def chain() -> None:
         for call in calls:
             call.enqueue()
         checker.sweep()
 
-    captured = capture(chain)
+    def warm() -> None:
+        for call in calls:
+            call.enqueue()
+            pulse()
+        checker.sweep()
+
+    captured = capture(chain, warm)
     seconds = repeat(captured.replay, budget, device_of(cases))
     return outcome(checker, calls, cases, seconds)
 
