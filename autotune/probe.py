@@ -50,7 +50,7 @@ from .stages.grade import grade
 from .stages.prove import prove
 from .stages.quantise import Quantised, probe_quantisers, time_quantisers
 from .stages.stress import stress
-from .stages.survey import Field, enrol, taking_part
+from .stages.survey import Field, enrol
 from .stages.timing import time_layer
 from .steps import BEGUN
 from .verdict.buckets import MRange, ranges
@@ -191,7 +191,7 @@ class Probe:
         """Who takes part in what."""
         self.progress("survey", "asking every backend what it supports")
         taking = enrol(self.plan, self.progress)
-        self.progress("survey", taking_part(taking))
+        self.progress("survey", taking.in_words())
         self._open.callback(close_all, taking.runners)
         self.report.unsupported.update(taking.unsupported)
         self.report.broken.update(taking.broken)

@@ -24,11 +24,11 @@ from ..probes.launch.case import Launch
 from ..probes.problem import Problem
 from ..probes.worker.supervisor import WorkerFailed
 from ..words import COLLECTIVE
+from .asking import survey
 from .environment import environment_of
 from .evidence.wording import describe
 from .retest import summary
 from .runner import SILENCE, Patience, Progress, Runner
-from .stages.survey import survey
 
 REPRODUCED, GONE, OTHERWISE, UNABLE = (
     "reproduced",

@@ -14,7 +14,7 @@ from ..cache.ledger import Ledger
 from ..machine.devices import Target
 from ..probes.grouped.problem import ExpertsProblem, is_grouped
 from ..probes.problem import FORMATS, Problem
-from .stages.survey import survey
+from .asking import survey
 
 TYPICAL = (16, 4096, 4096)
 """m, n and k: multiples of every tile and alignment in use, so that device and format decide."""

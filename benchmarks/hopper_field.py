@@ -26,7 +26,7 @@ from typing import Any
 
 import _machine as node
 
-from fp4tune.autotune.stages.survey import survey
+from fp4tune.autotune.asking import survey
 from fp4tune.cache.ledger import Ledger
 from fp4tune.machine import devices
 from fp4tune.probes import census, registry

@@ -29,6 +29,7 @@ from _machine import versions
 from _regret_report import report
 
 from fp4tune.autotune import request as planning
+from fp4tune.autotune.asking import survey
 from fp4tune.autotune.choice.rank import ranked, time_of
 from fp4tune.autotune.environment import environment_of
 from fp4tune.autotune.evidence.recorder import Recorder
@@ -36,7 +37,6 @@ from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.runner import Patience, Runner
 from fp4tune.autotune.stages.grade import grade
-from fp4tune.autotune.stages.survey import survey
 from fp4tune.autotune.stages.timing import open_timing, time_layer
 from fp4tune.autotune.verdict.buckets import MRange, bucket_of
 from fp4tune.autotune.verdict.profiles import PROFILES

@@ -452,7 +452,7 @@ def removed() -> Score:
         with fresh() as place:
             service = Service(DaemonConfig(state=str(place), gpus=("none",)))
             service.start()
-            service.settled = True
+            service.revalidated = True
             service.tick()
             ready = service.board.ready
             harm(place)

@@ -73,9 +73,9 @@ class NodeReport:
     state_dir: str
     absent: str
     problem: str
-    stands: published.Standing | None
+    stands: published.Publication | None
     here: bool
-    settled: bool
+    revalidated: bool
     stale: Mapping[tuple[str, str], Sequence[str]]
     mended: Sequence[str]
     damaged: Sequence[str]
@@ -96,7 +96,7 @@ class NodeReport:
             return False, "nothing is published yet"
         if not self.here:
             return False, "choices.db is gone or damaged, and not put back yet"
-        if not self.settled:
+        if not self.revalidated:
             return False, "what is published has not been compared with this node yet"
         devices = [report.device for report in self.devices]
         good = [device for device in devices if not device.marks]

@@ -20,8 +20,8 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     from ..probes.worker import nursery
 
     nursery.warm(asked["python"])  # while this process loads what it needs itself
+    from ..autotune.asking import survey
     from ..autotune.runner import SILENCE, Patience, Runner
-    from ..autotune.stages.survey import survey
     from ..machine import devices
     from ..probes.grouped.problem import is_grouped, of_fields
     from ..probes.problem import Problem

@@ -1,4 +1,4 @@
-"""The child that brings the state in line: mends what is damaged, then `settling.settle`.
+"""The child that brings the state in line: mends what is damaged, then `revalidate`.
 
 Reads ``{"state": ..., "machine": ...}`` from standard input and prints one JSON document:
 ``generation`` (the one that stands), ``published`` (whether it is new), ``stale`` (a list of
@@ -94,12 +94,12 @@ def main() -> None:
     try:
         answer["mended"] = mend(state_dir)
         answer["damaged"], answer["again"] = damage(state_dir)
-        from ..autotune.publication.revalidate import settle
+        from ..autotune.publication.revalidate import revalidate
 
-        settled = settle(state_dir, asked["machine"], dict(os.environ))
-        answer["generation"] = settled.stands.generation
-        answer["published"] = settled.generation is not None
-        answer["stale"] = [[*key, list(why)] for key, why in sorted(settled.stale.items())]
+        revalidated = revalidate(state_dir, asked["machine"], dict(os.environ))
+        answer["generation"] = revalidated.stands.generation
+        answer["published"] = revalidated.generation is not None
+        answer["stale"] = [[*key, list(why)] for key, why in sorted(revalidated.stale.items())]
     except Missing:
         pass  # nothing is published yet
     except StateError as error:

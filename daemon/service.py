@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..autotune.publication import published as standing
+from ..autotune.publication import published
 from ..autotune.publication.environment import withdrawn
 from ..cache import dropbox, fingerprint, gpulock, publish, state
 from ..cache.errors import Busy, StateError
@@ -50,9 +50,9 @@ class Service:
     config: DaemonConfig
     board: Board = field(default_factory=Board)
     devices: list[WatchedDevice] = field(default_factory=list)
-    stands: standing.Standing | None = None
+    stands: published.Publication | None = None
     stale: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    settled: bool = False
+    revalidated: bool = False
     """Whether the state has been brought in line at least once."""
     problem: str = ""
     """Why it could not be, the last time; empty where it could."""
@@ -144,7 +144,7 @@ class Service:
             self._look_after = now + self.config.watch.seconds
             self._load()
             self._mend(now)
-        if self.settled and self._mending is None:
+        if self.revalidated and self._mending is None:
             self._begin(now)
 
     def _has_place(self) -> bool:
@@ -161,7 +161,7 @@ class Service:
                 self._mending.end(self.absent)
                 self._went = self.absent
         if another:
-            self.stands, self.stale, self.settled, self._seen = None, {}, False, None
+            self.stands, self.stale, self.revalidated, self._seen = None, {}, False, None
             self._signature, self._mend_after, self._look_after = ("", None), 0.0, 0.0
             self.mended = [*self.mended, f"{self.config.state_dir} is back, or another"][-20:]
             with contextlib.suppress(StateError):
@@ -212,7 +212,7 @@ class Service:
             if publish.restore(self.config.state_dir) is not None:
                 self.mended = [*self.mended, f"{path} was gone or damaged, and was put back"][-20:]
                 stamp = state.file_stamp(path)
-            self.stands = standing.load(self.config.state_dir)
+            self.stands = published.load(self.config.state_dir)
             self._seen = stamp
         except StateError:
             pass  # nothing is there to load; what can be done about it, `mend` does
@@ -289,7 +289,7 @@ class Service:
             self._mend_after = now + _AGAIN
             return
         self.problem = ""
-        self.settled = True
+        self.revalidated = True
         self.damaged = list(answer.get("damaged", ()))
         self.again = {(n, k) for n, k in answer.get("again", ())}
         self.stale = {(gpu, backend): tuple(why) for gpu, backend, why in answer["stale"]}
@@ -337,7 +337,7 @@ class Service:
                 problem=self.problem or self.unreported,
                 stands=self.stands,
                 here=self._seen is not None,
-                settled=self.settled,
+                revalidated=self.revalidated,
                 stale=self.stale,
                 mended=self.mended,
                 damaged=self.damaged,

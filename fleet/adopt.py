@@ -127,7 +127,7 @@ def _refuse_older(advice: Advice, known: taken.Taken, source: str) -> None:
 
 
 def _wanted(
-    advice: Advice, here: published.Standing, known: taken.Taken, again: bool
+    advice: Advice, here: published.Publication, known: taken.Taken, again: bool
 ) -> tuple[list[tuple[Advisory, str]], list[str], list[str]]:
     """What to quarantine, in which environments; the advisories that are not for this node's
     profiles; and those that were lifted here."""

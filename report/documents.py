@@ -68,7 +68,7 @@ def scope(state_dir: Path | None, profile: str | None = None) -> tuple[str, str,
     return reader.open(place_of(state_dir), profile=profile).scope()
 
 
-def compared(stands: published.Standing) -> list[layouts.Comparison]:
+def compared(stands: published.Publication) -> list[layouts.Comparison]:
     """The weight layouts of every layer, as published."""
     groups: dict[layouts.Key, list[Candidate]] = {}
     for candidate in stands.candidates:
@@ -76,7 +76,7 @@ def compared(stands: published.Standing) -> list[layouts.Comparison]:
     return [layer_of(stands, group) for group in groups.values()]
 
 
-def layer_of(stands: published.Standing, candidates: Sequence[Candidate]) -> layouts.Comparison:
+def layer_of(stands: published.Publication, candidates: Sequence[Candidate]) -> layouts.Comparison:
     """The layouts of one layer, of which these are all candidates, with the one published."""
     traffics = layouts.traffics_of(stands.meta)
     timed = layouts.quantisers_of(stands.meta)

@@ -18,7 +18,7 @@ import pytest
 from scripted import scripted
 from stores import gone, spawn
 
-from fp4tune.autotune.stages.survey import survey
+from fp4tune.autotune.asking import survey
 from fp4tune.machine import devices, last_words, processes
 from fp4tune.probes.problem import Problem
 from fp4tune.probes.worker import nursery

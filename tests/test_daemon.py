@@ -399,7 +399,7 @@ def node(tmp_path):
     )
     service = Service(config)
     service.start()
-    service.settled = True
+    service.revalidated = True
     service.tick()
     app = application(service.board, lambda: configuring.token(str(token)))
     serving = Serving(app, config.http)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fp4tune.autotune.publication import environment as renewal
 from fp4tune.autotune.publication import published
-from fp4tune.autotune.publication.revalidate import settle
+from fp4tune.autotune.publication.revalidate import revalidate
 from fp4tune.cache import fingerprint, publish, reader, state
 from fp4tune.cache.errors import Busy, Missing
 from fp4tune.cache.ledger import Ledger
@@ -71,7 +71,7 @@ def chosen(place: Path) -> tuple[str, str]:
 
 def test_what_holds_is_left_alone(tmp_path):
     put(tmp_path, tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
-    found = settle(tmp_path, MACHINE, {})
+    found = revalidate(tmp_path, MACHINE, {})
     assert (found.generation, dict(found.stale)) == (None, {})
     assert chosen(tmp_path) == ("fast", "safe")
 
@@ -79,7 +79,7 @@ def test_what_holds_is_left_alone(tmp_path):
 def test_a_replaced_wheel_gives_its_place_to_the_next_that_holds(tmp_path):
     first = put(tmp_path, tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
     install(tmp_path / "site", "fast", "1.1")
-    found = settle(tmp_path, MACHINE, {})
+    found = revalidate(tmp_path, MACHINE, {})
     assert found.generation is not None and found.generation > first
     assert found.stale == {("Model C", "fast"): ("fast: 1.0, now 1.1",)}
     assert chosen(tmp_path) == ("torch-dequant", "safe")
@@ -87,22 +87,22 @@ def test_a_replaced_wheel_gives_its_place_to_the_next_that_holds(tmp_path):
     assert (fast.verdict, fast.rank) == ("inconclusive", None)
     assert fast.reasons == ("stale: fast: 1.0, now 1.1",) and renewal.withdrawn(fast)
     assert found.stands.meta["runs"] == ["r"]
-    assert settle(tmp_path, MACHINE, {}).generation is None, "it is withdrawn once"
+    assert revalidate(tmp_path, MACHINE, {}).generation is None, "it is withdrawn once"
 
 
 def test_where_nothing_holds_the_answer_is_the_fallback(tmp_path):
     put(tmp_path, tmp_path / "site", ("fast", "1.0"))
     install(tmp_path / "site", "fast", "1.1")
-    settle(tmp_path, MACHINE, {})
+    revalidate(tmp_path, MACHINE, {})
     assert chosen(tmp_path) == ("torch-dequant", "unproven")
 
 
 def test_a_wheel_that_is_rolled_back_brings_its_choice_back(tmp_path):
     put(tmp_path, tmp_path / "site", ("fast", "1.0"), ("torch-dequant", "2.0"))
     install(tmp_path / "site", "fast", "1.1")
-    settle(tmp_path, MACHINE, {})
+    revalidate(tmp_path, MACHINE, {})
     install(tmp_path / "site", "fast", "1.0")
-    found = settle(tmp_path, MACHINE, {})
+    found = revalidate(tmp_path, MACHINE, {})
     assert found.generation is not None and not found.stale
     assert chosen(tmp_path) == ("fast", "safe")
 
@@ -120,9 +120,9 @@ def test_what_was_found_unsafe_later_does_not_come_back_as_safe(tmp_path):
     choice = Choice(*key, "default", "plain", "floor", (), 11.0, 9, 9, floor.fingerprint)
     publish.publish(tmp_path, [choice], unsafe, stands.environments)
     install(site, "fast", "1.1")
-    settle(tmp_path, MACHINE, {})
+    revalidate(tmp_path, MACHINE, {})
     install(site, "fast", "1.0")
-    settle(tmp_path, MACHINE, {})
+    revalidate(tmp_path, MACHINE, {})
     (fast,) = [c for c in published.load(tmp_path).candidates if c.backend == "fast"]
     assert fast.verdict == "unsafe" and chosen(tmp_path) == ("torch-dequant", "safe")
 
@@ -132,7 +132,7 @@ def test_a_wheel_that_was_installed_again_is_no_change(tmp_path):
     metadata = install(tmp_path / "site", "fast", "1.0")
     os.utime(metadata, ns=(1, 1))
     assert chosen(tmp_path)[1] == "stale", "a reader cannot tell"
-    found = settle(tmp_path, MACHINE, {})
+    found = revalidate(tmp_path, MACHINE, {})
     assert found.generation is not None and not found.stale
     assert chosen(tmp_path) == ("fast", "safe")
 
@@ -146,13 +146,13 @@ def test_a_wheel_that_was_installed_again_is_no_change(tmp_path):
 )
 def test_hardware_and_variables_count(tmp_path, machine, environ, said):
     put(tmp_path, tmp_path / "site", ("fast", "1.0"))
-    assert settle(tmp_path, machine, environ).stale == {("Model C", "fast"): (said,)}
+    assert revalidate(tmp_path, machine, environ).stale == {("Model C", "fast"): (said,)}
 
 
 def test_a_device_that_is_not_here_keeps_its_choices(tmp_path):
     put(tmp_path, tmp_path / "site", ("fast", "1.0"))
     install(tmp_path / "site", "fast", "1.1")
-    assert settle(tmp_path, {"NVIDIA H200": {"kind": "cuda"}}, {}).generation is None
+    assert revalidate(tmp_path, {"NVIDIA H200": {"kind": "cuda"}}, {}).generation is None
 
 
 def test_compiled_files_are_compared_by_content(tmp_path):
@@ -287,5 +287,5 @@ def test_a_choices_db_is_put_back_on_a_full_disk_and_while_nobody_publishes(tmp_
 def test_an_empty_state_needs_no_mending(tmp_path):
     assert mend(tmp_path) == []
     with pytest.raises(Missing):
-        settle(tmp_path, MACHINE, {})
+        revalidate(tmp_path, MACHINE, {})
     Ledger.open(tmp_path, readonly=True).close()

@@ -56,7 +56,7 @@ def serving(tmp_path, monkeypatch):
     )
     service = Service(DaemonConfig(state=str(tmp_path / "state"), gpus=("none",), http=options))
     service.start()
-    service.settled = True
+    service.revalidated = True
     service.tick()
     found = Serving(application(service.board, lambda: "a-token-of-enough-characters"), options)
     yield found

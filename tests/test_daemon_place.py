@@ -34,7 +34,7 @@ def place(tmp_path) -> Path:
 def service(place):
     found = Service(DaemonConfig(state=str(place), gpus=("none",)))
     found.start()
-    found.settled = True
+    found.revalidated = True
     found.tick()
     assert found.board.ready
     yield found
@@ -103,7 +103,7 @@ def test_another_folder_under_its_name_is_begun_with_anew(service, place, tmp_pa
     with pytest.raises(Refused, match="holds the daemon of this state"):
         StatePlace(place).take()
     put(place, tmp_path / "site", ("other", "1.0"))
-    service.settled = True
+    service.revalidated = True
     service._look_after = 0.0
     service.tick()
     assert service.board.ready and b"other" in service.board.choices
@@ -193,11 +193,11 @@ fill()
 said = {}
 service = Service(DaemonConfig(state=str(place), gpus=("none",)))
 service.start()
-service.settled = not mends
+service.revalidated = not mends
 service.tick()
 said["serves"] = b"fast" in service.board.choices
 if mends:
-    said["compares"] = run(service, lambda: service.settled or service.problem != "")
+    said["compares"] = run(service, lambda: service.revalidated or service.problem != "")
     said["problem"] = service.problem
 else:
     said["ready"] = service.board.ready
@@ -207,7 +207,7 @@ else:
     said["put back"] = (place / "choices.db").exists()
 os.unlink(place / "filler")
 if mends:
-    said["later"] = run(service, lambda: service.settled and not service.problem)
+    said["later"] = run(service, lambda: service.revalidated and not service.problem)
 service.tick()
 said["ready at last"] = service.board.ready
 service.stop()

@@ -460,7 +460,7 @@ def test_the_daemon_notices(tmp_path, monkeypatch):
                 service.tick()
                 time.sleep(0.02)
 
-        until(lambda: service.settled)
+        until(lambda: service.revalidated)
         assert not service.board.health["damaged"]
         harm(tmp_path, HARMS[0])
         service._look_after = 0.0  # as after some seconds

@@ -26,7 +26,7 @@ from fp4tune.autotune import demonstration, doctor
 from fp4tune.autotune.forecast import Forecast, Pace, forecast, in_words
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.plan import Plan, Report
-from fp4tune.autotune.publication.published import Standing
+from fp4tune.autotune.publication.published import Publication
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import facts, facts_text, publish, quarantine, quarantine_store, state
 from fp4tune.cache.ledger import Ledger
@@ -655,7 +655,7 @@ def test_a_page_says_in_words_what_its_signs_mean_and_where_it_scrolls(tmp_path)
 def test_routed_experts_are_called_so_on_a_page():
     bucket = BucketKey("nvfp4", "fp4", "bf16", 128, 1, 16, 4096, 2048)
     head = ("sm120", "B", "strict", bucket, "a", "default", "x")
-    rows_ = Standing(1, {}, (Choice(*head, "safe"),), (Candidate(*head, "safe", 0, 5.0),), ())
+    rows_ = Publication(1, {}, (Choice(*head, "safe"),), (Candidate(*head, "safe", 0, 5.0),), ())
     assert "Experts: nvfp4 W4A4 bf16, 128 experts" in node.draw(node.NodeRows(rows_))
 
 

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 from fp4tune import cli
 from fp4tune.autotune import request as planning
+from fp4tune.autotune.asking import survey
 from fp4tune.autotune.plan import Plan, Report
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.stages.survey import enrol, survey
+from fp4tune.autotune.stages.survey import enrol
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commands import call
-from fp4tune.autotune.publication.published import Standing
+from fp4tune.autotune.publication.published import Publication
 from fp4tune.cache import publish, quarantine
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import BucketKey, Candidate, Choice, Environment, Finding
@@ -174,7 +174,7 @@ def test_an_earlier_generation_that_cannot_be_read_is_told_and_harms_nothing(pla
 
 def test_times_and_verdicts_count_as_changes_only_where_they_differ():
     choices, candidates = stores.rows_for("a")
-    old = Standing(1, {}, tuple(choices), tuple(candidates), (stores.ENVIRONMENT,))
+    old = Publication(1, {}, tuple(choices), tuple(candidates), (stores.ENVIRONMENT,))
     assert changes.between(old, replace(old, generation=2)) == []
     slower = [replace(c, median_us=20.0, lo_us=19.0, hi_us=21.0) for c in candidates]
     near = [replace(c, median_us=12.9, lo_us=12.8, hi_us=14.0) for c in candidates]
@@ -217,7 +217,9 @@ def test_every_choice_is_a_cell_whatever_it_is_called(rows, name):
         Candidate("sm90", name, "strict", c.bucket, name, name, name, "safe", 0, c.median_us)
         for c in choices
     ]
-    page = check(node.draw(node.NodeRows(Standing(1, {}, tuple(choices), tuple(candidates), ()))))
+    page = check(
+        node.draw(node.NodeRows(Publication(1, {}, tuple(choices), tuple(candidates), ())))
+    )
     cells = [attrs for attrs in page.named("td") if attrs.get("class")]
     shown = [a for a in cells if set(str(a["class"]).split()) & {"none", "n0"}]
     assert len(shown) == len(choices)
@@ -246,8 +248,8 @@ def test_nothing_from_a_database_becomes_markup():
     ]
     meta = {"published": HOSTILE, "unsupported": {HOSTILE: HOSTILE}}
     entry = quarantine.make("b", quarantine.Reach(1, 64, 64), reason=HOSTILE)
-    now = Standing(2, meta, choices, (candidate, timeless), (environment,))
-    old = Standing(1, meta, choices[:1], (), ())
+    now = Publication(2, meta, choices, (candidate, timeless), (environment,))
+    old = Publication(1, meta, choices[:1], (), ())
     document = node.draw(node.NodeRows(now, old, [HOSTILE], found, [], [entry]))
     page = check(document)
     assert "<img" not in document and "<!--" not in document and "<b>javascript" not in document
@@ -337,7 +339,7 @@ def test_a_large_store_is_a_page_of_some_megabytes_with_every_choice():
             candidates += [
                 Candidate(*key, b, "t", "l", "safe", 0, 5.0 + m, 4.0 + m, 6.0 + m) for b in names
             ]
-    document = node.draw(node.NodeRows(Standing(1, {}, tuple(choices), tuple(candidates), ())))
+    document = node.draw(node.NodeRows(Publication(1, {}, tuple(choices), tuple(candidates), ())))
     assert len(document) < 3_000_000
     maps = [a for a in check(document).named("td") if re.match(r"rel n\d", str(a.get("class")))]
     assert len(maps) == len(choices)

@@ -67,7 +67,7 @@ def publish(
         compared = layouts.compare_all(placed, traffics, stands.layers, timed)
         rows = [each.row() for each in compared if each.layout]
         meta |= _experts_meta(placed, traffics)
-        now = published.Standing(
+        now = published.Publication(
             stands.generation, meta, tuple(chosen), tuple(placed), tuple(known), tuple(rows)
         )
         generation = stands.generation
@@ -94,7 +94,7 @@ def _refuse_damaged(reports: Sequence[Report], state_dir: Path) -> None:
         pass  # of candidates that came from elsewhere
 
 
-def _publication_text(stands: published.Standing) -> list[object]:
+def _publication_text(stands: published.Publication) -> list[object]:
     """What a publication says, whoever made it and when, in one order."""
     by = (*publishing.RESERVED, "runs", "seed")
     tables = (stands.choices, stands.candidates, stands.environments, stands.layers)
@@ -152,7 +152,7 @@ _TIMED = ("arch", "gpu", "format", "out_dtype", "k", "m_hi", "backend")
 
 def republish(
     state_dir: Path,
-    stands: published.Standing,
+    stands: published.Publication,
     candidates: Sequence[Candidate],
     environments: Sequence[Environment],
 ) -> int:

@@ -18,7 +18,7 @@ from ...cache.rows import Candidate, Choice, Environment, Layer, Stamp
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Publication:
     """The published rows. `generation` is 0 where nothing is published yet."""
 
     generation: int
@@ -29,7 +29,7 @@ class Standing:
     layers: tuple[Layer, ...] = ()
 
 
-def load(state_dir: Path, generation: int | None = None) -> Standing:
+def load(state_dir: Path, generation: int | None = None) -> Publication:
     """What `state_dir` publishes, or published as one of the generations that are kept.
 
     Raises Missing where it publishes nothing, and Foreign, NewerSchema or Corrupt.
@@ -43,7 +43,7 @@ def load(state_dir: Path, generation: int | None = None) -> Standing:
     stamps: dict[str, list[Stamp]] = {}
     for row in tables["stamp"]:
         stamps.setdefault(row["fingerprint"], []).append(codec.decode(Stamp, row))
-    return Standing(
+    return Publication(
         loaded.generation,
         loaded.meta,
         tuple(codec.decode(Choice, row) for row in tables["choice"]),
@@ -56,16 +56,16 @@ def load(state_dir: Path, generation: int | None = None) -> Standing:
     )
 
 
-def usable(state_dir: Path) -> Standing:
+def usable(state_dir: Path) -> Publication:
     """`load`, with a missing or damaged file as nothing: publishing is what mends it."""
     try:
         return load(state_dir)
     except (Missing, Corrupt):
-        return Standing(0, {}, (), (), ())
+        return Publication(0, {}, (), (), ())
 
 
 def join(
-    standing: Standing,
+    standing: Publication,
     candidates: Sequence[Candidate],
     environments: Sequence[Environment],
 ) -> tuple[list[Candidate], list[Environment]]:

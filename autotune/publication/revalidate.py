@@ -24,16 +24,16 @@ from .environment import Machine, Renewed, compare_with_now, withdraw, withdrawn
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class Revalidated:
     """`generation` is the new one, None where all was in line. `stale`: (device, backend) to what
     changed, of every withdrawn candidate whose device is here."""
 
     generation: int | None
-    stands: published.Standing
+    stands: published.Publication
     stale: Mapping[tuple[str, str], tuple[str, ...]]
 
 
-def settle(state_dir: Path, machine: Machine, environ: Mapping[str, str]) -> Settled:
+def revalidate(state_dir: Path, machine: Machine, environ: Mapping[str, str]) -> Revalidated:
     """Withdraw what is stale, bring back what holds again, and refresh the stamps of files that
     were replaced by their like; publish if any of that changes what stands.
 
@@ -71,9 +71,9 @@ def settle(state_dir: Path, machine: Machine, environ: Mapping[str, str]) -> Set
         before = {e.fingerprint: frozenset(e.stamps) for e in stands.environments}
         after = {e.fingerprint: frozenset(e.stamps) for e in environments}
         if candidates == list(stands.candidates) and before == after:
-            return Settled(None, stands, stale)
+            return Revalidated(None, stands, stale)
         generation = publish.republish(state_dir, stands, candidates, environments)
-        return Settled(generation, published.load(state_dir), stale)
+        return Revalidated(generation, published.load(state_dir), stale)
 
 
 @dataclass

@@ -1,32 +1,21 @@
-"""Who takes part: what each backend supports, asked in processes that may die or hang.
-
-Backends from elsewhere, a file's or an installed package's, have a process each. Ours share one,
-and are asked one after another: where it dies, the one that was being asked is to blame, and
-another process asks the rest. All processes work at once, so a backend that hangs while it is
-imported delays nobody else by more than its own limit.
-"""
+"""Who takes part in what, and why the others do not."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from ...machine.devices import Target
-from ...probes import registry
 from ...probes.problem import Problem
-from ...probes.worker.supervisor import Worker, WorkerFailed
 from .. import chains
+from ..asking import survey
 from ..choice.rank import FLOORS
 from ..plan import Plan
-from ..runner import Patience, Progress, Runner
+from ..runner import Progress, Runner
 
-Answer = dict[str, Any]
-
-_START = Patience(0).start
+_NO_GPU = "needs a CUDA GPU"
+_MOST_NAMES = 8
 
 
 @dataclass(slots=True)
@@ -46,6 +35,19 @@ class Field:
     def of(self, runner: Runner) -> list[Problem]:
         """The layers that a backend takes part in."""
         return [problem for problem, runners in self.able.items() if runner in runners]
+
+    def in_words(self) -> str:
+        """Who takes part, and why the others do not, in one line: reasons with how many they hold
+        for, those of most first."""
+        names = [runner.name for runner in self.runners]
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        parts = [f"probing {', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing to probe"]
+        counted = Counter(_kind_of_reason(why) for why in self.unsupported.values())
+        for (one, many), count in counted.most_common():
+            parts.append(f"{count} backend{'s' if count > 1 else ''} {many if count > 1 else one}")
+        if self.broken:
+            parts.append(f"{len(self.broken)} did not load")
+        return "; ".join(parts)
 
 
 def enrol(plan: Plan, progress: Progress) -> Field:
@@ -85,24 +87,6 @@ def enrol(plan: Plan, progress: Progress) -> Field:
     return entered
 
 
-_NO_GPU = "needs a CUDA GPU"
-_MOST_NAMES = 8
-
-
-def taking_part(taking: Field) -> str:
-    """Who takes part, and why the others do not, in one line: reasons with how many they hold for,
-    those of most first."""
-    names = [runner.name for runner in taking.runners]
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    parts = [f"probing {', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing to probe"]
-    counted = Counter(_kind_of_reason(why) for why in taking.unsupported.values())
-    for (one, many), count in counted.most_common():
-        parts.append(f"{count} backend{'s' if count > 1 else ''} {many if count > 1 else one}")
-    if taking.broken:
-        parts.append(f"{len(taking.broken)} did not load")
-    return "; ".join(parts)
-
-
 def _kind_of_reason(why: str) -> tuple[str, str]:
     """What a reason comes to, of one backend and of several."""
     if why.endswith(_NO_GPU):
@@ -114,84 +98,6 @@ def _kind_of_reason(why: str) -> tuple[str, str]:
     if why.startswith("left out"):
         return "has nothing here to be compared with", "have nothing here to be compared with"
     return "cannot run these layers", "cannot run these layers"
-
-
-def survey(
-    target: Target,
-    backends: Sequence[str],
-    problems: Sequence[Problem],
-    python: str | None = None,
-    hang_seconds: float | None = None,
-) -> dict[str, Answer]:
-    """What each backend is and which problems it supports, by the name it was asked for.
-
-    A value holds ``name``, ``activation``, ``layout``, ``reference_line`` and ``reasons`` (None
-    where supported), or ``error``. `hang_seconds` is how long a backend may take to be imported
-    and asked; by default as long as one may take to start.
-    """
-    asked = [asdict(problem) for problem in problems]
-    answers: dict[str, Answer] = {}
-
-    def one(group: tuple[str, ...]) -> dict[str, Answer]:
-        # Of ours it is known that they need some seconds, and that none hangs.
-        limit = _START if group == ours else hang_seconds or _START
-        return _ask_of_one_process(target, group, asked, python, limit)
-
-    ours = tuple(spec for spec in dict.fromkeys(backends) if _is_ours(spec))
-    groups: list[tuple[str, ...]] = [
-        (spec,) for spec in dict.fromkeys(backends) if spec not in ours
-    ]
-    groups += [ours] if ours else []
-    # More than there are cores: one that hangs must not take another's place.
-    with ThreadPoolExecutor(max(1, min(len(groups), 4 * (os.cpu_count() or 1)))) as pool:
-        for found in pool.map(one, groups):
-            answers.update(found)
-    return {spec: answers[spec] for spec in backends}
-
-
-def _is_ours(spec: str) -> bool:
-    return spec in registry.BUILTIN or spec in registry.EXPERTS or spec.startswith("zoo-")
-
-
-def _ask_of_one_process(
-    target: Target,
-    backends: Sequence[str],
-    problems: Sequence[dict[str, Any]],
-    python: str | None,
-    silence: float,
-) -> dict[str, Answer]:
-    """The answers of these, in one process for as long as that lives."""
-    answers: dict[str, Answer] = {}
-    while left := [spec for spec in backends if spec not in answers]:
-        worker = Worker(python, target.environment)
-        try:
-            worker.ask("ready", _START)
-            for spec in left:
-                answers[spec] = _survey_one(worker, target, spec, problems, silence)
-                if not worker.alive:
-                    break
-        except WorkerFailed as failure:  # before any of them was asked
-            return answers | {spec: {"error": f"{failure.kind}: {failure}"} for spec in left}
-        finally:
-            worker.close()
-    return answers
-
-
-def _survey_one(
-    worker: Worker,
-    target: Target,
-    spec: str,
-    problems: Sequence[dict[str, Any]],
-    silence: float,
-) -> Answer:
-    device = target.device
-    try:
-        answer: Answer = worker.ask(
-            "survey", silence, backend=spec, kind=device.kind, sm=device.sm, problems=problems
-        )
-        return answer
-    except WorkerFailed as failure:
-        return {"error": f"{failure.kind}: {failure}"}
 
 
 def _reason(answer: Mapping[str, Any], problems: Sequence[Problem]) -> str:

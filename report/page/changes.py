@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...autotune.publication import published
-from ...autotune.publication.published import Standing
+from ...autotune.publication.published import Publication
 from ...cache import state
 from ...cache.errors import StateError
 from ...cache.rows import Candidate, Choice
@@ -44,7 +44,7 @@ class Changes:
     more: int = 0
 
 
-def section(old: Standing | None, new: Standing, unread: Sequence[str]) -> Changes:
+def section(old: Publication | None, new: Publication, unread: Sequence[str]) -> Changes:
     if old is None:
         return Changes(unread, "No earlier generation is kept here.")
     found = between(old, new)
@@ -62,7 +62,7 @@ def section(old: Standing | None, new: Standing, unread: Sequence[str]) -> Chang
     )
 
 
-def previous(place: Path, generation: int) -> tuple[Standing | None, list[str]]:
+def previous(place: Path, generation: int) -> tuple[Publication | None, list[str]]:
     """The newest kept generation below `generation` that can be read, and why others cannot."""
     unread: list[str] = []
     for number in reversed(state.generations(os.fspath(place))):
@@ -74,7 +74,7 @@ def previous(place: Path, generation: int) -> tuple[Standing | None, list[str]]:
     return None, unread
 
 
-def between(old: Standing, new: Standing) -> list[Change]:
+def between(old: Publication, new: Publication) -> list[Change]:
     """Everything that differs, choices first. A time differs where the two intervals lie apart."""
     return [
         *_choices(old, new),
@@ -83,7 +83,7 @@ def between(old: Standing, new: Standing) -> list[Change]:
     ]
 
 
-def _choices(old: Standing, new: Standing) -> Iterable[Change]:
+def _choices(old: Publication, new: Publication) -> Iterable[Change]:
     before, after = _keyed(old.choices), _keyed(new.choices)
     for key in _keys_of_both(before, after):
         was, now = _choice_in_words(before.get(key)), _choice_in_words(after.get(key))
@@ -91,7 +91,7 @@ def _choices(old: Standing, new: Standing) -> Iterable[Change]:
             yield Change("choice", where(*key), was, now)
 
 
-def _candidates(old: Standing, new: Standing) -> Iterable[Change]:
+def _candidates(old: Publication, new: Publication) -> Iterable[Change]:
     before = {(*_scoped_bucket(c), c.backend): c for c in old.candidates}
     for c in new.candidates:
         was = before.get((*_scoped_bucket(c), c.backend))
@@ -104,7 +104,7 @@ def _candidates(old: Standing, new: Standing) -> Iterable[Change]:
             yield Change("time", place, _time_in_words(was), _time_in_words(c))
 
 
-def _environments(old: Standing, new: Standing) -> Iterable[Change]:
+def _environments(old: Publication, new: Publication) -> Iterable[Change]:
     before: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for e in old.environments:
         before.setdefault((e.arch, e.backend), {})[e.fingerprint] = e.facts

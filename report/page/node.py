@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...autotune.publication import published
-from ...autotune.publication.published import Standing
+from ...autotune.publication.published import Publication
 from ...cache import facts, quarantine, quarantine_store
 from ...cache.rows import Finding, Run, Timing
 from ...engines import names
@@ -33,8 +33,8 @@ class NodeRows:
     """What a node's page is made of: what is published, the generation before it and why others
     cannot be read, and what the ledger has, where there is one."""
 
-    now: Standing
-    old: Standing | None = None
+    now: Publication
+    old: Publication | None = None
     unread: Sequence[str] = ()
     findings: Sequence[Finding] = ()
     runs: Sequence[Run] = ()
@@ -167,7 +167,7 @@ def _environment(
     return (held, list(runs)[-_RUNS:][::-1]) if held or runs else None
 
 
-def _device_names(now: Standing) -> str:
+def _device_names(now: Publication) -> str:
     names = list(dict.fromkeys([*(c.gpu for c in now.choices), *(c.gpu for c in now.candidates)]))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "?"
 

@@ -84,7 +84,7 @@ def _print_left(out: Console, left: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def print_stored(place: Path, stored: published.Standing, every_finding: bool) -> None:
+def print_stored(place: Path, stored: published.Publication, every_finding: bool) -> None:
     """Choices, verdicts, findings and environments of a state directory: `stored`, and what its
     ledger has."""
     out = console()
