@@ -57,7 +57,8 @@ def emit(
     target: Annotated[
         str,
         typer.Argument(
-            help="sglang, vllm, flashinfer, env or json.",
+            metavar="[sglang|vllm|flashinfer|env|json]",
+            help="For what.",
             autocompletion=lambda: ["sglang", "vllm", "flashinfer", "env", "json"],
         ),
     ],
@@ -90,11 +91,11 @@ def emit(
     python: EnginePython = None,
     watch: Annotated[
         str | None,
-        typer.Option(help="few or every: the plugins watch that many of the engine's GEMMs, too."),
+        choice(*SHARES, help="The plugins watch that many of the engine's GEMMs, too."),
     ] = None,
     on_fault: Annotated[
         str,
-        typer.Option(help="With --watch, on a confirmed fault: log, quarantine or stop."),
+        choice(*ON_FAULT, help="With --watch, on a confirmed fault."),
     ] = QUARANTINE,
     explain: Annotated[
         bool,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SAFE
-from ._console import Json, State, choice, one_sentence, refuse_beside, say_wrapped
+from ._console import PROFILES, Json, State, choice, one_sentence, refuse_beside, say_wrapped
 
 
 def facts(
@@ -24,7 +24,7 @@ def facts(
         bool, typer.Option("--check", help="One line; the exit code says what it is.")
     ] = False,
     gpu: Annotated[str | None, typer.Option(help="Only this GPU model, by its name.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Only this profile's choices.")] = None,
+    profile: Annotated[str | None, choice(*PROFILES, help="Only this profile's choices.")] = None,
     expires: Annotated[float, typer.Option(help="Seconds that labels of nfd hold.")] = 3600.0,
     state: State = None,
     as_json: Json = False,

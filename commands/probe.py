@@ -14,6 +14,7 @@ import typer
 from ..errors import NOT_ASSESSED, SAFE, UNSAFE, Refused
 from . import _engine
 from ._console import (
+    ACTIVATIONS,
     Engine,
     EngineArgs,
     Formats,
@@ -24,6 +25,7 @@ from ._console import (
     Profile,
     State,
     Verbose,
+    choice,
     given,
     named,
     one_sentence,
@@ -74,7 +76,7 @@ def probe(
     ] = None,
     formats: Formats = None,
     activation: Annotated[
-        list[str] | None, typer.Option(help="bf16 (W4A16) or fp4 (W4A4); default both.")
+        list[str] | None, choice(*ACTIVATIONS, help="bf16 (W4A16) or fp4 (W4A4); default both.")
     ] = None,
     out_dtype: OutDtype = "bf16",
     backend: Annotated[
