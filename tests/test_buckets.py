@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4tune.autotune.verdict.buckets import (
-    EDGES,
     MRange,
     bucket_of,
     edge_of,
+    edges,
     ragged,
     ranges,
     representative,
 )
 
+EDGES = tuple(edges())
 ms = st.integers(0, 2**20)
 
 

@@ -57,9 +57,6 @@ def edges(max_m: int = MAX_M) -> Iterator[int]:
         edge = edge_of(edge + 1)
 
 
-EDGES = tuple(edges())
-
-
 def bucket_of(m: int) -> MRange:
     """The bucket that holds m. Raises ValueError below 0."""
     hi = edge_of(m)
