@@ -32,9 +32,10 @@ from fp4tune.probes.check.tiles import tile_error, tile_limit
 from fp4tune.probes.data.families import draw, families
 from fp4tune.probes.formats import DTYPES, dequantise
 from fp4tune.probes.problem import Problem
+from fp4tune.witness.calls import Unreadable
 from fp4tune.witness.rows import WatchedCall
 from fp4tune.witness.sources import HostCopy
-from fp4tune.witness.watcher import Unreadable, WatchSubject, Witness, WitnessOptions
+from fp4tune.witness.watcher import WatchSubject, Witness, WitnessOptions
 
 BACKENDS = ("cublas", "triton-w4a16", "marlin", "humming", "quack")
 SHAPES = ((4096, 4096), (1024, 1024), (2048, 8192))

@@ -36,10 +36,11 @@ from fp4tune.probes.check.sweep import POISON
 from fp4tune.probes.formats import dequantise, quantise
 from fp4tune.probes.launch.outcome import capturing
 from fp4tune.probes.problem import NVFP4, Fp4Tensor, Problem
+from fp4tune.witness.calls import Unreadable
 from fp4tune.witness.confirm import FAULT
 from fp4tune.witness.rows import WatchedCall
 from fp4tune.witness.sources import HostCopy
-from fp4tune.witness.watcher import Unreadable, WatchSubject, Witness, WitnessOptions
+from fp4tune.witness.watcher import WatchSubject, Witness, WitnessOptions
 
 LAYERS = 4
 MS = tuple(range(1, 65))

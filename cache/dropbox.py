@@ -94,7 +94,7 @@ def prepare(state_dir: str | os.PathLike[str]) -> list[str]:
 
 def _make_box(box: str) -> None:
     try:
-        quarantine_store.make_folder(box, MODE)
+        state.make_folder(box, MODE)
     except OSError as error:
         raise translate(error, box) from error
 

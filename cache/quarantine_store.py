@@ -7,7 +7,6 @@ like one of ours is ignored, with a warning. Standard library only.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 
@@ -143,27 +142,10 @@ def write(entry: Quarantine, folder: str) -> str:
     take_over(folder)
     try:
         if not os.path.isdir(folder):
-            make_folder(folder, 0o755)
+            state.make_folder(folder, 0o755)
     except OSError as error:
         raise translate(error, folder) from error
     return put(entry, folder)
-
-
-def make_folder(folder: str, mode: int) -> None:
-    """Make one folder with that mode, whatever the umask, for the owner of what it lies in where
-    root makes it. Raises OSError, also where another's has taken its place meanwhile."""
-    try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        return  # by another process, just now
-    fd = files.folder(folder)
-    try:
-        if os.fstat(fd).st_uid != os.geteuid():
-            raise OSError(errno.EPERM, "another user's folder has taken the place of this one")
-        os.fchmod(fd, mode)
-        state.give_to_owner(fd, os.path.dirname(folder))
-    finally:
-        os.close(fd)
 
 
 def put(entry: Quarantine, folder: str) -> str:
@@ -213,7 +195,7 @@ def take_over(folder: str) -> list[str]:
     try:
         if about.st_uid not in ours:  # who made it can remove what is in it
             os.rename(folder, f"{folder}.of-user-{about.st_uid}-{os.urandom(4).hex()}")
-            make_folder(folder, 0o755)
+            state.make_folder(folder, 0o755)
         # From here on by its descriptor: its owner may put something else in its place.
         fd = files.folder(folder)
         if os.fstat(fd).st_uid not in ours:

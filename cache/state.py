@@ -9,6 +9,7 @@ Standard library only, and `pathlib` only when called: the engine's reader impor
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -231,7 +232,11 @@ def _make_lock_folder(folder: str) -> None:
     if os.path.basename(folder) != LOCKS:
         return
     if not os.path.lexists(folder):
-        _make_folder_once(folder)
+        try:
+            make_folder(folder, 0o700)
+        except OSError:
+            if not os.path.lexists(folder):
+                raise  # what is there, whoever made it, is looked at below
     found = os.lstat(folder)
     if found.st_mode & 0o170000 != 0o040000:
         raise StateError(folder, "this is no folder, and locks are to be kept in one; remove it")
@@ -247,15 +252,19 @@ def _make_lock_folder(folder: str) -> None:
             os.close(fd)
 
 
-def _make_folder_once(folder: str) -> None:
+def make_folder(folder: str, mode: int) -> None:
+    """Make one folder with that mode, whatever the umask, for the owner of what it lies in where
+    root makes it. Raises OSError, also where another's has taken its place meanwhile."""
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:
         return  # by another process, just now
     fd = files.folder(folder)
     try:
-        if os.fstat(fd).st_uid == os.geteuid():
-            give_to_owner(fd, os.path.dirname(folder))
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise OSError(errno.EPERM, "another user's folder has taken the place of this one")
+        os.fchmod(fd, mode)
+        give_to_owner(fd, os.path.dirname(folder))
     finally:
         os.close(fd)
 

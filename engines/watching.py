@@ -217,7 +217,7 @@ def _read(layer: Any, inverse: bool | None) -> Any:
     import torch
 
     from ..witness import forms, process
-    from ..witness.watcher import Unreadable
+    from ..witness.calls import Unreadable
 
     name = str(getattr(layer, "prefix", None) or type(layer).__name__)
     try:
@@ -237,7 +237,8 @@ def _register(layer: Any, raw: tuple[str, Any, Any], backend: str) -> None:
 
     from ..probes.problem import Fp4Tensor, Problem
     from ..witness import checkpoint, operator, process
-    from ..witness.watcher import Unreadable, WatchSubject
+    from ..witness.calls import Unreadable
+    from ..witness.watcher import WatchSubject
 
     name, weight, bias = raw
     prepared = getattr(layer, "weight", None)

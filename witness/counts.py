@@ -19,7 +19,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..cache import dropbox, quarantine_store
+from ..cache import dropbox, state
 from ..machine import files
 
 FOLDER = "witness"
@@ -223,7 +223,7 @@ def make_box(folder: str) -> None:
     files from: whoever makes it owns it. Raises OSError."""
     if not os.path.isdir(folder):
         os.makedirs(os.path.dirname(folder), exist_ok=True)
-        quarantine_store.make_folder(folder, dropbox.MODE)
+        state.make_folder(folder, dropbox.MODE)
 
 
 def _read_report(path: str) -> WatchReport:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..probes.problem import FORMATS, Fp4Tensor
+from .calls import Unreadable
 from .sources import Weight
-from .watcher import Unreadable
 
 _CODES = ("weight_packed", "weight")
 _SCALES = ("weight_scale",)

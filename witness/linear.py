@@ -13,9 +13,10 @@ from ..errors import printable
 from ..probes.formats import DTYPES
 from ..probes.problem import Fp4Tensor, Problem
 from . import operator, process
+from .calls import Unreadable
 from .forms import sixteen_bit_only, weight_of
 from .sources import Weight, WeightSource
-from .watcher import Unreadable, WatchedWeight, WatchSubject, Witness
+from .watcher import WatchedWeight, WatchSubject, Witness
 
 log = logging.getLogger("fp4tune")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

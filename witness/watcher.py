@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from ..errors import printable
-from ..probes.problem import Fp4Tensor, Problem
+from ..probes.problem import Problem
 from . import here, launch
+from .calls import Unreadable, fitted, with_whole_factor
 from .confirm import CLEARED, FAULT, NOT_AS_LOADED, SUSPECTED, Confirmation, confirm
 from .counts import COUNTED, MOST_LEFT, WatchedLayer, WatchReport, merged
 from .launch import Bench, CallSite
@@ -123,10 +124,6 @@ class WatchDevice:
     gpu: str
     arch: str
     uuid: str
-
-
-class Unreadable(ValueError):
-    """A weight or a call that the witness cannot read; the message says why."""
 
 
 class DeviceWitness:
@@ -270,7 +267,7 @@ class Witness:
             graph = _capture_number(call.y.device) if capturing else None
             if not self.plan.choose((weight.number, bucket, capturing), graph):
                 return False
-            call = _call_of(weight, call)
+            call = fitted(call, weight.sums, weight.subject.problem)
             index = device.site(weight, True, m) if capturing else None
             site = index if index is not None else weight.eager
             own = device.sites[site]
@@ -282,7 +279,7 @@ class Witness:
             weight.bias = call.bias.detach()
         # Outside of graphs the plan decides, call by call; in them the device, replay by replay.
         place = CallSite(site, site, self.options.period if index is not None else 1)
-        call = _with_whole_factor(call)
+        call = with_whole_factor(call)
         if call.y.is_cuda:
             launch.launch(call, weight.sums, weight.limit, device.bench, place)
         else:
@@ -479,20 +476,6 @@ def _capture_number(device: torch.device) -> int | None:
         return None
 
 
-def _with_whole_factor(call: WatchedCall) -> WatchedCall:
-    """`call` with a float32 tensor as its factor, the activation's own global scale included."""
-    a, one = call.a, one_on(call.y.device)
-    alpha = call.alpha
-    if not isinstance(alpha, torch.Tensor):
-        alpha = one * alpha if alpha != 1.0 else one
-    if isinstance(a, Fp4Tensor) and a.global_scale is not one:
-        if a.global_scale.device != alpha.device:
-            raise Unreadable("an activation whose global scale lies elsewhere")
-        alpha = alpha.reshape(-1) * a.global_scale.reshape(-1)
-        a = replace(a, global_scale=one)
-    return replace(call, a=a, alpha=alpha)
-
-
 _SAMPLE = 4096
 
 
@@ -506,48 +489,6 @@ def stamp_of(tensor: torch.Tensor) -> int | None:
         return int((part * weights).sum()) ^ (tensor.data_ptr() << 8)
     except RuntimeError:
         return None
-
-
-def _call_of(weight: WatchedWeight, call: WatchedCall) -> WatchedCall:
-    """`call` without the columns and the part of k that a backend pads with. Raises Unreadable."""
-    n, k = weight.sums.groups.n, weight.sums.k
-    (m, columns), a = call.y.shape, call.a
-    problem = weight.subject.problem
-    wide = a.shape[1]
-    if columns < n or wide < k or a.shape[0] < m or call.y.dtype != problem.dtype:
-        raise Unreadable(
-            f"a call of {tuple(a.shape)} to {tuple(call.y.shape)} does not fit {n} x {k}"
-        )
-    packed = isinstance(a, Fp4Tensor)
-    if packed != (problem.activation == "fp4") or call.y.stride(1) != 1:
-        raise Unreadable(f"a call with another activation than {problem.activation}")
-    if columns > n:
-        call = replace(call, y=call.y[:, :n])
-    if wide > k or a.shape[0] > m:
-        call = replace(call, a=_less(a, m, k))
-    if isinstance(a, Fp4Tensor):
-        if a.codes.stride(1) != 1 or not a.scales.is_contiguous():
-            raise Unreadable("an activation whose codes or scales do not lie row by row")
-    elif a.dtype != call.y.dtype or a.stride(1) != 1:
-        raise Unreadable(f"an activation of {a.dtype} beside an output of {call.y.dtype}")
-    bias = call.bias
-    if bias is not None:
-        if bias.dtype != call.y.dtype or bias.dim() != 1 or bias.stride(0) != 1:
-            raise Unreadable(f"a bias of {bias.dtype}, {tuple(bias.shape)}")
-        if bias.shape[0] < n:
-            raise Unreadable(f"a bias of {bias.shape[0]} for {n} columns")
-    return call
-
-
-def _less(a: torch.Tensor | Fp4Tensor, m: int, k: int) -> torch.Tensor | Fp4Tensor:
-    """The first m rows and k columns of an activation. Raises Unreadable where its scales lie so
-    that they are found no more."""
-    if not isinstance(a, Fp4Tensor):
-        return a[:m, :k]
-    block = a.format.block
-    if -(-a.shape[1] // block // 4) != -(-k // block // 4):
-        raise Unreadable(f"an activation padded from k={k} to {a.shape[1]}")
-    return replace(a, codes=a.codes[:m, : k // 2])
 
 
 def _site_counts(site: _Site, counters: list[int]) -> WatchedLayer:
