@@ -212,9 +212,7 @@ class Probe:
 
         def each() -> Doubts:
             found = {
-                KINDS[kind]: control(
-                    runner, regimes, plan.seed, (self.ledger, self.report.run), kind
-                )
+                KINDS[kind]: control(runner, regimes, plan.seed, kind, self.ledger, self.report.run)
                 for kind, runner in runners.items()
             }
             return Doubts(found.get(False, {}), found.get(True, {}))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fp4tune.autotune.evidence.wording import shown
 from fp4tune.autotune.regime import Wanted
-from fp4tune.autotune.stages.prove import LESS, LongRun, _lacking, share_of
+from fp4tune.autotune.stages.prove import LESS, _lacking, _LongRun
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.probes.backends import tactics
 from fp4tune.probes.check.reference import alpha_of, expect
@@ -313,17 +313,17 @@ def test_the_first_that_is_right_gets_all_and_the_second_some(order, wrong, also
 # -- how long it may take
 
 
-def turn(seconds: float, ranges: int = 1) -> LongRun:
-    return LongRun(None, "serial", (TWO,) * ranges, LaunchAim(30_000, 300, seconds))  # type: ignore[arg-type]
+def long_run(seconds: float, ranges: int = 1) -> _LongRun:
+    return _LongRun(None, "serial", (TWO,) * ranges, LaunchAim(30_000, 300, seconds))  # type: ignore[arg-type]
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=8), st.floats(0.1, 500.0))
 def test_time_that_is_short_is_shared_evenly_and_is_never_exceeded(wanted, left):
-    turns = [turn(seconds) for seconds in wanted]
+    runs = [long_run(seconds) for seconds in wanted]
     later, spent, shares = sum(wanted), 0.0, []
-    for each in turns:
+    for each in runs:
         later -= each.seconds
-        got = share_of(each, later, left - spent)
+        got = each.share(later, left - spent)
         assert got <= each.seconds + 1e-9
         spent += got
         shares.append(got / each.seconds)
@@ -332,8 +332,8 @@ def test_time_that_is_short_is_shared_evenly_and_is_never_exceeded(wanted, left)
 
 
 def test_what_one_leaves_goes_to_those_after_it():
-    assert share_of(turn(10), 10.0, 10.0) == 5
-    assert share_of(turn(10), 0.0, 9.0) == 9
+    assert long_run(10).share(10.0, 10.0) == 5
+    assert long_run(10).share(0.0, 9.0) == 9
 
 
 # -- every m, in a time

@@ -56,44 +56,23 @@ def control(
     runner: Runner,
     regimes: Sequence[str],
     seed: int,
-    into: tuple[Ledger, str],
-    kind: Kind = DENSE,
+    kind: Kind,
+    ledger: Ledger,
+    run: str,
 ) -> dict[str, Doubt]:
-    """Run the controls of these regimes in `runner`, and close it; the regimes in doubt. Evidence
-    goes `into` a ledger, as that of a run."""
-    ledger, run_id = into
+    """Run the controls of these regimes in `runner`, and close it; the regimes in doubt. What was
+    seen goes into `ledger`, as evidence of the run called `run`."""
     tell = runner.progress
     tell(kind.name, "does each regime flag what is wrong, and only that?")
     try:
-        start(runner, derive(seed, kind.name), kind)
+        runner.start()
+        runner.build([kind.problem.at(m) for m in kind.ms], 1)
+        runner.open(kind.problem, derive(seed, kind.name), _MEMORY)
         environment = environment_of(runner)
     except WorkerFailed as failure:
         doubt = Doubt(f"the controls did not start: {failure.kind} ({failure})")
         return {name: doubt for name in regimes if name in kind.bad}
     ledger.add_environment(environment)
-    found = run(runner, regimes, into, environment.fingerprint, kind)
-    runner.close()
-    for regime, doubt in found.items():
-        tell(kind.name, f"{regime} is in doubt: {doubt.reason}")
-    return found
-
-
-def start(runner: Runner, seed: int, kind: Kind = DENSE) -> None:
-    """Bring the worker to where the controls can run. Raises WorkerFailed."""
-    runner.start()
-    runner.build([kind.problem.at(m) for m in kind.ms], 1)
-    runner.open(kind.problem, seed, _MEMORY)
-
-
-def run(
-    runner: Runner,
-    regimes: Sequence[str],
-    into: tuple[Ledger, str],
-    fingerprint: str,
-    kind: Kind = DENSE,
-) -> dict[str, Doubt]:
-    """Every control of `regimes`, with what was seen as evidence; the regimes that are in doubt."""
-    ledger, run_id = into
     doubts: dict[str, Doubt] = {}
 
     def record(regime: str, tactic: str, part: Mapping[str, Any], expected: bool) -> str:
@@ -103,8 +82,8 @@ def run(
         detail = {"seen": seen, "as_expected": as_expected}
         ledger.add_evidence(
             Evidence(
-                run=run_id,
-                fingerprint=fingerprint,
+                run=run,
+                fingerprint=environment.fingerprint,
                 backend=kind.name,
                 tactic=tactic,
                 bucket=layer_key(kind.problem).bucket(min(kind.ms), max(kind.ms)),
@@ -138,6 +117,9 @@ def run(
             if failure.kind == "not applicable":
                 continue
             doubts[regime] = Doubt(f"the controls did not finish: {failure.kind} ({failure})")
+    runner.close()
+    for regime, doubt in doubts.items():
+        tell(kind.name, f"{regime} is in doubt: {doubt.reason}")
     return doubts
 
 

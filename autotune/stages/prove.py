@@ -66,7 +66,9 @@ def prove(
         wave = _lacking(orders, done, wanted)
         if not wave:
             return
-        _prove_wave(layer, by_name, wave, wanted, (record, say, pool))
+        mine = [by_name[name] for name in dict.fromkeys(name for name, _ in wave)]
+        runs = _runs_of_wave(layer, mine, wave, wanted, record)
+        _launch(layer, runs, wanted.until, record, say, pool)
         done.update(wave)
 
 
@@ -102,7 +104,7 @@ def _lacking(orders: Mapping[MRange, Sequence[str]], done: Depths, wanted: Wante
 
 
 @dataclass(frozen=True, slots=True)
-class LongRun:
+class _LongRun:
     """One ask of a worker: a regime, or every m, of one backend in some ranges.
 
     `aim` has the seconds that each of them may take.
@@ -117,76 +119,88 @@ class LongRun:
     def seconds(self) -> float:
         return self.aim.seconds * len(self.only)
 
+    def share(self, later: float, left: float) -> float:
+        """Seconds that each range gets, where what comes `later` may take so many and there are so
+        many `left`: what it may take, or its part of what is left."""
+        return min(1.0, left / (self.seconds + later)) * self.aim.seconds
 
-def share_of(turn: LongRun, later: float, left: float) -> float:
-    """Seconds that each range of a turn gets, where what comes `later` may take so many and there
-    are so many `left`: what it may take, or its part of what is left."""
-    return min(1.0, left / (turn.seconds + later)) * turn.aim.seconds
+
+@dataclass(frozen=True, slots=True)
+class _WaveRuns:
+    """What a wave asks of workers: one at a time, then of each worker side by side."""
+
+    alone: Sequence[_LongRun]
+    beside: Sequence[Sequence[_LongRun]]
 
 
-def _prove_wave(
-    layer: ProbedLayer,
-    by_name: Mapping[str, Entrant],
-    wave: Depths,
-    wanted: Wanted,
-    to: tuple[Recorder, Callable[[str], None], Executor | None],
-) -> None:
-    """One wave: every regime in which much is to be shown, and every m."""
-    record, say, pool = to
-    mine = [by_name[name] for name in dict.fromkeys(name for name, _ in wave)]
+def _runs_of_wave(
+    layer: ProbedLayer, mine: Sequence[Entrant], wave: Depths, wanted: Wanted, record: Recorder
+) -> _WaveRuns:
+    """Every regime in which much is to be shown, and every m."""
     names = [n for n in layer.regimes if n in wanted.regimes and n in CHANCE | CERTAIN]
 
-    def turns(entrant: Entrant, alone: bool) -> list[LongRun]:
+    def runs(entrant: Entrant, alone: bool) -> list[_LongRun]:
         chosen = [name for name in names if (name in ALONE) == alone]
-        return [t for n in chosen for t in _turns(layer, entrant, n, wave, wanted, record)]
+        return [r for n in chosen for r in _in_regime(layer, entrant, n, wave, wanted, record)]
 
-    alone = [turn for entrant in mine for turn in turns(entrant, True)]
     beside = []
     for entrant in mine:
-        both = [*turns(entrant, False), _every_m(entrant, wave, wanted)]
-        second = [t for t in both if entrant.runner_of(t.regime) is not entrant.runner]
-        beside += [second, [t for t in both if t not in second]]
-    whole = [sum(turn.seconds for turn in turns) for turns in beside]
+        both = [*runs(entrant, False), _every_m(entrant, wave, wanted)]
+        second = [r for r in both if entrant.runner_of(r.regime) is not entrant.runner]
+        beside += [second, [r for r in both if r not in second]]
+    return _WaveRuns([run for entrant in mine for run in runs(entrant, True)], beside)
+
+
+def _launch(
+    layer: ProbedLayer,
+    runs: _WaveRuns,
+    until: float,
+    record: Recorder,
+    say: Callable[[str], None],
+    pool: Executor | None,
+) -> None:
+    """One wave, `until` then (of `time.monotonic`) at most."""
+    whole = [sum(run.seconds for run in each) for each in runs.beside]
     after = max(whole) if pool else sum(whole)
 
-    def run(turns: Sequence[LongRun], after: float = 0.0) -> None:
-        later = sum(turn.seconds for turn in turns) + after
-        for turn in turns:
-            later -= turn.seconds
-            left = wanted.until - time.monotonic()
+    def launch(mine: Sequence[_LongRun], after: float = 0.0) -> None:
+        later = sum(run.seconds for run in mine) + after
+        for run in mine:
+            later -= run.seconds
+            left = until - time.monotonic()
             if left <= 0:
                 return
-            each = share_of(turn, later, left)
-            _run_turn(layer, replace(turn, aim=replace(turn.aim, seconds=each)), record, say)
+            each = run.share(later, left)
+            _launch_one(layer, replace(run, aim=replace(run.aim, seconds=each)), record, say)
 
     with layer.clock.spent("at length, one at a time"):
-        run(alone, after)
+        launch(runs.alone, after)
     with layer.clock.spent("at length, side by side"):
         if pool:
-            list(pool.map(run, beside))
+            list(pool.map(launch, runs.beside))
         else:
-            run([turn for turns in beside for turn in turns])
+            launch([run for each in runs.beside for run in each])
 
 
-def _run_turn(
-    layer: ProbedLayer, turn: LongRun, record: Recorder, say: Callable[[str], None]
+def _launch_one(
+    layer: ProbedLayer, run: _LongRun, record: Recorder, say: Callable[[str], None]
 ) -> None:
-    entrant, name = turn.entrant, turn.regime
+    entrant, name = run.entrant, run.regime
     if name in entrant.dead:
         return
     if name == EVERY_M:
         say(f"every m: {entrant.name}")
         with layer.clock.spent("every m", entrant.name):
-            run_every_m(layer, entrant, record, turn.only, turn.seconds)
+            run_every_m(layer, entrant, record, run.only, run.seconds)
         return
     say(f"{name} at length: {entrant.name}")
     with layer.clock.spent(f"{name} at length", entrant.name):
-        at_length(layer, entrant, name, record, turn.only, turn.aim)
+        at_length(layer, entrant, name, record, run.only, run.aim)
 
 
-def _turns(
+def _in_regime(
     layer: ProbedLayer, entrant: Entrant, name: str, wave: Depths, wanted: Wanted, record: Recorder
-) -> list[LongRun]:
+) -> list[_LongRun]:
     """What is asked of a backend in one regime."""
     found = []
     for less, ms in _by_depth(wave, entrant.name).items():
@@ -194,16 +208,16 @@ def _turns(
         passed = [m for m in ms if passed_briefly(layer, entrant, name, m, record)]
         for only, shares in _by_speed(layer, entrant, passed):
             mine = replace(aim, seconds=shares * aim.seconds)
-            found.append(LongRun(entrant, name, tuple(only), mine))
+            found.append(_LongRun(entrant, name, tuple(only), mine))
     return found
 
 
-def _every_m(entrant: Entrant, wave: Depths, wanted: Wanted) -> LongRun:
+def _every_m(entrant: Entrant, wave: Depths, wanted: Wanted) -> _LongRun:
     """Every m of the ranges in which a backend is to be launched."""
     only = tuple(m for name, m in wave if name == entrant.name)
     needed = sum((m.hi - m.lo + 1) * (HOST_S + 1e-6 * entrant.median_us.get(m, 0.0)) for m in only)
     seconds = max(EVERY_M_LEAST, PATIENCE * needed)
-    return LongRun(entrant, EVERY_M, only, replace(wanted.aim, seconds=seconds / len(only)))
+    return _LongRun(entrant, EVERY_M, only, replace(wanted.aim, seconds=seconds / len(only)))
 
 
 def _by_depth(wave: Depths, name: str) -> dict[int, list[MRange]]:
