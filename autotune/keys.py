@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..cache.rows import BucketKey, LayerKey
+from ..cache.rows import BucketKey, LayerKey, Where
+from ..probes import quantisers
 from ..probes.problem import Problem
 from .verdict.buckets import MRange
 
@@ -16,3 +17,11 @@ def bucket_key(p: Problem, m: MRange | None = None) -> BucketKey:
     """The bucket of `m` in the layer of `p`; without it, one that spans every m of the layer."""
     lo, hi = (0, p.m) if m is None else (m.lo, m.hi)
     return layer_key(p).bucket(lo, hi)
+
+
+def quantiser_place(name: str, p: Problem, m: MRange | None = None) -> Where:
+    """What evidence of a quantiser of the activations of `p` is of: a GEMM's bucket without an n;
+    without `m`, one that spans all that it is probed at."""
+    lo, hi = (1, max(quantisers.ROWS)) if m is None else (m.lo, m.hi)
+    layer = LayerKey(p.format, "fp4", p.out_dtype, 1, 0, p.k)
+    return Where(name, "default", layer.bucket(lo, hi))

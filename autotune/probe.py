@@ -39,16 +39,18 @@ from .layer import Entrant, ProbedLayer
 from .plan import Plan, Report
 from .probed import Done, entered, probed
 from .regime import Wanted, for_a_model
-from .runner import Progress, Runner, Stopped, close_all
-from .stages import recall
-from .stages.audit import Auditor
-from .stages.build import Built, build, start
+from .runner import Progress, Readied, Runner, Stopped, close_all
+from .stages.audit import audit
+from .stages.build import build
 from .stages.collective import collective
-from .stages.conclude import Grounds, concluded, unfinished
+from .stages.conclude import Grounds, conclude
 from .stages.controls import KINDS, control
 from .stages.grade import grade
 from .stages.prove import prove
-from .stages.quantise import Quantised, probe_quantisers, time_quantisers
+from .stages.quantise import Quantised, probe_quantisers
+from .stages.quantiser_timing import time_quantisers
+from .stages.recall import take_up
+from .stages.start import start
 from .stages.stress import stress
 from .stages.survey import Field, enrol
 from .stages.timing import time_layer
@@ -176,7 +178,6 @@ class Probe:
         if measured and quantised.result().environments:
             self.progress("quantisers", "timing side by side")
             time_quantisers(quantised.result().environments, self.plan, self.record, self.progress)
-        self._take_up(layers, recalled)
         layers = self._budgeted(layers)
         cut = self._measure(layers, recalled, doubts)
         self._add_up([each for each in layers if each[0] not in cut], doubts)
@@ -247,17 +248,17 @@ class Probe:
             until = max(self._start + FOR_BUILDS * budget, least)
         return self._worked(build(self._pool, wanted, self.state_dir, self.progress, until))
 
-    def _worked(self, built: Built) -> list[Runner]:
+    def _worked(self, readied: Readied) -> list[Runner]:
         """Those that worked; all are told and stored."""
         run = self.report.run
-        for name, seconds in built.seconds.items():
+        for name, seconds in readied.seconds.items():
             self.report.build_seconds[name] = seconds
             self.ledger.add_build(Build(run, name, seconds))
-        for name, (doing, failure) in built.failed.items():
+        for name, (doing, failure) in readied.failed.items():
             self.report.broken[name] = f"{failure.kind} while {doing}: {failure}"
             detail = {"failed": failure.kind, "message": str(failure), "log": failure.log}
             self.ledger.add_build(Build(run, name, 0.0, detail))
-        return built.runners
+        return readied.runners
 
     def _answers(
         self, runners: Iterable[Runner], what: str, ask: Callable[[Runner], T]
@@ -301,17 +302,21 @@ class Probe:
             self.progress("ledger", sentence)
         return found
 
-    def _audit(self, runners: Sequence[Runner]) -> tuple[Auditor, list[Runner]]:
+    def _audit(
+        self, runners: Sequence[Runner]
+    ) -> tuple[Future[dict[str, list[Audit]]], list[Runner]]:
         """The audit of what these backends have compiled, begun beside everything else, and those
         that said what that is: nobody else is measured."""
         answers = self._answers(runners, "naming its files", lambda each: each.ask("files"))
         files = {runner.name: list(names) for runner, names in answers.items()}
         device = self.plan.target.device
-        auditor = Auditor(files, device.sm, self.ledger, partial(self.progress, "audit"))
-        self._open.callback(auditor.close)
+        # In a pool of its own: where a probe ends early, a disassembly is not waited for.
+        pool = ThreadPoolExecutor(1, "fp4tune-audit")
+        self._open.callback(pool.shutdown, wait=False, cancel_futures=True)
+        audits = pool.submit(audit, files, device.sm, self.ledger, partial(self.progress, "audit"))
         if device.kind == "cpu":
-            auditor.result()  # the cores it takes are those that would be timed
-        return auditor, list(answers)
+            audits.result()  # the cores it takes are those that would be timed
+        return audits, list(answers)
 
     def _layers(
         self,
@@ -319,7 +324,7 @@ class Probe:
         there: Sequence[Runner],
         recalled: Mapping[Problem, Recalled],
     ) -> Layers:
-        """Every layer with its entrants, those that are known brought to where they were."""
+        """Every layer with its entrants; what is known of them is part of this run, and is said."""
         plan = self.plan
         engine = plan.profile.name if plan.profile.name in names.ENGINES else None
         dead: dict[str, dict[str, str]] = {runner.name: {} for runner in there}
@@ -346,27 +351,17 @@ class Probe:
                 engine=engine,
                 timed=recalled[problem].timed,
             )
-            entrants = []
-            for runner in (r for r in able if r in asked):
-                line = bool(runner.hello.get("reference_line"))
-                entrant = Entrant(runner, asked[runner][problem], line, dead[runner.name])
-                before = recalled[problem]
-                if (known := before.entries.get(runner.name)) is not None:
-                    recall.resume(entrant, known, before.evidence[runner.name])
-                elif (part := before.started.get(runner.name)) is not None:
-                    recall.go_on(entrant, part, before.evidence[runner.name])
-                entrants.append(entrant)
+            entrants = [
+                Entrant(r, asked[r][problem], bool(r.hello.get("reference_line")), dead[r.name])
+                for r in able
+                if r in asked
+            ]
+            known = take_up(layer, entrants, recalled[problem], self.record, self.ledger)
+            self.report.known.append(known)
             layers.append((layer, entrants))
-        return layers
-
-    def _take_up(self, layers: Layers, recalled: Mapping[Problem, Recalled]) -> None:
-        """Make what is known part of this run, and say so."""
-        for layer, entrants in layers:
-            known = recalled[layer.problem]
-            recall.into(self.record, known, entrants)
-            self.report.known.append(recall.origin(layer, entrants, known, self.ledger))
         if said := known_sentence(self.report.known):
             self.progress("layers", said)
+        return layers
 
     def _budgeted(self, layers: Layers) -> Layers:
         """The layers with the time that the probe may take.
@@ -478,8 +473,8 @@ class Probe:
         prints = {e.backend: e.fingerprint for e in report.environments}
         before = earlier_failures.earlier(plan, self.ledger, prints, report.run)
         grounds = Grounds(plan.target, plan.rules, plan.confidence, doubts, before)
-        judged = concluded(layers, self.record, self.ledger, grounds)
-        report.candidates, report.left = unfinished(judged, cut)
+        found = conclude(layers, cut, self.record, self.ledger, grounds)
+        report.candidates, report.left = found.candidates, found.left
         report.findings = self.record.findings
         report.timings = list(self.record.timings.values())
 

@@ -76,6 +76,13 @@ class Race:
         able = [name for name in self._able() if self.samples[name]]
         return min(able, key=lambda n: (_mean(_logs(self.samples[n])), n), default=None)
 
+    @property
+    def winner(self) -> str:
+        """Of those left whose median is within the band of the least, the first of `names`."""
+        times = {name: median(self.samples[name]) for name in self.alive}
+        best = min(times.values())
+        return next(name for name, us in times.items() if us <= best * (1 + self.band))
+
     def drop(self, name: str) -> None:
         """`name` cannot be sampled any more; what was measured of it is forgotten."""
         self.alive = [other for other in self.alive if other != name]

@@ -198,6 +198,18 @@ class Runner:
             self._worker = None
 
 
+@dataclass(frozen=True, slots=True)
+class Readied:
+    """What came of starting backends, or of compiling them."""
+
+    runners: list[Runner] = field(default_factory=list)
+    """Those that worked."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By backend, of those that were compiled."""
+    failed: dict[str, tuple[str, WorkerFailed]] = field(default_factory=dict)
+    """By backend: what it was doing, and how it failed."""
+
+
 def close_all(runners: Sequence[Runner]) -> None:
     """Close these at once: each takes a third of a second to give back what it has of a GPU."""
     with ThreadPoolExecutor(max_workers=max(1, len(runners))) as pool:

@@ -37,8 +37,8 @@ from fp4tune.autotune.layer import Entrant, ProbedLayer
 from fp4tune.autotune.levels import LEVELS
 from fp4tune.autotune.runner import Patience, Runner
 from fp4tune.autotune.stages.grade import grade
-from fp4tune.autotune.stages.timing import open_timing, time_layer
-from fp4tune.autotune.verdict.buckets import MRange, bucket_of
+from fp4tune.autotune.stages.timing import time_layer
+from fp4tune.autotune.verdict.buckets import MRange, bucket_of, representatives
 from fp4tune.autotune.verdict.profiles import PROFILES
 from fp4tune.autotune.verdict.statistics import mean_interval
 from fp4tune.cache.ledger import Ledger
@@ -143,7 +143,8 @@ def oracle(
     for e in entrants:
         pairs = [(m, t) for m in layer.ranges for t in e.right_tactics(m)]
         if pairs:
-            open_timing(layer, e, pairs)
+            items = [{"ms": representatives(m), "tactic": t} for m, t in pairs]
+            e.runner.ask("open_timing", items=items, cache_bytes=layer.cache_bytes)
         places.update({(m, e.name, t): index for index, (m, t) in enumerate(pairs)})
     logs: dict[Key, list[float]] = {key: [] for key in places}
     turn = 0

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fp4tune.autotune.evidence import audits
 from fp4tune.autotune.probe import probe
 from fp4tune.autotune.publication.publish import publish
-from fp4tune.autotune.stages import audit as auditing
+from fp4tune.autotune.stages.audit import audit
 from fp4tune.cache import reader
 from fp4tune.cache.ledger import Ledger
 from fp4tune.cache.rows import Audit
@@ -134,7 +134,7 @@ def test_an_audit_without_a_probe_takes_back_a_standing_choice(
 ):
     place = tmp_path / "s"
     with monkeypatch.context() as patch:
-        patch.setattr(auditing, "of_files", lambda *arguments: {})
+        patch.setattr("fp4tune.autotune.probe.audit", lambda *arguments: {})
         report = probed(backend("bare"), place)
     assert {c.verdict for c in mine(report.candidates)} == {"safe"}
     arguments = ["audit", str(libraries["bare"]), "--state", str(place)]
@@ -174,13 +174,13 @@ def test_without_a_state_an_audit_makes_none(libraries, own_state):
 def test_time_over_is_unknown_and_asked_again(libraries, tmp_path):
     files = {"x": [str(libraries["bare"])]}
     with Ledger.open(tmp_path / "s") as ledger:
-        (late,) = auditing.of_files(files, 90, ledger, seconds=0.0)["x"]
+        (late,) = audit(files, 90, ledger, seconds=0.0)["x"]
         assert late.verdict == "unknown" and "time" in late.evidence[0]
         assert "x" in audits.remarks([late])
-        (again,) = auditing.of_files(files, 90, ledger)["x"]
+        (again,) = audit(files, 90, ledger)["x"]
         assert again.verdict == "flagged"
         # No such GPU loads it.
-        assert auditing.of_files(files, 120, ledger) == {}
+        assert audit(files, 120, ledger) == {}
 
 
 def test_files_without_gpu_code_are_passed_over(tmp_path):
@@ -190,7 +190,7 @@ def test_files_without_gpu_code_are_passed_over(tmp_path):
     text.write_text("no library")
     files = {"host": [_ctypes.__file__], "text": [str(text)], "source": [__file__]}
     with Ledger.open(tmp_path / "s") as ledger:
-        found = auditing.of_files(files, None, ledger)
+        found = audit(files, None, ledger)
     assert list(found) == ["text"] and found["text"][0].verdict == "unknown"
 
 

@@ -13,7 +13,7 @@ from test_quantisers import CPU, Ours
 from fp4tune.autotune.choice import layouts
 from fp4tune.autotune.evidence.recorder import Recorder
 from fp4tune.autotune.publication.publish import quantiser_times
-from fp4tune.autotune.stages import quantise as quantising
+from fp4tune.autotune.stages import quantiser_timing
 from fp4tune.autotune.verdict.buckets import ranges
 from fp4tune.cache.ledger import Ledger
 from fp4tune.probes import quantisers
@@ -68,7 +68,7 @@ def test_the_faster_of_two_is_what_a_layer_takes(tmp_path):
             ledger.add_environment(environment)
             record.knows(name, environment.fingerprint)
         runners = {"ours": InProcess(Ours()), "slow": InProcess(Slow())}
-        quantising._time_quantisers(problem, runners, 5, 3, record)
+        quantiser_timing._time_quantisers(problem, runners, 5, 3, record)
         rows = list(record.timings.values())
     assert {(row.bucket.m_hi, row.bucket.n, row.backend) for row in rows} == {
         (m.hi, 0, name) for m in ranges(2) if m.hi for name in runners

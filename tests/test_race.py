@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from fp4tune.autotune import clock_stability
 from fp4tune.autotune.race import AT_ONCE, DOUBT, LEAST, PRECISE, QUICK, SETTLED, Race, run_races
-from fp4tune.autotune.stages.timing import fastest_tactic
 from fp4tune.autotune.verdict.buckets import MRange
 from fp4tune.autotune.verdict.statistics import mean_interval, median, t_quantile
 from fp4tune.cache.measured import NOISE
@@ -179,7 +178,7 @@ def test_who_left_early_is_levelled_by_the_drift_since():
 def test_the_first_tactic_within_the_band_is_taken(times, seed):
     race, _ = run(times, 0.002, seed, band=NOISE / 2)
     names = NAMES[: len(times)]
-    taken = fastest_tactic(race, names)
+    taken = race.winner
     found = {name: median(race.samples[name]) for name in race.alive}
     assert found[taken] <= min(found.values()) * (1 + NOISE / 2)
     earlier = [n for n in names[: names.index(taken)] if n in found]

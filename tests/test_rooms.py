@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from fp4tune.probes.bundle.closure import PACKAGE
 
 if sys.version_info >= (3, 11):
@@ -18,6 +20,7 @@ else:
 
 PYPROJECT = tomllib.loads((PACKAGE / "pyproject.toml").read_text())
 CONTRACTS = PYPROJECT["tool"]["importlinter"]["contracts"]
+STAGES = sorted({p.stem for p in (PACKAGE / "autotune/stages").glob("*.py")} - {"__init__"})
 OUTSIDE = ("benchmarks", "build", "deploy", "docs", "tests")
 """Folders of the checkout that are no part of the package."""
 
@@ -58,8 +61,20 @@ def test_no_contract_has_an_exception():
 
 def test_every_stage_is_kept_from_the_others():
     (kept,) = [c["modules"] for c in CONTRACTS if c["type"] == "independence"]
-    stages = {p.stem for p in (PACKAGE / "autotune" / "stages").glob("*.py")} - {"__init__"}
-    assert {name.rpartition(".")[2] for name in kept} == stages
+    assert {name.rpartition(".")[2] for name in kept} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_one_entry_and_the_values_that_it_takes_or_returns(stage):
+    body = parsed(Path("autotune/stages", f"{stage}.py")).body
+    public = [
+        node
+        for node in body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    (entry,) = [node for node in public if isinstance(node, ast.FunctionDef)]
+    signature = re.findall(r"\w+", f"{ast.unparse(entry.args)} {ast.unparse(entry.returns)}")
+    assert {node.name for node in public} - {entry.name} <= set(signature)
 
 
 def test_every_package_is_installed():

@@ -27,6 +27,7 @@ MEASURES = (
     "autotune/stages/grade.py",
     "autotune/stages/prove.py",
     "autotune/stages/quantise.py",
+    "autotune/stages/quantiser_timing.py",
     "autotune/stages/stress.py",
     "autotune/stages/timing.py",
     "autotune/verdict/buckets.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ SECONDS = 300.0
 Say = Callable[[str], None]
 
 
-def of_files(
+def audit(
     files: Mapping[str, Sequence[str]],
     sm: int | None,
     ledger: Ledger,
@@ -64,20 +63,3 @@ def _of_file(
     made = replace(row(report, backend), backend=backend)
     ledger.add_audit(made)
     return made
-
-
-class Auditor:
-    """Audits beside a probe: started when everything is built, asked when verdicts are due."""
-
-    def __init__(
-        self, files: Mapping[str, Sequence[str]], sm: int | None, ledger: Ledger, say: Say
-    ) -> None:
-        self._pool = ThreadPoolExecutor(1, "fp4tune-audit")
-        self._future = self._pool.submit(of_files, files, sm, ledger, say)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def result(self) -> dict[str, list[Audit]]:
-        """By backend; waits until all are judged."""
-        return self._future.result()

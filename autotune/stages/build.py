@@ -1,4 +1,4 @@
-"""Backends started and compiled, at once as far as memory goes."""
+"""Backends compiled, at once as far as memory goes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from threading import Semaphore
@@ -17,7 +16,7 @@ from ...cache.errors import Busy
 from ...machine.memory import free_memory
 from ...probes.problem import Problem
 from ...probes.worker.supervisor import WorkerFailed
-from ..runner import Runner
+from ..runner import Readied, Runner
 from ..verdict.buckets import ranges
 
 _GIB = 1 << 30
@@ -27,38 +26,13 @@ SAID = 60.0
 """Seconds after which it is said what is still being compiled."""
 
 
-@dataclass(slots=True)
-class Built:
-    """What came of starting and compiling backends."""
-
-    runners: list[Runner] = field(default_factory=list)
-    """Those that worked."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By backend, of those that were compiled."""
-    failed: dict[str, tuple[str, WorkerFailed]] = field(default_factory=dict)
-    """By backend: what it was doing, and how it failed."""
-
-
-def start(pool: Executor, runners: Sequence[Runner]) -> Built:
-    """Start these backends without compiling them."""
-    built = Built()
-    for runner, future in [(runner, pool.submit(runner.start)) for runner in runners]:
-        try:
-            future.result()
-        except WorkerFailed as failure:
-            built.failed[runner.name] = ("starting", failure)
-            continue
-        built.runners.append(runner)
-    return built
-
-
 def build(
     pool: Executor,
     wanted: Mapping[Runner, Sequence[Problem]],
     state_dir: Path,
     say: Callable[[str, str], None],
     until: float = inf,
-) -> Built:
+) -> Readied:
     """Start these backends and compile what is `wanted` of each; `say` is told of each, and every
     minute what is waited for.
 
@@ -95,7 +69,7 @@ def build(
         finally:
             room_for.release()
 
-    built = Built()
+    built = Readied()
     futures = {pool.submit(one, runner, mine): runner for runner, mine in wanted.items()}
     for future in _as_they_end(futures, say):
         runner = futures[future]
@@ -106,7 +80,7 @@ def build(
         else:
             say(runner.name, f"built in {seconds:.1f} s")
             built.seconds[runner.name] = seconds
-    built.runners += [runner for runner in wanted if runner.name in built.seconds]
+    built.runners.extend(runner for runner in wanted if runner.name in built.seconds)
     return built
 
 

@@ -35,7 +35,28 @@ class Grounds:
     earlier: Mapping[Where, Sequence[Evidence]]
 
 
-def concluded(
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """`candidates` are those to publish. `left` is what is left of layers in which the budget
+    ended: their m ranges without a proven candidate."""
+
+    candidates: list[Candidate]
+    left: list[dict[str, object]]
+
+
+def conclude(
+    layers: Layers,
+    cut: Sequence[ProbedLayer],
+    record: Recorder,
+    ledger: Ledger,
+    grounds: Grounds,
+) -> Concluded:
+    """Verdicts, and what is published of them; `cut` are layers in which the budget ended, or
+    before them."""
+    return _without_unfinished(_judge_all(layers, record, ledger, grounds), cut)
+
+
+def _judge_all(
     layers: Layers, record: Recorder, ledger: Ledger, grounds: Grounds
 ) -> list[Candidate]:
     """A verdict for every tactic that was tried, and a candidate for each backend's best."""
@@ -75,7 +96,7 @@ def concluded(
         m = MRange(where.bucket.m_lo, where.bucket.m_hi)
         if where.tactic == entrant.winner.get(m, entrant.tactics[m][0]):
             layout = entrant.runner.hello["layout"]
-            found.append(_concluded(verdict, judged, layout, grounds.target, record))
+            found.append(_candidate(verdict, judged, layout, grounds.target, record))
     return found
 
 
@@ -85,7 +106,7 @@ def _ms_run(facts: Sequence[Evidence]) -> int:
     return max((fact.problems for fact in mine), default=0)
 
 
-def _concluded(
+def _candidate(
     verdict: Verdict, judged: Judgement, layout: str, target: Target, record: Recorder
 ) -> Candidate:
     timing = record.timings.get(verdict.where)
@@ -111,13 +132,9 @@ def _concluded(
     )
 
 
-def unfinished(
-    candidates: Sequence[Candidate], cut: Sequence[ProbedLayer]
-) -> tuple[list[Candidate], list[dict[str, object]]]:
-    """Candidates to publish where the budget ended in the layers `cut`, or before them; and what is
-    left of these: their m ranges without a proven candidate. Nothing is published of such a range,
-    so that what stood there before goes on standing.
-    """
+def _without_unfinished(candidates: Sequence[Candidate], cut: Sequence[ProbedLayer]) -> Concluded:
+    """Nothing is published of a range that is left, so that what stood there before goes on
+    standing."""
     safe = {c.bucket for c in candidates if c.verdict == SAFE}
     timed = {c.bucket for c in candidates if c.verdict == SAFE and c.median_us is not None}
     open_: set[BucketKey] = set()
@@ -134,4 +151,4 @@ def unfinished(
         if ranges:
             named = {key: getattr(p, key) for key in ("format", "activation", "out_dtype")}
             left.append({**named, "groups": p.groups, "n": p.n, "k": p.k, "m": ranges})
-    return [c for c in candidates if c.bucket not in open_], left
+    return Concluded([c for c in candidates if c.bucket not in open_], left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...probes.problem import Problem
@@ -18,7 +18,7 @@ _NO_GPU = "needs a CUDA GPU"
 _MOST_NAMES = 8
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Field:
     """Who can take part in what, and why the others cannot."""
 
@@ -78,13 +78,13 @@ def enrol(plan: Plan, progress: Progress) -> Field:
         entered.also[runner] = [p for p, why in zip(others, reasons, strict=True) if not why]
         for problem in problems:
             entered.able[problem].append(runner)
-    entered.able = {p: able for p, able in entered.able.items() if _worthwhile(p, able)}
+    worthwhile = {p: able for p, able in entered.able.items() if _worthwhile(p, able)}
+    entered = replace(entered, able=worthwhile)
     for runner in entered.runners:
         if not entered.of(runner):
             why = "left out: there is nothing here to compare it with"
             entered.unsupported[runner.name] = why
-    entered.runners = [runner for runner in entered.runners if entered.of(runner)]
-    return entered
+    return replace(entered, runners=[r for r in entered.runners if entered.of(r)])
 
 
 def _kind_of_reason(why: str) -> tuple[str, str]:

@@ -43,7 +43,7 @@ def time_layer(
         return
     say("timing side by side")
     with spent("timing"):
-        time_side_by_side(layer, [e for e in entrants if e.winner], record)
+        _time_side_by_side(layer, [e for e in entrants if e.winner], record)
 
 
 def _tune(
@@ -60,7 +60,7 @@ def _tune(
     if pairs:
         say(f"comparing tactics: {entrant.name}")
         try:
-            open_timing(layer, entrant, pairs, edges_of)
+            _open_timing(layer, entrant, pairs, _edges_of)
             places = {pair: (entrant.name, index) for index, pair in enumerate(pairs)}
             run_races(races, places, lambda _, which: entrant.runner.ask("sample", indices=which))
             entrant.runner.ask("close_timing")
@@ -69,7 +69,7 @@ def _tune(
             died(layer, entrant, "timing", failure, record)
     for m, tactics in alive.items():
         if tactics:
-            entrant.winner[m] = fastest_tactic(races[m], tactics) if m in races else tactics[0]
+            entrant.winner[m] = races[m].winner if m in races else tactics[0]
     zero, first = _zero_and_first(alive)
     if zero in entrant.winner and first in entrant.winner:
         # An empty batch has no time of its own: it goes with the smallest real one.
@@ -98,16 +98,9 @@ def _known_times(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> dict
     return {m: record.timings[p].median_us for m, p in places.items() if p in record.timings}
 
 
-def edges_of(m: MRange) -> list[int]:
+def _edges_of(m: MRange) -> list[int]:
     """The m that tactics are compared at: who wins at both edges is taken for the whole."""
     return sorted({m.lo, m.hi}) if m.hi <= LARGE_M else [m.hi]
-
-
-def fastest_tactic(race: Race, tactics: Sequence[str]) -> str:
-    """The winner of a race that is over: of those left within its band, the first of `tactics`."""
-    times = {name: median(race.samples[name]) for name in race.alive}
-    best = min(times.values())
-    return next(t for t in tactics if t in times and times[t] <= best * (1 + race.band))
 
 
 def _zero_and_first(ranges: Iterable[MRange]) -> tuple[MRange | None, MRange | None]:
@@ -117,7 +110,7 @@ def _zero_and_first(ranges: Iterable[MRange]) -> tuple[MRange | None, MRange | N
     return zero, first
 
 
-def open_timing(
+def _open_timing(
     layer: ProbedLayer,
     entrant: Entrant,
     pairs: Sequence[tuple[MRange, str]],
@@ -131,14 +124,14 @@ def open_timing(
     return found
 
 
-def time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: Recorder) -> None:
+def _time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: Recorder) -> None:
     """Race every entrant's winners against those of the others, in each m range."""
     host: dict[tuple[MRange, str], float | None] = {}
     pairs: dict[str, list[tuple[MRange, str]]] = {}
     for entrant in entrants:
         chosen = [(m, t) for m, t in entrant.winner.items() if m.hi > 0]
         try:
-            spans = open_timing(layer, entrant, chosen, representatives)
+            spans = _open_timing(layer, entrant, chosen, representatives)
         except WorkerFailed as failure:
             died(layer, entrant, "timing", failure, record)
             continue
