@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4tune.autotune.publication import environment as renewal
+from fp4tune.autotune.publication import environment as checking
 from fp4tune.autotune.publication import published
 from fp4tune.autotune.publication.revalidate import revalidate
 from fp4tune.cache import fingerprint, publish, reader, state
@@ -85,7 +85,7 @@ def test_a_replaced_wheel_gives_its_place_to_the_next_that_holds(tmp_path):
     assert chosen(tmp_path) == ("torch-dequant", "safe")
     (fast,) = [c for c in found.stands.candidates if c.backend == "fast"]
     assert (fast.verdict, fast.rank) == ("inconclusive", None)
-    assert fast.reasons == ("stale: fast: 1.0, now 1.1",) and renewal.withdrawn(fast)
+    assert fast.reasons == ("stale: fast: 1.0, now 1.1",) and checking.withdrawn(fast)
     assert found.stands.meta["runs"] == ["r"]
     assert revalidate(tmp_path, MACHINE, {}).generation is None, "it is withdrawn once"
 
@@ -162,14 +162,14 @@ def test_compiled_files_are_compared_by_content(tmp_path):
     made = environment("fast", metadata, "1.0", [module])
     module.unlink()
     module.write_bytes(b"kernels")
-    again = renewal.compare_with_now(made, MACHINE, {})
+    again = checking.compare_with_now(made, MACHINE, {})
     assert again is not None and again.changes == ()
-    assert not renewal.moved([again.environment])
+    assert not checking.moved([again.environment])
     module.write_bytes(b"others!")
-    again = renewal.compare_with_now(made, MACHINE, {})
+    again = checking.compare_with_now(made, MACHINE, {})
     assert again is not None and again.changes == ("the compiled code is another",)
     module.unlink()
-    assert renewal.compare_with_now(made, MACHINE, {}).changes
+    assert checking.compare_with_now(made, MACHINE, {}).changes
 
 
 def test_ptx_is_compared_as_the_driver_here_compiles_it(tmp_path):
@@ -180,7 +180,7 @@ def test_ptx_is_compared_as_the_driver_here_compiles_it(tmp_path):
     made = fingerprint.environment(on)
 
     def changes(driver: str = "580.1") -> tuple[str, ...]:
-        again = renewal.compare_with_now(made, {"GPU G": {**gpu, "driver": driver}}, {})
+        again = checking.compare_with_now(made, {"GPU G": {**gpu, "driver": driver}}, {})
         assert again is not None
         return again.changes
 
@@ -209,7 +209,7 @@ def test_an_environment_put_together_again_has_its_fingerprint(device, versions,
     device = {**device, "kind": "cpu"}
     on = fingerprint.Dependencies(device, "fast", versions, extra=extra, arch="cpu")
     made = fingerprint.environment(on)
-    again = renewal.compare_with_now(made, {"cpu": device}, {})
+    again = checking.compare_with_now(made, {"cpu": device}, {})
     assert (
         again is not None
         and again.changes == ()

@@ -43,7 +43,7 @@ def withdraw(candidate: Candidate, changes: Sequence[str]) -> Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
+class EnvironmentCheck:
     """An environment looked at again. Where `changes` is empty it holds, with its new stamps."""
 
     environment: Environment
@@ -52,7 +52,7 @@ class Renewed:
 
 def compare_with_now(
     environment: Environment, machine: Machine, environ: Mapping[str, str]
-) -> Renewed | None:
+) -> EnvironmentCheck | None:
     """`environment` compared with what is here now; None where its device is not on `machine`.
 
     `environ` are the variables that a probe would run with. What cannot be asked again without
@@ -91,8 +91,8 @@ def compare_with_now(
     if fingerprint.of(facts) == environment.fingerprint:
         stamps = tuple(_now(s.path) or s for s in (*files, *sources))
         stamps += tuple(now_installed[s.path] or s for s in installed)
-        return Renewed(replace(environment, stamps=stamps), ())
-    return Renewed(environment, tuple(differences(environment.facts, facts)))
+        return EnvironmentCheck(replace(environment, stamps=stamps), ())
+    return EnvironmentCheck(environment, tuple(differences(environment.facts, facts)))
 
 
 def model(environment: Environment) -> str:

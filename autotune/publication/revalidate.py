@@ -20,7 +20,7 @@ from ...cache.errors import StateError
 from ...cache.ledger import Ledger
 from ...cache.rows import Candidate, Environment, Stamp
 from . import publish, published
-from .environment import Machine, Renewed, compare_with_now, withdraw, withdrawn
+from .environment import EnvironmentCheck, Machine, compare_with_now, withdraw, withdrawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def revalidate(state_dir: Path, machine: Machine, environ: Mapping[str, str]) ->
     """
     with state.exclusive(state.lock_file(state_dir, "join"), "the publication", wait=60):
         stands = published.load(state_dir)
-        seen: dict[str, Renewed | None] = {
+        seen: dict[str, EnvironmentCheck | None] = {
             e.fingerprint: compare_with_now(e, machine, environ) for e in stands.environments
         }
         past = _Past(state_dir, machine, environ)
@@ -91,7 +91,7 @@ class _Past:
     @cached_property
     def _holding(self) -> dict[tuple[object, ...], tuple[Candidate, Environment]]:
         found: dict[tuple[object, ...], tuple[Candidate, Environment]] = {}
-        checked: dict[str, Renewed | None] = {}
+        checked: dict[str, EnvironmentCheck | None] = {}
         spent: set[tuple[object, ...]] = set()
         for candidates, environments in self._generations():
             for candidate in candidates:
