@@ -467,7 +467,7 @@ def removed() -> Score:
 
 
 def rollbacks(sequences: int) -> Score:
-    from test_trust import LEDGER_STEPS, Faults
+    from test_rollback import LEDGER_STEPS, Faults
 
     score = Score()
     random_ = random.Random(13)

@@ -9,6 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from click.testing import Result
+
+from commands import call
+from fp4tune.probes.models.config import made
+from fp4tune.probes.models.layers import layers_of_config
+
 SIZES = {
     "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8,
 }  # fmt: skip
@@ -124,3 +130,66 @@ def llama(make: Any = nvfp4, layers: int = 2) -> Tensors:
         found |= make(f"{at}.mlp.up_proj", MLP, HIDDEN)
         found |= make(f"{at}.mlp.down_proj", HIDDEN, MLP)
     return found
+
+
+FOUR = {
+    "qkv": (768, 512, "nvfp4", "fp4"),
+    "o": (512, 512, "nvfp4", "fp4"),
+    "gate_up": (3072, 512, "nvfp4", "fp4"),
+    "down": (512, 1536, "nvfp4", "fp4"),
+}
+"""The layers of `LLAMA` in NVFP4, as `rows` has them."""
+
+
+def rows(found, part=None):
+    """(n, k, format, activation) by name."""
+    return {
+        row.name: (row.n, row.k, row.format, row.activation)
+        for row in found.rows
+        if part is None or row.part == part
+    }
+
+
+def of(config, tp=1):
+    return layers_of_config("made", made("config.json", config), tp)
+
+
+def run(*arguments: object) -> Result:
+    """A command that may refuse, and says so."""
+    done = call(*arguments)
+    assert "Traceback" not in done.output
+    return done
+
+
+FLOAT4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"}
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+
+
+def compressed(weights, inputs, targets=("Linear",), ignore=("lm_head",), **more):
+    group = {"weights": weights, "input_activations": inputs, "targets": list(targets)}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+        **more,
+    }
+
+
+def moe(make=nvfp4, experts=4):
+    tensors = bf16("model.layers.0.mlp.gate", experts, HIDDEN)
+    for e in range(experts):
+        for leaf, n, k in (("gate_proj", 256, 512), ("up_proj", 256, 512), ("down_proj", 512, 256)):
+            tensors |= make(f"model.layers.0.mlp.experts.{e}.{leaf}", n, k)
+    return tensors
+
+
+MOE = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "quantization_config": MODELOPT,
+}

@@ -33,12 +33,10 @@ FIRST = (
     "test_zoo.py",
     "test_experts_zoo.py",
     "test_reproduce.py",
-    "test_daemon.py",
     "test_docs.py",
     "test_audit_ledger.py",
     "test_forget.py",
     "test_schemas.py",
-    "test_checkpoint_layers.py",
     "test_triton_w4a16.py",
     "test_known.py",
     "test_first_hour.py",
@@ -46,6 +44,7 @@ FIRST = (
     "test_experts_probe.py",
     "test_budget.py",
     "test_tutorial.py",
+    "test_irregular_files.py",
 )
 """The longest files, by the processors' time that they take: begun first, so that the last ones are
 short. It needs xdist's ``--no-loadscope-reorder``, as the Makefile has it."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
+import re
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +14,7 @@ import pytest
 from fp4tune.cache.rows import BucketKey, Candidate
 from fp4tune.daemon import config as configuring
 from fp4tune.daemon import gpus
-from fp4tune.daemon.config import (
-    DaemonConfig,
-)
+from fp4tune.daemon.config import DaemonConfig
 from fp4tune.daemon.gpus import WatchedDevice
 from fp4tune.errors import Refused
 from fp4tune.probes.models.shapes import AskedLayer
@@ -22,6 +23,8 @@ from fp4tune.words import ExpertsKey
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
+
+TOKEN = "a-token-of-enough-characters"
 
 
 def asked(n: int, format_: str | None = None, activation: str | None = None) -> AskedLayer:
@@ -59,3 +62,27 @@ def until(done, seconds: float = 60.0) -> None:
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "daemon.md"
+
+
+def documented(heading: str) -> set[str]:
+    """Everything in backticks in the first column of the table with this heading."""
+    found: set[str] = set()
+    inside = False
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        first = line.strip().strip("|").split(" | ")[0].strip() if line.startswith("|") else ""
+        inside = bool(first) and (inside or first == heading)
+        if inside:
+            found.update(re.findall(r"`([^`]+)`", first))
+    return found
+
+
+class Client(http.client.HTTPConnection):
+    """One of a socket in the file system."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(self.host)

@@ -10,9 +10,7 @@ from daemons import asked, candidate, mistakes, routed_candidate
 
 from fp4tune.daemon import config as configuring
 from fp4tune.daemon import work
-from fp4tune.daemon.config import (
-    ProbeOptions,
-)
+from fp4tune.daemon.config import ProbeOptions
 from fp4tune.errors import Refused
 
 pytest.importorskip("starlette")

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from reports import KNOWN, alone, ban, chosen, collect, drop, entry_for, place  # noqa: F401
 from strangers import OTHER, STRANGER, as_user, shared_place  # noqa: F401
 from test_quarantine import SWIZZLED, K, N, store
-from test_trust import KNOWN, alone, ban, chosen, collect, drop, entry_for, place  # noqa: F401
 
 from commands import call
 from fp4tune.cache import dropbox, quarantine, quarantine_store, reader, snapshot, sqlitefile
