@@ -44,6 +44,7 @@ test-slow: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 	mkdir -p .types && ln -sfn .. .types/fp4tune
 	MYPYPATH=.types $(BIN)/mypy
 	PYTHONPATH=.types $(BIN)/lint-imports --no-cache pyproject.toml

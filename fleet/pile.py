@@ -29,7 +29,6 @@ class Pile:
     def __init__(self) -> None:
         self.bytes = 0
         self._ipc = need("pyarrow.ipc")
-        self._buffer = need("pyarrow").py_buffer
         self._file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 - `close` closes it
         self._places: dict[Key, list[tuple[int, int]]] = {}
 

@@ -49,7 +49,7 @@ class DriverSilent(Refused):
 
 
 class NvmlError(Exception):
-    """NVML cannot be used, or has no such GPU; the message says why. `kind` as in `nvml.ERRORS`."""
+    """NVML cannot be used, or has no such GPU; the message says why, `kind` as `nvml.Unasked`."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(why)

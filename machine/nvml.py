@@ -6,7 +6,7 @@ Python's isolated mode, with the caller's ``sys.path`` as its only argument. So 
 standard library and pynvml alone.
 
 A question is ``{"id": ..., "ask": ..., "gpu": ...}``, an answer ``{"id": ..., "answer": ...}`` or
-``{"id": ..., "error": ..., "kind": ...}``. `ERRORS` has the kinds of errors, `QUESTIONS` what can
+``{"id": ..., "error": ..., "kind": ...}``. `Unasked` has the kinds of errors, `QUESTIONS` what can
 be asked; `gpu` is a UUID as NVML prints it, of a GPU or of a MIG instance."""
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any
-
-ERRORS = ("absent", "unusable", "refused", "unknown")
-"""absent: there is no pynvml; unusable: NVML does not begin, as where there is no driver; refused:
-it failed later; unknown: it has no such GPU."""
 
 EVENTS = {
     "xid": "nvmlEventTypeXidCriticalError",
@@ -44,7 +40,11 @@ _listening: dict[str, tuple[Any, dict[int, str]]] = {}
 
 
 class Unasked(Exception):
-    """A question that NVML was not asked, for the reason given: `kind` is one of `ERRORS`."""
+    """A question that NVML was not asked, for the reason given.
+
+    `kind` is ``absent`` where there is no pynvml, ``unusable`` where NVML does not begin, as
+    without a driver, ``refused`` where it failed later, ``unknown`` where it has no such GPU.
+    """
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(why)

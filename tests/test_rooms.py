@@ -53,6 +53,7 @@ def test_every_room_is_behind_a_door():
     (layers,) = [c["layers"] for c in CONTRACTS if c["type"] == "layers"]
     named = {part.strip() for layer in layers for part in layer.split("|")}
     assert {Path(p.parts[0]).stem for p in modules()} - {"__init__"} == named
+    assert named <= {Path(path).stem for path in PYPROJECT["tool"]["vulture"]["paths"]}
 
 
 def test_no_contract_has_an_exception():

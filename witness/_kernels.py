@@ -7,13 +7,6 @@ Numbers are decoded from their bits, so that Triton's interpreter gives what a G
 import triton
 import triton.language as tl
 
-BF16, FP16, NVFP4, MXFP4 = 0, 1, 2, 3
-"""What an activation is made of."""
-LINEAR, SWIZZLED_128X4, SWIZZLED_8X4 = 0, 1, 2
-"""How its block scales lie."""
-HEADER = 128
-"""Bytes of a record in front of its evidence."""
-
 
 @triton.jit
 def _half_of_bits(bits, IS_BF16: tl.constexpr):
@@ -97,8 +90,8 @@ def witness(
     overflow,
     slots,
     slot_bytes,
-    A_KIND: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    A_KIND: tl.constexpr,  # what A is made of: bf16, fp16, nvfp4, mxfp4
+    LAYOUT: tl.constexpr,  # how its block scales lie: linear, 128x4, 8x4
     Y_BF16: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPED: tl.constexpr,

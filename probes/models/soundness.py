@@ -135,7 +135,7 @@ def check(
     Raises ValueError where a file changes meanwhile. Memory in use is a few pieces of a file.
     """
     around = around or Surroundings()
-    facts = _read_scales(found, advance or (lambda bytes_read: None))
+    facts = _read_scales(found, advance or (lambda _: None))
     results = [
         *_block_scales(found, facts),
         *_global_scales(found, facts),
