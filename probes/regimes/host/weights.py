@@ -50,6 +50,9 @@ _GPU_SECONDS = 3.0
 keep it and the cores busy it must not end at forty weights."""
 _GPU_PATIENCE = 20.0
 """Times as long by the clock, then."""
+_FEW_BYTES = 1 << 30
+"""A crowd of all `MOST` that takes no more than this on a GPU ends by that patience only: each of
+its weights costs next to nothing, and a thread that waits for a device in turns looks busy."""
 _SMALL_SECONDS = 1.0
 _SHARE = 8
 """One part in so many of a device's free memory may be taken by the crowd: others of ours may do
@@ -197,10 +200,12 @@ def _crowd(
     crowd: list[_Prepared] = []
     calls: list[Call] = []
     own, seconds = OwnTime(device), _GPU_SECONDS if device.type == "cuda" else 0.0
+    cheap = device.type == "cuda" and MOST * size <= _FEW_BYTES
     full, beaten = False, start
     while len(crowd) < MOST:
         took = time.perf_counter() - start
-        late = start + took > end and (own.seconds > seconds or took > _GPU_PATIENCE * seconds)
+        worked = own.seconds > seconds and not cheap
+        late = start + took > end and (worked or took > _GPU_PATIENCE * seconds)
         if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST or _LOOK * size > room // 4:
             own.wait()
             full = _bytes_in_use(device) - before > room
