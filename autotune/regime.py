@@ -193,15 +193,16 @@ def _needless(
     layer: ProbedLayer, entrant: Entrant, name: str, won: Sequence[Tried]
 ) -> tuple[str, list[str]] | None:
     """Where the regime need not be run: the status to record, and the reason for each item."""
-    for deadly in (name, HARDER.get(name)):
-        if deadly in entrant.dead:
-            why = f"not run: {entrant.dead[deadly]} in {deadly} before"
-            return "skipped", [why] * len(won)
     dense = layer.problem.groups == 1
+    # First of all: what does not apply is no gap in the evidence of one that died in another.
     if name == chains.REGIME and dense and not layer.begins_mlp:
         return "not applicable", [chains.ELSEWHERE] * len(won)
     if name == SHARED_EXPERT and dense:
         return "not applicable", [NOT_DENSE] * len(won)
+    for deadly in (name, HARDER.get(name)):
+        if deadly in entrant.dead:
+            why = f"not run: {entrant.dead[deadly]} in {deadly} before"
+            return "skipped", [why] * len(won)
     same = SAME_START.get(name)
     if same is not None and won:
         reasons = [entrant.exempt.get((same, each.m, each.where.tactic)) for each in won]
