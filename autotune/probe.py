@@ -436,7 +436,7 @@ class Probe:
             left = sum(recalled[each.problem].times is None for each, _ in layers[number - 1 :])
             wanted = self._wanted(p, doubts, left, begun)
             opened = grade(layer, entrants, self.record, say, pool)
-            time_layer(layer, opened, self.record, say)
+            time_layer(layer, opened, self.record, say, pool)
             wanted = for_a_model(layer, opened, wanted)
             stress(layer, opened, self.record, say, wanted, pool)
             if wanted.aim.launches:

@@ -206,7 +206,7 @@ def _in_regime(
     for less, ms in _by_depth(wave, entrant.name).items():
         aim = _aim(wanted.aim, less * (LESS if name in CERTAIN else 1))
         passed = [m for m in ms if passed_briefly(layer, entrant, name, m, record)]
-        for only, shares in _by_speed(layer, entrant, passed):
+        for only, shares in _by_speed(layer, entrant, passed, first=less == 1):
             mine = replace(aim, seconds=shares * aim.seconds)
             found.append(_LongRun(entrant, name, tuple(only), mine))
     return found
@@ -230,15 +230,20 @@ def _by_depth(wave: Depths, name: str) -> dict[int, list[MRange]]:
 
 
 def _by_speed(
-    layer: ProbedLayer, entrant: Entrant, ms: Sequence[MRange]
+    layer: ProbedLayer, entrant: Entrant, ms: Sequence[MRange], first: bool
 ) -> list[tuple[list[MRange], float]]:
     """The ranges where the kernel is fast enough to reach the aim, and those where it is not, each
-    with how many shares of time it may take. On a CPU all have the same."""
+    with how many shares of time it may take. On a CPU all have the same; on a GPU a slow one that
+    does not come `first` has a tenth of the time of one that does, as of its launches: a dozen
+    ranges of the floor took as long as all launches of the choice."""
     if layer.target.device.kind == "cpu":
         return [(list(ms), 1.0)] if ms else []
     fast = [m for m in ms if entrant.median_us.get(m, 0.0) < FAST_US]
     slow = [m for m in ms if m not in fast]
-    return [(only, shares) for only, shares in ((fast, FAST_SHARES), (slow, 1.0)) if only]
+    shares_of_slow = 1.0 if first else 1 / FEWEST_PROBLEMS
+    return [
+        (only, shares) for only, shares in ((fast, FAST_SHARES), (slow, shares_of_slow)) if only
+    ]
 
 
 def _aim(aim: LaunchAim, less: int) -> LaunchAim:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,47 +28,99 @@ TACTIC_NOISE = NOISE / 2
 backend's own order is taken."""
 
 
+Pair = tuple[MRange, str]
+"""An m range, and a tactic in it."""
+
+
 def time_layer(
     layer: ProbedLayer,
     entrants: Sequence[Entrant],
     record: Recorder,
     say: Callable[[str], None],
+    pool: Executor | None = None,
 ) -> None:
-    """Find every entrant's fastest right tactic of each m range, then race the entrants."""
+    """Find every entrant's fastest right tactic of each m range, then race the entrants.
+
+    With `pool`, what is to be timed is prepared in all workers at once; nothing else is.
+    """
     spent = layer.clock.spent
-    for entrant in (e for e in entrants if not (e.known or e.compared)):
-        with spent("tactics", entrant.name):
-            _tune(layer, entrant, record, say)
+    with spent("tactics"):
+        _tune(layer, [e for e in entrants if not (e.known or e.compared)], record, say, pool)
     if layer.timed:
         for entrant in entrants:
             entrant.median_us.update(_known_times(layer, entrant, record))
         return
     say("timing side by side")
     with spent("timing"):
-        _time_side_by_side(layer, [e for e in entrants if e.winner], record)
+        _time_side_by_side(layer, [e for e in entrants if e.winner], record, pool)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contest:
+    """The right tactics of an entrant by m range, and a race in each range that has several."""
+
+    entrant: Entrant
+    alive: Mapping[MRange, Sequence[str]]
+    races: dict[MRange, Race]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """What is to be timed."""
+        return [(m, tactic) for m in self.races for tactic in self.alive[m]]
+
+
+def _contest(layer: ProbedLayer, entrant: Entrant) -> _Contest:
+    alive = {m: _runnable(layer, entrant, m) for m in entrant.tactics}
+    races = {
+        # The winner is measured again, so nobody needs an interval of his own here.
+        m: Race(tuple(tactics), layer.level.samples, TACTIC_NOISE, least=LEAST)
+        for m, tactics in alive.items()
+        if len(tactics) > 1 and m.hi > 0
+    }
+    return _Contest(entrant, alive, races)
 
 
 def _tune(
-    layer: ProbedLayer, entrant: Entrant, record: Recorder, say: Callable[[str], None]
+    layer: ProbedLayer,
+    entrants: Sequence[Entrant],
+    record: Recorder,
+    say: Callable[[str], None],
+    pool: Executor | None,
 ) -> None:
-    """Pick each m range's fastest tactic among those that came out right."""
-    alive = {m: _runnable(layer, entrant, m) for m in entrant.tactics}
-    pairs = [(m, t) for m, ts in alive.items() if len(ts) > 1 and m.hi > 0 for t in ts]
-    races = {
-        # The winner is measured again, so nobody needs an interval of his own here.
-        m: Race(tuple(alive[m]), layer.level.samples, TACTIC_NOISE, least=LEAST)
-        for m in dict.fromkeys(m for m, _ in pairs)
-    }
-    if pairs:
-        say(f"comparing tactics: {entrant.name}")
+    """Pick each entrant's fastest tactic of each m range among those that came out right."""
+    contests = [_contest(layer, entrant) for entrant in entrants]
+    several = [each for each in contests if each.races]
+    if several:
+        say(f"comparing tactics: {', '.join(each.entrant.name for each in several)}")
+    wanted = [(each.entrant, each.pairs) for each in several]
+    opened = _open_timing(layer, wanted, _edges_of, pool)
+    for contest in several:
+        entrant, pairs = contest.entrant, contest.pairs
+        places = {pair: (entrant.name, index) for index, pair in enumerate(pairs)}
         try:
-            _open_timing(layer, entrant, pairs, _edges_of)
-            places = {pair: (entrant.name, index) for index, pair in enumerate(pairs)}
-            run_races(races, places, lambda _, which: entrant.runner.ask("sample", indices=which))
+            failed = opened[entrant.name]
+            if isinstance(failed, WorkerFailed):
+                raise failed
+            run_races(contest.races, places, _samples_of(entrant))
             entrant.runner.ask("close_timing")
         except WorkerFailed as failure:
-            races = {}
+            contest.races.clear()
             died(layer, entrant, "timing", failure, record)
+    for contest in contests:
+        _settle(layer, contest, record)
+
+
+def _samples_of(entrant: Entrant) -> Callable[[str, list[int]], list[float]]:
+    def ask(_: str, indices: list[int]) -> list[float]:
+        found: list[float] = entrant.runner.ask("sample", indices=indices)
+        return found
+
+    return ask
+
+
+def _settle(layer: ProbedLayer, contest: _Contest, record: Recorder) -> None:
+    """The winners of a contest that is over."""
+    entrant, alive, races = contest.entrant, contest.alive, contest.races
     for m, tactics in alive.items():
         if tactics:
             entrant.winner[m] = races[m].winner if m in races else tactics[0]
@@ -112,28 +166,40 @@ def _zero_and_first(ranges: Iterable[MRange]) -> tuple[MRange | None, MRange | N
 
 def _open_timing(
     layer: ProbedLayer,
-    entrant: Entrant,
-    pairs: Sequence[tuple[MRange, str]],
+    wanted: Sequence[tuple[Entrant, Sequence[Pair]]],
     ms_of: Callable[[MRange], Sequence[int]],
-) -> list[float | None]:
-    """Have the worker prepare these, at a few m of each range; the host microseconds of a call."""
-    items = [{"ms": list(ms_of(m)), "tactic": tactic} for m, tactic in pairs]
-    found: list[float | None] = entrant.runner.ask(
-        "open_timing", items=items, cache_bytes=layer.cache_bytes
-    )
-    return found
+    pool: Executor | None,
+) -> dict[str, list[float | None] | WorkerFailed]:
+    """Have workers prepare these, at a few m of each range: by backend, the host microseconds of a
+    call of each, or how its worker failed."""
 
-
-def _time_side_by_side(layer: ProbedLayer, entrants: Sequence[Entrant], record: Recorder) -> None:
-    """Race every entrant's winners against those of the others, in each m range."""
-    host: dict[tuple[MRange, str], float | None] = {}
-    pairs: dict[str, list[tuple[MRange, str]]] = {}
-    for entrant in entrants:
-        chosen = [(m, t) for m, t in entrant.winner.items() if m.hi > 0]
+    def open_(each: tuple[Entrant, Sequence[Pair]]) -> list[float | None] | WorkerFailed:
+        entrant, pairs = each
+        items = [{"ms": list(ms_of(m)), "tactic": tactic} for m, tactic in pairs]
         try:
-            spans = _open_timing(layer, entrant, chosen, representatives)
+            found: list[float | None] = entrant.runner.ask(
+                "open_timing", items=items, cache_bytes=layer.cache_bytes
+            )
         except WorkerFailed as failure:
-            died(layer, entrant, "timing", failure, record)
+            return failure
+        return found
+
+    names = [entrant.name for entrant, _ in wanted]
+    return dict(zip(names, (pool.map if pool else map)(open_, wanted), strict=True))
+
+
+def _time_side_by_side(
+    layer: ProbedLayer, entrants: Sequence[Entrant], record: Recorder, pool: Executor | None
+) -> None:
+    """Race every entrant's winners against those of the others, in each m range."""
+    host: dict[Pair, float | None] = {}
+    pairs: dict[str, list[Pair]] = {}
+    wanted = [(e, [(m, t) for m, t in e.winner.items() if m.hi > 0]) for e in entrants]
+    opened = _open_timing(layer, wanted, representatives, pool)
+    for entrant, chosen in wanted:
+        spans = opened[entrant.name]
+        if isinstance(spans, WorkerFailed):
+            died(layer, entrant, "timing", spans, record)
             continue
         pairs[entrant.name] = chosen
         host.update({(m, entrant.name): us for (m, _), us in zip(chosen, spans, strict=True)})

@@ -150,6 +150,8 @@ class Sampler:
             torch.cuda.synchronize()
         # On a CPU the call is all there is.
         self.host_us = self._host(each) if self._on_cuda else self._measure(1)
+        self._replays: int | None = None
+        self._warm = False
         if self._on_cuda:
             stream = memory.stream if memory else torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -161,12 +163,14 @@ class Sampler:
                 each()
             self._each = graph.replay
             self._each()
-        once = (self._measure(1) if self._on_cuda else self.host_us) * self._launches * 1e-6
-        self._warm = once < _WARM_SECONDS
-        self._replays = max(1, min(50, int(_SAMPLE_SECONDS / max(once, 1e-7)) + 1))
 
     def sample(self) -> float:
         """Microseconds per launch, from one run of `each` (repeated if that is short)."""
+        if self._replays is None:
+            # Not before: others may use the device while this is made.
+            once = (self._measure(1) if self._on_cuda else self.host_us) * self._launches * 1e-6
+            self._warm = once < _WARM_SECONDS
+            self._replays = max(1, min(50, int(_SAMPLE_SECONDS / max(once, 1e-7)) + 1))
         if self._on_cuda and self._warm:
             # Other processes had the GPU since the last sample: one replay to come back.
             self._each()

@@ -124,8 +124,8 @@ COSTLY = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain"})
 """Those where a launch costs several, with delays on top: m ranges are run at their edges only,
 unless a failure rate is to be bounded."""
 
-CALLS = {"churn": 2, "mlp-chain": 2, "rewrite": 2}
-"""Checked calls that a regime makes of each launch, where more than one."""
+CALLS = {"churn": 2, "mlp-chain": 2, "rewrite": 2, "padding": 3}
+"""Checked calls that a regime makes of each launch at least, where more than one."""
 HARDER = {
     "threads": "streams",
     "graph-streams": "streams",

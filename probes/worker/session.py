@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -201,7 +201,10 @@ class OpenLayer:
             pending = [index for index, next_ in wanted.items() if next_ == width]
             cases = self.cases(width)
             launches = self.launches([items[i] for i in pending], cases, ("grade", width))
-            outcomes = self.run("serial", cases, launches, Budget(2, 2, 0.0))
+            # By itself: where an empty batch raises, the others need not be tried one by one.
+            empty, rest = ([x for x in launches if bool(x.m) == some] for some in (False, True))
+            once = Budget(2, 2, 0.0)
+            outcomes = [o for part in (empty, rest) for o in self.run("serial", cases, part, once)]
             summaries = self._summaries("serial", len(pending), outcomes, cases)
             changed = sum(o.changed_inputs for o in outcomes)
             for place, index in enumerate(pending):
@@ -229,37 +232,43 @@ class OpenLayer:
                     del wanted[index]
                 else:
                     wanted[index] = next_
+        loose = cache(self._loose)
         for item, result in zip(items, results, strict=True):
-            self._grade_rounding(item, result)
+            self._grade_rounding(item, result, loose)
         return results
 
-    def _grade_rounding(self, item: Item, result: Result) -> None:
+    def _grade_rounding(
+        self, item: Item, result: Result, loose: Callable[[], Sequence[Case]]
+    ) -> None:
         """Tell an output that is rounded otherwise than to nearest from a short accumulator.
 
         Only of an item that came out no wider than the outputs themselves: what is exact at any
-        width above them rounds to nearest.
+        width above them rounds to nearest. `loose` gives the cases of `_loose`.
         """
         result_wide = (result["width"] or 0) > WIDTHS[-1]
         grave = "error" in result or any(bad["kind"] != "wrong" for bad in result["bad"])
         # Other m of the tactic may have shown it: few outputs are too few to tell.
         self._otherwise.setdefault(item.tactic, False)
-        if result_wide or grave or not self._rounds_otherwise(item):
+        if result_wide or grave or not self._rounds_otherwise(item, loose()):
             return
         self._otherwise[item.tactic] = True
         result.update(width=WIDTHS[0], bad=[], rounding="not to nearest", problems=len(item.ms))
         result.pop("tile_error", None)
 
-    def _rounds_otherwise(self, item: Item) -> bool:
+    def _loose(self) -> list[Case]:
+        """The widest cases, in which neighbours of each sum are right, too."""
+        return [_with_neighbours(each) for each in self.cases(WIDTHS[0])]
+
+    def _rounds_otherwise(self, item: Item, loose: Sequence[Case]) -> bool:
         """Whether exact problems of the full width come out as a neighbour of each sum, and not
         always as the nearest."""
         cases = self.cases(WIDTHS[0])
         launches = self.launches([replace(item, width=WIDTHS[0])], cases, ("rounding",))
-        strict, loose = (
-            self.run("serial", mine, launches, Budget(1, 1, 0.0))
-            for mine in (cases, [_with_neighbours(each) for each in cases])
+        strict, near = (
+            self.run("serial", mine, launches, Budget(1, 1, 0.0)) for mine in (cases, loose)
         )
-        reports = [[r for o in part for _, r in o.reports] for part in (strict, loose)]
-        errors = any(o.errors for o in (*strict, *loose))
+        reports = [[r for o in part for _, r in o.reports] for part in (strict, near)]
+        errors = any(o.errors for o in (*strict, *near))
         right = [all(report.clean for report in part) for part in reports]
         return not errors and bool(reports[1]) and right == [False, True]
 
@@ -270,7 +279,7 @@ class OpenLayer:
             return False  # nothing is rounded, and an empty output tells nothing of others
         if item.tactic not in self._otherwise:
             edges = replace(item, ms=tuple(dict.fromkeys((item.ms[0], item.ms[-1]))))
-            self._otherwise[item.tactic] = self._rounds_otherwise(edges)
+            self._otherwise[item.tactic] = self._rounds_otherwise(edges, self._loose())
         return self._otherwise[item.tactic]
 
     def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
@@ -373,6 +382,7 @@ class OpenLayer:
             (item.width, self._judged_by_neighbours(item), aim is None or max(item.ms) <= SMALL_M)
             for item in items
         ]
+        kinds = _with_company(kinds, [max(item.ms) > 0 for item in items])
         for width, loosely, small in sorted(set(kinds), reverse=True):
             chosen = [i for i, kind in enumerate(kinds) if kind == (width, loosely, small)]
             field = _Field(self.cases(width), None)
@@ -555,6 +565,16 @@ def _bytes_of_case(problem: Problem) -> int:
     """Device memory of a case, about: weight, what was prepared of it, rows and their answers."""
     weight = problem.n * problem.k
     return 2 * weight + problem.m * (4 * problem.k + 2 * problem.n) + (1 << 20)
+
+
+Kind = tuple[int, bool, bool]
+
+
+def _with_company(kinds: Sequence[Kind], real: Sequence[bool]) -> list[Kind]:
+    """Those of items without rows as that of the first that is `real` and small, if there is one:
+    what comes of no rows is right at any width, and a chain of it alone shows less."""
+    first = next((k for k, r in zip(kinds, real, strict=True) if r and k[2]), None)
+    return [kind if r or first is None else first for kind, r in zip(kinds, real, strict=True)]
 
 
 def _towards(

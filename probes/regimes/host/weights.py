@@ -48,11 +48,13 @@ _TIMES = 3
 _GPU_SECONDS = 3.0
 """Of this thread's own time (`OwnTime`), those that it may take on a GPU in any case: where others
 keep it and the cores busy it must not end at forty weights."""
-_GPU_PATIENCE = 20.0
+_GPU_PATIENCE = 3.0
 """Times as long by the clock, then."""
 _FEW_BYTES = 1 << 30
-"""A crowd of all `MOST` that takes no more than this on a GPU ends by that patience only: each of
-its weights costs next to nothing, and a thread that waits for a device in turns looks busy."""
+"""A crowd of all `MOST` that takes no more than this on a GPU ends by patience only, `_CHEAP_TIMES`
+as long: each of its weights costs next to nothing, and a thread that waits for a device in turns
+looks busy."""
+_CHEAP_TIMES = 20.0
 _SMALL_SECONDS = 1.0
 _SHARE = 8
 """One part in so many of a device's free memory may be taken by the crowd: others of ours may do
@@ -205,7 +207,8 @@ def _crowd(
     while len(crowd) < MOST:
         took = time.perf_counter() - start
         worked = own.seconds > seconds and not cheap
-        late = start + took > end and (worked or took > _GPU_PATIENCE * seconds)
+        patience = seconds * (_CHEAP_TIMES if cheap else _GPU_PATIENCE)
+        late = start + took > end and (worked or took > patience)
         if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST or _LOOK * size > room // 4:
             own.wait()
             full = _bytes_in_use(device) - before > room
