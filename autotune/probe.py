@@ -239,8 +239,15 @@ class Probe:
         return [r for r in taking.runners if r in built or r in unbuilt], unbuilt
 
     def _build(self, taking: Field, runners: Sequence[Runner]) -> list[Runner]:
-        """Compile these for their layers, and for what comes behind these in a chain."""
-        wanted = {runner: [*taking.of(runner), *taking.also[runner]] for runner in runners}
+        """Compile these for their layers, and for what comes behind these in a chain, which takes
+        whatever is offered for the edges of a range."""
+        wanted = {}
+        for runner in runners:
+            own = [p.at(m.hi) for p in taking.of(runner) for m in ranges(p.m)]
+            behind = [
+                p.at(m) for p in taking.also[runner] for r in ranges(p.m) for m in (r.lo, r.hi)
+            ]
+            wanted[runner] = list(dict.fromkeys([*own, *behind]))
         budget = self.plan.budget
         until = inf
         if budget is not None:

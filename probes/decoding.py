@@ -36,6 +36,14 @@ def _tables(fmt: Format, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     return both.contiguous().view(wide).flatten(), scale_table(fmt).to(dtype)
 
 
+@cache
+def _tables_on(
+    fmt: Format, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs, scales = _tables(fmt, dtype)
+    return pairs.to(device), scales.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Look-up tables that turn packed FP4 into `dtype`, on one device.
@@ -50,8 +58,8 @@ class Decoder:
 
     @classmethod
     def of(cls, fmt: Format, dtype: torch.dtype, device: torch.device) -> Decoder:
-        pairs, scales = _tables(fmt, dtype)
-        return cls(dtype, pairs.to(device), scales.to(device))
+        """One of a process, made once: a copy to a GPU waits for whatever it has to do."""
+        return cls(dtype, *_tables_on(fmt, dtype, device))
 
     def __call__(self, t: Fp4Tensor) -> torch.Tensor:
         """``e2m1 * scale`` as (rows, k) in this dtype, without the global scale."""

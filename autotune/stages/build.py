@@ -17,7 +17,6 @@ from ...machine.memory import free_memory
 from ...probes.problem import Problem
 from ...probes.worker.supervisor import WorkerFailed
 from ..runner import Readied, Runner
-from ..verdict.buckets import ranges
 
 _GIB = 1 << 30
 _BUILD_BYTES = 2 * _GIB
@@ -33,8 +32,8 @@ def build(
     say: Callable[[str, str], None],
     until: float = inf,
 ) -> Readied:
-    """Start these backends and compile what is `wanted` of each; `say` is told of each, and every
-    minute what is waited for.
+    """Start these backends and compile what is `wanted` of each, at these m; `say` is told of
+    each, and every minute what is waited for.
 
     Two probes never compile one backend at once: the second finds what the first has made. What is
     not compiled `until` then (of `time.monotonic`) is given up, its worker ended.
@@ -48,10 +47,9 @@ def build(
     def one(runner: Runner, problems: Sequence[Problem]) -> float:
         lock = state.build_lock(state_dir, f"{runner.target.device.arch}-{runner.name}")
         what = f"the build of {runner.name}"
-        each_m = [problem.at(m.hi) for problem in problems for m in ranges(problem.m)]
         try:
             with state.exclusive(lock, what, wait=min(runner.patience.build, left())), room():
-                return runner.build(each_m, workers, until)
+                return runner.build(problems, workers, until)
         except Busy:
             if left():
                 raise
