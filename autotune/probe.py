@@ -448,10 +448,7 @@ class Probe:
             stress(layer, opened, self.record, say, wanted, pool)
             if wanted.aim.launches:
                 prove(layer, opened, self.record, say, wanted, pool)
-            for entrant in opened:
-                # A worker that dies now has shown all it had; the next layer starts another.
-                with suppress(WorkerFailed):
-                    entrant.runner.close_layer()
+            list((pool.map if pool else map)(_closed, opened))
             if layer.time and layer.time.over:
                 cut.append(layer)
             else:
@@ -484,6 +481,13 @@ class Probe:
         report.candidates, report.left = found.candidates, found.left
         report.findings = self.record.findings
         report.timings = list(self.record.timings.values())
+
+
+def _closed(entrant: Entrant) -> None:
+    """The layer of a worker that is let go of; one that dies now has shown all it had, and the next
+    layer starts another."""
+    with suppress(WorkerFailed):
+        entrant.runner.close_layer()
 
 
 def _tactics(

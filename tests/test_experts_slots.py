@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes.grouped import routing, slots
-from fp4tune.probes.grouped.problem import GATES
+from fp4tune.probes.grouped.problem import GATES, ExpertsProblem
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -101,7 +101,7 @@ TWINS = """
 import torch
 from fp4tune.probes.grouped import _slots_triton as kernels
 from fp4tune.probes.grouped import routing, slots
-from fp4tune.probes.grouped.problem import GATES
+from fp4tune.probes.grouped.problem import GATES, ExpertsProblem
 
 for law in ("zipf", "duplicates", "padding-ids"):
     for tokens, groups, top_k, block in ((1, 2, 1, 8), (70, 5, 3, 24)):
@@ -190,3 +190,46 @@ def test_the_activation_is_the_definition(gate):
     h13 = 8 * torch.randn(3, 2, 32 if GATES[gate].gated else 16)
     found = slots.activate_rows(h13, GATES[gate], 16)
     assert torch.allclose(found, activate(h13.double(), GATES[gate], 16).float(), rtol=1e-5)
+
+
+@QUICK
+@given(st.integers(2, 300), st.integers(1, 12), st.integers(1, 3000), st.data())
+def test_batches_are_of_every_kind_that_launches_have(groups, top_k, tokens, data):
+    """A kind is how many slots are looked at at once, and whether a window is at 16 bytes."""
+    of = ExpertsProblem("mxfp4", 0, 64, 64, groups=groups, top_k=min(top_k, groups))
+
+    def kind(count, k, address):
+        return k, min(2048, max(128, 1 << (count * k - 1).bit_length())), address % 16
+
+    found = set()
+    for ids, weights in slots.routed_batches(of, tokens, torch.device("cpu")):
+        assert ids.dtype == torch.int32 and weights.dtype == torch.float32
+        assert ids.shape == weights.shape and ids.is_contiguous() and weights.is_contiguous()
+        assert len(ids) <= tokens and int(ids.min()) >= 0 and int(ids.max()) < groups
+        at = ids.storage_offset() * 4
+        found.add(kind(*ids.shape, at and 1 if at % 16 else 0))
+    k = data.draw(st.sampled_from((of.top_k, *(k for k in (1, 8) if k <= groups))))
+    rows, first = data.draw(st.integers(1, tokens)), data.draw(st.integers(0, 100))
+    assert kind(rows, k, 1 if first * k * 4 % 16 else 0) in found
+
+
+def test_what_a_backend_uses_is_called(monkeypatch):
+    of, called = ExpertsProblem("mxfp4", 0, 64, 64, groups=16, top_k=4), []
+    for name in ("sort_slots", "spread_rows", "combine_rows"):
+        own = getattr(slots, name)
+
+        def recorded(*args, name=name, own=own, **more):
+            called.append(
+                (name, args[1].shape[-1] if name != "sort_slots" else None, *more.values())
+            )
+            return own(*args, **more)
+
+        monkeypatch.setattr(slots, name, recorded)
+    slots.compile_slots(of, 700, torch.device("cpu"), ("sort",))
+    assert set(called) == {("sort_slots", None)}
+    called.clear()
+    slots.compile_slots(of, 700, torch.device("cpu"), ("spread", "places", "slots"))
+    assert {(name, *rest) for name, k, *rest in called if k == 8} == {
+        ("spread_rows",), ("combine_rows", "places"), ("combine_rows", "slots"),
+    }  # fmt: skip
+    assert {k for _, k, *_ in called} == {1, 4, 8}

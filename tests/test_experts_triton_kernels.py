@@ -7,14 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fp4tune.probes import registry
 from fp4tune.probes.backends import _triton_kernels as package
+from fp4tune.probes.backends import triton_kernels
 from fp4tune.probes.backends.triton_kernels import TritonKernels, VllmOgs, VllmOgsUnfused
-from fp4tune.probes.grouped import exact
+from fp4tune.probes.grouped import exact, slots
 from fp4tune.probes.grouped.problem import ExpertsProblem
 from fp4tune.probes.grouped.tensors import matrix
 from fp4tune.probes.problem import Device
+from fp4tune.probes.regimes.pdl import stages as raw_stages
+from fp4tune.probes.worker import experts as worker
 
 H200 = Device("cuda", 90)
 BACKENDS = {made.name: made for made in (VllmOgs, VllmOgsUnfused, TritonKernels)}
@@ -159,7 +164,7 @@ def test_two_copies_in_one_process_are_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("gate", ["swiglu-oai", "relu2"])
 def test_what_is_called_at_a_size_is_compiled_for_it(gate):
-    called: dict[str, list[int]] = {"run": [], "gemm1": [], "activate": [], "gemm2": []}
+    called: dict[str, list[tuple[int, int]]] = {"run": [], "gemm1": [], "activate": [], "gemm2": []}
 
     class Recorded(VllmOgsUnfused):
         def prepare(self, weights, of):
@@ -168,22 +173,129 @@ def test_what_is_called_at_a_size_is_compiled_for_it(gate):
             return SimpleNamespace(problem=of)
 
         def run(self, state, x, ids, weights, out, tactic):
-            assert ids.shape == weights.shape == (len(x), 2) and int(ids.max()) < 4
-            called["run"].append(len(x))
+            assert ids.shape == weights.shape and len(ids) == len(x) and int(ids.max()) < 4
+            called["run"].append(ids.shape)
 
         def gemm1(self, state, x, ids, tactic):
-            called["gemm1"].append(len(x))
+            called["gemm1"].append(ids.shape)
             return x
 
         def activate(self, state, h13, tactic):
-            called["activate"].append(len(h13))
+            called["activate"].append((len(h13), 2))
             return h13
 
         def gemm2(self, state, h, ids, tactic):
-            called["gemm2"].append(len(h))
+            called["gemm2"].append(ids.shape)
             return h
 
-    of = problem(gate=gate)
-    Recorded().build([of.at(m) for m in (0, 1, 8, 300)], Device("cpu"), 4)
-    assert called["run"] == [1, 5, 7, 8, 151, 299, 300]
-    assert called["gemm1"] == called["activate"] == called["gemm2"] == [1, 5, 7, 8]
+    of, backend = problem(gate=gate), Recorded()
+    backend.build([of.at(m) for m in (0, 1, 8, 300)], Device("cpu"), 4)
+    own = [m for m, top_k in called["run"] if top_k == 2]
+    # No layer of four experts is run with eight a token.
+    assert [m for m, top_k in called["run"] if top_k != 2] == [1, 8, 300]
+    assert own[0] == 1 and own == sorted(set(own)) and own[-1] <= 300 and len(own) < 30
+    staged = [(m, 2) for m in own if m <= 128]
+    assert called["gemm1"] == called["activate"] == called["gemm2"] == staged
+
+
+def test_stages_are_built_for_the_tokens_they_are_run_at():
+    assert triton_kernels._CUT == worker._CUT_TOKENS
+    assert triton_kernels._STAGED == raw_stages._MOST_ROWS
+
+
+def power_of_two(x):
+    return 1 << max(0, x - 1).bit_length()
+
+
+def integers(name, of, m):
+    """The tile of a call, and the integers that are passed, as the library's sources have them."""
+    s = m * of.top_k
+    each = max(1, s // of.groups)
+    block = max(16, min(power_of_two(each), 128))
+    if name == "triton-kernels" and each <= 64:
+        block = max(16, min(power_of_two(2 * each), 64))
+    grid = s if s <= of.groups else of.groups - 1 - (of.groups - s - 1) // block
+    return block, ((s, grid) if name == "triton-kernels" else (m, s, grid))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(list(BACKENDS)),
+    st.integers(2, 300),
+    st.integers(1, 10),
+    st.lists(st.integers(1, 5000), min_size=1, max_size=6),
+)
+def test_whatever_a_call_needs_is_built(name, groups, top_k, ms):
+    backend = BACKENDS[name]()
+    own = problem(groups=groups, top_k=min(top_k, groups))
+
+    def needed(of, m):
+        block, passed = integers(name, of, m)
+        return block, *((value == 1, value % 16 == 0) for value in passed)
+
+    for k in slots.run_top_ks(own):
+        of, every = problem(groups=groups, top_k=k), k == own.top_k
+        run = [*range(1, max(ms) + 1), 24] if every else ms
+        built = backend.called_to_build(of, ms, every)
+        assert set(built) <= set(run)
+        assert {needed(of, m) for m in run} == {needed(of, m) for m in built}
+        small = {needed(of, m) for m in run if m <= 128}
+        assert small == {needed(of, m) for m in built if m <= 128}  # those with stages
+
+
+def kind_of(value):
+    """What Triton compiles an argument for."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value == 1, value % 16 == 0, value >= 1 << 31
+    return "float" if isinstance(value, float) else repr(value)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What Triton would compile, of all that is launched on an H200 that is not there."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    import triton
+
+    found = set()
+
+    def run(kernel, *args, grid, warmup, **options):
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        named = dict(zip((p.name for p in kernel.params), args, strict=False)) | options
+        kinds = {
+            n: v if n in fixed or n in options else kind_of(v)
+            for n, v in named.items()
+            if n not in free
+        }
+        found.add((kernel.fn.__name__, repr(sorted(kinds.items(), key=str))))
+
+    target = SimpleNamespace(backend="cuda", arch=90, warp_size=32)
+    active = SimpleNamespace(
+        get_current_target=lambda: target,
+        utils=SimpleNamespace(get_device_properties=lambda index: {"multiprocessor_count": 132}),
+    )
+    facts = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
+    return found
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("groups", "top_k"), [(32, 4), (8, 2), (5, 3)])
+def test_no_call_compiles_what_was_not_built(name, groups, top_k, compiled):
+    backend, most = usable(name), 700
+    of = problem(groups=groups, top_k=top_k, n=64, k=64)
+    given_ms = [1, 2, 8, 32, 100, 256, 500, most]
+    backend.build([of.at(m) for m in given_ms], Device("cpu"), 1)
+    built = set(compiled)
+    state = backend.prepare(exact.draw_weights(of, 3, "cpu", range(groups), False), of)
+    for k in slots.run_top_ks(of):
+        odd = problem(groups=groups, top_k=k, n=64, k=64)
+        for m in range(1, most + 1) if k == top_k else given_ms:
+            backend._call(state, odd, m, torch.device("cpu"))
+            assert compiled == built, (k, m)
+    assert any("matmul" in kernel for kernel, _ in built)

@@ -37,6 +37,9 @@ HOST_S = 3e-4
 """Seconds of the host that a launch of a new m takes, about."""
 PATIENCE = 10.0
 """Times longer than it is thought to take is what every m of a range may take."""
+EVERY_M_MOST = 6.0
+"""Seconds that it may take of routed experts on a GPU, where all of it takes ten: what is beyond is
+a sample, and is told."""
 EVERY_M_LEAST = 1.0
 """Seconds that it may take whatever is thought: a host that is busy may not run us for as long."""
 
@@ -145,7 +148,7 @@ def _runs_of_wave(
 
     beside = []
     for entrant in mine:
-        both = [*runs(entrant, False), _every_m(entrant, wave, wanted)]
+        both = [*runs(entrant, False), _every_m(layer, entrant, wave, wanted)]
         second = [r for r in both if entrant.runner_of(r.regime) is not entrant.runner]
         beside += [second, [r for r in both if r not in second]]
     return _WaveRuns([run for entrant in mine for run in runs(entrant, True)], beside)
@@ -212,11 +215,13 @@ def _in_regime(
     return found
 
 
-def _every_m(entrant: Entrant, wave: Depths, wanted: Wanted) -> _LongRun:
+def _every_m(layer: ProbedLayer, entrant: Entrant, wave: Depths, wanted: Wanted) -> _LongRun:
     """Every m of the ranges in which a backend is to be launched."""
     only = tuple(m for name, m in wave if name == entrant.name)
     needed = sum((m.hi - m.lo + 1) * (HOST_S + 1e-6 * entrant.median_us.get(m, 0.0)) for m in only)
     seconds = max(EVERY_M_LEAST, PATIENCE * needed)
+    if layer.problem.groups > 1 and layer.target.device.kind == "cuda":
+        seconds = min(seconds, EVERY_M_MOST)
     return _LongRun(entrant, EVERY_M, only, replace(wanted.aim, seconds=seconds / len(only)))
 
 

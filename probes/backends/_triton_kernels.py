@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ WARPS = 8
 """Warps that scales are laid out for, as both engines have it."""
 ALIGNMENT = 64
 """What both engines pad an intermediate size to a multiple of."""
+_RAGGED_FEW = 64
+"""Slots an expert up to which the 3.8 interface doubles its tile."""
 _BEHIND = 1 << 12
 """Bytes of NaN behind a scale tensor."""
 _NAN = 0xFF
@@ -93,6 +96,62 @@ def _package_loaded(folder: Path) -> None:
     except BaseException:
         del sys.modules[PACKAGE]
         raise
+
+
+# What is compiled for
+#
+# Both libraries compile a GEMM for its tile, and Triton for whether each integer that is passed is
+# 1, a multiple of 16, or too large for 32 bits. On Hopper, MXFP4 is never multiplied by the
+# persistent kernel, so tiles depend on no other number of blocks.
+
+
+def ogs_variant(problem: ExpertsProblem, m: int) -> Hashable:
+    """What the 3.5.1 interface has its kernels compiled for in a call of m tokens: two of one value
+    compile the same. The number of experts a token has is one of its constants."""
+    slots = m * problem.top_k
+    block = _power_of_two(max(1, slots // problem.groups), 128)
+    passed = (m, slots, _grid_rows(slots, problem.groups, block))
+    return problem.top_k, block, *map(_int_kind, passed), *_size_kinds(problem, m)
+
+
+def ragged_variant(problem: ExpertsProblem, m: int) -> Hashable:
+    """The same of the 3.8 interface, which is told slots only, and doubles the tile of few."""
+    slots = m * problem.top_k
+    each = max(1, slots // problem.groups)
+    block = _power_of_two(2 * each, 64) if each <= _RAGGED_FEW else _power_of_two(each, 128)
+    passed = (slots, _grid_rows(slots, problem.groups, block))
+    return block, *map(_int_kind, passed), *_size_kinds(problem, m)
+
+
+def one_of_each(ms: Iterable[int], variant: Callable[[int], Hashable]) -> list[int]:
+    """The first m of each variant, ascending."""
+    firsts: dict[Hashable, int] = {}
+    for m in ms:
+        firsts.setdefault(variant(m), m)
+    return sorted(firsts.values())
+
+
+def _power_of_two(rows: int, most: int) -> int:
+    """The rows of a tile that so many fit into, from 16 to `most`."""
+    return max(16, min(1 << (rows - 1).bit_length(), most))
+
+
+def _grid_rows(slots: int, groups: int, block: int) -> int:
+    """The most blocks that so many slots can be in."""
+    return slots if slots <= groups else -(-(slots - groups + 1) // block) + groups - 1
+
+
+def _int_kind(value: int) -> tuple[bool, bool]:
+    """What Triton compiles an integer for."""
+    return value == 1, value % 16 == 0
+
+
+def _size_kinds(problem: ExpertsProblem, m: int) -> tuple[int, ...]:
+    """Of each matrix that has a row a token or slot: whether its size, which is passed as a stride,
+    needs 64 bits, and whether its offsets do."""
+    n, slots = padded_size(problem.n), m * problem.top_k
+    sizes = (m * problem.k, slots * problem.k, slots * n, slots * 2 * n)
+    return tuple((size >= 1 << 31) + (size > 1 << 31) for size in sizes)
 
 
 @functools.cache

@@ -36,8 +36,10 @@ from ..grouped.problem import ExpertsProblem, Gate
 from ..grouped.slots import (
     activate_rows,
     combine_rows,
+    compile_slots,
     gather_slots,
     mask_rows,
+    run_top_ks,
     sort_slots,
     spread_rows,
 )
@@ -66,6 +68,12 @@ MOST_MASKED = 512
 low-latency dispatch has it."""
 _LAST_CANDIDATE = 65408
 """Rows beyond which humming's rule no longer changes."""
+_USES = {
+    "indexed": ("sort", "slots"),
+    "grouped_contiguous": ("sort", "spread", "places", "slots"),
+    "grouped_masked": ("spread", "places", "slots"),
+}
+"""What each gemm type calls of `slots`, in a call or as a stage by itself."""
 _TACTIC = re.compile(r"rows-(\d{1,5})(-invariant)?")
 
 
@@ -205,8 +213,12 @@ class HummingExperts:
             _prepare_stack(_smallest(format_, device.torch), None, torch.bfloat16)
         kernels = [(stack.config, rule.compute, name) for stack, rule, name in wanted]
         compile_schedules(kernels, index, workers)
-        for problem in {p.at(0): None for p in problems}:
+        most: dict[ExpertsProblem, int] = {}
+        for problem in problems:
+            most[problem.at(0)] = max(most.get(problem.at(0), 0), problem.m)
+        for problem, tokens in most.items():
             self._try_moving(problem, device)
+            compile_slots(problem, tokens, device.torch, _USES[self.gemm_type])
         torch.cuda.synchronize(index)
 
     def _try_moving(self, problem: ExpertsProblem, device: Device) -> None:
@@ -214,15 +226,20 @@ class HummingExperts:
         of13, of2 = stacks(problem, device.index)
         x = torch.zeros(1, problem.k, dtype=torch.bfloat16, device=device.torch)
         ids = torch.zeros(1, problem.top_k, dtype=torch.int32, device=device.torch)
-        made = sort_slots(ids, problem.groups)
-        if self.gemm_type != "indexed":
-            _spread_masked(of13.config, x, made.places, problem.top_k)
+        masked = self.gemm_type == "grouped_masked"
+        # How many experts a token has is compiled into humming's mover.
+        for top_k in run_top_ks(problem) if self.gemm_type != "indexed" else ():
+            places = torch.arange(top_k, dtype=torch.int32, device=device.torch).view(1, -1)
+            _spread_masked(of13.config, x, places, problem.groups if masked else top_k)
         h13 = x.new_zeros(problem.groups, problem.rows13)
-        if self.gemm_type == "grouped_masked":
-            _activate(of2.config, h13, problem.act, problem.n, expert_tokens=made.counts)
+        # A stage by itself is not told which rows are used.
+        _activate(of2.config, h13, problem.act, problem.n)
+        if masked:
+            counts = mask_rows(ids, problem.groups).counts
+            _activate(of2.config, h13, problem.act, problem.n, expert_tokens=counts)
         else:
-            _activate(of2.config, h13, problem.act, problem.n)
-            _activate(of2.config, h13, problem.act, problem.n, num_valid_tokens=made.total)
+            total = sort_slots(ids, problem.groups).total
+            _activate(of2.config, h13, problem.act, problem.n, num_valid_tokens=total)
 
     def files(self) -> Sequence[Path]:
         """The cubins of the GEMM kernels this process has compiled or loaded."""

@@ -19,8 +19,8 @@ expert's rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from ..grouped.slots import (
     SortedSlots,
     activate_rows,
     combine_rows,
+    compile_slots,
     gather_slots,
+    run_top_ks,
     sort_slots,
     spread_rows,
 )
@@ -58,8 +60,10 @@ class HopperExperts:
     b2: torch.Tensor | None
 
 
-_STAGED = 32
-"""The largest m whose stages are called one by one when they are built."""
+_STAGED = 128
+"""The largest m whose stages are called one by one: what ``pdl-raw`` has of them."""
+_CUT = 24
+"""The m that they are graded at, whatever the ranges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,30 +88,42 @@ class _TritonKernels(ABC):
     """Blocks that scales are padded to a multiple of."""
     pad_scale = 0
     """Byte that they are padded with."""
+    uses: tuple[str, ...] = ("sort",)
+    """What every call calls of `slots`."""
 
     def build(self, problems: Sequence[ExpertsProblem], device: Device, workers: int) -> None:
-        """Compile what calls of these need, by calling: the library compiles for how many rows a
-        block has and whether sizes are multiples of 16, for each GEMM."""
-        ms: dict[ExpertsProblem, set[int]] = {}
+        """Compile what calls of up to these numbers of tokens need, by calling with one m of each
+        variant. Tokens of families with another number of experts are run at these m only."""
+        given: dict[ExpertsProblem, list[int]] = {}
         for problem in problems:
-            around = (problem.m, problem.m - 1, problem.m // 2 + 1)
-            ms.setdefault(problem.at(0), set()).update(m for m in around if m > 0)
-        for problem, every in ms.items():
+            given.setdefault(problem.at(0), []).append(problem.m)
+        for problem, ms in given.items():
             state = self.prepare(zero_experts(problem, device.torch), problem)
-            for m in sorted(every):
-                self._call(state, m, device.torch)
+            for top_k in run_top_ks(problem):
+                odd = replace(problem, top_k=top_k)
+                for m in self.called_to_build(odd, ms, top_k == problem.top_k):
+                    self._call(state, odd, m, device.torch)
+            compile_slots(problem, max(ms), device.torch, self.uses)
         if device.kind == "cuda":
             torch.cuda.synchronize(device.torch)
 
-    def _call(self, state: HopperExperts, m: int, device: torch.device) -> None:
-        """One call, and each stage by itself where they are few: they are graded so."""
-        problem = state.problem
+    def called_to_build(self, problem: ExpertsProblem, ms: Sequence[int], every: bool) -> list[int]:
+        """One m of each variant that calls of these numbers of tokens have; with `every`, those of
+        fewer have, too, and stages."""
+        among = sorted({*range(1, max(ms) + 1), _CUT}) if every else sorted(m for m in ms if m > 0)
+        return package.one_of_each(among, lambda m: self._variant(problem, m))
+
+    def _call(
+        self, state: HopperExperts, problem: ExpertsProblem, m: int, device: torch.device
+    ) -> None:
+        """One call with the problem's experts a token; and where these are the layer's own, each
+        stage by itself at a small m, since they are graded so."""
         x = torch.zeros(m, problem.k, dtype=problem.dtype, device=device)
         slots = torch.arange(m * problem.top_k, device=device, dtype=torch.int32)
         ids = (slots % problem.groups).view(m, problem.top_k)
         router = torch.ones(m, problem.top_k, device=device)
         self.run(state, x, ids, router, torch.empty_like(x), DEFAULT_TACTIC)
-        if m <= _STAGED:
+        if m <= _STAGED and problem.top_k == state.problem.top_k:
             h = x.new_zeros(m, problem.top_k, problem.n)
             if callable(self.gemm1):  # where it can be cut there
                 h = self.activate(state, self.gemm1(state, x, ids, DEFAULT_TACTIC), DEFAULT_TACTIC)
@@ -202,6 +218,10 @@ class _TritonKernels(ABC):
     # What the interfaces differ in
 
     @abstractmethod
+    def _variant(self, problem: ExpertsProblem, m: int) -> Hashable:
+        """What the library's kernels are compiled for in a call of m tokens."""
+
+    @abstractmethod
     def _matrix(self, stack: package.PaddedStack) -> tuple[Any, Any]:
         """(the experts' values as the library holds them, its precision config with scales)."""
 
@@ -246,6 +266,9 @@ class VllmOgsUnfused(_TritonKernels):
 
     def files(self) -> Sequence[Path]:
         return ()
+
+    def _variant(self, problem: ExpertsProblem, m: int) -> Hashable:
+        return package.ogs_variant(problem, m)
 
     def _matrix(self, stack: package.PaddedStack) -> tuple[Any, Any]:
         api = package.ogs()
@@ -334,6 +357,7 @@ class TritonKernels(_TritonKernels):
     distributions = ("tokenspeed-triton-kernels", "triton")
     fused = True
     pad_scale = 127
+    uses = ("sort", "slots")
 
     def unsupported(self, problem: ExpertsProblem, device: Device) -> str | None:
         if reason := package.unsupported(problem, device):
@@ -355,6 +379,9 @@ class TritonKernels(_TritonKernels):
         rows = self._product(x, state.w13, state.b13, routed, state.precision13, gather=True)
         pairs = gather_slots(rows, routed.made.places).unflatten(2, (-1, 2))
         return pairs[..., : state.problem.n, :].transpose(2, 3).flatten(2)
+
+    def _variant(self, problem: ExpertsProblem, m: int) -> Hashable:
+        return package.ragged_variant(problem, m)
 
     def _matrix(self, stack: package.PaddedStack) -> tuple[Any, Any]:
         api = package.ragged()

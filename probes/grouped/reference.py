@@ -21,8 +21,9 @@ from .tensors import ExpertWeights, Fp4Stack, Routed
 
 _SIGMOID = 2.0**-13
 """What a clamped form's sigmoid may be away from 1: far below half a unit in bf16's last place."""
-_WEIGHTS, _ROWS = 1 << 28, 1 << 26
-"""Elements of dequantised weights, and of what is computed with them, at once."""
+_WEIGHTS, _ROWS = 1 << 26, 1 << 26
+"""Elements of dequantised weights, and of what is computed with them, at once: a dozen workers
+share a GPU's memory."""
 
 
 def activate(h13: torch.Tensor, gate: Gate, n: int) -> torch.Tensor:

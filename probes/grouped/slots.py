@@ -6,16 +6,18 @@ same in torch; the sorted order is stable, so both give one answer.
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .problem import Gate
+from .families import TOP_K
+from .problem import ExpertsProblem, Gate
 
 _BLOCK = 1024
 """Columns that a program moves."""
-_STEP = 2048
+_LEAST_STEP, _STEP = 128, 2048
 """Slots that a program looks at at once."""
 
 
@@ -70,7 +72,7 @@ def sort_slots(ids: torch.Tensor, groups: int, block: int = 1) -> SortedSlots:
         groups,
         block,
         BINS=1 << groups.bit_length(),
-        STEP=min(_STEP, max(128, 1 << (slots - 1).bit_length())),
+        STEP=min(_STEP, max(_LEAST_STEP, 1 << (slots - 1).bit_length())),
         num_warps=4,
     )
     return made
@@ -231,3 +233,64 @@ def combine_rows(
 
 def _grid(rows: int, columns: int) -> Any:
     return rows, -(-columns // _BLOCK)
+
+
+# Compiling ahead
+
+
+def run_top_ks(problem: ExpertsProblem) -> tuple[int, ...]:
+    """The numbers of experts a token that a layer is run with: its own first, then those of
+    families of odd routing."""
+    odd = (k for k in TOP_K.values() if k <= problem.groups)
+    return tuple(dict.fromkeys((problem.top_k, *odd)))
+
+
+def routed_batches(
+    problem: ExpertsProblem, tokens: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids int32, router weights float32), both (rows, top_k): batches that a Triton kernel which
+    is given them in a launch of up to `tokens` tokens may be compiled for, one of each kind.
+
+    Kinds differ in the experts a token has, in how many slots `sort_slots` looks at at once, and in
+    whether the batch is a window that begins behind a row of other tokens: where a row's bytes are
+    no multiple of 16, Triton compiles once more for such addresses.
+    """
+    for top_k in run_top_ks(problem):
+        for step in _steps(tokens * top_k):
+            rows = max(1, min(tokens, step // top_k))
+            slots = torch.arange((rows + 1) * top_k, dtype=torch.int32, device=device)
+            ids = (slots % problem.groups).view(-1, top_k)
+            weights = torch.ones(ids.shape, device=device)
+            for window in (slice(rows), slice(1, None)):
+                yield ids[window], weights[window]
+
+
+def _steps(slots: int) -> Iterator[int]:
+    """What `sort_slots` looks at at once in batches of up to so many slots."""
+    step = _LEAST_STEP
+    yield step
+    while step < min(slots, _STEP):
+        step *= 2
+        yield step
+
+
+def compile_slots(
+    problem: ExpertsProblem, tokens: int, device: torch.device, uses: Container[str]
+) -> None:
+    """Compile what a backend calls of this module in launches of up to `tokens` tokens, by calling
+    it: nothing may be compiled later, within a measurement or while a graph is captured.
+
+    uses  of ``sort``, ``spread``, and the orders that it combines in, ``places`` and ``slots``
+    """
+    for ids, weights in routed_batches(problem, tokens, device):
+        if "sort" in uses:
+            sort_slots(ids, problem.groups)
+        top_k = ids.shape[1]
+        x = torch.zeros(1, problem.k, dtype=problem.dtype, device=device)
+        places = torch.arange(top_k, dtype=torch.int32, device=device).view(1, -1)
+        if "spread" in uses:
+            spread_rows(x, places, top_k)
+        for order in ("places", "slots"):
+            if order in uses:
+                y = x.new_zeros(top_k, problem.k)
+                combine_rows(y, places, weights[:1], x, problem.scaling, in_order_of=order)

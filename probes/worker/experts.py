@@ -21,7 +21,7 @@ from ..check.sweep import Unchanged
 from ..check.tiles import TILE_LIMIT, tile_error
 from ..data import Operands
 from ..grouped.backend import AsDense, stages_of
-from ..grouped.exact import draw_tokens, draw_weights, exact_problem, stages
+from ..grouped.exact import Stages, draw_tokens, draw_weights, exact_problem, stages
 from ..grouped.families import ODD_ROUTING, TOP_K
 from ..grouped.problem import ExpertsProblem
 from ..grouped.realistic import NAMES, draw_realistic, error_limit
@@ -29,7 +29,7 @@ from ..grouped.routing import ODD, REGULAR, around_blocks, run_lengths
 from ..grouped.tensors import ExpertWeights
 from ..grouped.units import WIDTH
 from ..launch.case import Case, Launch, bind, blame, tensors
-from ..launch.item import Item
+from ..launch.item import Item, LaunchAim
 from ..launch.outcome import Budget, NotApplicable, Outcome, wait
 from ..launch.redraw import Redraw
 from ..launch.routed_answers import RoutedAnswers
@@ -49,6 +49,8 @@ WITHOUT = {
     "huge": NO_FORM,
 }
 """Regimes of dense problems that routed experts are not run in, and why."""
+LARGE_POOL = 1024 + SPARE_ROWS
+"""Tokens of most pools on a GPU."""
 SETS = 2
 """Sets of experts that a chain alternates between: of one all may be chosen, of the other half."""
 _COPIES = 2
@@ -60,6 +62,8 @@ _CUT_TOKENS = 24
 """Tokens that stages are graded on."""
 _MOST_ROUTES = 8
 """Batches that a sample rotates through, so that experts are cold."""
+_LOOKS = 6
+"""Calls that are timed to tell whether one is slow."""
 _SLOW = 0.005
 """Seconds of a call on a GPU, from which on one batch of a range's largest m is timed: what takes
 so long has no experts in the cache, and the floor would else be timed for minutes."""
@@ -85,7 +89,11 @@ class OpenExperts(OpenLayer):
         backend.problem = self.experts
         self._sets: dict[int, tuple[ExpertWeights, tuple[int, ...], Any, Unchanged]] = {}
         self._odd: dict[str, list[Case]] = {}
+        self._right: dict[int, Stages] = {}
+        """By set of experts, what each stage has to give of the tokens it is graded on."""
         self._times: list[TimedLaws] = []
+        self._long: bool = False
+        """Whether a call of many tokens takes long for a GPU, as far as that is known."""
 
     # Data
 
@@ -118,18 +126,26 @@ class OpenExperts(OpenLayer):
         unchanged = Unchanged(tensors(drawn.a), [weights])
         return Case(self.problem.at(rows), operands, right, state, unchanged)
 
-    def _strict_case(self, law: str, index: int, family: str) -> Case:
+    def _strict_case(self, law: str, index: int, family: str, rows: int) -> Case:
         seed = derive(self.seed, "tokens", law, index)
-        return self._case((law,), index, family, seed, self.problem.m)
+        return self._case((law,), index, family, seed, rows)
 
     def cases(self, width: int) -> list[Case]:
         """Every regular law on each set of experts; of one width, whatever is asked for. Neighbours
         are of different sets."""
         if WIDTH not in self._exact:
             self._exact[WIDTH] = [
-                self._strict_case(law, index, "exact") for law in REGULAR for index in range(SETS)
+                self._strict_case(law, index, "exact", self._pool(law, index))
+                for law in REGULAR
+                for index in range(SETS)
             ]
         return self._exact[WIDTH]
+
+    def _pool(self, law: str, index: int) -> int:
+        """Tokens of a case: on a GPU `LARGE_POOL` at most, but for the laws that are timed. What
+        is beyond costs most of the time of all."""
+        whole = self.device.kind == "cpu" or law in TIMED_LAWS
+        return self.problem.m if whole else min(self.problem.m, LARGE_POOL)
 
     def _odd_cases(self, name: str) -> list[Case]:
         """The cases of a family; of those with experts of their own, one is kept at a time."""
@@ -137,7 +153,7 @@ class OpenExperts(OpenLayer):
             del self._odd[other]
         if name not in self._odd:
             self._odd[name] = (
-                [self._strict_case(name, index, name) for index in range(SETS)]
+                [self._strict_case(name, index, name, self.problem.m) for index in range(SETS)]
                 if name in ODD
                 else self._own_experts(name)
             )
@@ -214,6 +230,7 @@ class OpenExperts(OpenLayer):
         if afresh:
             self._exact.clear()
             self._odd.clear()
+            self._right.clear()
             self._fields.clear()
             self._sets.clear()
         if draw is not None:
@@ -254,12 +271,15 @@ class OpenExperts(OpenLayer):
 
     def grade(self, items: Sequence[Item]) -> list[Result]:
         """Every m of each item under every regular law, bit for bit; and each stage by itself,
-        where the backend can be cut there."""
+        where the backend can be cut there. What takes long for a GPU is launched once for each m,
+        under any law."""
         cases = self.cases(WIDTH)
         most = max((len(item.ms) for item in items), default=0)
-        launches = self.launches(items, cases, ("grade", WIDTH), per_item=most * len(cases))
+        self._long = self._takes_long(items, cases)
+        each, times = (1, 1) if self._long else (len(cases), 2)
+        launches = self.launches(items, cases, ("grade", WIDTH), per_item=most * each)
         launches += self._around_blocks(items, cases)
-        outcomes = self.run("serial", cases, launches, Budget(2, 2, 0.0))
+        outcomes = self.run("serial", cases, launches, Budget(times, times, 0.0))
         results = self._summaries("serial", len(items), outcomes, cases)
         changed = sum(o.changed_inputs for o in outcomes)
         cut: dict[str, Result] = {}
@@ -286,8 +306,8 @@ class OpenExperts(OpenLayer):
         wanted.append((p.groups // p.top_k, "balanced", 0))
         for index, item in enumerate(items):
             for m, law, turn in wanted:
-                if min(item.ms) <= m <= max(item.ms):
-                    case = of[law][turn % len(of[law])]
+                case = of[law][turn % len(of[law])]
+                if min(item.ms) <= m <= min(max(item.ms), cases[case].problem.m):
                     found.append(Launch(case, 0, m, item.tactic, index))
         return found
 
@@ -296,10 +316,13 @@ class OpenExperts(OpenLayer):
         found: Result = {"grades": {}, "bad": []}
         assert isinstance(self.backend, AsDense)
         names = stages_of(self.backend)
-        for case in self.cases(WIDTH)[:SETS] if names else ():
+        tokens = min(_CUT_TOKENS, self.problem.m)
+        for index, case in enumerate(self.cases(WIDTH)[:SETS]) if names else ():
             self.progress(f"stages, {tactic}")
-            tokens = min(_CUT_TOKENS, self.problem.m)
-            right = stages(self.experts, weights_of(case), routed_tokens(case, tokens))
+            if index not in self._right:
+                given = routed_tokens(case, tokens)
+                self._right[index] = stages(self.experts, weights_of(case), given)
+            right = self._right[index]
             for name in names:
                 wrong, message = cut_at(self.backend, name, case, right, tactic)
                 if not wrong:
@@ -333,8 +356,12 @@ class OpenExperts(OpenLayer):
         if name not in ODD_ROUTING and name not in NAMES:
             raise NotApplicable(f"routed experts have no {name} data")
         cases = self._odd_cases(name)
+        if name in TOP_K:
+            # Another number of experts a token is compiled anew, block by block.
+            items = [replace(item, ms=(max(item.ms),)) for item in items]
         most = max((len(item.ms) for item in items), default=0)
-        launches = self.launches(items, cases, name, per_item=most * len(cases))
+        each = 1 if self._long else len(cases)
+        launches = self.launches(items, cases, name, per_item=most * each)
         outcomes = self.run("serial", cases, launches, Budget(1, 1, 0.0))
         results = self._summaries("serial", len(items), outcomes, cases)
         for index, result in enumerate(results) if name in NAMES else ():
@@ -410,6 +437,14 @@ class OpenExperts(OpenLayer):
         """Whether a launch of realistic values has a tile that rounding does not explain."""
         return not self._tile_error(cases, launch) <= error_limit(self.experts)
 
+    def regime(
+        self, name: str, items: Sequence[Item], budget: Budget, aim: LaunchAim | None = None
+    ) -> Result:
+        """As of a dense layer; what the families had of their own is let go of first, gigabytes in
+        each worker."""
+        self._odd.clear()
+        return super().regime(name, items, budget, aim)
+
     # Timing
 
     def open_timing(self, items: Sequence[Item], cache_bytes: int) -> list[float | None]:
@@ -418,6 +453,7 @@ class OpenExperts(OpenLayer):
         A sample rotates through batches with other experts, and through copies of all of them where
         they would fit in the cache.
         """
+        self._odd.clear()
         made, _, state, _ = self._weights(0)
         size = sum(t.nbytes for t in _weight_tensors(made))
         copies = max(1, min(4, -(-COLD * cache_bytes // max(1, size))))
@@ -455,18 +491,29 @@ class OpenExperts(OpenLayer):
             raise
         return [each.host_us() for each in self._times]
 
+    def _takes_long(self, items: Sequence[Item], cases: Sequence[Case]) -> bool:
+        """Whether the item of most tokens is slow; not where it raises, which others will tell."""
+        item = max(items, key=lambda each: max(each.ms), default=None)
+        try:
+            return item is not None and self._is_slow(cases[0], cases[0].state, item)
+        except Exception:
+            return False
+
     def _is_slow(self, case: Case, state: Any, item: Item) -> bool:
-        """Whether a call of the item's largest m takes long for a GPU, by the host's clock."""
+        """Whether a call of the item's largest m takes long for a GPU, by the host's clock: the
+        shortest of a few, since others may have the device by turns."""
         if self.device.kind == "cpu":
             return False
         m = item.ms[-1]
         tokens = case.rows(0, m)
         out = torch.empty(m, self.problem.n, dtype=self.problem.dtype, device=self.device.torch)
-        for _ in range(2):
+        for _ in range(_LOOKS):
             start = time.perf_counter()
             self.backend.run(state, tokens, out, item.tactic)  # type: ignore[arg-type]
             wait(self.device.torch)
-        return time.perf_counter() - start > _SLOW
+            if time.perf_counter() - start <= _SLOW:
+                return False
+        return True
 
     def _sampler(
         self,

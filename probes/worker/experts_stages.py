@@ -41,16 +41,17 @@ def cut_at(backend: AsDense, name: str, case: Case, right: Stages, tactic: str) 
         if name == "gemm1":
             found, wanted = own.gemm1(state, routed.x, routed.ids, tactic), right.h13
         elif name == "activate":
-            found, wanted = own.activate(state, right.h13, tactic), right.h
+            found, wanted = own.activate(state, right.h13.clone(), tactic), right.h
         elif name == "gemm2":
-            found, wanted = own.gemm2(state, right.h, routed.ids, tactic), right.y
+            found, wanted = own.gemm2(state, right.h.clone(), routed.ids, tactic), right.y
         else:
-            found = own.finalize(state, right.y, routed.ids, routed.weights, tactic)
+            found = own.finalize(state, right.y.clone(), routed.ids, routed.weights, tactic)
             wanted, here = case.expectation.lo[:tokens], torch.ones_like(here[:, 0])
     if found.shape != wanted.shape:
         return wanted.numel(), f"its shape is {tuple(found.shape)}"
     wrong = ~(found == wanted) & here
-    return int(wrong.sum()), f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
+    count = int(wrong.sum())
+    return count, f"{count} of {wrong.numel()} elements are wrong"
 
 
 def _permutation(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import gc
 import os
 import platform
 import random
@@ -172,6 +173,9 @@ class Server:
         self._census(True)
         self._backend = _quantiser(backend) or load_one(backend)
         torch.backends.cuda.matmul.allow_tf32 = False
+        # What is loaded stays: to look through it after each question took seconds of a layer.
+        gc.collect()
+        gc.freeze()
         return {
             "pid": os.getpid(),
             "python": platform.python_version(),
@@ -254,8 +258,6 @@ class Server:
     def _give_back(self, most: int = _IDLE) -> None:
         """Return memory that torch keeps and nothing uses, where it is more than `most` bytes: the
         other workers on this device have none but what each leaves."""
-        import gc
-
         import torch
 
         if self._device is None or self._device.kind != "cuda":

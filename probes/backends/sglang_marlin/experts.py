@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from ...grouped.problem import ExpertsProblem
+from ...grouped.slots import routed_batches
 from ...grouped.tensors import ExpertWeights
 from ...problem import Device
 from .._experts import (
@@ -218,10 +219,18 @@ class MarlinExperts:
         return [*found, "ep"]
 
     def build(self, problems: Sequence[ExpertsProblem], device: Device, workers: int) -> None:
-        """Compile and load SGLang's kernels for these. Raises RuntimeError, with the compiler's
-        message, if that fails."""
+        """Compile and load SGLang's kernels for these, and call those in Triton, to compile them.
+
+        Raises RuntimeError, with the compiler's message, if that fails.
+        """
         assert device.sm is not None
         _build.build(_units(problems), device.sm, workers)
+        most: dict[ExpertsProblem, int] = {}
+        for problem in problems:
+            most[problem.at(0)] = max(most.get(problem.at(0), 0), problem.m)
+        for problem, tokens in most.items():
+            _try_triton(problem, tokens, device.sm, device.torch)
+        torch.cuda.synchronize(device.torch)
 
     def files(self) -> Sequence[Path]:
         return _build.loaded_files()
@@ -336,6 +345,19 @@ def triton_functions(problem: ExpertsProblem, sm: int) -> dict[str, Any]:
     if problem.groups + 1 > _FEW_BUCKETS and _triton_files.triton_file(_triton_files.SMALL):
         found["align"] = _triton_files.function(_triton_files.SMALL, sm)
     return found
+
+
+def _try_triton(problem: ExpertsProblem, tokens: int, sm: int, device: torch.device) -> None:
+    """Compile what a layer's launches of up to `tokens` tokens call in Triton, but SGLang's
+    alignment of few slots."""
+    for ids, weights in routed_batches(problem, tokens, device):
+        localised(ids, None, problem.groups, -1)
+        localised(ids, weights, problem.groups, -1, problem.scaling)
+    oai, act = triton_functions(problem, sm).get("oai"), problem.act
+    if oai is not None:
+        n, _ = padded_sizes(problem, sm)
+        h13 = torch.zeros(1, 2 * n, dtype=problem.dtype, device=device)
+        oai(h13, act.alpha, act.offset, act.limit, out=h13.new_empty(1, n))
 
 
 def _units(problems: Sequence[ExpertsProblem]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...backends import Backend
+from ...grouped.backend import AsDense
 from ...launch.case import Call, Case, Launch, bind, with_room
 from ...launch.outcome import (
     CYCLES,
@@ -36,6 +37,10 @@ LONG_M = 256
 """From above this on calls are so long that half as many meet."""
 MOST_M = 16
 """Different m that are run in all lanes at once."""
+LARGE_M = 1024
+"""Above this a call takes long and fills the device alone: lanes meet at small m."""
+FEW_LARGE = 2
+"""Launches above `LARGE_M` that each lane of a dense layer makes, whatever they are."""
 MORE = 3
 """Rounds more, with gates that hold work back for longer, where streams did not overlap: a busy
 host enqueues more slowly than the GPU computes."""
@@ -147,8 +152,9 @@ def rounds_of(
     time in all lanes, on one weight and on two.
 
     Lanes work on rows of their own: on equal rows, a shared scratch buffer would hold what each
-    lane expects, whoever wrote it.
+    lane expects, whoever wrote it. Of m that take long each range has its smallest, see `thinned`.
     """
+    launches = thinned(launches, cases, isinstance(backend, AsDense))
     chains = []
     for lane in range(LANES):
         shift = lane * len(launches) // LANES
@@ -167,6 +173,26 @@ def rounds_of(
                 lanes.append((bind(backend, cases, _moved(cases, chosen, lane)),) * in_a_row)
             rounds.append(Together(tuple(lanes), one_m=True))
     return rounds
+
+
+def thinned(launches: Sequence[Launch], cases: Sequence[Case], routed: bool) -> list[Launch]:
+    """The launches, in order; of an item's above `LARGE_M` those of its smallest such m, and of
+    more as long as all lanes together would else make fewer calls of it than it has launches.
+
+    All of them where there are few and the layer is dense (not `routed`), and where they are
+    counted as problems that differ: rows are drawn anew then, or an m is launched on several
+    windows.
+    """
+    large = [x for x in launches if x.m > LARGE_M]
+    differ = len({(x.item, x.tactic, x.m) for x in large}) == len(large)
+    fresh = any(case.operands.rows is not None for case in cases)
+    if fresh or not differ or (len(large) <= FEW_LARGE and not routed):
+        return list(launches)
+    of_item: dict[tuple[int, str], list[Launch]] = {}
+    for launch in sorted(large, key=lambda launch: launch.m):
+        of_item.setdefault((launch.item, launch.tactic), []).append(launch)
+    kept = {x for mine in of_item.values() for x in mine[: -(-len(mine) // LANES)]}
+    return [x for x in launches if x.m <= LARGE_M or x in kept]
 
 
 def calls_of(rounds: Sequence[Together]) -> list[Call]:

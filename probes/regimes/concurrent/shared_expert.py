@@ -13,7 +13,7 @@ from ...check.sweep import slot
 from ...data.generator import hash_elements, mix, stream_key
 from ...grouped.backend import AsDense
 from ...grouped.tokens import draw_activations
-from ...launch.case import Call, Case, Launch, bind
+from ...launch.case import Call, Case, Launch, bind, with_room
 from ...launch.outcome import (
     Budget,
     NotApplicable,
@@ -93,8 +93,9 @@ def shared_expert(
 
 
 def _of_another_layer(cases: Sequence[Case], launch: Launch) -> Launch:
-    """The launch with the experts of the next case, on other rows."""
-    chosen = (launch.case + 1) % len(cases)
+    """The launch with the experts of the next case that has room for it, on other rows."""
+    able = with_room(cases, launch.m)
+    chosen = next((index for index in able if index > launch.case), able[0])
     places = cases[chosen].problem.m - launch.m + 1
     return replace(launch, case=chosen, offset=(launch.offset + places // 2) % places)
 

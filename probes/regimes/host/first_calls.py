@@ -18,7 +18,7 @@ import torch
 from ....machine.memory import is_out_of_memory
 from ...backends import Backend
 from ...check.sweep import Checker, SlotReport
-from ...launch.case import Call, Case, Launch, prepared_activation, prepared_again
+from ...launch.case import Call, Case, Launch, prepared_activation, prepared_again, tensors
 from ...launch.outcome import Budget, Outcome, device_of, outcome, together, wait
 from ...problem import Problem
 from ..concurrent.lanes import LANES, Together, run_threads
@@ -37,7 +37,9 @@ from .weights import bound
 
 _ROUNDS = 200
 _KEPT = 16
-"""Rounds whose prepared weights stay alive."""
+"""Rounds whose prepared weights stay alive, at most."""
+_KEPT_BYTES = 4 << 30
+"""Bytes of these, about; those of the last round stay whatever they take."""
 _STAGGER = (2e-3, 2e-4, 0.0, 5e-3)
 """Seconds between two threads' first calls, by turns of rounds."""
 _ROWS = 64
@@ -76,7 +78,7 @@ def first_calls(
     overlapped = rounds = 0
     end = start + budget.seconds
     chosen = list(launches)
-    kept: deque[Any] = deque(maxlen=_KEPT)
+    kept: deque[Any] = deque(maxlen=_rounds_kept(cases))
     least = max(budget.least, len(_STAGGER))
     while chosen and rounds < _ROUNDS:
         late = time.perf_counter() > end
@@ -98,6 +100,20 @@ def first_calls(
         errors=errors,
         not_exercised=None if overlapped or not any(x.m for x in launches) else missed,
     )
+
+
+def _rounds_kept(cases: Sequence[Case]) -> int:
+    """Of how many rounds the prepared weights stay alive: `_KEPT`, or fewer where they are large.
+
+    What cases share is prepared once. What `prepare` returns can hide its tensors: it is taken to
+    hold as much as the weight, then.
+    """
+    shared = {id(case.operands.weight): case for case in cases}
+    each = [
+        max(sum(t.nbytes for t in tensors(value)) for value in (case.state, case.operands.weight))
+        for case in shared.values()
+    ]
+    return max(1, min(_KEPT, _KEPT_BYTES // max(1, sum(each))))
 
 
 def _at_once(

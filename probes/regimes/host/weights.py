@@ -30,7 +30,7 @@ from ...launch.outcome import (
     together,
     wait,
 )
-from ...launch.variants import Variant, same_place, variant
+from ...launch.variants import same_place, variant
 from ...problem import Fp4Tensor, Problem
 from ..leaks import live_bytes
 from .small import small_problem
@@ -38,7 +38,12 @@ from .small import small_problem
 MOST = 1056
 """Weights alive at once: more than any table of 1,024 has slots."""
 _LEAST = 9
-"""Weights alive at once where memory or time allow no more: one more than a table of 8."""
+"""Weights alive at once where time allows no more: one more than a table of 8."""
+_LEAST_LARGE = 3
+"""Weights alive at once where they are large and memory has no room for `_LEAST`."""
+_LARGE_BYTES = 1 << 27
+"""What a large weight takes more than: most are sets of experts. Of others there are `_LEAST`
+however little memory is free at the moment."""
 _LOOK = 8
 """Weights after which memory is looked at again."""
 _BEAT = 0.5
@@ -111,14 +116,16 @@ def _in_turn(
     others: dict[int, _Prepared] = {}
     for launch in launches:
         budget.beat()
-        if launch.case not in others:
-            others[launch.case] = _sharing(backend, cases, launch)
-        other = others[launch.case]
+        case = cases[launch.case]
+        # Another weight of this shape, prepared once for all cases that have this one.
+        key = id(case.operands.weight)
+        if key not in others:
+            others[key] = _prepared(backend, case, 1)
         own = bind(backend, cases, launch)
-        calls += [own, other.call(backend, launch, own.activation)]
+        calls += [own, others[key].call(backend, case, launch, own.activation)]
         calls += [bind(backend, cases, launch)]
-        if isinstance(cases[launch.case].operands.a, Fp4Tensor):
-            calls += [_rescaled(backend, cases[launch.case], launch), bind(backend, cases, launch)]
+        if isinstance(case.operands.a, Fp4Tensor):
+            calls += [_rescaled(backend, case, launch), bind(backend, cases, launch)]
         if len(cases) > 1:
             swapped = replace(launch, case=(launch.case + 1) % len(cases))
             calls += [bind(backend, cases, swapped), bind(backend, cases, launch)]
@@ -135,15 +142,15 @@ def _in_turn(
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A variant of a weight, prepared."""
+    """Variant `index` of a weight, prepared; it serves all cases of that weight."""
 
-    variant: Variant
+    index: int
     weight: Any
     state: Any
 
-    def call(self, backend: Backend, launch: Launch, activation: Any) -> Call:
+    def call(self, backend: Backend, case: Case, launch: Launch, activation: Any) -> Call:
         """The launch with this weight, on an activation of its case."""
-        place = self.variant.slot(launch.offset, launch.m, guard=512)
+        place = variant(case, self.index).slot(launch.offset, launch.m, guard=512)
         return bound(backend, self.state, launch, activation, place)
 
 
@@ -158,15 +165,9 @@ def bound(backend: Backend, state: Any, launch: Launch, activation: Any, place: 
 
 
 def _prepared(backend: Backend, case: Case, index: int) -> _Prepared:
-    made = variant(case, index)
-    weight = made.weight
+    weight = variant(case, index).weight
     with blame(backend):
-        return _Prepared(made, weight, backend.prepare(weight, case.problem))
-
-
-def _sharing(backend: Backend, cases: Sequence[Case], launch: Launch) -> _Prepared:
-    """Another weight of the launch's shape, whose answer to the launch's activation is known."""
-    return _prepared(backend, cases[launch.case], 1)
+        return _Prepared(index, weight, backend.prepare(weight, case.problem))
 
 
 def _rescaled(backend: Backend, case: Case, launch: Launch) -> Call:
@@ -189,7 +190,10 @@ def _is_exact(values: torch.Tensor, factor: float) -> bool:
 def _crowd(
     backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
 ) -> Outcome:
-    """As many weights as memory and time allow, all alive; each called in two orders."""
+    """As many weights as memory and time allow, all alive; each called in two orders.
+
+    `_LEAST` at least; of large ones that have no room `_LEAST_LARGE`. The proof says how many.
+    """
     device = device_of(cases)
     start = time.perf_counter()
     end = start + _TIMES * max(budget.seconds, 0.05)
@@ -203,7 +207,7 @@ def _crowd(
     calls: list[Call] = []
     own, seconds = OwnTime(device), _GPU_SECONDS if device.type == "cuda" else 0.0
     cheap = device.type == "cuda" and MOST * size <= _FEW_BYTES
-    full, beaten = False, start
+    full, crammed, beaten = False, False, start
     while len(crowd) < MOST:
         took = time.perf_counter() - start
         worked = own.seconds > seconds and not cheap
@@ -211,11 +215,13 @@ def _crowd(
         late = start + took > end and (worked or took > patience)
         if len(crowd) % _LOOK == 0 or len(crowd) < _LEAST or _LOOK * size > room // 4:
             own.wait()
-            full = _bytes_in_use(device) - before > room
-        if len(crowd) >= _LEAST and (late or full):
+            used = _bytes_in_use(device) - before
+            full = used > room
+            crammed = size > _LARGE_BYTES and _is_crammed(used, len(crowd), room)
+        if crammed or (len(crowd) >= _LEAST and (late or full)):
             break
         crowd.append(_prepared(backend, case, len(crowd) + 1))
-        calls.append(crowd[-1].call(backend, launch, activation))
+        calls.append(crowd[-1].call(backend, case, launch, activation))
         # Called as it comes: what is decoded at a first call is decoded, and the time is known.
         calls[-1].enqueue()
         if len(crowd) == _ONCE:
@@ -231,7 +237,7 @@ def _crowd(
         # Tactics share what was prepared.
         if other.case == launch.case:
             rows = prepared_activation(backend, case.rows(other.offset, other.m))
-            calls += [each.call(backend, other, rows) for each in crowd[:_LEAST]]
+            calls += [each.call(backend, case, other, rows) for each in crowd[:_LEAST]]
     checker = Checker([call.slot for call in calls])
     for call in calls[len(crowd) :]:
         call.enqueue()
@@ -356,23 +362,49 @@ def _room(device: torch.device) -> int:
     return 1 << 30
 
 
+def _is_crammed(used: int, alive: int, room: int) -> bool:
+    """Whether a crowd of fewer than `_LEAST` has no room for another weight.
+
+    used: bytes in use since `_ONCE` of the `alive` ones were prepared.
+    """
+    if not _LEAST_LARGE <= alive < _LEAST:
+        return False
+    return (alive + 1) * used > (alive - _ONCE) * room
+
+
 def _holding(held: int, size: int, calls: Sequence[Call]) -> dict[str, str]:
     """An error where the weights of `calls`, of `size` bytes each, take far more than they should.
 
     held: bytes in use since before they were prepared, their own and their outputs' among them.
+    Where a crowd is small its weights are large, so one alone is far above what else comes and
+    goes.
     """
-    if len(calls) < _LEAST - _ONCE:
-        return {}
     places = [call.slot for call in calls]
     ours = sum(s.guarded.nbytes + s.lo.nbytes + s.hi.nbytes for s in places)
     each = (held - ours) / len(calls) - size
     if each <= HELD * size + _SLACK:
         return {}
     text = (
-        f"{each / 1024:.0f} KiB stay for each of {len(calls)} prepared weights of "
-        f"{size / 1024:.0f} KiB"
+        f"{each / 1024:.0f} KiB stay for each prepared weight of {size / 1024:.0f} KiB, "
+        f"measured on {len(calls)}"
     )
     return {"kind": "memory held", "message": text}
+
+
+def _by_weight(cases: Sequence[Case], launches: Sequence[Launch]) -> list[list[Launch]]:
+    """The first launch of each tactic, those on one weight together: what is prepared of it serves
+    all tactics, and takes longer than their calls."""
+    found: dict[int, list[Launch]] = {}
+    for launch in {x.tactic: x for x in reversed(launches)}.values():
+        found.setdefault(id(cases[launch.case].operands.weight), []).append(launch)
+    return list(found.values())
+
+
+def _turned(calls: Sequence[Call], index: int) -> list[Call]:
+    """The calls, begun elsewhere at each of `_LOADS` indices: the tactic that comes first meets
+    what no other has met."""
+    first = index * len(calls) // _LOADS
+    return [*calls[first:], *calls[:first]]
 
 
 def _loaded(
@@ -380,37 +412,62 @@ def _loaded(
 ) -> Outcome:
     """Weights that come one after the other at one address, each when the last is gone; tried with
     the first launch of each tactic."""
-    device = device_of(cases)
     start = time.perf_counter()
     parts: list[Outcome] = []
     again = 0
-    for launch in {x.tactic: x for x in reversed(launches)}.values():
+    for mine in _by_weight(cases, launches):
         budget.beat()
-        case = cases[launch.case]
+        case = cases[mine[0].case]
         # What a backend has once for all is at one address, and not used again.
         shared = {t.data_ptr() for t in tensors(case.state)}
         seen: set[int] = set()
         place = variant(case, 0).weight
-        activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
         for index in range(_LOADS):
-            chosen = variant(case, 2 * index + 1)
-            same_place(place, chosen.weight)
-            with blame(backend):
-                state = backend.prepare(place, case.problem)
-            call = bound(backend, state, launch, activation, chosen.slot(launch.offset, launch.m))
-            checker = Checker([call.slot])
-            for _ in range(2):
-                call.enqueue()
-                checker.sweep()
-            wait(device)
-            own = {t.data_ptr() for t in tensors(state) if t.numel()} - shared
+            same_place(place, variant(case, 2 * index + 1).weight)
+            part, own = _of_a_load(backend, cases, mine, _Load(place, index, budget))
+            parts.append(part)
+            own -= shared
             again += bool(own & seen)
             seen |= own
-            parts.append(outcome(checker, [call], cases, 0.0))
-            del state, call
+            budget.beat()
     proof = {"loaded": len(parts), "at_an_address_used_before": again}
     seconds = time.perf_counter() - start
     return replace(together(parts), proof=proof, seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A weight where the others were, and which one of `_LOADS` it is."""
+
+    weight: Any
+    index: int
+    budget: Budget
+
+
+def _of_a_load(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], load: _Load
+) -> tuple[Outcome, set[int]]:
+    """Each launch twice on what is prepared of a load, and the addresses of that; nothing of it is
+    left when this returns."""
+    device = device_of(cases)
+    with blame(backend):
+        state = backend.prepare(load.weight, cases[launches[0].case].problem)
+    calls: list[Call] = []
+    for launch in launches:
+        case = cases[launch.case]
+        activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
+        place = variant(case, 2 * load.index + 1).slot(launch.offset, launch.m)
+        calls.append(bound(backend, state, launch, activation, place))
+    checker = Checker([call.slot for call in calls])
+    pulse = load.budget.pulse(device)
+    for _ in range(2):
+        for call in _turned(calls, load.index):
+            call.enqueue()
+            pulse()
+        checker.sweep()
+    wait(device)
+    own = {t.data_ptr() for t in tensors(state) if t.numel()}
+    return outcome(checker, calls, cases, 0.0), own
 
 
 def _updated(
@@ -421,29 +478,54 @@ def _updated(
 ) -> Outcome:
     """New values in a prepared weight, by the backend's own `update`; a graph stays what it is.
     With the first launch of each tactic, as weights are loaded."""
+    parts = [
+        part
+        for mine in _by_weight(cases, launches)
+        for part in _updates_of_one(backend, cases, mine, budget)
+    ]
+    return replace(together(parts), proof={"updated": len(parts)})
+
+
+def _updates_of_one(
+    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], budget: Budget
+) -> list[Outcome]:
+    """What each update of one weight came to, in each launch, and in a graph of each."""
     device = device_of(cases)
     update: Callable[[Any, Any, Any], None] = backend.update  # type: ignore[attr-defined]
-    parts: list[Outcome] = []
-    for launch in {x.tactic: x for x in reversed(launches)}.values():
+    first = cases[launches[0].case]
+    made = _prepared(backend, first, 0)
+    calls, graphs = [], []
+    for launch in launches:
         budget.beat()
         case = cases[launch.case]
-        made = _prepared(backend, case, 0)
         activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
-        call = made.call(backend, launch, activation)
-        captured = capture(call.enqueue) if device.type == "cuda" else None
-        poison(call.slot.out)
-        for index in range(1, _LOADS):
-            budget.beat()
-            chosen = variant(case, index)
-            with blame(backend):
-                update(made.state, chosen.weight, case.problem)
-            place = chosen.slot(launch.offset, launch.m)
-            again = replace(call, slot=Slot(call.slot.out, place.lo, place.hi, call.slot.guarded))
-            checker = Checker([again.slot])
-            again.enqueue()
+        calls.append(made.call(backend, case, launch, activation))
+        if device.type == "cuda":
+            graphs.append(capture(calls[-1].enqueue))
+        poison(calls[-1].slot.out)
+    parts = []
+    for index in range(1, _LOADS):
+        budget.beat()
+        with blame(backend):
+            update(made.state, variant(first, index).weight, first.problem)
+        again = [_updated_call(call, cases[call.launch.case], index) for call in calls]
+        checker = Checker([call.slot for call in again])
+        pulse = budget.pulse(device)
+        for call in _turned(again, index):
+            call.enqueue()
+            pulse()
+        checker.sweep()
+        for graph in graphs:
+            graph.replay()
+            pulse()
+        if graphs:
             checker.sweep()
-            if captured is not None:
-                captured.replay()
-                checker.sweep()
-            parts.append(outcome(checker, [again], cases, 0.0))
-    return replace(together(parts), proof={"updated": len(parts)})
+        parts.append(outcome(checker, again, cases, 0.0))
+    budget.beat()
+    return parts
+
+
+def _updated_call(call: Call, case: Case, index: int) -> Call:
+    """The call into the same place, whose answer is that of another variant of its weight."""
+    right = variant(case, index).slot(call.launch.offset, call.launch.m)
+    return replace(call, slot=Slot(call.slot.out, right.lo, right.hi, call.slot.guarded))

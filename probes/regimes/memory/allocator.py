@@ -22,9 +22,6 @@ NAN_BYTE = 0xFF
 _M_PERTURB = -6
 _TRIED = (1 << 16, 4 << 20)
 """Bytes of what is asked for to see the poison: from the small blocks and from the large one."""
-_TRIES = 3
-"""Fresh pools that are tried on a GPU until one holds the poison: beside three other processes a
-few times one did not, and the same a moment later did."""
 _LEAST = 32 << 20
 _SMALL_BLOCKS = 16
 
@@ -93,8 +90,6 @@ class FreeMemory:
         self._stack = ExitStack()
         self.seen = 0
         """How often memory asked for after poisoning held the poison; on a GPU `learn` tries it."""
-        self.tries = 0
-        """Fresh pools that `learn` needed for that."""
         self.rounds = 0
         self.need = 0
         """Bytes that `learn` saw in use at a time."""
@@ -136,12 +131,10 @@ class FreeMemory:
         self.need = need = torch.cuda.max_memory_allocated(self._device) - before
         free, _ = torch.cuda.mem_get_info(self._device)
         self._large = max(_LEAST, -(-min(2 * need, free // 4) // _LEAST) * _LEAST)
-        while not self.seen and self.tries < _TRIES:
-            self.tries += 1
-            self._renew()
-            self.poison()
-            tried = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in _TRIED]
-            self.seen += all(bool((each == NAN_BYTE).all()) for each in tried)
+        self._renew()
+        self.poison()
+        tried = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in _TRIED]
+        self.seen += all(bool((each == NAN_BYTE).all()) for each in tried)
 
     def poison(self, byte: int = NAN_BYTE) -> None:
         """Let what is allocated next hold `byte` all over, by default a NaN of any type."""
@@ -149,8 +142,8 @@ class FreeMemory:
         if self._cuda:
             sizes = [self._large, *[_SMALL] * _SMALL_BLOCKS]
             held = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
-            for each in held:
-                each.fill_(byte)
+            while held:  # nothing of it outlives this, whoever looks at our frame
+                held.pop().fill_(byte)
             return
         _fill_new_memory(byte)
         self.seen += int(torch.empty(_TRIED[0], dtype=torch.uint8)[_TRIED[0] // 2] == byte)

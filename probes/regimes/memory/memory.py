@@ -86,7 +86,6 @@ def churn(
         "poisoned_bytes": free.size,
         "poisonings": free.rounds,
         "poison_seen": free.seen,
-        "poison_tries": free.tries,
         **traffic.proof(),
     }
     missed = None if free.seen else "fresh memory does not hold the poison on this machine"
