@@ -163,3 +163,25 @@ def test_the_activations_expression_is_the_definition(gate):
         "fmaxf": lambda v, limit: v.clamp(min=limit),
     }
     assert torch.allclose(eval(text, names), activate(h13, act, 16))
+
+
+@needs_humming
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_moved_for_every_number_of_experts_when_it_is_built(gpu, name, monkeypatch):
+    from types import SimpleNamespace
+
+    moved, activated = [], []
+    monkeypatch.setattr(
+        humming, "_spread_masked", lambda config, x, places, rows: moved.append((places, rows))
+    )
+    monkeypatch.setattr(
+        humming, "_activate", lambda config, h13, gate, n, **bound: activated.append((*bound,))
+    )
+    backend, on = registry.load_one(name).own, SimpleNamespace(index=0, torch=torch.device("cpu"))
+    backend._try_moving(problem(), on)
+    top_ks = () if name == "humming-indexed" else (2, 1, 8)
+    assert [places.shape for places, _ in moved] == [(1, k) for k in top_ks]
+    assert all(int(places.max()) < rows for places, rows in moved)
+    bound = "expert_tokens" if name == "humming-masked" else "num_valid_tokens"
+    assert activated == [(), (bound,)]
+    assert set(humming._USES) == {registry.load_one(n).own.gemm_type for n in NAMES}

@@ -328,3 +328,22 @@ def test_a_unit_exports_the_specialisation_that_sglang_calls():
     )
     assert "TopkSumKernel<256, true>" in _build.unit_source("around", 90)
     assert "TopkSumKernel<256, false>" in _build.unit_source("around", 89)
+
+
+def test_what_is_called_in_triton_is_called_when_it_is_built(monkeypatch):
+    of = ExpertsProblem("mxfp4", 0, 96, 160, groups=16, top_k=4, gate="swiglu-oai")
+    seen, called = set(), []
+
+    def recorded(ids, weights, groups, elsewhere, scaling=1.0):
+        aligned = ids.storage_offset() * 4 % 16 == 0
+        seen.add((ids.shape[1], aligned, weights is not None))
+        return localised(ids, weights, groups, elsewhere, scaling)
+
+    monkeypatch.setattr(experts, "localised", recorded)
+    oai = {"oai": lambda *args, out: called.append((args[0].shape, args[1:], out.shape))}
+    monkeypatch.setattr(experts, "triton_functions", lambda problem, sm: oai)
+    experts._try_triton(of, 700, 90, torch.device("cpu"))
+    for weighted in (False, True):
+        assert {(4, True, weighted), (8, True, weighted), (1, False, weighted)} <= seen
+    n, _ = padded_sizes(of, 90)
+    assert called == [((1, 2 * n), (1.702, 1.0, 7.0), (1, n))]
