@@ -8,6 +8,7 @@ no host code, never show it.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,14 @@ from ...check.sweep import SlotReport
 from ...data import window
 from ...grouped.tensors import Routed
 from ...launch.case import Case, Launch, blame, changed_inputs, prepared_activation
-from ...launch.outcome import Budget, Outcome, OwnTime, device_of, poison
+from ...launch.outcome import Budget, Outcome, device_of, poison, wait
 from .small import small_problem
 from .weights import smallest_of_each
 
-CALLS = (1 << 17) + (1 << 10)
-"""Calls that are aimed at: counters of 15, 16 and 17 bits wrap, and 1 call in 10,000 comes 13
-times."""
+_WRAPS = tuple((1 << bits) + (1 << 10) for bits in (15, 16, 17))
+"""Calls after which counters of 15, 16 and 17 bits have wrapped."""
+CALLS = _WRAPS[-1]
+"""Calls that are aimed at: all of those, and 1 call in 10,000 comes 13 times."""
 _RING = 65
 """Outputs that are checked at once: the last has another activation than the first."""
 _SHORT_RING = 5
@@ -37,16 +39,21 @@ _TURNS = 3
 _LEAST = 1 << 11
 """Calls of a tactic that are made whatever the time, up to `_GRACE` seconds beyond it."""
 _GRACE = 5.0
-"""Of this thread's own time (`OwnTime`): others may keep it waiting."""
+"""Of this thread's own time (`_Pace`): others may keep it waiting."""
 _BUSY = 4
 """Times as long by the clock, where a call sleeps, or others keep the thread or the device busy."""
+_SLOW = 2
+"""The same where the device keeps this thread waiting, and no more of `_WRAPS` would be reached in
+`_BUSY` times."""
+_QUEUED = 2
+"""Rounds that a GPU may be behind this thread."""
 _FEW_ROWS = 64
 """The largest m that is called by the hundred thousand: more rows cost time and show no more."""
 _TIMES, _LONG_TIMES = 4, 8
 """How many budgets of seconds the many calls of all tactics may take: the second where a budget is
 long."""
 _GPU_SECONDS = 5.0
-"""The same of a GPU, of this thread's own time (`OwnTime`): they are to reach `CALLS` if calls are
+"""The same of a GPU, of this thread's own time (`_Pace`): they are to reach `CALLS` if calls are
 cheap, on a busy node, too."""
 PAUSE = 2.5
 """Seconds between two calls, in which nothing is called."""
@@ -138,6 +145,77 @@ def _few(series: _Series, budget: Budget) -> _Limits:
     return _Limits(2 * series.round, 2 * series.round, 0.0, budget.beat)
 
 
+class _Pace:
+    """How long a series of rounds takes, and whether it goes on.
+
+    On a GPU `follow` leaves it `_QUEUED` rounds to do: to wait for all of them after each would
+    take as long as the calls. What checks a round is behind it on its stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done: deque[torch.cuda.Event] = deque()
+        """Of rounds that may yet be to do, the first of them first."""
+        self._begun = self._seen = time.thread_time()
+        self._least = float("inf")
+        """Of this thread's own time, what a round took at least."""
+        self._idle = 0.0
+        """Of this thread's own time, what it only waited for the device."""
+        self._held = 0.0
+        """The same by the clock."""
+        self._gave_up = False
+        self._start = self.now = time.perf_counter()
+
+    def follow(self) -> None:
+        """After each round: wait for the one `_QUEUED` before it."""
+        if self._device.type == "cuda":
+            took = time.thread_time() - self._seen
+            self._least = min(self._least, took)
+            # Rounds of many launches fill the queue: what they take more is waiting for room in it.
+            full = max(0.0, took - 2 * self._least)
+            self._idle += full
+            self._held += full
+            self._done.append(torch.cuda.current_stream(self._device).record_event())
+            if len(self._done) > _QUEUED:
+                self._wait(self._done.popleft().synchronize)
+            self._seen = time.thread_time()
+        self.now = time.perf_counter()
+
+    def goes_on(self, made: int, limits: _Limits) -> bool:
+        """Whether there is time for another round after so many calls."""
+        past = self.now - self._start
+        if made >= limits.least and past >= _SLOW * limits.seconds and self._held > past / 2:
+            wrap = next((wrap for wrap in _WRAPS if wrap > made), CALLS)
+            if made * _BUSY * limits.seconds < wrap * past:
+                self._gave_up = True
+                return False
+        late = max(self._own, past / _BUSY) >= limits.seconds + _GRACE
+        in_time = self._counted() < limits.seconds and past < _BUSY * limits.seconds
+        return in_time or (made < limits.least and not late)
+
+    def end(self, limits: _Limits) -> float:
+        """Wait for all rounds; the seconds that count. One that gave up had all it was given."""
+        if self._device.type == "cuda":
+            self._wait(lambda: wait(self._device))
+        self.now = time.perf_counter()
+        given = limits.seconds if self._gave_up else 0.0
+        return max(self._counted(), (self.now - self._start) / _BUSY, given)
+
+    @property
+    def _own(self) -> float:
+        """Seconds that this thread worked, on a core."""
+        return time.thread_time() - self._begun - self._idle
+
+    def _counted(self) -> float:
+        return self.now - self._start if self._device.type == "cpu" else self._own
+
+    def _wait(self, until: Callable[[], None]) -> None:
+        begun, own = time.perf_counter(), time.thread_time()
+        until()
+        self._idle += time.thread_time() - own
+        self._held += time.perf_counter() - begun
+
+
 class _Series:
     """Calls of one state into a ring of outputs, on activations that take turns.
 
@@ -175,19 +253,9 @@ class _Series:
     def run(self, limits: _Limits) -> float:
         """Call, and check each output, until a limit is reached; the seconds that count, of which
         a waiting host has some, too."""
-        device = self._ring.device
-        own, first = OwnTime(device), self.made
-        start = beaten = now = time.perf_counter()
-
-        def counted() -> float:
-            return now - start if device.type == "cpu" else own.seconds
-
-        def go_on(made: int) -> bool:
-            late = max(own.seconds, (now - start) / _BUSY) >= limits.seconds + _GRACE
-            in_time = counted() < limits.seconds and now - start < _BUSY * limits.seconds
-            return in_time or (made < limits.least and not late)
-
-        while self.made - first < limits.calls and go_on(self.made - first):
+        pace, first = _Pace(self._ring.device), self.made
+        beaten = pace.now
+        while self.made - first < limits.calls and pace.goes_on(self.made - first, limits):
             self._round()
             wrong = ~((self._ring >= self._lo) & (self._ring <= self._hi)).flatten(1).all(dim=1)
             self._bad += wrong
@@ -195,12 +263,11 @@ class _Series:
             self._first = torch.minimum(self._first, at.min())
             poison(self._ring)
             self.made += self.round
-            own.wait()
-            now = time.perf_counter()
-            if now > beaten + 0.5:
+            pace.follow()
+            if pace.now > beaten + 0.5:
                 limits.beat()
-                beaten = now
-        return max(counted(), (now - start) / _BUSY)
+                beaten = pace.now
+        return pace.end(limits)
 
     @property
     def bad(self) -> int:
