@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 
 from ...cache.rows import Under
 from ...probes.data import families
 from ...probes.grouped.families import grouped_families
+from ...probes.regimes import ASIDE
 from ...probes.regimes.mlp.layers import second_shape
 from ...probes.worker.supervisor import WorkerFailed
 from .. import census, steps
@@ -45,7 +46,7 @@ def grade(
         if entrant.known and layer.timed:
             return True  # and nothing is left of it to be done here
         with spent("open", entrant.name):
-            if not _open_layer(layer, entrant, record):
+            if not _open_layer(layer, entrant, record, ASIDE if pool else frozenset()):
                 return False
         if entrant.known:
             return True
@@ -73,12 +74,17 @@ def grade(
     return [entrant for entrant, ok in zip(entrants, graded, strict=True) if ok]
 
 
-def _open_layer(layer: ProbedLayer, entrant: Entrant, record: Recorder) -> bool:
-    """Have the entrant's worker open the layer; whether it could."""
+def _open_layer(
+    layer: ProbedLayer, entrant: Entrant, record: Recorder, aside: Collection[str]
+) -> bool:
+    """Have the entrant's worker open the layer, for regimes other than `aside`; whether it
+    could."""
     try:
         pool = layer.problem.at(layer.problem.m + SPARE_ROWS)
         behind = second_shape(layer.problem) if layer.begins_mlp else None
-        regimes = () if entrant.reference_line else tuple(layer.regimes)
+        regimes = (
+            () if entrant.reference_line else tuple(n for n in layer.regimes if n not in aside)
+        )
         entrant.runner.open(pool, layer.seed, layer.memory, behind, regimes)
     except WorkerFailed as failure:
         firsts = [(m, tactics[0]) for m, tactics in entrant.tactics.items()]
@@ -93,7 +99,9 @@ def _open_aside(layer: ProbedLayer, entrant: Entrant) -> None:
     """Have a second worker of the backend open the layer; where it cannot, the first does all."""
     runner = entrant.runner.second()
     try:
-        runner.open(layer.problem.at(layer.problem.m + SPARE_ROWS), layer.seed, layer.memory)
+        pool = layer.problem.at(layer.problem.m + SPARE_ROWS)
+        regimes = tuple(n for n in layer.regimes if n in ASIDE)
+        runner.open(pool, layer.seed, layer.memory, regimes=regimes)
     except WorkerFailed:
         return
     entrant.aside = runner

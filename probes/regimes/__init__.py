@@ -6,8 +6,12 @@ streams, on a CPU they are threads; a regime a device does not have is `not appl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...words import CERTAIN, CHANCE, EVERY_M
+from ..backends import Backend
 from ..launch.outcome import Budget, NotApplicable, Outcome, Regime
+from ..problem import Device
 from .concurrent.callers import callers
 from .concurrent.lanes import LANES, graph_streams, streams
 from .concurrent.neighbours import neighbours, settled, start_neighbour
@@ -17,7 +21,7 @@ from .concurrent.threads import threads
 from .host.effects import effects
 from .host.first_calls import first_calls
 from .host.history import history
-from .host.scratch import scratch
+from .host.scratch import scratch, start_scratch
 from .host.weights import weights
 from .memory.addresses import addresses
 from .memory.memory import churn, regrow
@@ -90,8 +94,11 @@ REGIMES: dict[str, Regime] = {
 
 WHOLE: dict[str, Regime] = {**REGIMES, EVERY_M: every_m}
 
-STARTS = {"neighbours": start_neighbour}
-"""What a regime needs that takes seconds to start: called with the device, returns at once."""
+STARTS: dict[str, Callable[[Backend, Device], None]] = {
+    "neighbours": lambda backend, device: start_neighbour(device),
+    "scratch": start_scratch,
+}
+"""What a regime needs that takes seconds to start: returns at once."""
 
 COPIES = {
     "streams": 3 * LANES,

@@ -244,7 +244,7 @@ class Server:
         self._census(True)
         for regime in regimes or ():
             if regime in STARTS:
-                STARTS[regime](self._device)
+                STARTS[regime](self._backend, self._device)
         kind = OpenExperts if is_grouped(problem) else OpenLayer
         self._layer = kind(
             self._backend, self._device, _problem_of_fields(problem), seed, memory, self._progress

@@ -16,7 +16,7 @@ from ... import settings
 from ...launch.case import BackendRaised
 from ...launch.outcome import wait
 from . import first_calls, scratch
-from .own_process import Question, begun_file
+from .own_process import Question, begun_file, load_early
 
 TASKS: dict[str, Callable[[Question, Callable[[], None]], dict[str, Any]]] = {
     "first-calls": first_calls.answer,
@@ -24,8 +24,10 @@ TASKS: dict[str, Callable[[Question, Callable[[], None]], dict[str, Any]]] = {
 }
 
 
-def main(asked: str, answer: str) -> None:
+def main(asked: str = "", answer: str = "") -> None:
     """Read the question, and leave the answer; neither threads nor exit handlers hold it up."""
+    if not asked:
+        asked, answer = _awaited()
     question = Question.of(Path(asked).read_text())
     settings.tell(question.told)
     alive = begun_file(Path(answer)).touch
@@ -41,6 +43,23 @@ def main(asked: str, answer: str) -> None:
     part.write_text(json.dumps(found))
     part.rename(answer)
     os._exit(0)
+
+
+def _awaited() -> tuple[str, str]:
+    """Load the backend that standard input names, and wait there for a question; the end where
+    none comes, with the process that would have asked."""
+    # Out of the way of whatever a backend starts or reads.
+    with open(os.dup(0), "rb") as commands:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        early, question = commands.readline(), b""
+        if early and load_early(**json.loads(early)):
+            question = commands.readline()
+    if not question:
+        os._exit(0)
+    places = json.loads(question)
+    return places["asked"], places["answer"]
 
 
 def _kind_of_end(error: Exception, device: str) -> str:

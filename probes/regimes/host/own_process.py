@@ -7,13 +7,15 @@ is kept, for one that dies.
 
 from __future__ import annotations
 
+import atexit
 import json
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,14 @@ _PROGRAM = """
 import runpy, sys
 runpy.run_path(sys.argv[1])["_package"]()
 from fp4tune.probes.regimes.host.child import main
-main(sys.argv[2], sys.argv[3])
+main(*sys.argv[2:])
 """
 SECONDS = 120.0
 """Of silence: for a child to load the backend, to build one kernel, to make one tactic's calls."""
 STARTS = 600.0
 """For a child to load Python and torch: on a busy machine that says nothing of a backend."""
+EARLY = "scratch"
+"""The task that a child is started early for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +124,100 @@ def name_of(device: torch.device) -> str:
 
 def backend_there(question: Question) -> Backend:
     """In the child: the backend, in a process that is set as a worker is."""
-    found = load_one(question.spec)
+    found = _early.pop(question.spec, None) or load_one(question.spec)
     torch.backends.cuda.matmul.allow_tf32 = False
     return found
+
+
+_early: dict[str, Backend] = {}
+"""In a child that was started early: what it loaded, by name."""
+
+
+def load_early(spec: str, told: dict[str, str]) -> bool:
+    """In the child: load the backend before anything is asked of it; False where that began with
+    the device, which a question may have to be there first for."""
+    settings.tell(told)
+    with suppress(Exception):  # it is raised again when the question is there
+        _early[spec] = load_one(spec)
+    return not torch.cuda.is_initialized()
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A process, and the end of what it prints. One that was started early ends with the pipe that
+    its question comes through, as all do of which the process that started it is gone."""
+
+    process: subprocess.Popen[bytes]
+    words: LastWords
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdin:
+            with suppress(OSError):
+                self.process.stdin.close()
+        self.words.__exit__()
+
+
+_waiting: dict[str, _Child] = {}
+"""By the backend's name: children that were started early."""
+
+
+@atexit.register
+def _end_waiting() -> None:
+    while _waiting:
+        _waiting.popitem()[1].end()
+
+
+def start_early(spec: str) -> None:
+    """Start a child that loads torch and the backend, and then waits for its question; where one
+    is waiting, nothing is done."""
+    if (there := _waiting.get(spec)) is not None:
+        if there.process.poll() is None:
+            return
+        _waiting.pop(spec).end()
+    child = _start_child(stdin=subprocess.PIPE)
+    _waiting[spec] = child
+    _send(child, {"spec": spec, "told": settings.told()})
+
+
+def _start_child(*arguments: str, stdin: int = subprocess.DEVNULL) -> _Child:
+    words = LastWords()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(_BOOTSTRAP), *arguments],
+            stdin=stdin,
+            stdout=words.fd,
+            stderr=words.fd,
+        )
+    except BaseException:
+        words.__exit__()
+        raise
+    words.begun()
+    return _Child(process, words)
+
+
+def _send(child: _Child, message: dict[str, Any]) -> None:
+    assert child.process.stdin is not None
+    with suppress(OSError):  # it is gone, as who waits for it will see
+        child.process.stdin.write(json.dumps(message).encode() + b"\n")
+        child.process.stdin.flush()
+
+
+@contextmanager
+def _asked(question: Question, asked: Path, answer: Path) -> Iterator[_Child]:
+    """A child that has the question: the one that was started early for it, else a new one."""
+    child = _waiting.pop(question.spec, None) if question.task == EARLY else None
+    if child is not None and child.process.poll() is None:
+        _send(child, {"asked": str(asked), "answer": str(answer)})
+    else:
+        if child is not None:
+            child.end()
+        child = _start_child(str(asked), str(answer))
+    try:
+        yield child
+    finally:
+        child.end()
 
 
 def begun_file(answer: Path) -> Path:
@@ -145,41 +240,31 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
         asked, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(asdict(question)))
         before = kills()
-        with LastWords() as words:
-            child = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(_BOOTSTRAP), str(asked), str(answer)],
-                stdin=subprocess.DEVNULL,
-                stdout=words.fd,
-                stderr=words.fd,
-            )
-            words.begun()
-            try:
-                begun = begun_file(answer)
-                end = time.monotonic() + STARTS
-                started = 0
-                while child.poll() is None:
-                    if (lately := _touched(begun)) != started:
-                        started, end = lately, time.monotonic() + seconds
-                    if time.monotonic() > end:
-                        if started:
-                            why = f"silent for {seconds:.0f} s in a process of its own"
-                            raise NoAnswer("hang", why)
-                        why = f"a process of its own had not begun after {STARTS:.0f} s"
-                        raise NoAnswer("internal", why)
-                    beat()
-                    words.listen(0.25)
-            finally:
-                child.kill()
-                child.wait()
-            last = words.line()[:200]
+        with _asked(question, asked, answer) as child:
+            begun = begun_file(answer)
+            end = time.monotonic() + STARTS
+            started = 0
+            while child.process.poll() is None:
+                if (lately := _touched(begun)) != started:
+                    started, end = lately, time.monotonic() + seconds
+                if time.monotonic() > end:
+                    if started:
+                        why = f"silent for {seconds:.0f} s in a process of its own"
+                        raise NoAnswer("hang", why)
+                    why = f"a process of its own had not begun after {STARTS:.0f} s"
+                    raise NoAnswer("internal", why)
+                beat()
+                child.words.listen(0.25)
+            last = child.words.line()[:200]
+            code = child.process.returncode
         try:
             found: dict[str, Any] = json.loads(files.text(answer))
         except FileNotFoundError:
-            starved = ended_for_want(last, child.returncode)
-            if child.returncode == -signal.SIGKILL:
+            starved = ended_for_want(last, code)
+            if code == -signal.SIGKILL:
                 starved = kills() != before
             kind = "out of memory" if starved else "crash"
-            raise NoAnswer(kind, f"its own process ended with {child.returncode}: {last}") from None
+            raise NoAnswer(kind, f"its own process ended with {code}: {last}") from None
         except (OSError, ValueError) as error:
             raise NoAnswer("crash", f"its own process left no answer: {error}") from None
         return found

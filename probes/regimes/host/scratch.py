@@ -23,7 +23,7 @@ from ...grouped.problem import ExpertsProblem
 from ...launch.case import Case, Launch, bind, blame
 from ...launch.outcome import Budget, NotApplicable, Outcome, need_cuda
 from ...launch.routed_cases import uniform_case
-from ...problem import FORMATS, Fp4Tensor, Problem
+from ...problem import FORMATS, Device, Fp4Tensor, Problem
 from .own_process import (
     NoAnswer,
     Question,
@@ -31,6 +31,7 @@ from .own_process import (
     backend_there,
     loaded_by,
     name_of,
+    start_early,
     whole_problem,
 )
 
@@ -96,6 +97,13 @@ def scratch(
             x.item: f"no m of it is from 1 to {_ROWS}" for x in launches if x.item not in called
         },
     )
+
+
+def start_scratch(backend: Backend, device: Device) -> None:
+    """Start the process that will be asked: to load the backend takes longer than its calls."""
+    spec = loaded_by(backend)
+    if device.kind == "cuda" and spec is not None and compiler() is not None:
+        start_early(spec)
 
 
 def _ask_of(
