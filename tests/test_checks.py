@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4tune.probes.check.sweep import (
@@ -20,7 +20,9 @@ from fp4tune.probes.check.sweep import (
     Slot,
     Unchanged,
     _tile_table,
+    changed_tensors,
     slot,
+    uploaded,
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -146,6 +148,110 @@ def test_a_modified_input_is_noticed_even_where_the_value_compares_equal(device)
     assert watch.changed() == 0
     tensors[0][2] = -0.0
     assert watch.changed() == 1
+
+
+REMEMBERED = (torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(data=st.data())
+@settings(deadline=None)
+def test_each_changed_tensor_is_counted_at_any_size_and_address(device, data):
+    """Bytes are compared eight at a time where they can be, and no place is left out."""
+
+    def disturbed(tensors: list[torch.Tensor]) -> int:
+        """Flip a bit in some of the tensors; of how many."""
+        chosen = [each for each in tensors if each.numel() and data.draw(st.booleans())]
+        for each in chosen:
+            bits = each.view(torch.uint8)
+            bits[data.draw(st.integers(0, len(bits) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        return len(chosen)
+
+    watched, changed = [], 0
+    for _ in range(data.draw(st.integers(1, 3))):
+        tensors = []
+        for _ in range(data.draw(st.integers(0, 4))):
+            size, before = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 9))
+            dtype = data.draw(st.sampled_from(REMEMBERED))
+            whole = torch.zeros(before + size, dtype=dtype, device=device)
+            tensors.append(whole[before:])
+        watch = Unchanged(tensors)
+        assert watch.changed() == 0
+        changed += disturbed(tensors)
+        watch.look(tensors)
+        watch.renew(tensors)
+        changed += disturbed(tensors)
+        watched.append(watch)
+    now = sum(watch.changed() for watch in watched[1:])
+    assert now + changed_tensors(watched[:1]) == changed
+    # What is as it was once more is noted no longer.
+    for watch in watched:
+        watch.renew([t for t, _ in watch._pairs])
+    assert changed_tensors(watched) == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_that_stays_is_no_change_and_another_payload_is_one(device):
+    tensors = [torch.full((size,), float("nan"), device=device) for size in (3, 4)]
+    watch = Unchanged(tensors)
+    assert changed_tensors([watch, watch]) == 0
+    tensors[0].view(torch.int32)[2] += 1
+    tensors[1].view(torch.int32)[1] += 1
+    assert bool(tensors[0].isnan().all() and tensors[1].isnan().all())
+    assert changed_tensors([watch]) == 2
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_reports_are_what_a_count_by_hand_comes_to(data):
+    sizes = st.tuples(st.integers(0, 140), st.integers(1, 140))
+    shapes = data.draw(st.lists(sizes, min_size=1, max_size=4))
+    slots = [place(m, n, "cpu") for m, n in shapes]
+    checker = Checker(slots)
+    seen = [dict.fromkeys(("wrong", "unwritten", "launches", "first", "draw"), 0) for _ in slots]
+    tiles: list[dict[tuple[int, int], int]] = [{} for _ in slots]
+    draws = 0
+    for turn in range(1, data.draw(st.integers(1, 4)) + 1):
+        if data.draw(st.booleans()):
+            checker.mark()
+            draws += 1
+        for s, count, where in zip(slots, seen, tiles, strict=True):
+            s.out.copy_(s.lo)
+            places = [(r, c) for r in range(s.out.shape[0]) for c in range(s.out.shape[1])]
+            few = (
+                st.lists(st.sampled_from(places), max_size=3, unique=True)
+                if places
+                else st.just([])
+            )
+            bad = {at: data.draw(st.booleans()) for at in data.draw(few)}
+            for at, written in bad.items():
+                if written:
+                    s.out[at] = -1.0
+                else:
+                    s.out.view(torch.int16)[at] = POISON
+                tile = at[0] // TILE, at[1] // TILE
+                where[tile] = where.get(tile, 0) + 1
+            count["wrong"] += len(bad)
+            count["unwritten"] += len(bad) - sum(bad.values())
+            count["launches"] += bool(bad)
+            if bad and not count["first"]:
+                count["first"], count["draw"] = turn, draws
+        checker.sweep()
+    hit = [data.draw(st.booleans()) for _ in slots]
+    for s, yes in zip(slots, hit, strict=True):
+        s.guarded[-1] += yes
+    for report, count, where, yes in zip(checker.reports(), seen, tiles, hit, strict=True):
+        found = report.wrong, report.unwritten, report.bad_launches, report.first, report.draw
+        assert found == tuple(count.values()) and report.not_finite == 0
+        assert report.tiles == tuple((*tile, many) for tile, many in sorted(where.items()))
+        assert report.guard == yes and (report.witness is None) == (not count["wrong"])
+
+
+@pytest.mark.gpu
+def test_a_copy_that_is_not_waited_for_holds_what_was_given():
+    for size in (0, 1, 1000):
+        host = torch.arange(size)
+        assert torch.equal(uploaded(host, torch.device("cuda", 0)).cpu(), host)
 
 
 @pytest.mark.gpu

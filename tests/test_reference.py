@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -316,6 +317,22 @@ def test_directed_rounding_brackets_every_number_with_neighbours(dtype, values):
     assert torch.equal(neighbour(low, torch.full_like(low, math.inf))[gap], high[gap])
     near = round_nearest(x, dtype)
     assert ((near == low) | (near == high)).all()
+
+
+def test_a_global_scale_is_read_again_where_it_was_written():
+    problem = Problem("nvfp4", 2, 16, 32, activation="fp4")
+    operands = exact(problem, 24, 1, "cpu")
+    before = alpha_of(operands)
+    assert before == float(operands.weight.global_scale) * float(operands.a.global_scale)
+    assert alpha_of(operands) == before
+    operands.weight.global_scale.mul_(8)
+    assert alpha_of(operands) == 8 * before
+    with torch.inference_mode():
+        own = replace(operands.weight, global_scale=operands.weight.global_scale.clone())
+        operands = replace(operands, weight=own)
+        assert alpha_of(operands) == 8 * before
+        own.global_scale.mul_(2)
+    assert alpha_of(operands) == 16 * before
 
 
 def test_rounding_float64_once_differs_from_rounding_it_twice():

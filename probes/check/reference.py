@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..data.exact import WIDTHS
 from ..data.operands import Operands
@@ -79,10 +80,24 @@ def alpha_of(operands: Operands) -> float:
 
     Each is a float32; the product is exact in float64.
     """
-    alpha = float(operands.weight.global_scale)
+    alpha = _scale_value(operands.weight.global_scale)
     if isinstance(operands.a, Fp4Tensor):
-        alpha *= float(operands.a.global_scale)
+        alpha *= _scale_value(operands.a.global_scale)
     return alpha
+
+
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Global scales that were read, each with the version it then had: reading waits for the device."""
+
+
+def _scale_value(scale: torch.Tensor) -> float:
+    if scale.is_inference():  # has no version
+        return float(scale)
+    version, value = _read.get(scale, (None, 0.0))
+    if version != scale._version:
+        version, value = scale._version, float(scale)
+        _read[scale] = version, value
+    return float(value)
 
 
 def _left_operand(operands: Operands, start: int, stop: int) -> torch.Tensor:
@@ -147,9 +162,10 @@ def spread(operands: Operands, problem: Problem, chunk_rows: int = 4096) -> torc
     """``|alpha| * sqrt((A*A) @ (B*B).T)`` in float32 (m, n): what a sum of products of random signs
     comes to."""
     m, n = _output_shape(operands, problem)
+    factor = abs(alpha_of(operands))
     out = torch.empty(m, n, dtype=torch.float32, device=operands.weight.codes.device)
     for rows, cols, a, b in _output_parts(operands, chunk_rows):
-        out[rows, cols] = ((a * a) @ (b * b).T).sqrt_().mul_(abs(alpha_of(operands))).float()
+        out[rows, cols] = ((a * a) @ (b * b).T).sqrt_().mul_(factor).float()
     return out
 
 

@@ -8,9 +8,9 @@ slot again; the host reads the counters when a regime ends.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 
@@ -119,7 +119,7 @@ class Checker:
                 (s.out.data_ptr(), s.lo.data_ptr(), s.hi.data_ptr(), *s.out.shape)
                 for s in self.slots
             ]
-            self._table = torch.tensor(addresses, dtype=torch.int64, device=device)
+            self._table = uploaded(torch.tensor(addresses, dtype=torch.int64), device)
             self._tile_table = _tile_table(tiles, self._first_tile, self._columns, device)
             self._aligned = all(map(_rows_aligned, self.slots))
 
@@ -179,12 +179,17 @@ class Checker:
 
     def reports(self) -> list[SlotReport]:
         """One report a slot; waits for the device and reads the guard zones."""
-        guards = torch.stack([_guard_changes(s) for s in self.slots]).tolist()
-        counts, witness = self._counts.tolist(), self._witness.tolist()
-        marks = torch.cat(self._marks).tolist() if self._marks else []
+        # All in one piece: each wait costs a turn of whoever shares the device.
+        size = len(self.slots)
+        guards = torch.stack([_guard_changes(s) for s in self.slots])
+        bad_tiles = self._bitmap.count_nonzero().view(1)
+        parts = (guards, self._witness, bad_tiles, self._counts.view(-1), *self._marks)
+        seen = iter(torch.cat(parts).tolist())
+        guarded, witness, (bad,) = (list(islice(seen, many)) for many in (size, size, 1))
+        counts = [list(islice(seen, 6)) for _ in self.slots]
+        marks = list(seen)
         marked: list[list[tuple[int, int, int]]] = [[] for _ in self.slots]
-        places = self._bitmap.nonzero().flatten()
-        for place, wrong in zip(places.tolist(), self._bitmap[places].tolist(), strict=True):
+        for place, wrong in self._bad_tiles() if bad else ():
             # Slots without an element have no tile: the last slot to begin here is the one.
             index = bisect_right(self._first_tile, place) - 1
             row, col = divmod(place - self._first_tile[index], self._columns[index])
@@ -203,9 +208,15 @@ class Checker:
                 shape=(s.out.shape[0], s.out.shape[1]),
             )
             for s, count, guard, packed, tiles in zip(
-                self.slots, counts, guards, witness, marked, strict=True
+                self.slots, counts, guarded, witness, marked, strict=True
             )
         ]
+
+    def _bad_tiles(self) -> list[list[int]]:
+        """Which tiles were ever wrong, each with how many elements; waits for the device."""
+        places = self._bitmap.nonzero().flatten()
+        found: list[list[int]] = torch.stack([places, self._bitmap[places].long()], dim=1).tolist()
+        return found
 
 
 def _rows_aligned(s: Slot) -> bool:
@@ -219,14 +230,21 @@ def _tile_table(
 ) -> torch.Tensor:
     """int32 (tiles, 3): slot, tile row and tile column of every tile; made on the device, since a
     chain of large problems has hundreds of thousands."""
-
-    def column(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    slots = torch.arange(len(tiles), device=device).repeat_interleave(column(tiles))
-    within = torch.arange(slots.numel(), device=device) - column(first)[slots]
-    across = column(columns)[slots].clamp(min=1)
+    known = uploaded(torch.tensor([tiles, first, columns], dtype=torch.int64), device)
+    total = sum(tiles)
+    # Told how many there will be, it need not wait to know.
+    slots = torch.arange(len(tiles), device=device).repeat_interleave(known[0], output_size=total)
+    within = torch.arange(total, device=device) - known[1][slots]
+    across = known[2][slots].clamp(min=1)
     return torch.stack([slots, within // across, within % across], dim=1).int().contiguous()
+
+
+def uploaded(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, by a copy that is enqueued on the current stream and waited
+    for by nobody: out of pinned memory, which torch keeps until it is done."""
+    if device.type != "cuda" or not host.numel():
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _unpack(packed: int, s: Slot) -> tuple[int, int, float, float, float] | None:
@@ -253,7 +271,7 @@ class Unchanged:
 
     def look(self, some: Sequence[torch.Tensor]) -> None:
         """Note which of `some` differ, before they are written on purpose; enqueues only."""
-        self._seen += [(bytes_of(now) != bytes_of(then)).any() for now, then in self._those(some)]
+        self._seen += [_differ(now, then) for now, then in self._those(some)]
 
     def renew(self, some: Sequence[torch.Tensor]) -> None:
         """Remember `some` as they are now; enqueues only."""
@@ -262,13 +280,40 @@ class Unchanged:
 
     def changed(self) -> int:
         """How many of the tensors differ, or did, from what they were; waits for the device."""
-        earlier = int(torch.stack(self._seen).sum()) if self._seen else 0
+        return changed_tensors([self])
+
+    def take(self) -> list[torch.Tensor]:
+        """bool (): whether each differs, and those that `look` noted, which are noted no longer;
+        enqueues only."""
+        found = [*self._seen, *(_differ(now, then) for now, then in self._pairs)]
         self._seen.clear()
-        return earlier + sum(not torch.equal(bytes_of(a), bytes_of(b)) for a, b in self._pairs)
+        return found
 
     def _those(self, some: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         wanted = {id(each) for each in some}
         return [pair for pair in self._pairs if id(pair[0]) in wanted]
+
+
+def changed_tensors(watched: Iterable[Unchanged]) -> int:
+    """How many tensors of all of these differ, or did; waits once for each device."""
+    found: dict[torch.device, list[torch.Tensor]] = {}
+    for each in watched:
+        for differs in each.take():
+            found.setdefault(differs.device, []).append(differs)
+    return sum(int(torch.stack(each).sum()) for each in found.values())
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool (): whether any bit of two tensors of one shape and type differs; enqueues only."""
+    both = bytes_of(one), bytes_of(other)
+    if all(map(_whole_words, both)):
+        both = both[0].view(torch.int64), both[1].view(torch.int64)
+    return (both[0] != both[1]).any()
+
+
+def _whole_words(data: torch.Tensor) -> bool:
+    """Whether bytes can be read eight at a time."""
+    return all(x % 8 == 0 for x in (data.numel(), data.storage_offset(), data.data_ptr()))
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -97,8 +97,6 @@ def _fill_fp4(
     packed, raw = parts
     k, key, device = drawn.k, drawn.key, drawn.device
     span = 4 if style.kind == "ones" else style.binades + 1
-    # A scale of 2**s needs the code of 2**-s: 4, 2, 1 or a half, to make a one.
-    inverse = torch.tensor([6, 4, 2, 1], dtype=torch.uint8, device=device)
 
     def blocks(first: int, count: int) -> torch.Tensor:
         return hash_elements(count, k // fmt.block, mix(key + 4), device, first)
@@ -115,7 +113,10 @@ def _fill_fp4(
         bits = hash_elements(count, k, key, device, first)
         if style.kind == "ones":
             index = below(blocks(first, count), 0, 16, span)
-            size = inverse[index.long()].repeat_interleave(fmt.block, dim=1)
+            # A scale of 2**s needs the code of 2**-s to make a one: 6, 4, 2 or 1 for 4, 2, 1 or a
+            # half. Worked out, since a table would have to be copied to the device.
+            inverse = (6 - 2 * index).clamp_(min=1).to(torch.uint8)
+            size = inverse.repeat_interleave(fmt.block, dim=1)
         else:
             size = (below(bits, 16, 15, 7) + 1).to(torch.uint8)
         size = size * mask(bits, first, key).to(torch.uint8)
@@ -183,7 +184,7 @@ class Rows:
 
 
 def _scalar(exponent: int, device: torch.device | str) -> torch.Tensor:
-    return torch.tensor(2.0**exponent, dtype=torch.float32, device=device)
+    return torch.full((), 2.0**exponent, dtype=torch.float32, device=device)
 
 
 _MOST_ROWS = 8192

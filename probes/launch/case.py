@@ -16,7 +16,7 @@ import torch
 
 from ..backends import Backend
 from ..check.reference import Expectation, expect
-from ..check.sweep import Slot, Unchanged, slot, slot_bytes
+from ..check.sweep import Slot, Unchanged, changed_tensors, slot, slot_bytes
 from ..data import Operands
 from ..problem import Fp4Tensor, Problem
 
@@ -73,9 +73,10 @@ class Case:
 
 
 def changed_inputs(cases: Iterable[Case]) -> int:
-    """How many tensors that these cases were given are, or were, changed; waits for the device."""
+    """How many tensors that these cases were given are, or were, changed; waits for the device,
+    once for all of them."""
     every = {id(u): u for each in cases for u in (each.unchanged, *each.unchanged.shared)}
-    return sum(unchanged.changed() for unchanged in every.values())
+    return changed_tensors(every.values())
 
 
 def case(backend: Backend, problem: Problem, operands: Operands) -> Case:

@@ -18,12 +18,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 
 import torch
 
 from ...decoding import scale_table
-from ...problem import FORMATS, Device, Fp4Tensor, Problem
+from ...problem import FORMATS, Device, Format, Fp4Tensor, Problem
 from .dequant import (
     TACTIC_DTYPES,
     exact_tactics,
@@ -101,6 +102,12 @@ _kernels = _Kernels()
 _entering = threading.Lock()
 """Dynamo's own state is one for all threads: two that enter compiled code at the same moment may be
 told that nothing was ever compiled (seen with torch 2.13 where threads switch often)."""
+
+
+@cache
+def _scale_table_on(fmt: Format, device: torch.device) -> torch.Tensor:
+    """`scale_table`, made once a process: a copy to a GPU waits for whatever it has to do."""
+    return scale_table(fmt).to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,7 @@ class TorchCompile:
             state = Compiled(
                 codes.view(-1, fmt.block // 2),
                 scales.view(-1),
-                scale_table(fmt).to(device),
+                _scale_table_on(fmt, device),
                 weight.shape,
                 weight.global_scale,
                 {

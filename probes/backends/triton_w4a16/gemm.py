@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -68,6 +68,12 @@ def _e5m3() -> tuple[int, ...]:
     return (*table, 0xFF)  # 127 is NaN, and stays so
 
 
+@cache
+def _e5m3_on(device: torch.device) -> torch.Tensor:
+    """`_e5m3` as uint8 (128,), made once a process: a copy to a GPU waits for whatever it does."""
+    return torch.tensor(_e5m3(), dtype=torch.uint8, device=device)
+
+
 def pack(weight: Fp4Tensor, dtype: torch.dtype) -> Packed:
     """The packed form of `weight` for activations of `dtype`, on the weight's device.
 
@@ -89,8 +95,9 @@ def pack(weight: Fp4Tensor, dtype: torch.dtype) -> Packed:
         blocks = codes.view(n_pad, -1, block)
         blocks ^= ((scales >> 7) << 3).unsqueeze(-1)
         blocks *= (scales & 0x7F).ne(0).unsqueeze(-1)
-        table = torch.tensor(_e5m3(), dtype=torch.uint8, device=device)
-        scales = table[(scales & 0x7F).int()].view(torch.int16)  # little-endian: two columns
+        scales = _e5m3_on(device)[(scales & 0x7F).int()].view(
+            torch.int16
+        )  # little-endian: two columns
     scales = scales.view(n_pad, tiles, 4).transpose(0, 1).contiguous()
 
     # columns 32j + 16g + 8h + 2t + p of a tile

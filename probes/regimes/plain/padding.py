@@ -6,14 +6,14 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import product
+from itertools import islice
 from typing import Any
 
 import torch
 
 from ... import layouts
 from ...backends import Backend
-from ...check.sweep import Slot
+from ...check.sweep import Slot, uploaded
 from ...grouped.backend import AsDense
 from ...grouped.tensors import Routed
 from ...grouped.tokens import Rests
@@ -50,19 +50,23 @@ def padding(
     zeros, or what biases make of them.
     """
     calls: list[Call] = []
-    nan_rows = scale_bytes = scattered = 0
+    nan_rows = scattered = 0
+    scale_bytes: list[torch.Tensor] = []
     rests = Rests(backend.problem) if isinstance(backend, AsDense) and backend.problem else None
-    for launch in launches:
-        around, found = _around(backend, cases, launch)
+    every = [_some_rows(launch) if launch.m else [] for launch in launches]
+    device = device_of(cases)
+    places = iter(_indices([rows for some in every for rows in some], device))
+    for launch, some in zip(launches, every, strict=True):
+        around, differ = _around(backend, cases, launch)
         calls.append(around)
-        scale_bytes += found
+        scale_bytes += differ
         if launch.m > 1:
             calls.append(_nan_inside(backend, cases, launch))
             nan_rows += launch.m // 2
-        if launch.m:
-            for rows, zeros in product(_some_rows(launch), (False, True)):
-                scattered += len(rows)
-                calls.append(_with_rows(backend, cases, launch, rows, zeros, rests))
+        for at in islice(places, len(some)):
+            for zeros in (False, True):
+                scattered += len(at)
+                calls.append(_with_rows(backend, cases, launch, at, zeros, rests))
     checker = budget.checker([call.slot for call in calls])
 
     def once() -> None:
@@ -70,27 +74,32 @@ def padding(
             call.enqueue()
         checker.sweep()
 
-    seconds = repeat(once, budget, device_of(cases))
+    seconds = repeat(once, budget, device)
+    padded = [each.to(device) for each in scale_bytes]
     proof = {
         "rows_around": (LEAD + TRAIL) * len(launches),
         "rows_inside": nan_rows,
         "rows_scattered": scattered,
-        "scale_padding_bytes": scale_bytes,
+        "scale_padding_bytes": int(torch.stack(padded).sum()) if padded else 0,
     }
     return outcome(checker, calls, cases, seconds, None, proof)
 
 
-def _around(backend: Backend, cases: Sequence[Case], launch: Launch) -> tuple[Call, int]:
-    """The launch amid poison, and how many bytes of padding in the backend's layout are poison."""
+def _around(
+    backend: Backend, cases: Sequence[Case], launch: Launch
+) -> tuple[Call, list[torch.Tensor]]:
+    """The launch amid poison, and how many bytes of padding in the backend's layout are poison:
+    int64 () of each part of it, which nothing waits for yet."""
     case = cases[launch.case]
     rows = case.rows(launch.offset, launch.m)
     plain = prepared_activation(backend, rows)
     fill = SCALE_NAN[case.operands.weight.format.scale]
     activation = _changed(backend, case, launch, lambda rows: None, fill)
-    differ = 0
-    for one, other in zip(tensors(plain), tensors(activation), strict=True):
-        if one.dtype == torch.uint8 and one.shape == other.shape:
-            differ += int((one != other).sum())
+    differ = [
+        (one != other).sum()
+        for one, other in zip(tensors(plain), tensors(activation), strict=True)
+        if one.dtype == torch.uint8 and one.shape == other.shape
+    ]
     return rebind(backend, cases, bind(backend, cases, launch), activation), differ
 
 
@@ -158,18 +167,23 @@ def _some_rows(launch: Launch) -> list[list[int]]:
     return [sorted(early), sorted({*late, m - 1})]
 
 
+def _indices(rows: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
+    """int64 of each of these on the device, by one copy."""
+    flat = torch.tensor([row for each in rows for row in each], dtype=torch.int64)
+    return list(uploaded(flat, device).split([len(each) for each in rows]))
+
+
 def _with_rows(
     backend: Backend,
     cases: Sequence[Case],
     launch: Launch,
-    chosen: Sequence[int],
+    at: torch.Tensor,
     zeros: bool,
     rests: Rests | None,
 ) -> Call:
-    """The launch with these rows all zero, which must give zeros, or all NaN, which may not spread:
-    what they give themselves is not asked for."""
+    """The launch with the rows `at` all zero, which must give zeros, or all NaN, which may not
+    spread: what they give themselves is not asked for."""
     case = cases[launch.case]
-    at = torch.tensor(list(chosen), dtype=torch.int64, device=device_of(cases))
     bound = bind(backend, cases, launch)
     whole = bound.slot
 
@@ -177,20 +191,24 @@ def _with_rows(
     lo = torch.empty_like(whole.lo)
     hi = lo if whole.hi.data_ptr() == whole.lo.data_ptr() else torch.empty_like(whole.hi)
 
+    # Filled by kernels that are told the value: ``rows[at] = value`` waits for a copy of it.
     def change(rows: Any) -> None:
         if isinstance(rows, Fp4Tensor):
-            rows.scales[at] = 0 if zeros else SCALE_NAN[rows.format.scale]
+            rows.scales.index_fill_(0, at, 0 if zeros else SCALE_NAN[rows.format.scale])
             if zeros:
                 # In e8m0 no scale is zero: the codes are.
-                rows.codes[at] = 0
+                rows.codes.index_fill_(0, at, 0)
         else:
             x = rows.x if isinstance(rows, Routed) else rows
-            x[at] = 0.0 if zeros else float("nan")
-        # Rows of zeros still have the experts' biases.
-        biases = rests(case, rows)[at] if zeros and rests and isinstance(rows, Routed) else 0.0
+            x.index_fill_(0, at, 0.0 if zeros else float("nan"))
         for mine, right in ((lo, whole.lo), (hi, whole.hi)):
             mine.copy_(right)
-            mine[at] = biases
+            mine.index_fill_(0, at, 0.0)
+        if zeros and rests and isinstance(rows, Routed):
+            # Rows of zeros still have the experts' biases.
+            biases = rests(case, rows).index_select(0, at)
+            for mine in (lo, hi):
+                mine.index_copy_(0, at, biases)
 
     activation = _changed(backend, case, launch, change)
     call = rebind(backend, cases, bound, activation)
@@ -200,7 +218,7 @@ def _with_rows(
 
     def enqueue() -> None:
         call.enqueue()
-        whole.out[at] = 0.0
+        whole.out.index_fill_(0, at, 0.0)
 
     return replace(call, slot=place, enqueue=enqueue)
 
