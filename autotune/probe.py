@@ -40,7 +40,7 @@ from .plan import Plan, Report
 from .probed import Done, entered, probed
 from .regime import Wanted, for_a_model
 from .runner import Progress, Readied, Runner, Stopped, close_all
-from .stages.audit import audit
+from .stages.audit import SECONDS, audit
 from .stages.build import build
 from .stages.collective import collective
 from .stages.conclude import Grounds, conclude
@@ -320,7 +320,11 @@ class Probe:
         # In a pool of its own: where a probe ends early, a disassembly is not waited for.
         pool = ThreadPoolExecutor(1, "fp4tune-audit")
         self._open.callback(pool.shutdown, wait=False, cancel_futures=True)
-        audits = pool.submit(audit, files, device.sm, self.ledger, partial(self.progress, "audit"))
+        seconds = SECONDS
+        if self.plan.budget is not None:
+            seconds = min(seconds, max(0.0, self._start + self.plan.budget - time.monotonic()))
+        say = partial(self.progress, "audit")
+        audits = pool.submit(audit, files, device.sm, self.ledger, say, seconds)
         if device.kind == "cpu":
             audits.result()  # the cores it takes are those that would be timed
         return audits, list(answers)
@@ -448,7 +452,7 @@ class Probe:
             stress(layer, opened, self.record, say, wanted, pool)
             if wanted.aim.launches:
                 prove(layer, opened, self.record, say, wanted, pool)
-            list((pool.map if pool else map)(_closed, opened))
+            list((pool.map if pool else map)(_let_go_of_layer, opened))
             if layer.time and layer.time.over:
                 cut.append(layer)
             else:
@@ -483,7 +487,7 @@ class Probe:
         report.timings = list(self.record.timings.values())
 
 
-def _closed(entrant: Entrant) -> None:
+def _let_go_of_layer(entrant: Entrant) -> None:
     """The layer of a worker that is let go of; one that dies now has shown all it had, and the next
     layer starts another."""
     with suppress(WorkerFailed):

@@ -11,7 +11,11 @@ import os
 import random
 import signal
 import threading
-from dataclasses import replace
+import weakref
+from collections import Counter
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -97,6 +101,122 @@ def test_updates_are_asked_for_where_there_are_any():
     assert "updated" not in run("weights", Right("right"), (1,)).proof
     outcome = run("weights", weights.DecodedPerWeight("x"), (1,))
     assert outcome.proof["updated"] and not caught(outcome)
+
+
+def shared(backend: Any, count: int, tactics: str) -> tuple[list[Any], list[Launch]]:
+    """So many cases of one weight, and a launch of each tactic, on one after the other."""
+    one = case(backend, PROBLEM, exact(PROBLEM, 24, 1, "cpu"))
+    made = [replace(one) for _ in range(count)]
+    return made, [Launch(i % count, 3, i + 1, x, i) for i, x in enumerate(tactics)]
+
+
+@dataclass
+class Known:
+    """What was prepared, as what can be known to be gone."""
+
+    own: Any
+
+
+class Prepares(Right):
+    """Counts what it prepares, and how much of that was alive when the next was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("counts")
+        self.count = 0
+        self.states: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.alive: list[int] = []
+
+    def prepare(self, weight, problem):
+        self.count += 1
+        self.alive.append(len(self.states))
+        state = Known(super().prepare(weight, problem))
+        self.states[self.count] = state
+        return state
+
+    def run(self, state, a, out, tactic):
+        super().run(state.own, a, out, tactic)
+
+
+def test_a_weight_is_loaded_once_for_all_tactics_when_the_last_is_gone():
+    backend = Prepares()
+    cases, launches = shared(backend, 3, "abcde")
+    backend.alive.clear()
+    found = crowding._loaded(backend, cases, launches, SHORT)
+    assert backend.alive == [1] * crowding._LOADS, "the case's own only"
+    assert found.proof["loaded"] == crowding._LOADS and found.repeats == 2 and not caught(found)
+    seen = Counter(launch.tactic for launch, _ in found.reports)
+    assert seen == dict.fromkeys("abcde", crowding._LOADS)
+
+
+def test_a_weight_is_prepared_once_for_all_cases_that_have_it():
+    backend = Prepares()
+    cases, launches = shared(backend, 3, "abc")
+    found = crowding._in_turn(backend, cases, launches, SHORT)
+    assert backend.count == 2 and not caught(found)
+    assert {launch.item for launch, _ in found.reports} == {0, 1, 2}
+
+
+class StaleInOne(weights.DecodedByAddress):
+    """Takes what it decoded at an address for what is there, in one tactic only."""
+
+    def run(self, state, a, out, tactic):
+        if tactic == "bad":
+            super().run(state, a, out, tactic)
+        else:
+            Right.run(self, state[0], a, out, tactic)
+
+
+def test_the_tactic_that_is_stale_is_named_among_others():
+    cases, _ = shared(StaleInOne("x"), 2, "a")
+    tactics = ("one", "bad", "other")
+    launches = [Launch(i % 2, 3, 2, tactic, i) for i, tactic in enumerate(tactics)]
+    found = crowding._loaded(StaleInOne("x"), cases, launches, SHORT)
+    assert {x.tactic for x, report in found.reports if not report.clean} == {"bad"}
+
+
+@pytest.mark.parametrize("make", [weights.DecodedPerWeight, weights.UpdatesTheScale])
+def test_an_update_is_seen_by_every_tactic(make):
+    backend = make("x")
+    cases, launches = shared(backend, 2, "abc")
+    found = crowding._updated(backend, cases, launches, SHORT)
+    assert found.proof == {"updated": crowding._LOADS - 1}
+    wrong = {x.tactic for x, report in found.reports if not report.clean}
+    assert wrong == (set() if make is weights.DecodedPerWeight else set("abc"))
+    assert len(found.reports) == 3 * (crowding._LOADS - 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abcd"))), st.integers(0, 3))
+def test_every_tactic_has_its_first_launch_with_the_weight_that_it_is_on(wanted, index):
+    held = [SimpleNamespace(operands=SimpleNamespace(weight=object())) for _ in range(2)]
+    cases: list[Any] = [held[i % 2] for i in range(6)]
+    launches = [Launch(at, 0, 1, tactic, i) for i, (at, tactic) in enumerate(wanted)]
+    groups = crowding._by_weight(cases, launches)
+    first = {x.tactic: x for x in reversed(launches)}
+    assert sorted(x.item for mine in groups for x in mine) == sorted(x.item for x in first.values())
+    assert all(len({x.case % 2 for x in mine}) == 1 for mine in groups) and len(groups) <= 2
+    for mine in groups:
+        assert sorted(crowding._turned(mine, index), key=hash) == sorted(mine, key=hash)
+
+
+@given(st.integers(0, 1 << 40), st.integers(0, 20), st.integers(0, 1 << 36))
+def test_a_crowd_ends_early_only_where_one_more_has_no_room(used, alive, room):
+    crammed = crowding._is_crammed(used, alive, room)
+    measured = alive - crowding._ONCE
+    between = crowding._LEAST_LARGE <= alive < crowding._LEAST
+    assert crammed == (between and (alive + 1) * Fraction(used, measured or 1) > room)
+    assert crammed <= crowding._is_crammed(used + 1, alive, room)
+
+
+@pytest.mark.parametrize("make", [weights.DecodedPerWeight, weights.HoldsCopies])
+def test_few_large_weights_are_alive_where_more_have_no_room(monkeypatch, make):
+    monkeypatch.setattr(crowding, "_room", lambda device: 1)
+    assert run("weights", make("x"), (1,)).proof["alive"] == crowding._LEAST, "they are small"
+    monkeypatch.setattr(crowding, "_LARGE_BYTES", 0)
+    found = run("weights", make("x"), (1, 2))
+    assert found.proof["alive"] == crowding._LEAST_LARGE
+    kinds = {error["kind"] for error in found.errors.values()}
+    assert kinds == ({"memory held"} if make is weights.HoldsCopies else set())
+    assert all(report.clean for _, report in found.reports)
 
 
 # -- history
@@ -226,6 +346,23 @@ def test_first_calls_overlap_and_each_round_has_new_weights():
     assert outcome.proof["own_processes"] == 0
 
 
+@given(st.lists(st.tuples(st.integers(0, 1 << 33), st.integers(0, 1 << 33)), min_size=1))
+def test_prepared_weights_stay_as_long_as_they_have_room(sizes):
+    def of(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    cases: list[Any] = [
+        SimpleNamespace(state={"w": of(state)}, operands=SimpleNamespace(weight=of(weight)))
+        for weight, state in sizes
+    ]
+    kept = first_calls._rounds_kept(cases)
+    each = sum(max(pair) for pair in sizes)
+    room = first_calls._KEPT_BYTES
+    assert 1 <= kept <= first_calls._KEPT and (kept == 1 or kept * each <= room)
+    assert kept == first_calls._KEPT or (kept + 1) * each > room
+    assert first_calls._rounds_kept(cases * 2) == kept, "what is shared is prepared once"
+
+
 QUESTION = Question(
     "first-calls", "zoo-process-half-made", PROBLEM, 24, 5, (1, 2), ("d", "d"), "cpu"
 )
@@ -307,6 +444,42 @@ def test_a_child_is_told_what_its_environment_does_not_say(tmp_path, monkeypatch
     monkeypatch.setattr(told_settings, "_told", {"FP4TUNE_CACHE": "/kept/here"})
     asked = replace(QUESTION, told=told_settings.told())
     assert own_process.ask(asked, lambda: None) == {"FP4TUNE_CACHE": "/kept/here"}
+
+
+@pytest.fixture
+def early_child():
+    """One that has loaded the backend and waits, for a task that needs no device."""
+    own_process.start_early(QUESTION.spec)
+    yield own_process._waiting[QUESTION.spec]
+    own_process._end_waiting()
+
+
+@pytest.mark.slow
+def test_a_child_that_was_started_early_answers_one_question(early_child, monkeypatch):
+    monkeypatch.setattr(own_process, "EARLY", QUESTION.task)
+    monkeypatch.setattr(own_process, "_PROGRAM", "raise SystemExit('another was started')")
+    own_process.start_early(QUESTION.spec)
+    assert own_process._waiting[QUESTION.spec] is early_child
+    answer = own_process.ask(QUESTION, lambda: None)
+    assert "first calls of a process" in answer["error"]["message"]
+    assert not own_process._waiting and early_child.process.returncode == 0
+    with pytest.raises(NoAnswer, match="another was started"):
+        own_process.ask(QUESTION, lambda: None)
+
+
+@pytest.mark.slow
+def test_a_child_that_was_started_early_ends_with_who_started_it(early_child):
+    early_child.process.stdin.close()
+    assert early_child.process.wait(60) == 0
+
+
+def test_a_child_that_ended_early_is_replaced_by_one_that_is_asked(early_child, monkeypatch):
+    early_child.process.kill()
+    early_child.process.wait()
+    monkeypatch.setattr(own_process, "EARLY", QUESTION.task)
+    body = "begin()\nopen(sys.argv[-1], 'w').write('{}')"
+    monkeypatch.setattr(own_process, "_PROGRAM", f"import os, sys\n{BEGIN}\n{body}\n")
+    assert own_process.ask(QUESTION, lambda: None) == {}
 
 
 @pytest.mark.parametrize(

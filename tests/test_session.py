@@ -9,6 +9,7 @@ import pytest
 
 from fp4tune.probes import zoo
 from fp4tune.probes.backends.torch.dequant import torch_dequant
+from fp4tune.probes.check.tiles import tile_limit
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device, Problem
@@ -100,3 +101,74 @@ def test_rounding_that_is_not_to_nearest_is_known_whichever_m_comes_first(ms, gr
     assert not any(item["bad"] for item in result["items"])
     exact = OpenLayer(zoo.named("zoo-random-order"), device, problem, 1, 1 << 28, lambda _: None)
     assert not exact._judged_by_neighbours(items[0]) and not exact._otherwise.get("default")
+
+
+class ByTactic(Crowded):
+    """The first word of a tactic says how it is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cut, self._short = zoo.named("zoo-output-cut"), zoo.named("zoo-bf16-sums")
+
+    def prepare(self, weight, problem):
+        return {
+            "right": self._right.prepare(weight, problem),
+            "cut": self._cut.prepare(weight, problem),
+            "short": self._short.prepare(weight, problem),
+        }
+
+    def run(self, state, a, out, tactic):
+        how = tactic.split()[0]
+        if how == "raises" and len(a):
+            raise RuntimeError("no plan")
+        if how in ("cut", "short"):
+            {"cut": self._cut, "short": self._short}[how].run(state[how], a, out, "default")
+            return
+        self._right.run(state["right"], a, out, "fp32")
+        if how == "double":
+            out.mul_(2)
+        elif how == "nan":
+            out[-1, -1] = float("nan")
+
+
+def by_tactic(memory: int = 1 << 28) -> OpenLayer:
+    problem = Problem("nvfp4", 16, 192, 512)
+    return OpenLayer(ByTactic(), Device("cpu"), problem, 1, memory, lambda _: None)
+
+
+TACTICS = ("right", "cut", "short", "cut again", "double", "nan")
+
+
+@pytest.mark.parametrize("more", [(), ("raises",)], ids=["", "one raises"])
+@pytest.mark.parametrize("memory", [1 << 28, 1 << 10])
+def test_rounding_is_told_of_many_items_at_once_as_of_each_alone(more, memory):
+    layer = by_tactic(memory)
+    items = [Item(ms, tactic) for tactic in (*more, *TACTICS) for ms in ((0,), (3, 8), (1, 16))]
+    together = layer._rounds_otherwise(items, layer._loose())
+    assert together == [layer._rounds_otherwise([item], layer._loose())[0] for item in items]
+    told = {item.tactic for item, found in zip(items, together, strict=True) if found}
+    assert told == {"cut", "cut again"}
+
+
+def test_an_item_is_graded_beside_others_as_it_is_alone():
+    items = [Item((3, 8), tactic) for tactic in (*TACTICS, "raises")]
+    beside = by_tactic().grade(items)
+    grades = [(result["width"], result.get("rounding")) for result in beside]
+    alone = [by_tactic().grade([item])[0] for item in items]
+    assert grades == [(result["width"], result.get("rounding")) for result in alone]
+    cut = 24, "not to nearest"
+    assert grades[:2] == [(24, None), cut] and grades[3:] == [cut, *[(None, None)] * 3]
+    assert "tile_error" not in beside[1] and beside[4]["tile_error"] > 0.5
+
+
+@pytest.mark.parametrize("memory", [1 << 28, 1 << 10])
+@pytest.mark.parametrize("tactic", TACTICS)
+def test_what_is_far_off_is_the_worst_of_all_launches(tactic, memory):
+    layer = by_tactic(memory)
+    cases = layer.cases(24)
+    launches = layer.launches([Item((0, 1, 5, 16), tactic)], cases, "far", 8)
+    worst = max(layer._tile_error(cases, launch) for launch in launches)
+    far = layer._far(cases, launches)
+    assert far == (worst if not worst <= tile_limit(512) else None)
+    assert (far is not None) == (tactic in ("double", "nan"))
+    assert layer._far(cases, []) is None

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from fp4tune.probes.launch.case import Launch, case
 from fp4tune.probes.launch.item import Item
 from fp4tune.probes.problem import NVFP4, Device, Problem
 from fp4tune.probes.regimes import REGIMES, Budget, NotApplicable
+from fp4tune.probes.regimes.concurrent import lanes
 from fp4tune.probes.regimes.concurrent._neighbour import GO, PAUSE
 from fp4tune.probes.regimes.concurrent.neighbours import Neighbour
 from fp4tune.probes.regimes.leaks import CallSeries, grows, leaks
@@ -520,3 +523,54 @@ def test_results_carry_grades_and_what_is_exempt():
     found = layer.regime("off-bucket", items, BUDGET)
     for part in found["items"]:
         assert [each["kind"] for each in part["graded"]] == ["plan per m"] and not part["bad"]
+
+
+# -- lanes
+
+
+TALL = Problem("nvfp4", 1100, 32, 64)
+"""With pools for m that take long on a GPU."""
+MANY_M = st.lists(st.integers(0, 4096), min_size=1, max_size=12)
+
+
+def of_rows(fresh: bool) -> list[Any]:
+    return [SimpleNamespace(operands=SimpleNamespace(rows=object() if fresh else None))]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), MANY_M), max_size=4), st.booleans())
+def test_no_item_loses_all_launches_and_none_that_are_short(wanted, routed):
+    pairs = dict.fromkeys((item, m) for item, ms in wanted for m in ms)
+    launches = [Launch(0, 0, m, f"tactic {item}", item) for item, m in pairs]
+    kept = lanes.thinned(launches, of_rows(False), routed)
+    assert kept == [x for x in launches if x in set(kept)], "in order"
+    assert {x for x in launches if x.m <= lanes.LARGE_M} <= set(kept)
+    large = [x for x in launches if x.m > lanes.LARGE_M]
+    if len(large) <= lanes.FEW_LARGE and not routed:
+        assert kept == launches
+        return
+    for item in {x.item for x in large}:
+        had = sorted(x.m for x in large if x.item == item)
+        has = sorted(x.m for x in kept if x.item == item and x.m > lanes.LARGE_M)
+        assert has == had[: len(has)] and len(has) >= 1, "the smallest"
+        assert (len(has) - 1) * lanes.LANES < len(had) <= len(has) * lanes.LANES
+
+
+@given(MANY_M, st.booleans())
+def test_launches_that_are_counted_are_all_made(ms, routed):
+    launches = [Launch(0, 0, m, "default", 0) for m in dict.fromkeys(ms)]
+    assert lanes.thinned(launches, of_rows(True), routed) == launches
+    windows = [*launches, *(replace(x, offset=64) for x in launches)]
+    assert lanes.thinned(windows, of_rows(False), routed) == windows
+
+
+def test_lanes_make_few_of_the_long_calls_and_each_item_s():
+    drawn = [case(rogues.Good(), TALL, exact(TALL, 24, seed, "cpu")) for seed in (1, 2)]
+    wanted = [(0, 1), (0, 7), (1, 1025), (1, 1026), (1, 1050), (2, 1024), (2, 1090), (2, 1100)]
+    launches = [Launch(i % 2, 0, m, "default", item) for i, (item, m) in enumerate(wanted)]
+    outcome = REGIMES["streams"](rogues.Good(), drawn, launches, Budget(1, 1, 0.0))
+    assert not caught(outcome) and outcome.not_exercised is None
+    seen = {(x.item, x.m) for x, _ in outcome.reports}
+    assert seen == {(0, 1), (0, 7), (1, 1025), (2, 1024), (2, 1090)}
+    few = [x for x in launches if x.m not in (1050, 1026)][:4]
+    outcome = REGIMES["streams"](rogues.Good(), drawn, few, Budget(1, 1, 0.0))
+    assert {x.m for x, _ in outcome.reports} == {x.m for x in few}

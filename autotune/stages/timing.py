@@ -107,7 +107,7 @@ def _tune(
             contest.races.clear()
             died(layer, entrant, "timing", failure, record)
     for contest in contests:
-        _settle(layer, contest, record)
+        _winners_of_contest(layer, contest, record)
 
 
 def _samples_of(entrant: Entrant) -> Callable[[str, list[int]], list[float]]:
@@ -118,7 +118,7 @@ def _samples_of(entrant: Entrant) -> Callable[[str, list[int]], list[float]]:
     return ask
 
 
-def _settle(layer: ProbedLayer, contest: _Contest, record: Recorder) -> None:
+def _winners_of_contest(layer: ProbedLayer, contest: _Contest, record: Recorder) -> None:
     """The winners of a contest that is over."""
     entrant, alive, races = contest.entrant, contest.alive, contest.races
     for m, tactics in alive.items():

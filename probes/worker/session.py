@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,17 +202,16 @@ class OpenLayer:
             cases = self.cases(width)
             launches = self.launches([items[i] for i in pending], cases, ("grade", width))
             # By itself: where an empty batch raises, the others need not be tried one by one.
-            empty, rest = ([x for x in launches if bool(x.m) == some] for some in (False, True))
-            once = Budget(2, 2, 0.0)
-            outcomes = [o for part in (empty, rest) for o in self.run("serial", cases, part, once)]
-            summaries = self._summaries("serial", len(pending), outcomes, cases)
-            changed = sum(o.changed_inputs for o in outcomes)
+            parts = [[x for x in launches if bool(x.m) == rows] for rows in (False, True)]
+            ran = [self.run("serial", cases, part, Budget(2, 2, 0.0)) for part in parts]
+            summaries = self._summaries("serial", len(pending), [*ran[0], *ran[1]], cases)
+            changed = [sum(o.changed_inputs for o in outcomes) for outcomes in ran]
             for place, index in enumerate(pending):
                 summary, result = summaries[place], results[index]
                 result["launches"] += summary["launches"]
                 result.setdefault("example", summary.get("example"))
-                if changed:
-                    result["changed_inputs"] = changed
+                if found := changed[max(items[index].ms) > 0]:
+                    result["changed_inputs"] = found
                 if "error" in summary:
                     result.update(width=None, bad=[], error=summary["error"])
                     del wanted[index]
@@ -232,45 +231,60 @@ class OpenLayer:
                     del wanted[index]
                 else:
                     wanted[index] = next_
-        loose = cache(self._loose)
-        for item, result in zip(items, results, strict=True):
-            self._grade_rounding(item, result, loose)
+        self._grade_rounding(items, results)
         return results
 
-    def _grade_rounding(
-        self, item: Item, result: Result, loose: Callable[[], Sequence[Case]]
-    ) -> None:
-        """Tell an output that is rounded otherwise than to nearest from a short accumulator.
+    def _grade_rounding(self, items: Sequence[Item], results: Sequence[Result]) -> None:
+        """Tell outputs that are rounded otherwise than to nearest from a short accumulator.
 
-        Only of an item that came out no wider than the outputs themselves: what is exact at any
-        width above them rounds to nearest. `loose` gives the cases of `_loose`.
+        Only of items that came out no wider than the outputs themselves: what is exact at any width
+        above them rounds to nearest.
         """
-        result_wide = (result["width"] or 0) > WIDTHS[-1]
-        grave = "error" in result or any(bad["kind"] != "wrong" for bad in result["bad"])
-        # Other m of the tactic may have shown it: few outputs are too few to tell.
-        self._otherwise.setdefault(item.tactic, False)
-        if result_wide or grave or not self._rounds_otherwise(item, loose()):
+        tried = []
+        for item, result in zip(items, results, strict=True):
+            # Other m of the tactic may have shown it: few outputs are too few to tell.
+            self._otherwise.setdefault(item.tactic, False)
+            wide = (result["width"] or 0) > WIDTHS[-1]
+            grave = "error" in result or any(bad["kind"] != "wrong" for bad in result["bad"])
+            if not wide and not grave:
+                tried.append((item, result))
+        if not tried:
             return
-        self._otherwise[item.tactic] = True
-        result.update(width=WIDTHS[0], bad=[], rounding="not to nearest", problems=len(item.ms))
-        result.pop("tile_error", None)
+        found = self._rounds_otherwise([item for item, _ in tried], self._loose())
+        for (item, result), otherwise in zip(tried, found, strict=True):
+            if otherwise:
+                self._otherwise[item.tactic] = True
+                result.update(width=WIDTHS[0], bad=[], rounding="not to nearest")
+                result["problems"] = len(item.ms)
+                result.pop("tile_error", None)
 
     def _loose(self) -> list[Case]:
         """The widest cases, in which neighbours of each sum are right, too."""
         return [_with_neighbours(each) for each in self.cases(WIDTHS[0])]
 
-    def _rounds_otherwise(self, item: Item, loose: Sequence[Case]) -> bool:
-        """Whether exact problems of the full width come out as a neighbour of each sum, and not
-        always as the nearest."""
+    def _rounds_otherwise(self, items: Sequence[Item], loose: Sequence[Case]) -> list[bool]:
+        """Of each item, whether exact problems of the full width come out as a neighbour of each
+        sum, and not always as the nearest."""
         cases = self.cases(WIDTHS[0])
-        launches = self.launches([replace(item, width=WIDTHS[0])], cases, ("rounding",))
+        launches = [
+            replace(launch, item=place)
+            for place, item in enumerate(items)
+            # The windows of an item are its own, whichever others there are.
+            for launch in self.launches([replace(item, width=WIDTHS[0])], cases, ("rounding",))
+        ]
         strict, near = (
             self.run("serial", mine, launches, Budget(1, 1, 0.0)) for mine in (cases, loose)
         )
-        reports = [[r for o in part for _, r in o.reports] for part in (strict, near)]
-        errors = any(o.errors for o in (*strict, *near))
-        right = [all(report.clean for report in part) for part in reports]
-        return not errors and bool(reports[1]) and right == [False, True]
+        if any(o.errors for o in (*strict, *near)):
+            if len(items) == 1:
+                return [False]
+            # What one item raises is no word on the others.
+            return [self._rounds_otherwise([item], loose)[0] for item in items]
+        clean: list[tuple[list[bool], list[bool]]] = [([], []) for _ in items]
+        for side, part in enumerate((strict, near)):
+            for launch, report in (each for o in part for each in o.reports):
+                clean[launch.item][side].append(report.clean)
+        return [bool(loosely) and all(loosely) and not all(strictly) for strictly, loosely in clean]
 
     def _judged_by_neighbours(self, item: Item) -> bool:
         """Whether the item's outputs are rounded otherwise: known from its grading, or found out
@@ -279,13 +293,41 @@ class OpenLayer:
             return False  # nothing is rounded, and an empty output tells nothing of others
         if item.tactic not in self._otherwise:
             edges = replace(item, ms=tuple(dict.fromkeys((item.ms[0], item.ms[-1]))))
-            self._otherwise[item.tactic] = self._rounds_otherwise(edges, self._loose())
+            self._otherwise[item.tactic] = self._rounds_otherwise([edges], self._loose())[0]
         return self._otherwise[item.tactic]
 
     def _far(self, cases: Sequence[Case], launches: Sequence[Launch]) -> float | None:
         """The worst relative tile error where it exceeds the limit, else None."""
-        worst = max((self._tile_error(cases, launch) for launch in launches), default=0.0)
-        return worst if not worst <= tile_limit(self.problem.k) else None
+        limit, worst = tile_limit(self.problem.k), 0.0
+        some = [launch for launch in launches if launch.m]
+        for batch in batches(cases, some, max(self.memory // 4, 1)):
+            made = []
+            for launch in batch:
+                call = bind(self.backend, cases, launch)
+                call.enqueue()
+                made.append((launch, call.slot.out))
+            # All of a batch in one piece: each wait costs a turn of whoever shares the device.
+            plain = torch.stack([self._largest_error(cases, *each) for each in made]).tolist()
+            beyond = [each for each, error in zip(made, plain, strict=True) if not error <= limit]
+            if beyond:
+                again = [self._largest_error(cases, *each, by_spread=True) for each in beyond]
+                worst = max(worst, *torch.stack(again).tolist())
+        return worst if not worst <= limit else None
+
+    def _largest_error(
+        self, cases: Sequence[Case], launch: Launch, out: torch.Tensor, by_spread: bool = False
+    ) -> torch.Tensor:
+        """float64 (): the largest tile error of what came of a launch, infinite for NaN; with
+        `by_spread`, no larger for sums that cancel out. Enqueues only."""
+        chosen = cases[launch.case]
+        right = chosen.expectation.window(launch.offset, launch.offset + launch.m)
+        ref = right.lo.float() if right.ref is None else right.ref
+        sizes = None
+        if by_spread:
+            operands = replace(chosen.operands, a=chosen.rows(launch.offset, launch.m))
+            sizes = spread(operands, self.problem)
+        error = tile_error(out, ref, sizes)
+        return torch.where(error.isnan(), float("inf"), error).max()
 
     def _tile_error(self, cases: Sequence[Case], launch: Launch) -> float:
         if launch.m == 0:

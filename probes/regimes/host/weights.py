@@ -424,7 +424,7 @@ def _loaded(
         place = variant(case, 0).weight
         for index in range(_LOADS):
             same_place(place, variant(case, 2 * index + 1).weight)
-            part, own = _of_a_load(backend, cases, mine, _Load(place, index, budget))
+            part, own = _of_a_load(backend, cases, mine, place, index, budget)
             parts.append(part)
             own -= shared
             again += bool(own & seen)
@@ -435,33 +435,29 @@ def _loaded(
     return replace(together(parts), proof=proof, seconds=seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """A weight where the others were, and which one of `_LOADS` it is."""
-
-    weight: Any
-    index: int
-    budget: Budget
-
-
 def _of_a_load(
-    backend: Backend, cases: Sequence[Case], launches: Sequence[Launch], load: _Load
+    backend: Backend,
+    cases: Sequence[Case],
+    launches: Sequence[Launch],
+    weight: Any,
+    index: int,
+    budget: Budget,
 ) -> tuple[Outcome, set[int]]:
-    """Each launch twice on what is prepared of a load, and the addresses of that; nothing of it is
-    left when this returns."""
+    """Each launch twice on what is prepared of the `index`th load, and the addresses of that;
+    nothing of it is left when this returns."""
     device = device_of(cases)
     with blame(backend):
-        state = backend.prepare(load.weight, cases[launches[0].case].problem)
+        state = backend.prepare(weight, cases[launches[0].case].problem)
     calls: list[Call] = []
     for launch in launches:
         case = cases[launch.case]
         activation = prepared_activation(backend, case.rows(launch.offset, launch.m))
-        place = variant(case, 2 * load.index + 1).slot(launch.offset, launch.m)
+        place = variant(case, 2 * index + 1).slot(launch.offset, launch.m)
         calls.append(bound(backend, state, launch, activation, place))
     checker = Checker([call.slot for call in calls])
-    pulse = load.budget.pulse(device)
+    pulse = budget.pulse(device)
     for _ in range(2):
-        for call in _turned(calls, load.index):
+        for call in _turned(calls, index):
             call.enqueue()
             pulse()
         checker.sweep()
