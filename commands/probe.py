@@ -111,7 +111,7 @@ def probe(
     ] = None,
     hang_seconds: Annotated[
         float | None,
-        typer.Option(help="Silence that counts as a hang; default 30, in a regime 6; CPU 120."),
+        typer.Option(help="Seconds of silence that count as a hang; default 30, on a CPU 120."),
     ] = None,
     traffic: Annotated[
         str | None,

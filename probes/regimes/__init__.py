@@ -123,7 +123,7 @@ ALONE = frozenset({"pdl-raw", "pdl-war", "pdl-waw", "mlp-chain", "off-bucket", "
 """Those that depend on how launches fall in time, or read how much of the device's memory is in
 use: no other process of ours may use the device meanwhile."""
 
-ASIDE = frozenset({"scratch", "streams", "first-calls", "threads", "graph-streams"})
+ASIDE = frozenset({"scratch", "streams", SHARED_EXPERT, "first-calls", "threads", "graph-streams"})
 """Those that a shared lock can hang, or that wait for a process of their own: a second worker of
 the backend runs them beside the rest, so that a hang costs only itself."""
 
