@@ -12,6 +12,8 @@ from fp4tune.probes.launch.item import Item
 from fp4tune.probes.launch.outcome import Budget, NotApplicable
 from fp4tune.probes.problem import Device
 from fp4tune.probes.regimes import REGIMES
+from fp4tune.probes.regimes.concurrent import shared_expert
+from fp4tune.probes.regimes.concurrent.lanes import run_threads
 from fp4tune.probes.worker.experts import WITHOUT, OpenExperts
 
 ON_GPU = {"graph", "side-stream", "regrow", "threads", "graph-streams"}
@@ -63,3 +65,26 @@ def test_a_dense_layer_has_no_shared_expert():
     dense = registry.load_one("torch-dequant")
     with pytest.raises(NotApplicable, match="dense"):
         REGIMES["shared-expert"](dense, [], [], BRIEF)
+
+
+def test_no_layer_is_on_two_streams_beside_a_shared_expert(layer, monkeypatch):
+    """As locks of a layer want it, which engines have on one stream at a time."""
+    seen = []
+
+    def spied(rounds, *rest):
+        seen.extend(rounds)
+        return run_threads(rounds, *rest)
+
+    monkeypatch.setattr(shared_expert, "run_threads", spied)
+    layer.regime("shared-expert", [Item((1, 2, 3, 4, 5, 6, 7), GOOD, 8)], BRIEF)
+    layers = {id(case.state) for case in layer.cases(8)}
+    assert len(layers) > 1 and seen
+    used = set()
+    for each in seen:
+        first, second = (
+            {id(layer.cases(8)[call.launch.case].state) for call in each.lanes[lane]}
+            for lane in (0, 2)
+        )
+        assert first and second and not first & second
+        used |= first
+    assert used == layers

@@ -42,21 +42,32 @@ def shared_expert(
     On a GPU a kernel holds all but a few SMs meanwhile, so that grids of all trickle in among each
     other: half of the budget eagerly, and half as branches of one graph. The shared expert is a
     plain product of 16-bit numbers, exact, and every element of it is compared, too.
+
+    Streams do not wait for each other from launch to launch, so the sets of experts are parted: in
+    each of two rounds one stream has some, and the other none of these. That one layer is on two
+    streams at once is what `streams` is for, and no engine does it.
     """
     if not isinstance(backend, AsDense):
         raise NotApplicable(NOT_DENSE)
     device = device_of(cases)
-    calls = [bind(backend, cases, launch) for launch in launches]
-    others = [bind(backend, cases, _of_another_layer(cases, launch)) for launch in launches]
-    dense = [_shared(cases, launch, lane) for lane in range(2) for launch in launches]
-    lanes = (calls, dense[: len(launches)], others, dense[len(launches) :])
-    rounds = [Together(tuple(tuple(lane) for lane in lanes), one_m=True)]
-    every = [*calls, *others, *dense]
+    rounds, experts, dense = [], [], []
+    for side in _sides(cases):
+        mine = [launch for launch in launches if launch.case in side]
+        if not mine:
+            continue
+        calls = [bind(backend, cases, launch) for launch in mine]
+        others = [bind(backend, cases, _of_another_layer(cases, x, side)) for x in mine]
+        beside = [[_shared(cases, launch, lane) for launch in mine] for lane in range(2)]
+        lanes = (calls, beside[0], others, beside[1])
+        rounds.append(Together(tuple(tuple(lane) for lane in lanes), one_m=True))
+        experts += [*calls, *others]
+        dense += [*beside[0], *beside[1]]
+    every = [*experts, *dense]
     checker = budget.checker([call.slot for call in every])
 
     def found(seconds: float, missed: str | None, proof: dict[str, object]) -> Outcome:
         seen = outcome(checker, every, cases, seconds, missed, proof)
-        first = len(calls) + len(others)
+        first = len(experts)
         reports = [
             (launch, replace(report, stage=STAGE) if at >= first else report)
             for at, (launch, report) in enumerate(seen.reports)
@@ -77,8 +88,9 @@ def shared_expert(
 
     def once() -> None:
         nonlocal number
-        forks.enqueue(number, rounds[0])
-        number += 1
+        for together in rounds:
+            forks.enqueue(number, together)
+            number += 1
         checker.sweep()
 
     def one_by_one() -> None:
@@ -92,9 +104,20 @@ def shared_expert(
     return found(seconds, *forks.proof("streams and graph branches"))
 
 
-def _of_another_layer(cases: Sequence[Case], launch: Launch) -> Launch:
-    """The launch with the experts of the next case that has room for it, on other rows."""
+def _sides(cases: Sequence[Case]) -> tuple[frozenset[int], frozenset[int]]:
+    """The cases in two parts that have no set of experts in common; the second is empty where
+    there is one set only."""
+    sets: dict[int, int] = {}
+    numbers = [sets.setdefault(id(case.operands.weight), len(sets)) for case in cases]
+    parts = [{index for index, number in enumerate(numbers) if number % 2 == p} for p in (0, 1)]
+    return frozenset(parts[0]), frozenset(parts[1])
+
+
+def _of_another_layer(cases: Sequence[Case], launch: Launch, side: frozenset[int]) -> Launch:
+    """The launch with experts that are not on its `side`, if there are any: those of the next case
+    that has room for it; on other rows."""
     able = with_room(cases, launch.m)
+    able = [index for index in able if index not in side] or able
     chosen = next((index for index in able if index > launch.case), able[0])
     places = cases[chosen].problem.m - launch.m + 1
     return replace(launch, case=chosen, offset=(launch.offset + places // 2) % places)
