@@ -139,6 +139,7 @@ def _at_once(
     ]
     calls = [call for each in rounds for (call,) in each.lanes]
     checker = Checker([call.slot for call in calls])
+    wait(device)  # the lanes' streams do not wait for what was prepared on this one
     met = run_threads(rounds, streams_for(device), stagger)
     wait(device)
     checker.sweep()
@@ -215,7 +216,7 @@ def answer(question: Question, alive: Callable[[], None] = lambda: None) -> dict
     alive()
     device = torch.device(question.device)
     case = case_there(backend, question, device)
-    wait(device)  # the lanes' streams do not wait for what was prepared on this one
+    wait(device)
     alive()
     pairs = zip(question.ms, question.tactics, strict=True)
     launches = [Launch(0, 0, m, tactic, 0) for m, tactic in pairs]
@@ -229,6 +230,7 @@ def answer(question: Question, alive: Callable[[], None] = lambda: None) -> dict
         for x in launches
     ]
     checker = Checker([call.slot for each in rounds for (call,) in each.lanes])
+    wait(device)  # the lanes' streams do not wait for what was prepared on this one
     try:
         met = run_threads(rounds, streams_for(device), _STAGGER[1])
         wait(device)
