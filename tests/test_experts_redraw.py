@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,14 +14,22 @@ from fp4tune.probes.grouped.problem import ExpertsProblem
 from fp4tune.probes.grouped.reference import token64
 from fp4tune.probes.grouped.routing import REGULAR
 from fp4tune.probes.launch import routed_answers as answers
+from fp4tune.probes.launch.case import Launch
 from fp4tune.probes.launch.item import Item, LaunchAim
 from fp4tune.probes.launch.outcome import Budget
 from fp4tune.probes.problem import Device
+from fp4tune.probes.regimes.plain.off_bucket import spread_over_m
 from fp4tune.probes.worker.experts import OpenExperts
 from fp4tune.probes.worker.replay import replay
 
 AIM = LaunchAim(launches=100, problems=20, seconds=60.0)
 BRIEF = Budget(1, 1, 0.0)
+WHOLE = ("balanced", "zipf")
+ANYWHERE = (
+    *("serial", "weights", "off-bucket", "shared-expert", "streams", "callers", "rewrite"),
+    *("padding", "addresses", "churn", "first-calls", "history"),
+)
+"""Regimes that a CPU has, too."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,3 +128,25 @@ def test_what_is_asked_for_by_turns_is_drawn_once_and_one_family_s_experts_are_k
     layer.memory = 1
     layer._field(8, True, True)
     assert set(layer._fields) == {(8, True, True)}
+
+
+def test_pools_of_any_size_are_launched_within(monkeypatch):
+    """On a GPU most pools are small: every regime keeps to those that have room."""
+    monkeypatch.setattr(OpenExperts, "_pool", lambda self, law, index: 40 if law in WHOLE else 9)
+    layer = opened(m=40)
+    sizes = {case.problem.m for case in layer.cases(8)}
+    assert sizes == {9, 40}
+    items = [Item((1, 3, 9), "default", 8), Item((10, 17, 33), "default", 8)]
+    for regime in ANYWHERE:
+        result = layer.regime(regime, items, Budget(1, 2, 0.01))
+        assert all(not item["bad"] and "error" not in item for item in result["items"]), regime
+    assert all(not each["bad"] for each in layer.grade(items))
+
+
+def test_between_m_the_pool_has_room():
+    rng = random.Random(1)
+    cases = [SimpleNamespace(problem=SimpleNamespace(m=m, n=64)) for m in (4160, 1088, 1088)]
+    for _ in range(200):
+        launches = [Launch(rng.randrange(3), 0, 1025, "t", 0), Launch(0, 5, 1280, "t", 0)]
+        for launch in spread_over_m(cases, launches, rng):
+            assert launch.offset + launch.m <= cases[launch.case].problem.m

@@ -651,3 +651,22 @@ def test_many_calls_and_a_pause_are_made_once_a_process_and_for_all_tactics_in_o
     assert first.proof["calls"] > 3 * 2048 and first.proof["pause_seconds"]
     assert again.proof == {"calls": 9 * 2 * 65, "pause_seconds": 0.0}
     assert len(again.reports) == 9 and not caught(again)
+
+
+@pytest.mark.slow
+def test_a_child_that_is_asked_while_it_begins_with_the_device_is_no_crash(tmp_path, monkeypatch):
+    """Such a one ends before it knows what is asked, and another is started for it."""
+    backend = tmp_path / "hasty.py"
+    backend.write_text(
+        "import time, torch\n"
+        "time.sleep(1)\n"
+        "torch.cuda.is_initialized = lambda: True\n"
+        "from fp4tune.probes.backends.torch.dequant import TorchDequant\n"
+        "def make():\n"
+        "    return TorchDequant('hasty', 'bf16')\n"
+    )
+    question = replace(QUESTION, spec=f"{backend}:make", tactics=("fp32", "fp32"))
+    monkeypatch.setattr(own_process, "EARLY", question.task)
+    own_process.start_early(question.spec)
+    answer = own_process.ask(question, lambda: None)
+    assert "error" not in answer and not own_process._waiting

@@ -41,9 +41,11 @@ def time_layer(
 ) -> None:
     """Find every entrant's fastest right tactic of each m range, then race the entrants.
 
-    With `pool`, what is to be timed is prepared in all workers at once; nothing else is.
+    With `pool`, what is to be timed is prepared in all workers at once; nothing else is. Of routed
+    experts, of which each worker looks how slow they are, in one after the other.
     """
     spent = layer.clock.spent
+    pool = pool if layer.problem.groups == 1 else None
     with spent("tactics"):
         _tune(layer, [e for e in entrants if not (e.known or e.compared)], record, say, pool)
     if layer.timed:
@@ -171,7 +173,7 @@ def _open_timing(
     pool: Executor | None,
 ) -> dict[str, list[float | None] | WorkerFailed]:
     """Have workers prepare these, at a few m of each range: by backend, the host microseconds of a
-    call of each, or how its worker failed."""
+    call of each (beside the others, with `pool`), or how its worker failed."""
 
     def open_(each: tuple[Entrant, Sequence[Pair]]) -> list[float | None] | WorkerFailed:
         entrant, pairs = each

@@ -59,6 +59,7 @@ class Case:
 
     def rows(self, offset: int, m: int) -> torch.Tensor | Fp4Tensor:
         """The activation of the window of `m` rows from `offset`; a view."""
+        assert offset >= 0 and offset + m <= self.problem.m, "a window ends in its pool"
         a = self.operands.a
         if isinstance(a, Fp4Tensor):
             return dataclasses.replace(

@@ -40,7 +40,16 @@ from ..problem import Device
 from ..seeds import derive
 from .experts_stages import cut_at, routed_tokens, weights_of
 from .experts_timing import TIMED_LAWS, LawBatch, TimedLaws
-from .session import MANY_WEIGHTS, MEASURED, SMALL_M, SPARE_ROWS, OpenLayer, Progress, _Field
+from .session import (
+    MANY_WEIGHTS,
+    MEASURED,
+    SMALL_M,
+    SPARE_ROWS,
+    OpenLayer,
+    Progress,
+    _Field,
+    _raise_if_poisoned,
+)
 
 WITHOUT = {
     "mlp-chain": "every call of routed experts is a chain of two GEMMs by itself, and its stages "
@@ -496,7 +505,8 @@ class OpenExperts(OpenLayer):
         item = max(items, key=lambda each: max(each.ms), default=None)
         try:
             return item is not None and self._is_slow(cases[0], cases[0].state, item)
-        except Exception:
+        except Exception as error:
+            _raise_if_poisoned(self.device, error)
             return False
 
     def _is_slow(self, case: Case, state: Any, item: Item) -> bool:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,10 @@ class _Child:
     process: subprocess.Popen[bytes]
     words: LastWords
 
+    @property
+    def early(self) -> bool:
+        return self.process.stdin is not None
+
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -204,20 +208,13 @@ def _send(child: _Child, message: dict[str, Any]) -> None:
         child.process.stdin.flush()
 
 
-@contextmanager
 def _asked(question: Question, asked: Path, answer: Path) -> Iterator[_Child]:
-    """A child that has the question: the one that was started early for it, else a new one."""
+    """Children that have the question: the one that was started early for it, and a new one."""
     child = _waiting.pop(question.spec, None) if question.task == EARLY else None
-    if child is not None and child.process.poll() is None:
+    if child is not None:
         _send(child, {"asked": str(asked), "answer": str(answer)})
-    else:
-        if child is not None:
-            child.end()
-        child = _start_child(str(asked), str(answer))
-    try:
         yield child
-    finally:
-        child.end()
+    yield _start_child(str(asked), str(answer))
 
 
 def begun_file(answer: Path) -> Path:
@@ -240,23 +237,15 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
         asked, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(asdict(question)))
         before = kills()
-        with _asked(question, asked, answer) as child:
-            begun = begun_file(answer)
-            end = time.monotonic() + STARTS
-            started = 0
-            while child.process.poll() is None:
-                if (lately := _touched(begun)) != started:
-                    started, end = lately, time.monotonic() + seconds
-                if time.monotonic() > end:
-                    if started:
-                        why = f"silent for {seconds:.0f} s in a process of its own"
-                        raise NoAnswer("hang", why)
-                    why = f"a process of its own had not begun after {STARTS:.0f} s"
-                    raise NoAnswer("internal", why)
-                beat()
-                child.words.listen(0.25)
-            last = child.words.line()[:200]
-            code = child.process.returncode
+        begun = begun_file(answer)
+        for child in _asked(question, asked, answer):
+            try:
+                _attend(child, begun, beat, seconds)
+                last, code = child.words.line()[:200], child.process.returncode
+            finally:
+                child.end()
+            if not child.early or _touched(begun):
+                break  # one that was early may have ended before it knew what is asked
         try:
             found: dict[str, Any] = json.loads(files.text(answer))
         except FileNotFoundError:
@@ -268,3 +257,19 @@ def ask(question: Question, beat: Callable[[], None], seconds: float = SECONDS) 
         except (OSError, ValueError) as error:
             raise NoAnswer("crash", f"its own process left no answer: {error}") from None
         return found
+
+
+def _attend(child: _Child, begun: Path, beat: Callable[[], None], seconds: float) -> None:
+    """Wait until the child has ended. Raises NoAnswer where it does not get on."""
+    end = time.monotonic() + STARTS
+    started = 0
+    while child.process.poll() is None:
+        if (lately := _touched(begun)) != started:
+            started, end = lately, time.monotonic() + seconds
+        if time.monotonic() > end:
+            if started:
+                raise NoAnswer("hang", f"silent for {seconds:.0f} s in a process of its own")
+            why = f"a process of its own had not begun after {STARTS:.0f} s"
+            raise NoAnswer("internal", why)
+        beat()
+        child.words.listen(0.25)

@@ -17,7 +17,16 @@ from ...backends import Backend
 from ...check.sweep import Checker, Slot, slot
 from ...data.generator import hash_rows, mix
 from ...grouped.tensors import SIGNS, ExpertWeights
-from ...launch.case import Call, Case, Launch, bind, blame, prepared_activation, tensors
+from ...launch.case import (
+    Call,
+    Case,
+    Launch,
+    bind,
+    blame,
+    prepared_activation,
+    tensors,
+    with_room,
+)
 from ...launch.outcome import (
     Budget,
     Outcome,
@@ -126,8 +135,7 @@ def _in_turn(
         calls += [bind(backend, cases, launch)]
         if isinstance(case.operands.a, Fp4Tensor):
             calls += [_rescaled(backend, case, launch), bind(backend, cases, launch)]
-        if len(cases) > 1:
-            swapped = replace(launch, case=(launch.case + 1) % len(cases))
+        if (swapped := _with_another_weight(cases, launch)) is not None:
             calls += [bind(backend, cases, swapped), bind(backend, cases, launch)]
     checker = Checker([call.slot for call in calls])
 
@@ -138,6 +146,17 @@ def _in_turn(
 
     seconds = repeat(once, replace(budget, seconds=budget.seconds / 4), device_of(cases))
     return outcome(checker, calls, cases, seconds, None, {"in_turn": checker.sweeps})
+
+
+def _with_another_weight(cases: Sequence[Case], launch: Launch) -> Launch | None:
+    """The launch on the next case of another weight that has room for it; None where none has."""
+    own = cases[launch.case].operands.weight
+    able = [i for i in with_room(cases, launch.m) if cases[i].operands.weight is not own]
+    if not able:
+        return None
+    chosen = next((index for index in able if index > launch.case), able[0])
+    places = cases[chosen].problem.m - launch.m + 1
+    return replace(launch, case=chosen, offset=launch.offset % places)
 
 
 @dataclass(frozen=True, slots=True)

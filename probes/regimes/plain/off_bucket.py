@@ -14,7 +14,7 @@ import torch
 from ... import census
 from ...backends import Backend
 from ...check.sweep import Checker, slot_bytes
-from ...launch.case import Call, Case, Launch, bind
+from ...launch.case import Call, Case, Launch, bind, with_room
 from ...launch.outcome import CYCLES, Budget, Outcome, device_of, outcome, wait
 from ..leaks import CallSeries, leaks, live_bytes, open_handles
 
@@ -115,12 +115,14 @@ def spread_over_m(
             if not between or len(found) >= MOST:
                 continue
             m, like = between.pop(), rng.choice(mine)
-            room -= slot_bytes(m, cases[like.case].problem.n)
+            able = with_room(cases, m)
+            chosen = like.case if like.case in able else rng.choice(able)
+            room -= slot_bytes(m, cases[chosen].problem.n)
             if room < 0:
                 rng.shuffle(found)
                 return found
-            offset = rng.randint(0, cases[like.case].problem.m - m)
-            found.append(replace(like, offset=offset, m=m))
+            offset = rng.randint(0, cases[chosen].problem.m - m)
+            found.append(replace(like, case=chosen, offset=offset, m=m))
     rng.shuffle(found)
     return found
 
