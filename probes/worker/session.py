@@ -330,18 +330,15 @@ class OpenLayer:
         return torch.where(error.isnan(), float("inf"), error).max()
 
     def _tile_error(self, cases: Sequence[Case], launch: Launch) -> float:
-        if launch.m == 0:
+        """The largest tile error of one launch; by spread where it exceeds the limit without."""
+        if not launch.m:
             return 0.0
         call = bind(self.backend, cases, launch)
         call.enqueue()
-        right = cases[launch.case].expectation.window(launch.offset, launch.offset + launch.m)
-        ref = right.lo.float() if right.ref is None else right.ref
-        error = tile_error(call.slot.out, ref)
-        if not bool((error <= tile_limit(self.problem.k)).all()):
-            chosen = cases[launch.case]
-            operands = replace(chosen.operands, a=chosen.rows(launch.offset, launch.m))
-            error = tile_error(call.slot.out, ref, spread(operands, self.problem))
-        return float("inf") if bool(error.isnan().any()) else float(error.max())
+        error = float(self._largest_error(cases, launch, call.slot.out))
+        if not error <= tile_limit(self.problem.k):
+            error = float(self._largest_error(cases, launch, call.slot.out, by_spread=True))
+        return error
 
     def family(self, name: str, items: Sequence[Item]) -> list[Result]:
         """One data family, serially: every element where the width is 24, every tile else.
