@@ -155,13 +155,13 @@ def probe(
         from ..probes.problem import Problem
         from ..report.terminal import layers as layer_lines
 
+        told: list[str] = []  # once all that was given is known to be good
         if shown:
             level = level if given(ctx, "level") else demonstration.LEVEL
             shape, max_m = [demonstration.SHAPE], demonstration.MAX_M
             backend, activation = [*demonstration.backends()], [demonstration.ACTIVATION]
             _refuse_to_demonstrate_in(directory(state))
-            for sentence in demonstration.before():
-                say(sentence, err=True)
+            told += demonstration.before()
         chosen_level = named(LEVELS, level, "level")
         said = [name for name in (profile, engine) if name is not None]
         chosen_profile = named(PROFILES, said[0] if said else installed(), "profile")
@@ -183,7 +183,7 @@ def probe(
         plans = []
         if not (preset or model_config or shape or experts or held):
             model = planning.DEFAULT_PRESET[targets[0].device.kind]
-            say(f"no layer was named: these are those of {model} at --tp {tp}", err=True)
+            told.append(f"no layer was named: these are those of {model} at --tp {tp}")
         for target in targets:
             most = planning.max_m(max_m, target)
             named_models = planning.models(preset or (), model_config, tp, held)
@@ -237,6 +237,8 @@ def probe(
                     seed_given=seed is not None,
                 )
             )
+        for sentence in told:
+            say(sentence, err=True)
         from ..autotune.evidence.kept import with_what_is_kept
         from ..autotune.publication import published
         from ..autotune.publication.publish import publish

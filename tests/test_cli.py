@@ -96,6 +96,15 @@ def test_bad_input_is_one_sentence_and_touches_nothing(name, place):
     assert contents(place) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--budget", "0"], ["--gpu", "none", "--max-m", "-3"], ["--max-seconds", "-1"]],
+    ids=" ".join,
+)
+def test_nothing_is_told_of_a_probe_before_its_bad_input(arguments, tmp_path):
+    assert arguments[-2] in sentence(call("probe", *arguments, "--state", tmp_path / "new"))
+
+
 CONFIGS = {
     "not JSON": ("{", "JSON"),
     "not an object": ("[1, 2]", None),
