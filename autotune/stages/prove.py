@@ -38,8 +38,8 @@ HOST_S = 3e-4
 PATIENCE = 10.0
 """Times longer than it is thought to take is what every m of a range may take."""
 EVERY_M_MOST = 6.0
-"""Seconds that it may take of routed experts on a GPU, where all of it takes ten: what is beyond is
-a sample, and is told."""
+"""Seconds that it may take of routed experts on a GPU, where all of it takes longer: it is a sample
+then, and that is told."""
 EVERY_M_LEAST = 1.0
 """Seconds that it may take whatever is thought: a host that is busy may not run us for as long."""
 
@@ -239,8 +239,8 @@ def _by_speed(
 ) -> list[tuple[list[MRange], float]]:
     """The ranges where the kernel is fast enough to reach the aim, and those where it is not, each
     with how many shares of time it may take. On a CPU all have the same; on a GPU a slow one that
-    does not come `first` has a tenth of the time of one that does, as of its launches: a dozen
-    ranges of the floor took as long as all launches of the choice."""
+    does not come `first` has a tenth of the time of one that does, as of its launches: the floor is
+    slow in every range."""
     if layer.target.device.kind == "cpu":
         return [(list(ms), 1.0)] if ms else []
     fast = [m for m in ms if entrant.median_us.get(m, 0.0) < FAST_US]
